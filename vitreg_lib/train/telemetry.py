@@ -1,0 +1,42 @@
+"""What the norms do while a model trains: quantiles and outlier shares of every layer at log-spaced steps.
+
+Figure 4(b) is drawn from this. A measurement is one capture of the same held-out scenes; the steps are spaced
+so that early training, where things change fast, is seen well and the whole costs little.
+"""
+
+from __future__ import annotations
+
+import pandas as pd
+import torch
+
+from ..capture import Capture, capture
+from ..outliers import separated_share
+
+QUANTILES = (0.0, 0.01, 0.25, 0.5, 0.75, 0.99, 0.999, 1.0)
+
+
+def log_steps(total: int, count: int = 40) -> list[int]:
+    """About `count` steps from 0 to `total`, spaced evenly in the logarithm, both ends included."""
+    inner = torch.logspace(0, torch.tensor(float(max(total, 1))).log10().item(), count).round().long().tolist()
+    return sorted({0, *inner, total})
+
+
+def measure(model: torch.nn.Module, images: torch.Tensor, step: int) -> pd.DataFrame:
+    """One row a layer: step, layer, norm quantiles q0…q1 of patch tokens, `outlier_share`, mean cls and register norms."""
+    return table(capture(model, images, "norms", batch_size=64), step)
+
+
+def table(captured: Capture, step: int) -> pd.DataFrame:
+    """The rows of `measure` from captured norms."""
+    norms = captured.patch_norms
+    flat = norms.transpose(0, 1).flatten(1)
+    levels = torch.quantile(flat, torch.tensor(QUANTILES), dim=1).T.tolist()
+    shares = separated_share(norms).tolist()
+    rows = []
+    for i, layer in enumerate(captured.layers):
+        row = {"step": step, "layer": layer, "outlier_share": shares[i]}
+        row |= {f"q{q:g}": level for q, level in zip(QUANTILES, levels[i], strict=True)}
+        for name, part in (("cls_norm", captured.cls_norms), ("register_norm", captured.register_norms)):
+            row[name] = part[:, i].mean().item() if part.shape[2] else float("nan")
+        rows.append(row)
+    return pd.DataFrame(rows)
