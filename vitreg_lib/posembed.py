@@ -1,0 +1,195 @@
+"""How position embeddings are resized, and the stripes that plain bicubic interpolation leaves (Fig. 10, 11; App. A).
+
+Training DINOv2 resizes a 16x16 grid of position embeddings to 7x7 for its local crops. Without antialiasing a bicubic
+resize reads only four cells per axis for each output, so some cells hardly get a gradient and neighbours get much: the
+gradient map is striped. Bicubic resizing is separable: everything here follows from one small matrix per axis.
+
+Conventions: grids are (rows, cols), maps (..., rows, cols); pixel centres are half-integers (`align_corners=False`);
+`offset` is the 0.1 that the official DINOv2 code adds to the wanted grid before it passes a scale factor instead of a
+size (checked in dinov2/models/vision_transformer.py, `interpolate_pos_encoding`), which shifts the samples; None
+resizes by size. Plain bicubic has the coefficient a = -0.75, antialiased a = -0.5, as in PyTorch.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+
+DINOV2_OFFSET = 0.1  # official default, together with antialias=False
+
+
+def resize_operator(
+    size_in: int, size_out: int, antialias: bool = False, offset: float | None = None, a: float | None = None
+) -> torch.Tensor:
+    """The matrix (size_out, size_in), float64, that bicubic resizing applies along one axis.
+
+    `out = operator @ in`; rows sum to 1, column sums are the gradient that unit output gradients carry to each input
+    cell. `offset` None: by size. Otherwise by the scale factor (size_out + offset) / size_in, 0 < offset < 1.
+    `a` is the bicubic coefficient, by default PyTorch's (-0.75 plain, -0.5 antialiased). As in PyTorch an offset is
+    ignored at equal sizes with antialiasing; plainly torch ignores it only where the whole grid is of equal size.
+    Written in closed form, independent of torch's interpolation (Keys 1981; Fig. 11).
+    """
+    _check_sizes(size_in, size_out, offset)
+    if antialias and size_in == size_out:
+        return torch.eye(size_in, dtype=torch.float64)
+    if a is None:
+        a = -0.5 if antialias else -0.75
+    step = size_in / (size_out + (offset or 0.0))  # input cells per output cell
+    centres = (torch.arange(size_out, dtype=torch.float64) + 0.5) * step
+    if antialias:
+        return _antialiased_operator(size_in, centres, max(step, 1.0), a)
+    source = centres - 0.5
+    first = source.floor()
+    operator = torch.zeros(size_out, size_in, dtype=torch.float64)
+    for tap in range(-1, 3):  # taps beyond the edge read the edge cell
+        cell = (first + tap).clamp(0, size_in - 1).long()
+        weight = cubic_kernel(source - first - tap, a)
+        operator.scatter_add_(1, cell[:, None], weight[:, None])
+    return operator
+
+
+def cubic_kernel(distance: torch.Tensor, a: float) -> torch.Tensor:
+    """Weight of the cubic convolution kernel at a signed distance in cells, any shape; 0 beyond 2 (Keys 1981)."""
+    d = distance.abs()
+    near = ((a + 2) * d - (a + 3)) * d * d + 1
+    far = ((d - 5) * d + 8) * d * a - 4 * a
+    return torch.where(d <= 1, near, torch.where(d < 2, far, torch.zeros_like(d)))
+
+
+def unit_gradient(
+    grid_in: tuple[int, int] = (16, 16),
+    grid_out: tuple[int, int] = (7, 7),
+    antialias: bool = False,
+    offset: float | None = None,
+) -> torch.Tensor:
+    """The gradient that reaches each cell of `grid_in` when every output of the resize has gradient 1 (Fig. 11).
+
+    Computed by autograd through torch's own interpolation, (rows, cols) float64, sum = number of outputs. Equal to
+    the outer product of the two operators' column sums, so rows and columns stripe alike.
+    """
+    x = torch.zeros(1, 1, *grid_in, dtype=torch.float64, requires_grad=True)
+    with torch.enable_grad():
+        y = _interpolate(x, grid_out, antialias, offset)
+        (gradient,) = torch.autograd.grad(y, x, torch.ones_like(y))
+    return gradient[0, 0]
+
+
+def resize_pos_embed(
+    pos_embed: torch.Tensor,
+    grid_in: tuple[int, int],
+    grid_out: tuple[int, int],
+    num_prefix: int = 0,
+    antialias: bool = True,
+    offset: float | None = None,
+) -> torch.Tensor:
+    """A new position embedding (batch, num_prefix + rows*cols, dim) for `grid_out`, bicubic, in the dtype it came in.
+
+    `pos_embed`: (batch, num_prefix + rows*cols of grid_in, dim), row by row. `num_prefix` counts the leading entries
+    that belong to cls (and registers) inside `pos_embed`: 0 for timm models built with `no_embed_class`; they are
+    copied. timm antialiases by default; the official DINOv2 code does antialias=False, offset=0.1. Equal grids give
+    an unchanged copy, as both codes do. Raises ValueError where the number of entries does not fit.
+    """
+    expected = num_prefix + grid_in[0] * grid_in[1]
+    if pos_embed.ndim != 3 or pos_embed.shape[1] != expected:
+        raise ValueError(
+            f"pos_embed of shape {tuple(pos_embed.shape)}: expected (batch, {expected}, dim) for {num_prefix} prefix "
+            f"entries and a grid of {tuple(grid_in)}; registers and, with no_embed_class, cls have no entry"
+        )
+    if tuple(grid_in) == tuple(grid_out):
+        return pos_embed.clone()
+    prefix, patches = pos_embed[:, :num_prefix], pos_embed[:, num_prefix:]
+    dtype = torch.promote_types(pos_embed.dtype, torch.float32)  # never below float32
+    # by the operators, not F.interpolate: torch 2.14's antialiased resize is wrong on CPU for an output of one column
+    along_rows, along_cols = (
+        resize_operator(i, o, antialias, offset).to(patches.device, dtype)
+        for i, o in zip(grid_in, grid_out, strict=True)
+    )
+    patches = patches.to(dtype).unflatten(1, tuple(grid_in))  # (batch, rows, cols, dim)
+    patches = torch.einsum("ir,jc,brcd->bijd", along_rows, along_cols, patches).flatten(1, 2)
+    return torch.cat([prefix, patches.to(pos_embed.dtype)], dim=1)
+
+
+def axis_profiles(maps: torch.Tensor, border: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean of each row (..., rows) and mean of each column (..., cols) of maps (..., rows, cols).
+
+    `border` cells are dropped on every side first: the outermost cells collect the taps beyond the edge. Vertical
+    stripes show in the column profile. Raises ValueError where nothing is left.
+    """
+    rows, cols = maps.shape[-2:]
+    if border < 0 or 2 * border >= min(rows, cols):
+        raise ValueError(f"border {border} leaves nothing of a {rows}x{cols} map (0…{(min(rows, cols) - 1) // 2})")
+    inner = maps[..., border : rows - border, border : cols - border]
+    return inner.mean(-1), inner.mean(-2)
+
+
+def relative_std(profile: torch.Tensor) -> torch.Tensor:
+    """Standard deviation (population) over mean of profiles (..., cells) -> (...): 0 is flat (claims C039 to C041).
+
+    Sums or means along the other axis give the same value. Infinite or NaN where the mean is 0.
+    """
+    return profile.std(-1, correction=0) / profile.mean(-1)
+
+
+def stripe_ratio(maps: torch.Tensor, border: int = 0) -> torch.Tensor:
+    """Variance of column means over variance of row means, (..., rows, cols) -> (...); Fig. 10, claim C037.
+
+    Above 1: more vertical than horizontal striping; 1 for an exact unit gradient on a square grid. Infinite where
+    only the columns vary, NaN where neither does. Drop the border to keep the outliers' liking for edges out of it.
+    """
+    row_means, col_means = axis_profiles(maps, border)
+    return col_means.var(-1, correction=0) / row_means.var(-1, correction=0)
+
+
+def profile_match(profile: torch.Tensor, template: torch.Tensor) -> torch.Tensor:
+    """Pearson correlation of profiles (..., cells) with a template (cells,) -> (...), from -1 to 1 (ours, for Fig. 10).
+
+    The template is a profile of `unit_gradient`: does an outlier-share map stripe where the gradient map does?
+    NaN where either is constant.
+    """
+    x = profile - profile.mean(-1, keepdim=True)
+    t = (template - template.mean()).to(x)
+    return (x * t).sum(-1) / (x.norm(dim=-1) * t.norm())
+
+
+def stripe_power(profile: torch.Tensor, period: float = 16 / 7) -> torch.Tensor:
+    """Share of a profile's variance that oscillates with `period` cells, (..., cells) -> (...), 0 to 1 (Fig. 10).
+
+    Least-squares fit of a sine and a cosine of that period after the mean is taken off; the default is the spacing
+    of the samples of 16 -> 7. By chance about 2 / (cells - 1). NaN for a constant profile.
+    """
+    x = profile.double() - profile.double().mean(-1, keepdim=True)
+    phase = 2 * math.pi * torch.arange(x.shape[-1], dtype=torch.float64, device=x.device) / period
+    waves = torch.stack([phase.cos(), phase.sin()], dim=-1)
+    q, _ = torch.linalg.qr(waves - waves.mean(0))
+    return ((x @ q).square().sum(-1) / x.square().sum(-1)).to(profile.dtype)
+
+
+def _interpolate(x: torch.Tensor, grid_out: tuple[int, int], antialias: bool, offset: float | None) -> torch.Tensor:
+    sizes = list(zip(x.shape[-2:], grid_out, strict=True))
+    for size_in, size_out in sizes:
+        _check_sizes(size_in, size_out, offset)
+    if offset is None:
+        return F.interpolate(x, size=tuple(grid_out), mode="bicubic", antialias=antialias)
+    # an antialiased axis of equal size is copied forward whatever the scale, but torch 2.14's backward does not know it
+    scale = tuple(1.0 if antialias and m == n else (n + offset) / m for m, n in sizes)
+    return F.interpolate(x, scale_factor=scale, mode="bicubic", antialias=antialias)
+
+
+def _antialiased_operator(size_in: int, centres: torch.Tensor, width: float, a: float) -> torch.Tensor:
+    # the kernel is widened by `width`; cells whose index lies inside the rounded support count, the rest are cut
+    cells = torch.arange(size_in, dtype=torch.float64)
+    support = 2 * width
+    low = (centres - support + 0.5).trunc().clamp(min=0)[:, None]
+    high = (centres + support + 0.5).trunc().clamp(max=size_in)[:, None]
+    weight = cubic_kernel((cells + 0.5 - centres[:, None]) / width, a)
+    weight = torch.where((cells >= low) & (cells < high), weight, torch.zeros_like(weight))
+    return weight / weight.sum(1, keepdim=True)
+
+
+def _check_sizes(size_in: int, size_out: int, offset: float | None) -> None:
+    if size_in < 1 or size_out < 1:
+        raise ValueError(f"sizes must be at least 1, got {size_in} -> {size_out}")
+    if offset is not None and not 0 < offset < 1:
+        raise ValueError(
+            f"offset {offset} out of range: above 0 and below 1, or None for by size (official: {DINOV2_OFFSET})"
+        )
