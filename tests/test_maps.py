@@ -153,6 +153,13 @@ def test_total_variation_scales():
         m.total_variation(checkerboard(), scale="mean")
 
 
+@pytest.mark.parametrize("value", [1.0, 0.1, 1e-4])
+def test_support_of_a_constant_map_is_the_mass(value):
+    constant = torch.full((10, 10), value)
+    for percent in range(1, 101):  # rounding must not add a patch
+        assert m.support_area(constant, mass=percent / 100).item() == pytest.approx(percent / 100)
+
+
 def test_halves_and_middle_lines():
     line = torch.zeros(5, 4)
     line[2] = 1  # the middle row of five counts half to each side

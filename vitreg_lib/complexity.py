@@ -135,11 +135,10 @@ def build_vit(
     size = _size(arch)
     _check_registers(num_registers)
     num_patches(patch, resolution)
-    options = (
-        {"mlp_ratio": _swiglu_hidden(size.embed_dim) / size.embed_dim, "mlp_layer": SwiGLUPacked} if size.swiglu else {}
-    )
+    options = {}
     if size.swiglu:
-        options["act_layer"] = torch.nn.SiLU
+        ratio = _swiglu_hidden(size.embed_dim) / size.embed_dim
+        options = {"mlp_ratio": ratio, "mlp_layer": SwiGLUPacked, "act_layer": torch.nn.SiLU}
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = VisionTransformer(
