@@ -1,1 +1,27 @@
-"""x"""
+"""Look inside vision transformers: the library behind the notebooks of 'Vision Transformers Need Registers'.
+
+    import vitreg_lib as vr
+
+    run = vr.start("fig04", globals())     # in a notebook: parameters, folder and record of this run
+    model = vr.load("mini-deit3")          # any name of `vitreg models`, timm:…, file:…, random:…
+    seen = model.capture(images, "norms")  # norms, tokens, q, k, v, attention rows at chosen layers
+
+Modules are imported when first used: `vr.outliers`, `vr.plots`, `vr.widgets` …
+"""
+
+import importlib
+
+__version__ = "0.1.0"
+_FUNCTIONS = {"start": "record", "load": "models.zoo", "images": "data.images"}
+
+
+def __getattr__(name: str):
+    if name in _FUNCTIONS:
+        module = importlib.import_module(f".{_FUNCTIONS[name]}", __name__)
+        return module.load if name == "images" else getattr(module, name)
+    try:
+        return importlib.import_module(f".{name}", __name__)
+    except ModuleNotFoundError as error:
+        if error.name != f"{__name__}.{name}":
+            raise
+        raise AttributeError(f"vitreg_lib has no {name!r}") from None

@@ -76,6 +76,11 @@ class Capture:
         """(images, layers, registers) norms of the registers."""
         return self.norms[..., int(self.has_cls) : self.num_prefix_tokens]
 
+    @property
+    def final_patch_norms(self) -> torch.Tensor:
+        """(images, patches) norms after the final LayerNorm, where little of an outlier is left to see."""
+        return self.patches(torch.linalg.vector_norm(self.final, dim=-1))
+
     def patches(self, tokens: torch.Tensor, dim: int = 1) -> torch.Tensor:
         """`tokens` without its prefix tokens along `dim`."""
         return tokens.narrow(dim, self.num_prefix_tokens, tokens.shape[dim] - self.num_prefix_tokens)

@@ -62,10 +62,10 @@ def cutoff_mixture(norms: torch.Tensor, seed: int = 0) -> float:
     from sklearn.mixture import GaussianMixture
 
     log = norms.float().clamp_min(1e-12).log().flatten()[:, None].double().numpy()
-    one, two = (GaussianMixture(n, random_state=seed, n_init=2 if n == 2 else 1).fit(log) for n in (1, 2))
-    upper = int(two.means_.argmax())
-    if two.bic(log) >= one.bic(log) or two.means_.ptp() if hasattr(two.means_, "ptp") else False:
+    one, two = (GaussianMixture(n, random_state=seed, n_init=n).fit(log) for n in (1, 2))
+    if two.bic(log) >= one.bic(log):
         return float("inf")
+    upper = int(two.means_.argmax())
     grid = torch.linspace(float(two.means_.min()), float(two.means_.max()), 2001).double()[:, None].numpy()
     crossing = (two.predict_proba(grid)[:, upper] >= 0.5).argmax()
     return float(torch.tensor(grid[crossing, 0]).exp())
@@ -128,3 +128,57 @@ def score(found: torch.Tensor, truth: torch.Tensor) -> dict[str, float]:
     recall = hits / truth.sum().item() if truth.any() else 1.0
     f1 = 2 * precision * recall / (precision + recall) if precision + recall else 0.0
     return {"precision": precision, "recall": recall, "f1": f1}
+
+
+def score_rules(norms: dict[str, torch.Tensor], truth: dict[str, torch.Tensor | None]):
+    """Every rule's precision, recall and F1 where the truth is known, and the share flagged where it is not.
+
+    norms: {model: (images, patches)}; truth: {model: bool of the same shape, or None}. A DataFrame, one row a rule
+    and model.
+    """
+    import pandas as pd
+
+    rows = []
+    for rule in RULES:
+        for name, values in norms.items():
+            cut = cutoff(values, rule)
+            row = {"rule": rule, "model": name, "cutoff": cut, "share": outlier_share(values, cut)}
+            if truth.get(name) is not None:
+                row |= score(values > cut, truth[name])
+            rows.append(row)
+    return pd.DataFrame(rows).set_index(["rule", "model"])
+
+
+def summary(norms: dict[str, torch.Tensor], cutoffs: dict[str, float] | None = None):
+    """A DataFrame with cutoff, outlier_share, norm_ratio, onset_layer, median and largest norm, one row a model.
+
+    norms: {model: (images, layers, patches)}; the first four but the onset are about the last layer.
+    """
+    import pandas as pd
+
+    rows = {}
+    for name, values in norms.items():
+        output = values[:, -1]
+        cut = cutoffs[name] if cutoffs else cutoff(output)
+        rows[name] = {
+            "cutoff": cut,
+            "outlier_share": outlier_share(output, cut),
+            "norm_ratio": norm_ratio(output, output > cut),
+            "onset_layer": onset_layer(values),
+            "median_norm": output.median().item(),
+            "largest_norm": output.max().item(),
+        }
+    return pd.DataFrame.from_dict(rows, orient="index").astype({"onset_layer": "Int64"})
+
+
+def before_and_after_norm(before: dict[str, torch.Tensor], after: dict[str, torch.Tensor]):
+    """Largest norm / median norm before and after the final LayerNorm: a DataFrame, one row a model."""
+    import pandas as pd
+
+    ratio = {
+        name: {"before": before[name].max() / before[name].median(), "after": after[name].max() / after[name].median()}
+        for name in before
+    }
+    return pd.DataFrame.from_dict(
+        {name: {k: v.item() for k, v in row.items()} for name, row in ratio.items()}, orient="index"
+    )

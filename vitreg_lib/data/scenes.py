@@ -37,6 +37,7 @@ _RGB = torch.tensor(
     ]
 )
 _ANGLES = 512  # steps of the tables that hold each shape's outline as a function of the angle
+_TILT = math.pi / 6  # objects stand upright, give or take thirty degrees
 _NEAR, _FAR, _BACKDROP = 1.5, 8.0, 10.0  # depth of the nearest and farthest object and of the background
 _DRAWS_PER_OBJECT, _DRAWS_PER_SCENE, _NOISE = 10, 24, 6  # independent uniform numbers; soft noise is 6 x 6
 
@@ -151,7 +152,9 @@ def _render(index: torch.Tensor, size: int, seed: int) -> Scenes:
     table = torch.cat([torch.zeros(n, 1, dtype=torch.int64, device=device), shape + 1], 1)
     semantic = table.gather(1, instances.flatten(1)).view_as(instances)
     attributes = dict(shape=shape, colour=colour, texture=texture, place=place, radius=radius, background=background)
-    return Scenes(pixels.clamp_(0, 1), shape[:, 0], instances, semantic, depth, boxes, visible, index=index, **attributes)
+    return Scenes(
+        pixels.clamp_(0, 1), shape[:, 0], instances, semantic, depth, boxes, visible, index=index, **attributes
+    )
 
 
 def _layout(objects, scene):
@@ -172,10 +175,12 @@ def _object(draws, place, radius, shape, texture, axis):
     """Coverage in [0, 1] and shade of the surface, both (objects, size, size)."""
     x = (axis - place[:, :1])[:, None, :]
     y = (axis - place[:, 1:])[:, :, None]
-    turn = 2 * math.pi * draws[:, 3, None, None]
+    turn = (draws[:, 3, None, None] - 0.5) * (2 * _TILT)
     distance = torch.sqrt(x * x + y * y) / radius[:, None, None]
     step = ((torch.atan2(y, x) + turn) * (_ANGLES / (2 * math.pi))).long() % _ANGLES
-    outer = _outlines(axis.device)[shape].flatten()[step + (torch.arange(len(shape), device=step.device) * _ANGLES)[:, None, None]]
+    outer = _outlines(axis.device)[shape].flatten()[
+        step + (torch.arange(len(shape), device=step.device) * _ANGLES)[:, None, None]
+    ]
     soft = (radius * len(axis))[:, None, None]  # pixels in a radius: edges are one pixel wide
     inside = ((outer - distance) * soft + 0.5).clamp_(0, 1)
     is_ring = shape == SHAPES.index("ring")

@@ -31,7 +31,10 @@ def build(size: str = "m", registers: int = 0, num_classes: int = 8, image_size:
         num_classes=num_classes,
         reg_tokens=registers,
         no_embed_class=True,  # registers and cls carry no position, as in the paper
-        init_values=1e-2,
+        init_values=0.1,
         dynamic_img_size=True,
     )
-    return VisionTransformer(**{**arguments, **options})
+    arguments |= options
+    model = VisionTransformer(**arguments)
+    model.vit_arguments = arguments  # written beside the weights, so that a checkpoint says how to build its model
+    return model

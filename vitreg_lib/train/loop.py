@@ -21,7 +21,7 @@ import math
 import os
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from types import ModuleType
 
@@ -30,29 +30,9 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from ..errors import UserError
 from . import telemetry
-
-
-@dataclass(frozen=True)
-class TrainConfig:
-    """All that a run depends on; `size` and `registers` choose the mini ViT."""
-
-    recipe: str = "deit3"
-    size: str = "m"
-    registers: int = 0
-    image_size: int = 96
-    steps: int = 2200
-    batch_size: int = 96
-    learning_rate: float = 2e-3
-    weight_decay: float = 0.05
-    warmup: int = 200
-    optimizer: str = "adamw"
-    clip_grad: float = 1.0
-    drop_path: float = 0.0
-    seed: int = 0
-    eval_images: int = 1024
-    telemetry_images: int = 64
-    save_every: int = 200
+from .config import TrainConfig
 
 
 def train(
@@ -65,7 +45,7 @@ def train(
 ) -> dict:
     """Train to `config.steps`, going on from the folder's state if there is one; the result as a dictionary.
 
-    Raises ValueError where the folder holds a run of another configuration and FloatingPointError when the loss
+    Raises UserError where the folder holds a run of another configuration and FloatingPointError when the loss
     is no longer finite (the last good state is kept).
     """
     from timm.optim import create_optimizer_v2
@@ -139,7 +119,7 @@ def _claim_folder(folder: Path, config: TrainConfig) -> None:
         found = json.loads(path.read_text())
         if found != wanted:
             names = [k for k in wanted if found.get(k) != wanted[k]]
-            raise ValueError(f"{folder} holds a run with another {', '.join(names)}; choose another folder or delete it")
+            raise UserError(f"{folder} holds a run with another {', '.join(names)}; choose another folder or delete it")
     write_atomically(path, json.dumps(wanted, indent=1).encode())
 
 
@@ -184,7 +164,8 @@ def save_tensors(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[st
 
 
 def save_weights(path: Path, model: torch.nn.Module, metadata: dict[str, str], dtype=torch.float16) -> None:
-    """A model's weights in half precision, as the zoo ships them."""
+    """A mini ViT's weights in half precision with the arguments that build it, as the zoo ships and loads them."""
+    metadata = {**metadata, "vit": json.dumps(model.vit_arguments)}
     save_tensors(path, {k: v.to(dtype) for k, v in model.state_dict().items()}, metadata)
 
 

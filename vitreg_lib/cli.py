@@ -1,0 +1,296 @@
+"""The `vitreg` command. `vitreg COMMAND --help` teaches each part."""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import os
+import sys
+from pathlib import Path
+
+from . import record
+from .errors import UserError
+from .paths import ROOT, shown
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run a command; 0, or 1 with one clear line on stderr (a traceback with --debug)."""
+    parser = _parser()
+    chosen = parser.parse_args(arguments)
+    if not hasattr(chosen, "function"):
+        parser.print_help()
+        return 2
+    try:
+        chosen.function(chosen)
+        return 0
+    except UserError as error:
+        if chosen.debug:
+            raise
+        print(f"vitreg: {error}", file=sys.stderr)
+    except KeyboardInterrupt:
+        print("vitreg: stopped; what was finished is kept", file=sys.stderr)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="vitreg",
+        description="Look inside vision transformers, as the paper 'Vision Transformers Need Registers' does.",
+    )
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND")
+
+    def add(name, function, help, epilog=""):
+        command = commands.add_parser(
+            name, help=help, description=help, epilog=epilog, formatter_class=argparse.RawDescriptionHelpFormatter
+        )
+        command.add_argument(
+            "--debug", action="store_true", default=argparse.SUPPRESS, help="show the traceback of an error"
+        )
+        command.set_defaults(function=function)
+        return command
+
+    run = add(
+        "run",
+        _run,
+        "Execute an item's notebook and show the verdicts of its claims.",
+        "examples:\n  vitreg run fig04\n  vitreg run fig04 -p n_images 64 -p seed 1\n  vitreg run fig03 --profile small\n"
+        "  vitreg run fig04 --parameters     what can be set",
+    )
+    run.add_argument("item", help="fig01 … fig21, tab01 … tab06, or the name of another notebook")
+    _add_parameters(run)
+    run.add_argument("--parameters", action="store_true", dest="list", help="list the item's parameters and stop")
+    run.add_argument("--quiet", action="store_true", help="no progress bar")
+    report = add("report", _report, "Show verdicts and figures of finished items, or write a page of all.")
+    report.add_argument("item", nargs="?", help="one item; without it results/<profile>/report.html is written")
+    _add_parameters(report)
+    models = add("models", _models, "List the models with a name, and whether their weights are on this machine.")
+    models.add_argument("name", nargs="?", help="all that is known of one model")
+    data = add("data", _data, "List the image sources and whether they are on this machine.")
+    data.add_argument(
+        "--write-scenes", action="store_true", help="render the frozen evaluation set data/scenes/eval.parquet anew"
+    )
+    train = add(
+        "train",
+        _train,
+        "Train a mini ViT on scenes; stops and goes on without losing anything.",
+        "examples:\n  vitreg train deit3 --size m --registers 4 --out runs/deit3-reg4\n  vitreg train --resume runs/deit3-reg4",
+    )
+    _add_training(train)
+    ship = add("ship", _ship, "Put a finished training run into the zoo of this checkout.")
+    ship.add_argument("run", help="the run's folder")
+    ship.add_argument("name", help="its name in data/models.yaml")
+    ship.add_argument("about", help="one sentence")
+    return parser
+
+
+def _add_parameters(command) -> None:
+    command.add_argument(
+        "-p",
+        nargs=2,
+        metavar=("NAME", "VALUE"),
+        action="append",
+        default=[],
+        dest="pairs",
+        help="set a parameter of the notebook",
+    )
+    command.add_argument(
+        "--profile", choices=record.PROFILES, help="mini (offline, the default), small, large or paper"
+    )
+
+
+def _given(chosen) -> dict:
+    """Parameters from -p and --profile, typed as the notebook declares them."""
+    item = chosen.item = record.normal_name(chosen.item)
+    declared = record.declared_parameters(item)
+    given = {}
+    for name, text in chosen.pairs:
+        given[name] = text if isinstance(declared.get(name), str) else _literal(text)
+    if chosen.profile:
+        given["profile"] = chosen.profile
+    return given
+
+
+def _literal(text: str):
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return {"true": True, "false": False}.get(text.lower(), text)
+
+
+def _run(chosen) -> None:
+    given = _given(chosen)
+    if chosen.list:
+        for name, default in record.declared_parameters(chosen.item).items():
+            print(f"{name:20} {default!r}")
+        return
+    parameters = record.check_parameters(chosen.item, given)
+    execute(chosen.item, given, progress=not chosen.quiet)
+    _show(chosen.item, parameters)
+
+
+def execute(item: str, given: dict, progress: bool = True) -> Path:
+    """Run an item's notebook by papermill into its results folder; the executed notebook's path.
+
+    It is written under a temporary name and renamed when all went well; a failed one is kept as *.failed.ipynb.
+    Raises UserError when a cell fails, or when the record or a figure is missing afterwards.
+    """
+    import logging
+
+    import papermill
+
+    parameters = record.check_parameters(item, given)
+    folder = record.folder(item, parameters)
+    folder.mkdir(parents=True, exist_ok=True)
+    unfinished = folder / f".{item}.ipynb"
+    (folder / "record.json").unlink(missing_ok=True)
+    os.environ["VITREG_BATCH"] = "1"
+    logging.getLogger("papermill").setLevel(logging.ERROR)
+    try:
+        papermill.execute_notebook(
+            str(record.notebook(item)),
+            str(unfinished),
+            parameters=given,
+            kernel_name="python3",
+            progress_bar=progress,
+            start_timeout=180,
+            cwd=str(ROOT),
+        )
+    except papermill.PapermillExecutionError as error:
+        failed = folder / f"{item}.failed.ipynb"
+        unfinished.replace(failed)
+        line = f"{error.evalue}" if error.ename == "UserError" else f"{error.ename}: {error.evalue}"
+        raise UserError(f"{item}: {line.splitlines()[0]} (cell {error.exec_count}; see {shown(failed)})") from error
+    finally:
+        unfinished.with_suffix(".tmp").unlink(missing_ok=True)
+    record.read(item, parameters)
+    (folder / f"{item}.failed.ipynb").unlink(missing_ok=True)
+    return unfinished.replace(folder / f"{item}.ipynb")
+
+
+def _show(item: str, parameters: dict) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    found = record.read(item, parameters)
+    console = Console(soft_wrap=False)
+    table = Table(title=f"{item}: {found['title']} (profile {found['profile']})", title_justify="left", show_lines=True)
+    for column in ("claim", "verdict", "measured", "paper"):
+        table.add_column(column, overflow="fold")
+    colours = {"holds": "green", "fails": "red"}
+    for claim in found["claims"]:
+        colour = colours.get(claim["verdict"], "yellow")
+        table.add_row(
+            f"{claim['id']} {claim['text']}", f"[{colour}]{claim['verdict']}[/]", claim["measured"], claim["paper"]
+        )
+    console.print(table)
+    for missing in found["not_reachable_here"]:
+        console.print(f"not reachable here: {missing['name']}")
+    folder = record.folder(item, parameters)
+    for figure in found["figures"]:
+        print(f"figure: {shown(folder / figure)}.png")
+    print(f"notebook: {shown(folder / item)}.ipynb")
+
+
+def _report(chosen) -> None:
+    if chosen.item:
+        given = _given(chosen)
+        _show(chosen.item, record.check_parameters(chosen.item, given))
+        return
+    from .report import write
+
+    print(shown(write(chosen.profile or "mini")))
+
+
+def _models(chosen) -> None:
+    from .models import zoo
+
+    entries = zoo.entries()
+    if chosen.name:
+        if chosen.name not in entries:
+            from .errors import unknown
+
+            raise unknown("model", chosen.name, entries)
+        for key, value in entries[chosen.name].items():
+            print(f"{key:12} {value}")
+        return
+    for name, entry in entries.items():
+        print(f"{name:20} {zoo.available(name):14} {entry.get('about', '')}")
+    print("\nalso: timm:NAME, file:PATH, random:NAME, and NAME+ttrN for N registers added at test time")
+
+
+def _data(chosen) -> None:
+    from .data import frozen, images
+
+    if chosen.write_scenes:
+        print(shown(frozen.write()))
+        return
+    print(f"{'scenes':12} always        procedural images with exact ground truth")
+    print(
+        f"{'photos':12} always        {len(images.find('photos')[0])} photos shipped with scikit-image and scikit-learn"
+    )
+    for name in ("imagenet",):
+        folder = images.named_folder(name)
+        state = "here" if folder else "not here"
+        print(f"{name:12} {state:13} a folder of that name in VITREG_DATA, or in data/ of VITREG_MODELS")
+
+
+def _add_training(command) -> None:
+    from dataclasses import fields
+
+    from .train.config import TrainConfig
+
+    command.add_argument("recipe", nargs="?", default="deit3", choices=["deit3"], help="what is learnt")
+    for field in fields(TrainConfig):
+        if field.name != "recipe":
+            kind = type(field.default)
+            command.add_argument(
+                f"--{field.name.replace('_', '-')}",
+                type=kind,
+                default=None,
+                metavar=kind.__name__.upper(),
+                help=f"default {field.default}",
+            )
+    command.add_argument("--out", help="the run's folder (default runs/<recipe>-<size>-reg<registers>-seed<seed>)")
+    command.add_argument("--resume", metavar="DIR", help="go on with the run in this folder, by its own configuration")
+    command.add_argument("--device", default=None, help="cpu, cuda … (default: cuda where there is one)")
+
+
+def _train(chosen) -> None:
+    import importlib
+    import json
+    from dataclasses import fields
+
+    import torch
+
+    from .train import loop
+    from .train.config import TrainConfig
+
+    if chosen.resume:
+        folder = Path(chosen.resume)
+        if not (folder / "config.json").exists():
+            raise UserError(f"{chosen.resume} holds no run: no config.json there")
+        config = TrainConfig(**json.loads((folder / "config.json").read_text()))
+    else:
+        named = {f.name: getattr(chosen, f.name) for f in fields(TrainConfig) if getattr(chosen, f.name) is not None}
+        config = TrainConfig(**named)
+        folder = Path(
+            chosen.out or ROOT / "runs" / f"{config.recipe}-{config.size}-reg{config.registers}-seed{config.seed}"
+        )
+    recipe = importlib.import_module(f".train.{config.recipe}", __package__)
+    device = chosen.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    result = loop.train(config, recipe, folder, device)
+    print(json.dumps(result, indent=1))
+    print(f"weights: {shown(folder / 'model.safetensors')}")
+
+
+def _ship(chosen) -> None:
+    from .train.ship import ship
+
+    print(shown(ship(chosen.run, chosen.name, chosen.about)))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

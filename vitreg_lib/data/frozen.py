@@ -1,0 +1,69 @@
+"""The frozen evaluation set: 256 scenes as a Hugging Face dataset in one Parquet file, loaded without a network.
+
+    datasets.load_dataset("parquet", data_files="data/scenes/eval.parquet")
+
+gives image, label (ClassLabel), caption, boxes, box_labels, instances and depth as pictures. Rendering scenes anew gives the same
+pixels; the file is there so that results do not hang on the renderer, and for use outside this project.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+
+from ..paths import DATA
+from . import scenes
+from .images import SCENES_FROM
+
+PATH = DATA / "scenes" / "eval.parquet"
+FIRST, COUNT, SIZE = SCENES_FROM + 50_000, 256, 96
+DEPTH_UNIT = 1000  # a depth picture holds 16-bit thousandths of the scene's unit
+
+
+def load():
+    """The frozen scenes as a `datasets.Dataset`. Raises FileNotFoundError where the file is missing."""
+    from datasets import Dataset
+
+    if not PATH.exists():
+        raise FileNotFoundError("data/scenes/eval.parquet is missing; `vitreg data --write-scenes` renders it anew")
+    return Dataset.from_parquet(str(PATH))
+
+
+def write(path: Path = PATH) -> Path:
+    """Render the set and write it as Parquet, whole or not at all; returns the path."""
+    from datasets import ClassLabel, Dataset, Features, Image, Sequence, Value
+
+    batch = scenes.render(range(FIRST, FIRST + COUNT), SIZE)
+    shapes = ClassLabel(names=list(scenes.SHAPES))
+    features = Features(
+        image=Image(),
+        label=shapes,
+        caption=Value("string"),
+        boxes=Sequence(Sequence(Value("float32"), length=4)),
+        box_labels=Sequence(shapes),
+        instances=Image(),
+        depth=Image(),
+    )
+    columns: dict[str, list] = {name: [] for name in features}
+    for i, caption in enumerate(batch.captions()):
+        visible = batch.visible[i]
+        columns["image"].append(_picture((batch.pixels[i] * 255).round().to(torch.uint8).permute(1, 2, 0)))
+        columns["label"].append(batch.label[i].item())
+        columns["caption"].append(caption)
+        columns["boxes"].append(batch.boxes[i][visible].tolist())
+        columns["box_labels"].append(batch.shape[i][visible].tolist())
+        columns["instances"].append(_picture(batch.instances[i].to(torch.uint8)))
+        columns["depth"].append(_picture((batch.depth[i] * DEPTH_UNIT).round().to(torch.uint16)))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    Dataset.from_dict(columns, features=features).to_parquet(str(temporary))
+    os.replace(temporary, path)
+    return path
+
+
+def _picture(array: torch.Tensor):
+    from PIL import Image
+
+    return Image.fromarray(array.numpy())

@@ -1,0 +1,346 @@
+"""From a name to a model that is ready to be looked into.
+
+mini-deit3, vit-ti …      an entry of data/models.yaml
+planted, mini-random      the two controls
+timm:NAME, or NAME alone  a model of timm: VITREG_MODELS first, then the hub's cache, then the hub
+file:PATH                 .safetensors, or .pt/.pth (weights only), or a folder in timm's hub layout;
+                          file:PATH#ARCH names timm's architecture where the file does not
+random:NAME               the same architecture with fresh weights: a control
+NAME+ttrN                 any of them with N registers added at test time (see `mend`)
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import yaml
+from torch import nn
+
+from .. import capture as _capture
+from ..anatomy import Anatomy, dissect
+from ..errors import UserError, unknown
+from ..paths import CHECKPOINTS, DATA
+
+
+@dataclass
+class Model:
+    """A model with what is needed to feed and to name it.
+
+    name: its full name; label: the name it was asked for by, short enough for a figure. sha256: of its weights file, or of its weights where there is no single file.
+    role: "trained", "planted control", "random control" or "mended". about: one sentence.
+    input_size: pixels a side. mean, std, interpolation, crop: its own preprocessing.
+    """
+
+    name: str
+    module: nn.Module
+    sha256: str
+    role: str = "trained"
+    about: str = ""
+    input_size: int = 224
+    mean: tuple[float, ...] = (0.5, 0.5, 0.5)
+    std: tuple[float, ...] = (0.5, 0.5, 0.5)
+    interpolation: str = "bicubic"
+    crop: float = 1.0
+    label: str = ""
+
+    @property
+    def anatomy(self) -> Anatomy:
+        return dissect(self.module)
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.module.parameters()).device
+
+    @property
+    def is_control(self) -> bool:
+        return "control" in self.role
+
+    def normalise(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Pixels in [0, 1] (n, 3, height, width) as the model wants them."""
+        shape = (1, 3, 1, 1)
+        return (pixels - torch.tensor(self.mean).view(shape)) / torch.tensor(self.std).view(shape)
+
+    def capture(self, images: torch.Tensor, keep="norms", **options) -> _capture.Capture:
+        """`capture.capture` of this model; `images` are normalised, or an `Images` set."""
+        return _capture.capture(self.module, getattr(images, "x", images), keep, **options)
+
+    def truth(self, images) -> torch.Tensor | None:
+        """(n, patches) bool, where a control's artifacts are: known for the planted one, nowhere in the random one.
+
+        None for a trained model, whose truth nobody knows.
+        """
+        if self.role == "planted control":
+            from . import planted
+
+            return planted.truth(images.x)
+        rows, cols = self.anatomy.grid(images.x)
+        return torch.zeros(len(images.x), rows * cols, dtype=torch.bool) if self.role == "random control" else None
+
+
+@functools.cache
+def entries() -> dict[str, dict]:
+    """The entries of data/models.yaml by name."""
+    return yaml.safe_load((DATA / "models.yaml").read_text())
+
+
+def load(name: str, device: str | None = None, image_size: int | None = None) -> Model:
+    """The model of that name, in evaluation mode, on `device` (CUDA where there is one, by default).
+
+    `image_size` asks for another input size than the model's own; position embeddings are interpolated.
+    Raises UserError for an unknown name, weights that cannot be had, or a damaged file.
+    """
+    base, _, registers = name.partition("+ttr")
+    if registers:
+        from .. import mend
+
+        model = mend.with_test_time_registers(load(base, device, image_size), _register_count(name, registers))
+        model.label = name
+        return model
+    if base.startswith("random:"):
+        model = _random(base, image_size)
+    elif base.startswith("file:"):
+        model = _file(base, image_size)
+    elif base in entries():
+        model = _entry(base, image_size)
+    else:
+        model = _timm(base, base.removeprefix("timm:"), image_size)
+    model.label = model.label or base
+    model.module.eval().requires_grad_(False)
+    model.module.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    return model
+
+
+def weights_sha256(module: nn.Module) -> str:
+    """A digest of all weights: names, shapes, types and bytes."""
+    digest = hashlib.sha256()
+    for key, value in sorted(module.state_dict().items()):
+        value = value.detach().cpu().contiguous()
+        digest.update(f"{key} {tuple(value.shape)} {value.dtype}".encode())
+        digest.update(value.view(torch.uint8).numpy().tobytes() if value.dim() else str(value.item()).encode())
+    return digest.hexdigest()
+
+
+def file_sha256(path: Path) -> str:
+    """A digest of a file's bytes."""
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def available(name: str) -> str:
+    """Where an entry's weights are on this machine: "shipped", "computed", "VITREG_MODELS", "hub cache" or "not here"."""
+    entry = entries()[name]
+    if "file" in entry:
+        return "shipped" if (CHECKPOINTS / entry["file"]).exists() else "not here"
+    if "planted" in entry or "random" in entry:
+        return "computed"
+    if _folder(entry["timm"]):
+        return "VITREG_MODELS"
+    from huggingface_hub import try_to_load_from_cache
+
+    for filename in ("model.safetensors", "pytorch_model.bin"):
+        if isinstance(try_to_load_from_cache(f"timm/{entry['timm']}", filename), str):
+            return "hub cache"
+    return "not here"
+
+
+def _register_count(name: str, text: str) -> int:
+    if not text.isdigit() or not 0 <= int(text) <= 64:
+        raise UserError(f"{name!r}: write +ttrN with N from 0 to 64, for instance {name.partition('+')[0]}+ttr4")
+    return int(text)
+
+
+def _entry(name: str, image_size: int | None) -> Model:
+    entry = entries()[name]
+    about = entry.get("about", "")
+    if "planted" in entry:
+        from . import planted
+
+        return planted.plant(load(entry["planted"], "cpu", image_size), name, about)
+    if "random" in entry:
+        model = _random(f"random:{entry['random']}", image_size)
+        model.name, model.about = name, about
+        return model
+    if "timm" in entry:
+        model = _timm(name, entry["timm"], image_size or entry.get("input_size"))
+        model.about = about
+        return model
+    path = CHECKPOINTS / entry["file"]
+    if not path.exists():
+        raise UserError(
+            f"{name}: data/checkpoints/{path.name} is not here; `git checkout -- data/checkpoints` restores it"
+        )
+    found = file_sha256(path)
+    if found != entry["sha256"]:
+        raise UserError(
+            f"{name}: data/checkpoints/{path.name} is damaged or not the shipped one (sha256 {found[:12]}…, expected "
+            f"{entry['sha256'][:12]}…); `git checkout -- data/checkpoints` restores it"
+        )
+    return _mini_file(name, path, about, image_size)
+
+
+def _mini_file(name, path, about="", image_size=None):
+    """A checkpoint that carries timm's arguments in its metadata, as this project's training writes them."""
+    metadata, tensors = _read_safetensors(path)
+    from timm.models.vision_transformer import VisionTransformer
+
+    module = VisionTransformer(**json.loads(metadata["vit"]))
+    module.vit_arguments = json.loads(metadata["vit"])
+    _fill(name, module, {k: v.float() for k, v in tensors.items()})
+    size = image_size or module.patch_embed.img_size[0]
+    if image_size:
+        module.set_input_size((image_size, image_size))
+    return Model(name, module, file_sha256(path), about=about, input_size=size)
+
+
+def _random(name: str, image_size: int | None) -> Model:
+    inner = name.removeprefix("random:")
+    torch.manual_seed(0)
+    if inner in entries() and "file" in entries()[inner]:
+        reference = _entry(inner, image_size)
+        reference.module.init_weights("")
+        return Model(
+            name, reference.module, weights_sha256(reference.module), "random control", input_size=reference.input_size
+        )
+    architecture = entries().get(inner, {}).get("timm", inner.removeprefix("timm:"))
+    module = _create(architecture, image_size, pretrained=False)
+    return _with_config(name, module, weights_sha256(module), image_size, role="random control")
+
+
+def _create(architecture: str, image_size: int | None, **options) -> nn.Module:
+    import timm
+
+    if image_size:
+        options["img_size"] = image_size
+    try:
+        return timm.create_model(architecture, **options)
+    except RuntimeError as error:
+        if "Unknown model" in str(error):
+            raise unknown(
+                "model", architecture.split(":")[-1], [*entries(), *timm.list_models("*vit*")], "See `vitreg models`."
+            ) from None
+        raise
+
+
+def _with_config(name, module, sha256, image_size, role="trained") -> Model:
+    import timm.data
+
+    config = timm.data.resolve_model_data_config(module)
+    size = image_size or config["input_size"][-1]
+    options = dict(mean=tuple(config["mean"]), std=tuple(config["std"]), interpolation=config["interpolation"])
+    return Model(name, module, sha256, role, input_size=size, crop=config["crop_pct"], **options)
+
+
+def _folder(timm_name: str) -> Path | None:
+    """The folder of VITREG_MODELS that holds a model of timm in hub layout, recognised by what its config says."""
+    root = os.environ.get("VITREG_MODELS")
+    if not root:
+        return None
+    if not Path(root).is_dir():
+        raise UserError(f"VITREG_MODELS={root}: no such folder")
+    for config in sorted(Path(root).glob("*/config.json")):
+        if config.parent.name == timm_name:
+            return config.parent
+        content = json.loads(config.read_text())
+        tag = content.get("pretrained_cfg", {}).get("tag", "")
+        if f"{content.get('architecture')}.{tag}".removesuffix(".") == timm_name:
+            return config.parent
+    return None
+
+
+def _timm(name: str, timm_name: str, image_size: int | None) -> Model:
+    folder = _folder(timm_name)
+    if folder:
+        return _hub_folder(timm_name, folder, image_size)
+    try:
+        module = _create(timm_name, image_size, pretrained=True)
+    except UserError:
+        raise
+    except Exception as error:  # the hub raises many kinds; each means that the weights cannot be had
+        raise UserError(
+            f"{name}: its weights cannot be had ({type(error).__name__}: no network, or no such weights). Put a folder "
+            f"with config.json and model.safetensors from the hub's timm/{timm_name} into a folder named by "
+            "VITREG_MODELS, or use --profile mini, which works offline"
+        ) from error
+    return _with_config(timm_name, module, weights_sha256(module), image_size)
+
+
+def _hub_folder(name: str, folder: Path, image_size: int | None) -> Model:
+    weights = folder / "model.safetensors"
+    if not weights.exists():
+        raise UserError(f"{name}: {folder.name} has a config.json but no model.safetensors")
+    try:
+        module = _create(f"local-dir:{folder}", image_size, pretrained=True)
+    except UserError:
+        raise
+    except Exception as error:  # safetensors and timm raise many kinds for damaged files
+        raise UserError(f"{name}: model.safetensors in {folder.name} cannot be read: {_line(error)}") from error
+    return _with_config(name, module, file_sha256(weights), image_size)
+
+
+def _file(name: str, image_size: int | None) -> Model:
+    location, _, architecture = name.removeprefix("file:").partition("#")
+    path = Path(location).expanduser()
+    if path.is_dir() and (path / "config.json").exists():
+        return _hub_folder(name, path, image_size)
+    if not path.is_file():
+        raise UserError(f"{name}: no such file, and no folder with a config.json")
+    if path.suffix == ".safetensors":
+        metadata, tensors = _read_safetensors(path)
+        if "vit" in metadata:
+            return _mini_file(name, path, image_size=image_size)
+    elif path.suffix in (".pt", ".pth"):
+        tensors = _read_pickle(path)
+    else:
+        raise UserError(f"{name}: a .safetensors, .pt or .pth file is wanted")
+    if not architecture:
+        raise UserError(
+            f"{name}: the file does not say its architecture; write file:{location}#ARCH with a name of timm's"
+        )
+    module = _create(architecture, image_size, pretrained=False)
+    _fill(name, module, tensors)
+    return _with_config(name, module, file_sha256(path), image_size)
+
+
+def _read_safetensors(path: Path):
+    from safetensors import safe_open
+
+    try:
+        with safe_open(path, "pt") as f:
+            return f.metadata() or {}, {key: f.get_tensor(key) for key in f.keys()}
+    except Exception as error:  # safetensors raises its own kind, OSError or ValueError
+        raise UserError(f"{path.name} is no whole safetensors file: {_line(error)}") from error
+
+
+def _read_pickle(path: Path) -> dict[str, torch.Tensor]:
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # truncated archives and refused pickles raise several kinds
+        raise UserError(f"{path.name} cannot be read as weights only: {_line(error)}") from error
+    for key in ("state_dict", "model", "teacher"):
+        if isinstance(content, dict) and isinstance(content.get(key), dict):
+            content = content[key]
+    return {re.sub(r"^(module|backbone)\.", "", k): v for k, v in content.items() if torch.is_tensor(v)}
+
+
+def _fill(name: str, module: nn.Module, tensors: dict[str, torch.Tensor]) -> None:
+    """Load weights; a classifier that is missing or too much is no fault, all else is."""
+    try:
+        missing, extra = module.load_state_dict(tensors, strict=False)
+    except RuntimeError as error:
+        raise UserError(f"{name}: the weights do not fit the architecture: {_line(error)}") from error
+    wrong = [k for k in [*missing, *extra] if not k.startswith("head")]
+    if wrong:
+        raise UserError(
+            f"{name}: the weights do not fit the architecture: {', '.join(wrong[:4])}{' …' * (len(wrong) > 4)}"
+        )
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())[:160]

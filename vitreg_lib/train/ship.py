@@ -1,0 +1,62 @@
+"""Put a finished run into the zoo: its weights and telemetry into data/checkpoints/, its record into data/models.yaml."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import yaml
+
+from ..errors import UserError
+from ..models import zoo
+from ..paths import CHECKPOINTS, DATA
+from .config import TrainConfig
+from .loop import write_atomically
+
+
+def ship(folder: str | Path, name: str, about: str) -> Path:
+    """Ship the run in `folder` as `name`; the weights' path. Raises UserError for a run that is not finished."""
+    folder = Path(folder)
+    if not (folder / "result.json").exists():
+        raise UserError(f"{folder} holds no finished run: no result.json there")
+    config = json.loads((folder / "config.json").read_text())
+    result = json.loads((folder / "result.json").read_text())
+    CHECKPOINTS.mkdir(parents=True, exist_ok=True)
+    target = CHECKPOINTS / f"{name}.safetensors"
+    for source, place in (
+        ("model.safetensors", target),
+        ("telemetry.parquet", target.with_suffix(".telemetry.parquet")),
+    ):
+        temporary = place.with_name(place.name + ".tmp")
+        shutil.copyfile(folder / source, temporary)
+        os.replace(temporary, place)
+    entry = {
+        "file": target.name,
+        "about": about,
+        "sha256": zoo.file_sha256(target),
+        "command": command(config),
+        **result,
+    }
+    path = DATA / "models.yaml"
+    entries = yaml.safe_load(path.read_text())
+    text = path.read_text()
+    if name in entries:  # drop the old entry, up to the next top-level key
+        lines = text.splitlines(keepends=True)
+        start = lines.index(f"{name}:\n")
+        end = next(
+            (i for i in range(start + 1, len(lines)) if lines[i].strip() and not lines[i].startswith((" ", "#"))),
+            len(lines),
+        )
+        text = "".join(lines[:start] + lines[end:])
+    text = text.rstrip("\n") + "\n" + yaml.safe_dump({name: entry}, sort_keys=False, allow_unicode=True, width=1000)
+    write_atomically(path, text.encode())
+    return target
+
+
+def command(config: dict) -> str:
+    """The `vitreg train` line that makes this run again."""
+    default = TrainConfig(recipe=config["recipe"])
+    options = [f"--{k.replace('_', '-')} {v}" for k, v in config.items() if v != getattr(default, k)]
+    return " ".join(["vitreg train", config["recipe"], *options])

@@ -1,0 +1,67 @@
+"""Interactive parts: ipywidgets around the functions of `plots`.
+
+Run by papermill, nbval or nbconvert (VITREG_BATCH is set), each shows the picture of its default state instead: a
+widget's own state is not kept in an executed notebook.
+"""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+from . import plots
+
+
+def interact(draw, **controls):
+    """Call `draw(**values)`, which returns a figure, at every change of the controls; batch runs show one picture.
+
+    controls: (widget class name, options) by argument of `draw`, for instance layer=("IntSlider", {"max": 11}).
+    """
+    import matplotlib.pyplot as plt
+    from IPython.display import display
+
+    values = {name: options["value"] for name, (_, options) in controls.items()}
+    if os.environ.get("VITREG_BATCH"):
+        figure = draw(**values)
+        plt.close(figure)
+        return figure
+    import ipywidgets
+
+    made = {
+        name: getattr(ipywidgets, kind)(description=name, continuous_update=False, **options)
+        if "Slider" in kind
+        else getattr(ipywidgets, kind)(description=name, **options)
+        for name, (kind, options) in controls.items()
+    }
+    output = ipywidgets.Output()
+
+    def update(change=None):
+        figure = draw(**{name: widget.value for name, widget in made.items()})
+        plt.close(figure)
+        with output:
+            output.clear_output(wait=True)
+            display(figure)
+
+    for widget in made.values():
+        widget.observe(update, "value")
+    update()
+    return ipywidgets.VBox([ipywidgets.HBox(list(made.values())), output])
+
+
+def cutoff_slider(images, norms: torch.Tensor, cutoff: float):
+    """Images and norm maps (n, rows, cols) with the tokens above a cutoff ringed; the cutoff slides."""
+    high = float(norms.max())
+
+    def draw(cutoff):
+        figure = plots.norm_maps(
+            images.pixels, {"norms": norms}, {"norms": cutoff}, {"norms": (norms > cutoff).flatten(1)}
+        )
+        figure.suptitle(
+            f"cutoff {cutoff:.3g}: {(norms > cutoff).float().mean().item():.2%} of tokens above", fontsize=9
+        )
+        return figure
+
+    return interact(
+        draw, cutoff=("FloatSlider", {"value": min(cutoff, high), "min": 0.0, "max": high, "step": high / 200})
+    )
