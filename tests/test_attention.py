@@ -1,0 +1,137 @@
+"""Attention maps are the model's own: equal to an explicit softmax, whatever the architecture adds to attention."""
+
+from __future__ import annotations
+
+import pytest
+import timm
+import torch
+
+from vitreg_lib import attention
+from vitreg_lib.capture import capture
+from vitreg_lib.models import mini
+
+KINDS = {  # what is special about it: timm's name and options that keep it small
+    "plain": ("vit_tiny_patch16_224", {}),
+    "qk-norm": ("vit_tiny_patch16_224", {"qk_norm": True}),
+    "rope": ("eva02_tiny_patch14_224", {}),
+    "rope and registers": ("vit_small_patch16_dinov3", {}),
+    "attention bias": ("beit_base_patch16_224", {"embed_dim": 96, "num_heads": 3}),
+    "registers": ("vit_tiny_patch16_224", {"reg_tokens": 4, "no_embed_class": True}),
+    "no cls": ("vit_tiny_patch16_224", {"class_token": False, "global_pool": "avg"}),
+    "LayerScale": ("vit_tiny_patch16_224", {"init_values": 0.1}),
+    "not square": ("vit_tiny_patch16_224", {"img_size": (64, 96)}),
+}
+
+
+def build(kind):
+    name, options = KINDS[kind]
+    torch.manual_seed(0)
+    options = {"img_size": 56 if "patch14" in name else 64, "depth": 2} | options
+    return timm.create_model(name, **options).eval()
+
+
+def image(model):
+    return torch.randn(2, 3, *model.patch_embed.img_size, generator=torch.Generator().manual_seed(1))
+
+
+def explicit_attention(model, x, block):
+    """The whole attention matrix, from timm's unfused path and a hook on the dropout that follows its softmax."""
+    found = []
+    attn = model.blocks[block].attn
+    fused, attn.fused_attn = attn.fused_attn, False
+    handle = attn.attn_drop.register_forward_hook(lambda module, inputs, output: found.append(output))
+    with torch.no_grad():
+        model(x)
+    handle.remove()
+    attn.fused_attn = fused
+    return found[0]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_rows_equal_explicit_softmax(kind):
+    model = build(kind)
+    x = image(model)
+    rows, cols = (s // p for s, p in zip(x.shape[-2:], model.patch_embed.patch_size, strict=True))
+    tokens = model.num_prefix_tokens + rows * cols
+    queries = [*range(model.num_prefix_tokens), tokens - 1]
+    seen = capture(model, x, "attention", queries=queries)
+    for block in (0, 1):
+        expected = explicit_attention(model, x, block)[:, :, queries]
+        gap = (seen.attention[block] - expected).abs().max().item()
+        assert gap < 1e-5, f"{kind}, block {block}: largest gap {gap:.2e}"
+        on_patches = expected[..., model.num_prefix_tokens :].unflatten(-1, (rows, cols))
+        assert torch.allclose(attention.maps(seen, block), on_patches.mean(1), atol=1e-5)
+        assert torch.allclose(attention.head_maps(seen, block, tokens - 1), on_patches[:, :, -1], atol=1e-5)
+
+
+def test_softmax_by_hand_on_captured_q_and_k():
+    model = build("registers")
+    seen = capture(model, image(model), ("q", "k", "attention"), layers=1)
+    scores = seen.q[1][:, :, : seen.num_prefix_tokens] @ seen.k[1].transpose(-2, -1) / seen.q[1].shape[-1] ** 0.5
+    assert torch.allclose(seen.attention[1], scores.softmax(-1), atol=1e-5)
+
+
+def seen_of(registers=4, depth_layers=None, queries=None):
+    torch.manual_seed(0)
+    model = mini.build("xs", registers=registers).eval()
+    x = torch.randn(3, 3, 96, 96)
+    return capture(model, x, ("norms", "attention"), layers=depth_layers, queries=queries)
+
+
+def test_budget_sums_to_one_and_counts_outliers():
+    seen = seen_of()
+    is_outlier = torch.zeros(3, 144, dtype=torch.bool)
+    is_outlier[:, 7] = True
+    table = attention.budget(seen, is_outlier)
+    assert torch.allclose(torch.tensor(table.sum(axis=1).to_numpy()), torch.ones(3).double(), atol=1e-5)
+    expected = seen.attention[3][:, :, 0, 5 + 7].mean(1)
+    assert torch.allclose(torch.tensor(table.outliers.to_numpy()).float(), expected, atol=1e-6)
+
+
+def test_chosen_heads_queries_and_names():
+    seen = seen_of(registers=2)
+    assert attention.query_names(seen) == ["cls", "register 1", "register 2"]
+    assert attention.query_names(seen, [3 + 13]) == ["patch (1, 1)"]
+    one = attention.maps(seen, 2, queries=[1], heads=[0])
+    assert torch.equal(one[:, 0], attention.head_maps(seen, 2, 1)[:, 0])
+
+
+@pytest.mark.parametrize(
+    "wrong, named",
+    [({"layer": 9}, "layer 9"), ({"queries": [77]}, "query 77"), ({"heads": [5]}, "head 5")],
+)
+def test_what_was_not_captured_is_refused_with_what_was(wrong, named):
+    with pytest.raises(ValueError, match=named):
+        attention.maps(seen_of(), **wrong)
+
+
+def test_upsampling_keeps_a_constant_and_nearest_keeps_values():
+    flat = torch.full((2, 5, 3, 4), 0.25)
+    assert torch.allclose(attention.upsample(flat, (30, 40)), torch.tensor(0.25))
+    peak = torch.zeros(3, 4)
+    peak[1, 2] = 1
+    big = attention.upsample(peak, (30, 40), "nearest")
+    assert big.shape == (30, 40) and big.sum() == 100 and big[10:20, 20:30].min() == 1
+
+
+def test_rollout_rows_sum_to_one_and_equal_the_product_of_matrices():
+    seen = seen_of(queries=range(149))
+    rolled = attention.rollout(seen)
+    assert torch.allclose(rolled.sum(-1), torch.ones(3, 5), atol=1e-4)
+    product = torch.eye(149).expand(3, -1, -1)
+    for block in range(4):
+        product = (0.5 * torch.eye(149) + 0.5 * seen.attention[block].mean(1)) @ product
+    assert torch.allclose(rolled, product[:, :5], atol=1e-5)
+    with pytest.raises(ValueError, match="all 149 tokens"):
+        attention.rollout(seen_of())
+
+
+def test_map_of_a_model_without_cls_is_the_mean_over_its_patches():
+    from vitreg_lib.models.zoo import Model
+
+    module = build("no cls")
+    model = Model("no-cls", module, "0" * 64)
+    x = image(module)
+    one, seen = attention.cls_or_mean(model, x)
+    everything = explicit_attention(module, x, 1).mean((1, 2)).unflatten(-1, (4, 4))
+    assert torch.allclose(one, everything, atol=1e-5) and seen.queries == tuple(range(16))

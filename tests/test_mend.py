@@ -1,0 +1,198 @@
+"""Registers at test time: found on the planted control, no fault of the released code, real weights."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+
+from vitreg_lib import mend
+from vitreg_lib.capture import capture
+from vitreg_lib.data import scenes
+from vitreg_lib.errors import UserError
+from vitreg_lib.models import mini, planted, zoo
+
+REAL = Path(os.environ.get("VITREG_MODELS") or Path(__file__).resolve().parents[2] / "shared" / "real")
+
+
+@pytest.fixture(scope="module")
+def control():
+    """A planted control on a random mini ViT: no trained weights are needed to know where its artifacts are."""
+    torch.manual_seed(0)
+    base = zoo.Model("random-mini", mini.build("m").eval().requires_grad_(False), "0" * 64, input_size=96)
+    return planted.plant(base)
+
+
+@pytest.fixture(scope="module")
+def pictures(control):
+    return control.normalise(scenes.render(range(24)).pixels)
+
+
+@pytest.fixture(scope="module")
+def found(control, pictures):
+    return mend.find(control, pictures)
+
+
+def outlier_share(model, x, cutoff):
+    return (model.capture(x, layers=-1).patch_norms > cutoff).float().mean().item()
+
+
+def test_the_planted_neurons_are_found(found, control):
+    """The truth: one neuron writes the norm and 14 the content, in the block where the artifacts begin."""
+    first = control.module.blocks[5].mlp.fc1.out_features - 8 * 16
+    assert found.onset == 5 and found.neurons[0] == (5, first)
+    assert set(found.neurons) == {(5, first + i) for i in range(15)}
+
+
+def test_outliers_leave_the_patches_and_the_registers_take_them(found, control, pictures):
+    before = outlier_share(control, pictures, found.cutoff)
+    mended = mend.with_test_time_registers(control, 2, found.neurons)
+    seen = mended.capture(pictures)
+    assert before > 0.01
+    assert (seen.patch_norms[:, -1] > found.cutoff).float().mean() < 0.1 * before
+    has_outlier = planted.truth(pictures).any(1)
+    assert seen.register_norms[has_outlier, -1].min() > found.cutoff
+
+
+def test_every_image_of_a_batch_is_treated_as_if_alone(found, control, pictures):
+    mended = mend.add_registers(control.module, found.neurons, 2)
+    together = capture(mended, pictures[:8], "tokens", layers=-1).tokens[7]
+    alone = torch.cat([capture(mended, x[None], "tokens", layers=-1).tokens[7] for x in pictures[:8]])
+    gap = (together - alone).abs().max() / alone.abs().max()
+    assert gap < 1e-5, f"largest relative gap between batch 8 and batch 1: {gap:.1e}"
+
+
+def test_each_neuron_has_its_own_largest_value_and_cls_neither_counts_nor_changes():
+    activations = torch.zeros(2, 2 + 1 + 3, 4)  # cls, an old register, one new token, three patches
+    activations[0, 3:, 0] = torch.tensor([1.0, 5.0, 2.0])
+    activations[0, 3:, 1] = torch.tensor([0.5, 0.1, -3.0])
+    activations[1, 3:, 0] = torch.tensor([7.0, 0.0, 0.0])
+    activations[:, :2, :2] = 99.0
+    activations[:, :, 3] = 4.0
+    original = activations.clone()
+    (moved,) = mend._Move([0, 1], old=2, n=1)(None, (activations,))
+    assert moved[0, 2, :2].tolist() == [5.0, -3.0] and moved[1, 2, :2].tolist() == [7.0, 0.0]
+    assert (moved[:, 3:, :2] == 0).all(), "patches keep nothing of the chosen neurons"
+    assert (moved[:, :2] == 99.0).all(-1)[..., None].logical_or(moved[:, :2] == original[:, :2]).all()
+    assert torch.equal(moved[:, :, 2:], original[:, :, 2:]) and torch.equal(activations, original)
+
+
+def test_with_several_blocks_new_tokens_keep_what_they_hold():
+    activations = torch.zeros(1, 1 + 1 + 2, 1)
+    activations[0, 1, 0], activations[0, 2, 0] = 9.0, 2.0  # the new token itself fires most
+    (moved,) = mend._Move([0], old=1, n=1)(None, (activations,))
+    assert moved[0, :, 0].tolist() == [0, 9.0, 0, 0]
+
+
+@pytest.mark.parametrize("pool", ["token", "avg"])
+def test_returned_features_drop_the_new_tokens_and_no_patch(pool):
+    torch.manual_seed(0)
+    model = mini.build("xs", registers=2, global_pool=pool).eval()
+    x = torch.randn(2, 3, 96, 96)
+    mended = mend.add_registers(model, [], 3)
+    assert mended.num_prefix_tokens == 6 and mended.forward_features(x).shape[1] == 6 + 144
+    patches, prefix = mended.forward_intermediates(x, indices=[-1], return_prefix_tokens=True)[1][0]
+    assert patches.shape[-2:] == (12, 12) and prefix.shape[1] == 6
+    seen = capture(mended, x, ("norms", "final"))
+    assert (seen.num_registers, seen.has_cls, seen.patch_norms.shape[-1]) == (5, True, 144)
+    silent = mend.add_registers(model, [], 3)
+    for attn in (block.attn for block in silent.blocks):
+        attn.proj.weight.data.zero_()  # without attention new tokens cannot matter: outputs are the old ones
+    plain = mini.build("xs", registers=2, global_pool=pool).eval()
+    plain.load_state_dict(silent.state_dict())
+    assert torch.allclose(plain(x), silent(x), atol=1e-5)
+
+
+def test_the_original_is_left_as_it_was(found, control, pictures):
+    before, digest = control.module(pictures[:2]), zoo.weights_sha256(control.module)
+    prefix, kind = control.module.num_prefix_tokens, type(control.module)
+    mended = mend.with_test_time_registers(control, 4, found.neurons)
+    mended.module(pictures[:2])
+    mended.module.cls_token.data.add_(1)
+    assert torch.equal(control.module(pictures[:2]), before) and zoo.weights_sha256(control.module) == digest
+    assert control.module.num_prefix_tokens == prefix and type(control.module) is kind
+    assert not any(m._forward_pre_hooks for m in control.module.modules())
+
+
+def test_zero_registers_only_silence_the_neurons(found, control, pictures):
+    silenced = mend.with_test_time_registers(control, 0, found.neurons)
+    assert silenced.anatomy.num_registers == 0 and silenced.name.endswith("+ttr0")
+    assert outlier_share(silenced, pictures, found.cutoff) < 0.1 * outlier_share(control, pictures, found.cutoff)
+
+
+def test_random_neurons_of_equal_activation_mend_nothing(found, control, pictures):
+    drawn = mend.random_neurons(control, found.neurons, pictures, seed=3)
+    assert len(drawn) == len(set(drawn)) == len(found.neurons) and not set(drawn) & set(found.neurons)
+    assert {b for b, _ in drawn} == {b for b, _ in found.neurons}
+    mended = mend.with_test_time_registers(control, 1, drawn)
+    assert outlier_share(mended, pictures, found.cutoff) > 0.5 * outlier_share(control, pictures, found.cutoff)
+
+
+def test_role_name_and_digest_say_what_it_is(found, control):
+    one, two = (mend.with_test_time_registers(control, n, found.neurons) for n in (1, 2))
+    assert one.role == "mended" and one.name == control.name + "+ttr1" and one.anatomy.num_registers == 1
+    assert len({control.sha256, one.sha256, two.sha256}) == 3 and len(one.sha256) == 64
+
+
+def test_a_clean_model_has_nothing_to_mend():
+    torch.manual_seed(0)
+    clean = zoo.Model("clean", mini.build("xs").eval(), "0" * 64, input_size=96)
+    with pytest.raises(mend.NothingToMend, match="nothing to mend"):
+        mend.with_test_time_registers(clean, 4)
+
+
+def test_attention_bias_by_pairs_of_places_is_refused():
+    beit = timm.create_model("beit_base_patch16_224", img_size=64, depth=1, embed_dim=96, num_heads=3)
+    with pytest.raises(UserError, match="bias for each pair"):
+        mend.add_registers(beit, [], 1)
+
+
+@pytest.mark.parametrize("neurons, named", [([(9, 0)], "block 9"), ([(0, 64)], "neuron 64")])
+def test_neurons_that_do_not_exist_are_refused(neurons, named):
+    with pytest.raises(ValueError, match=named):
+        mend.add_registers(mini.build("xs"), neurons, 1)
+
+
+@pytest.mark.parametrize("name", ["eva02_tiny_patch14_224", "vit_small_patch16_dinov3"])
+def test_rotary_embeddings_keep_their_places(name):
+    """Zero tokens whose attention output is cut leave every other token as it was, rotary embedding included."""
+    torch.manual_seed(0)
+    model = timm.create_model(name, img_size=56 if "14" in name else 64, depth=2).eval()
+    x = torch.randn(1, 3, *model.patch_embed.img_size)
+    mended = mend.add_registers(model, [(1, 3)], 2)
+    old = model.num_prefix_tokens
+    q, k = (capture(m, x, ("q", "k"), layers=0) for m in (model, mended))
+    assert torch.allclose(k.q[0][:, :, old + 2 :], q.q[0][:, :, old:], atol=1e-5)
+    assert torch.allclose(k.k[0][:, :, old + 2 :], q.k[0][:, :, old:], atol=1e-5)
+    assert mended(x).shape == model(x).shape
+
+
+def test_other_image_sizes_still_work():
+    model = mini.build("xs", no_embed_class=False)
+    mended = mend.add_registers(model, [], 2).eval()
+    assert mended.forward_features(torch.randn(1, 3, 64, 96)).shape[1] == 3 + 8 * 12
+
+
+@pytest.fixture
+def vit_ti(monkeypatch):
+    if not (REAL / "vit_tiny_patch16_224.augreg_in21k_ft_in1k").is_dir():
+        pytest.skip("real weights (vit_tiny_patch16_224.augreg_in21k_ft_in1k) are not on this machine")
+    monkeypatch.setenv("VITREG_MODELS", str(REAL))
+    return zoo.load("vit-ti", "cpu")
+
+
+def test_real_vit_ti_is_mended_by_one_neuron(vit_ti):
+    found = mend.find(vit_ti)
+    assert found.neurons == ((7, 417),) and found.onset == 7
+    assert 0.015 < found.share_before < 0.025 and found.share_after == 0
+    x = mend.handful(vit_ti).x
+    norms = mend.with_test_time_registers(vit_ti, 4, found.neurons).capture(x, layers=-1).register_norms
+    assert 450 < norms.mean() < 600, f"mean register norm {norms.mean():.0f}"
+
+
+def test_real_deit_ti_has_nothing_to_mend(vit_ti):
+    with pytest.raises(mend.NothingToMend):
+        mend.find(zoo.load("deit-ti", "cpu"))

@@ -1,0 +1,159 @@
+"""Attention maps: what chosen query tokens look at, as maps over the patches (Fig. 1, 2, 8, 9, 16, 18, 19).
+
+    seen = model.capture(images, ("norms", "attention"), layers=-1)     # rows of cls and registers, O(queries x tokens)
+    maps = vr.attention.maps(seen)                                      # (images, queries, rows, cols)
+
+`capture` keeps the rows softmax(q kᵀ/√d) of the query tokens asked for; here they are averaged over heads, cut down
+to the patches and laid out on the grid. The paper says neither layer, head nor query, except "last layer" for Fig. 19:
+the last block, the mean over heads and the cls token are the defaults. A row sums to 1 over all keys, so a map sums to
+less: the rest goes to cls and registers, and `budget` says how much.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from .capture import Capture
+
+
+def maps(
+    seen: Capture, layer: int = -1, queries: list[int] | None = None, heads: list[int] | None = None
+) -> torch.Tensor:
+    """(images, queries, rows, cols) attention on the patches, the mean over `heads` (all by default).
+
+    `layer` is a captured block, negative from the last captured one; `queries` are token positions among those
+    captured, all of them by default. Raises ValueError for a layer, query or head that was not captured.
+    """
+    return _choose(seen, layer, queries, heads).mean(1)
+
+
+def head_maps(seen: Capture, layer: int = -1, query: int = 0) -> torch.Tensor:
+    """(images, heads, rows, cols) attention of one query token, each head by itself (Fig. 18)."""
+    return _choose(seen, layer, [query], None)[:, :, 0]
+
+
+def query_names(seen: Capture, queries: list[int] | None = None) -> list[str]:
+    """What to call each captured query: cls, register 1 …, patch (row, col)."""
+    names = []
+    for token in seen.queries if queries is None else queries:
+        if token < int(seen.has_cls):
+            names.append("cls")
+        elif token < seen.num_prefix_tokens:
+            names.append(f"register {token - int(seen.has_cls) + 1}")
+        else:
+            row, col = divmod(token - seen.num_prefix_tokens, seen.grid[1])
+            names.append(f"patch ({row}, {col})")
+    return names
+
+
+def patch_token(model, images: torch.Tensor, row: int, col: int) -> int:
+    """Token position of the patch at (row, col) in a `zoo.Model`, for `capture`'s queries; negative from the end."""
+    rows, cols = model.anatomy.grid(images)
+    if not (-rows <= row < rows and -cols <= col < cols):
+        raise ValueError(f"patch ({row}, {col}) out of range for a grid of {rows} x {cols}")
+    return model.anatomy.num_prefix_tokens + row % rows * cols + col % cols
+
+
+def cls_or_mean(model, images, layer: int = -1, batch_size: int = 32, progress: bool = False):
+    """The usual map of a model, (images, rows, cols), and the `Capture` it came from.
+
+    Attention of the cls token at `layer`, mean over heads. A model without cls is asked through its registers, and
+    without any prefix token through all patches; each time the mean over these queries.
+    """
+    x = getattr(images, "x", images)
+    rows, cols = model.anatomy.grid(x)
+    prefix = model.anatomy.num_prefix_tokens
+    queries = [0] if model.anatomy.has_cls else list(range(prefix)) or list(range(rows * cols))
+    seen = model.capture(
+        x, ("norms", "attention"), layers=layer, queries=queries, batch_size=batch_size, progress=progress
+    )
+    return maps(seen).mean(1), seen
+
+
+def budget(seen: Capture, is_outlier: torch.Tensor | None = None, layer: int = -1, query: int = 0):
+    """Where one query's attention goes, in shares that sum to 1: a DataFrame with a row an image.
+
+    Columns: cls, registers, outliers (where `is_outlier` (images, patches) is given) and patches, the others.
+    """
+    import pandas as pd
+
+    row = _row(seen, layer, query)
+    first, prefix = int(seen.has_cls), seen.num_prefix_tokens
+    on_patches = row[:, prefix:]
+    outliers = torch.zeros_like(on_patches, dtype=torch.bool) if is_outlier is None else is_outlier
+    shares = {
+        "cls": row[:, :first].sum(1),
+        "registers": row[:, first:prefix].sum(1),
+        "outliers": (on_patches * outliers).sum(1),
+        "patches": (on_patches * ~outliers).sum(1),
+    }
+    return pd.DataFrame({name: value.double().numpy() for name, value in shares.items()})
+
+
+def relative(attn_maps: torch.Tensor) -> torch.Tensor:
+    """Maps (..., rows, cols) as a multiple of even attention over the patches: 1 everywhere would be uniform."""
+    return attn_maps / attn_maps.mean((-2, -1), keepdim=True)
+
+
+def upsample(attn_maps: torch.Tensor, size: tuple[int, int], mode: str = "bilinear") -> torch.Tensor:
+    """Maps (..., rows, cols) at the image's (height, width); "bilinear", "bicubic" or "nearest".
+
+    Nearest keeps what was computed, one value a patch; the others are for looking only, and spread a one-patch
+    artifact over its neighbours.
+    """
+    lead = attn_maps.shape[:-2]
+    x = attn_maps.reshape(1, -1, *attn_maps.shape[-2:]).float()
+    options = {} if mode == "nearest" else {"align_corners": False}
+    return F.interpolate(x, size=tuple(size), mode=mode, **options).reshape(*lead, *size)
+
+
+def rollout(seen: Capture, queries: list[int] | None = None, residual: float = 0.5) -> torch.Tensor:
+    """(images, queries, tokens) attention rolled out over all captured blocks (Abnar and Zuidema 2020; an option).
+
+    Each block's matrix is the mean over heads mixed with the identity, which stands for the residual stream, by
+    `residual`; the product runs from the last block back, for the chosen `queries` alone (the prefix tokens by
+    default). Needs rows of every token at every block: `capture(..., queries=range(tokens))`, memory O(tokens²) a
+    block. Raises ValueError where these were not captured.
+    """
+    tokens = seen.num_prefix_tokens + seen.grid[0] * seen.grid[1]
+    if tuple(seen.queries) != tuple(range(tokens)) or not seen.attention:
+        raise ValueError(f"rollout needs attention rows of all {tokens} tokens; capture with queries=range({tokens})")
+    queries = list(range(seen.num_prefix_tokens)) if queries is None else list(queries)
+    images = len(seen.attention[seen.layers[0]])
+    rows = torch.eye(tokens)[queries].expand(images, -1, -1)
+    for layer in sorted(seen.layers, reverse=True):
+        rows = residual * rows + (1 - residual) * rows @ seen.attention[layer].mean(1)
+    return rows
+
+
+def on_grid(seen: Capture, tokens: torch.Tensor) -> torch.Tensor:
+    """(..., tokens) values of all tokens, or (..., patches), as maps (..., rows, cols) of the patches."""
+    patches = seen.grid[0] * seen.grid[1]
+    return tokens[..., -patches:].unflatten(-1, seen.grid)
+
+
+def _choose(seen: Capture, layer: int, queries, heads) -> torch.Tensor:
+    """(images, heads, queries, rows, cols) of the captured rows."""
+    if not seen.attention:
+        raise ValueError('no attention was captured: ask capture for "attention"')
+    if layer not in seen.layers and not -len(seen.layers) <= layer < 0:
+        raise ValueError(f"layer {layer} was not captured; captured are {', '.join(map(str, seen.layers))}")
+    rows = seen.attention[layer if layer in seen.layers else seen.layers[layer]]
+    if queries is not None:
+        if unseen := [q for q in queries if q not in seen.queries]:
+            known = ", ".join(map(str, seen.queries[:20]))
+            raise ValueError(f"query {unseen[0]} was not captured; captured are {known}")
+        rows = rows[:, :, [seen.queries.index(q) for q in queries]]
+    if heads is not None:
+        if unseen := [h for h in heads if not 0 <= h < rows.shape[1]]:
+            raise ValueError(f"head {unseen[0]} out of range for {rows.shape[1]} heads (0…{rows.shape[1] - 1})")
+        rows = rows[:, list(heads)]
+    return on_grid(seen, rows)
+
+
+def _row(seen: Capture, layer: int, query: int) -> torch.Tensor:
+    """(images, tokens): the whole row of one query, mean over heads."""
+    _choose(seen, layer, [query], None)
+    rows = seen.attention[layer if layer in seen.layers else seen.layers[layer]]
+    return rows[:, :, seen.queries.index(query)].mean(1)

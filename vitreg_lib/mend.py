@@ -1,0 +1,319 @@
+"""Registers at test time: mend a model that was trained without, by moving what makes its outliers elsewhere.
+
+After Jiang et al. 2025, "Vision Transformers Don't Need Trained Registers". A few neurons of the MLPs fire at the
+tokens that become outliers, before these get their norm (`find`). In the mended model N tokens of zeros are appended
+behind cls; at those neurons they take over the largest activation of the image's patches, and the patches get none
+(`add_registers`). N = 0 only silences the neurons at the patches: the control that shows what the activation was for.
+
+Where the paper's released code does otherwise: every image of a batch is treated, not the first alone; each neuron has
+its own largest value; cls neither counts for it nor is changed; what is returned drops the new tokens and no patch.
+When several blocks are treated the largest value is taken over patches *and* new tokens, or these would starve.
+
+    mended = vr.load("vit-ti+ttr4")           # finds the neurons on a handful of images, adds 4 registers
+    found = vr.mend.find(model, images)       # the same by hand
+    mended = vr.mend.with_test_time_registers(model, 4, found.neurons)
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import hashlib
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from . import outliers
+from .anatomy import Anatomy, dissect
+from .capture import hooks, second_linear
+from .errors import UserError
+
+Neurons = Sequence[tuple[int, int]]  # (block, neuron)
+
+COUNTS = (1, 2, 3, 5, 7, 10, 15, 20, 30, 50)  # how many neurons are tried, fewest first
+REMAINING = 0.1  # the fewest neurons that leave less than this share of the outliers are enough
+MENDED = 0.5  # more than this share of the outliers left, with the best choice of neurons: not mended
+MIN_SHARE = 0.005  # of patch tokens set apart: from here on a block holds outliers (as in Fig. 4)
+
+
+class NothingToMend(UserError):
+    """The model has no outliers, or no few neurons make them."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Found:
+    """What `find` found: the neurons, strongest first, and how it went.
+
+    layer: the block after which outliers were looked for; onset: the first from which on they are there; cutoff: a
+    norm. share_before, share_after: of patch tokens above the cutoff after `layer`, on the images searched, without and
+    with one register. table: the strongest candidates, a DataFrame with block, neuron, at_outliers and elsewhere (mean
+    |activation|), writes (the norm that it adds to an outlier).
+    """
+
+    neurons: tuple[tuple[int, int], ...]
+    layer: int
+    onset: int
+    cutoff: float
+    share_before: float
+    share_after: float
+    table: object
+
+
+def find(model, images=None, max_neurons: int = 50, by: str = "writes") -> Found:
+    """The MLP neurons that mark a `zoo.Model`'s outlier tokens, searched on `images` (see `handful`).
+
+    Candidates are the neurons of the blocks up to the onset, ranked by what they do at outliers more than elsewhere:
+    `by` "writes", the norm they add (mean |activation| x length of their output weights, ours), or "activation", as
+    published. From the top, the fewest of 1, 2, 3, 5 … `max_neurons` that leave less than a tenth of the outliers
+    are taken; if none does, those that leave fewest. Raises NothingToMend (a UserError) for a model without outliers.
+    """
+    if by not in ("writes", "activation"):
+        raise ValueError(f"unknown ranking {by!r}; known are writes, activation")
+    x = _pixels(handful(model) if images is None else images)
+    norms = model.capture(x).patch_norms  # (images, layers, patches)
+    holds = (outliers.separated_share(norms) >= MIN_SHARE).nonzero().flatten()
+    if len(holds) == 0:
+        raise NothingToMend(
+            f"{model.name} has nothing to mend: after no block does {MIN_SHARE:.1%} of the patch tokens exceed "
+            f"{outliers.SEPARATED:g} times the median norm"
+        )
+    layer = int(holds[-1])
+    onset = outliers.onset_layer(norms[:, : layer + 1])
+    cutoff = outliers.SEPARATED * norms[:, layer].median().item()
+    is_outlier = norms[:, layer] > cutoff
+    table = rank(model.module, x, is_outlier, range(onset + 1), by).head(max(max_neurons, 10))
+    ranked = list(zip(table.block, table.neuron, strict=True))
+    before, best = is_outlier.float().mean().item(), None
+    for count in [c for c in COUNTS if c <= max_neurons]:
+        mended = add_registers(model.module, ranked[:count], 1)
+        after = _share_above(mended, x, layer, cutoff)
+        if best is None or after < best[0]:
+            best = (after, count)
+        if after < REMAINING * before:
+            break
+    return Found(tuple(ranked[: best[1]]), layer, onset, cutoff, before, best[0], table.reset_index(drop=True))
+
+
+def with_test_time_registers(model, n: int, neurons: Neurons | None = None):
+    """A `zoo.Model` with `n` registers added at test time; the given model is left as it was.
+
+    `neurons` by default those that `find` finds on a handful of images. Its name ends in +ttrN, its role is "mended",
+    its anatomy counts the new registers. Given no `neurons`, NothingToMend is raised for a model without outliers and
+    for one that keeps more than half of them: a mended name never stands for a model that is what it was. UserError
+    for attention with a bias for each pair of places, in which a new token has no place.
+    """
+    neurons = _found_neurons(model) if neurons is None else tuple(neurons)
+    name = f"{model.name}+ttr{n}"
+    which = ", ".join(f"{block}:{neuron}" for block, neuron in neurons[:5]) + (" …" if len(neurons) > 5 else "")
+    return dataclasses.replace(
+        model,
+        name=name,
+        label=f"{model.label or model.name}+ttr{n}",
+        module=add_registers(model.module, neurons, n),
+        sha256=hashlib.sha256(f"{model.sha256} {n} {sorted(neurons)}".encode()).hexdigest(),
+        role="mended",
+        about=f"{model.name}, {n} registers added at test time, {len(neurons)} neurons moved (block:neuron {which})",
+    )
+
+
+def _found_neurons(model) -> tuple[tuple[int, int], ...]:
+    found = find(model)
+    if found.share_after > MENDED * found.share_before:
+        raise NothingToMend(
+            f"{model.name} cannot be mended this way: moving its {len(found.neurons)} likeliest neurons leaves "
+            f"{found.share_after:.2%} of the patch tokens outliers, of {found.share_before:.2%}"
+        )
+    return found.neurons
+
+
+def random_neurons(model, neurons: Neurons, images=None, seed: int = 0) -> tuple[tuple[int, int], ...]:
+    """The control: as many other neurons of the same blocks, of nearly equal mean |activation| over the patches.
+
+    For each neuron one is drawn by `seed` among the twenty nearest in mean activation that are not chosen already.
+    """
+    x = _pixels(handful(model) if images is None else images)
+    blocks = sorted({block for block, _ in neurons})
+    everywhere = torch.ones(len(x), _patches(dissect(model.module), x), dtype=torch.bool)
+    means = {b: m[0] for b, m in _mean_activations(model.module, x, everywhere, blocks).items()}
+    generator = torch.Generator().manual_seed(seed)
+    taken, drawn = set(neurons), []
+    for block, neuron in neurons:
+        near = (means[block] - means[block][neuron]).abs().argsort().tolist()
+        near = [i for i in near if (block, i) not in taken][:20]
+        choice = (block, near[int(torch.randint(len(near), (1,), generator=generator))])
+        taken.add(choice)
+        drawn.append(choice)
+    return tuple(drawn)
+
+
+def handful(model):
+    """The images on which neurons are searched by default: 32 scenes for a mini ViT, else the shipped photos."""
+    from .data import images
+
+    is_mini = hasattr(model.module, "vit_arguments")
+    return images.load("scenes", model, 32, seed=7) if is_mini else images.load("photos", model, 10)
+
+
+def rank(module: nn.Module, x: torch.Tensor, is_outlier: torch.Tensor, layers, by: str = "writes"):
+    """Neurons of `layers` by what they do at outliers more than at other patches: a DataFrame, strongest first.
+
+    Columns: block, neuron, at_outliers and elsewhere (mean |activation|), writes (norm added at outliers over that
+    added elsewhere: their difference x the length of the neuron's output weights, LayerScale included).
+    """
+    import pandas as pd
+
+    anatomy = dissect(module)
+    tables = []
+    for layer, (there, elsewhere) in _mean_activations(module, x, is_outlier, layers).items():
+        more = (there - elsewhere).cpu()
+        writes = more * _output_length(anatomy, layer).cpu()
+        columns = {"at_outliers": there.cpu(), "elsewhere": elsewhere.cpu(), "writes": writes}
+        columns |= {"more": more}
+        table = pd.DataFrame({name: value.double().numpy() for name, value in columns.items()})
+        table.insert(0, "neuron", range(len(more)))
+        table.insert(0, "block", layer)
+        tables.append(table)
+    key = "writes" if by == "writes" else "more"
+    return pd.concat(tables).sort_values(key, ascending=False, kind="stable").drop(columns="more")
+
+
+def add_registers(module: nn.Module, neurons: Neurons, n: int) -> nn.Module:
+    """A copy of a ViT with `n` tokens of zeros behind its prefix tokens, which take over what `neurons` do at patches.
+
+    The copy's class derives from the model's own, so that everything that counts prefix tokens counts the new ones.
+    Raises ValueError for a neuron that does not exist, UserError for attention with a bias for each pair of places.
+    """
+    anatomy = dissect(module)
+    _check(anatomy, neurons, n)
+    old = anatomy.num_prefix_tokens
+    module = copy.deepcopy(module)
+    mended = dissect(module)
+    if n:
+        mended.blocks[0].register_forward_pre_hook(_Append(old, n), with_kwargs=True)
+        module.__class__ = _counting(type(module), n)
+        for part in (module, *mended.attention):
+            if hasattr(part, "num_prefix_tokens"):
+                part.num_prefix_tokens = old + n
+    for block in sorted({block for block, _ in neurons}):
+        chosen = [neuron for b, neuron in neurons if b == block]
+        second_linear(mended.mlp[block]).register_forward_pre_hook(_Move(chosen, old, n))
+    return module
+
+
+class _Append:
+    """Before the first block: n tokens of zeros, without position, behind the prefix tokens."""
+
+    def __init__(self, old: int, n: int):
+        self.old, self.n = old, n
+
+    def __call__(self, block, args, kwargs):
+        x = args[0]
+        new = x.new_zeros(len(x), self.n, x.shape[-1])
+        return (torch.cat([x[:, : self.old], new, x[:, self.old :]], 1), *args[1:]), kwargs
+
+
+class _Move:
+    """Before an MLP's second linear: the chosen neurons' largest activation goes from the patches to the new tokens.
+
+    Largest in magnitude, sign kept, for each image and neuron by itself, over patches and new tokens.
+    """
+
+    def __init__(self, neurons: list[int], old: int, n: int):
+        self.neurons, self.old, self.n = neurons, old, n
+
+    def __call__(self, linear, inputs):
+        activations = inputs[0].clone()  # (batch, tokens, hidden)
+        first_patch = self.old + self.n
+        if self.n:
+            candidates = activations[:, self.old :, self.neurons]  # (batch, new + patches, neurons)
+            largest = candidates.gather(1, candidates.abs().argmax(1, keepdim=True))
+            activations[:, self.old : first_patch, self.neurons] = largest.expand(-1, self.n, -1)
+        activations[:, first_patch:, self.neurons] = 0
+        return (activations, *inputs[1:])
+
+
+def _counting(base: type, n: int) -> type:
+    """A subclass whose prefix tokens include n that have no position embedding and no weights."""
+
+    def without_new(name):
+        def method(self, *args, **kwargs):
+            self.num_prefix_tokens -= n
+            try:
+                return getattr(super(made, self), name)(*args, **kwargs)
+            finally:
+                self.num_prefix_tokens += n
+
+        return method
+
+    names = [name for name in ("_pos_embed", "set_input_size") if hasattr(base, name)]
+    made = type(f"{base.__name__}WithTestTimeRegisters", (base,), {name: without_new(name) for name in names})
+    return made
+
+
+def _check(anatomy: Anatomy, neurons: Neurons, n: int) -> None:
+    if n < 0:
+        raise ValueError(f"{n} registers: 0 or more")
+    for block, neuron in neurons:
+        if not 0 <= block < anatomy.depth:
+            raise ValueError(f"block {block} out of range for {anatomy.depth} blocks (0…{anatomy.depth - 1})")
+        width = second_linear(anatomy.mlp[block]).in_features
+        if not 0 <= neuron < width:
+            raise ValueError(f"neuron {neuron} out of range for the {width} of block {block} (0…{width - 1})")
+    tables = ("relative_position_bias_table", "rel_pos", "rel_pos_bias")
+    if n and any(getattr(attn, name, None) is not None for attn in anatomy.attention for name in tables):
+        raise UserError(
+            "this model's attention adds a bias for each pair of places, in which a new token has no place: registers "
+            "cannot be added at test time"
+        )
+
+
+def _mean_activations(module, x, is_there: torch.Tensor, layers, batch_size: int = 16) -> dict:
+    """{block: (2, hidden)}: mean |activation| at the patches where `is_there` (images, patches), and at the others."""
+    anatomy = dissect(module)
+    prefix, device = anatomy.num_prefix_tokens, next(module.parameters()).device
+    sums, mask = {}, None
+
+    def hook(layer):
+        def keep(linear, inputs):
+            size = inputs[0][:, prefix:].detach().abs().float()  # (batch, patches, hidden)
+            both = torch.stack([(size * mask[..., None]).sum((0, 1)), (size * ~mask[..., None]).sum((0, 1))])
+            sums[layer] = sums.get(layer, 0) + both
+
+        return keep
+
+    pairs = [(second_linear(anatomy.mlp[layer]).register_forward_pre_hook, hook(layer)) for layer in layers]
+    was_training = module.training
+    module.eval()
+    try:
+        with torch.no_grad(), hooks(*pairs):
+            for images, there in zip(x.split(batch_size), is_there.split(batch_size), strict=True):
+                mask = there.to(device)
+                getattr(module, "forward_features", module)(images.to(device))
+    finally:
+        module.train(was_training)
+    counts = torch.stack([is_there.sum(), (~is_there).sum()]).clamp(min=1).to(device)
+    return {layer: total / counts[:, None] for layer, total in sums.items()}
+
+
+def _output_length(anatomy: Anatomy, layer: int) -> torch.Tensor:
+    """(hidden,) length of what a neuron of activation 1 adds to the residual stream, LayerScale included."""
+    block, weight = anatomy.blocks[layer], second_linear(anatomy.mlp[layer]).weight.detach().float()
+    gamma = getattr(getattr(block, "ls2", None), "gamma", None)
+    gamma = getattr(block, "gamma_2", None) if gamma is None else gamma
+    return torch.linalg.vector_norm(weight if gamma is None else weight * gamma.detach()[:, None], dim=0)
+
+
+def _share_above(module: nn.Module, x, layer: int, cutoff: float) -> float:
+    from .capture import capture
+
+    return (capture(module, x, layers=layer).patch_norms > cutoff).float().mean().item()
+
+
+def _patches(anatomy: Anatomy, x: torch.Tensor) -> int:
+    rows, cols = anatomy.grid(x)
+    return rows * cols
+
+
+def _pixels(images) -> torch.Tensor:
+    return getattr(images, "x", images)
