@@ -12,15 +12,15 @@ Modules are imported when first used: `vr.outliers`, `vr.plots`, `vr.widgets` â€
 import importlib
 
 __version__ = "0.1.0"
-_FUNCTIONS = {"start": "record", "load": "models.zoo", "images": "data.images"}
+_SHORT = {"start": "record", "load": "models.zoo"}  # functions at hand without their module's name
+_NESTED = {"scenes": "data.scenes", "telemetry": "train.telemetry", "zoo": "models.zoo", "planted": "models.planted"}
 
 
 def __getattr__(name: str):
-    if name in _FUNCTIONS:
-        module = importlib.import_module(f".{_FUNCTIONS[name]}", __name__)
-        return module.load if name == "images" else getattr(module, name)
+    if name in _SHORT:
+        return getattr(importlib.import_module(f".{_SHORT[name]}", __name__), name)
     try:
-        return importlib.import_module(f".{name}", __name__)
+        return importlib.import_module(f".{_NESTED.get(name, name)}", __name__)
     except ModuleNotFoundError as error:
         if error.name != f"{__name__}.{name}":
             raise

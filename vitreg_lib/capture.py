@@ -77,6 +77,21 @@ class Capture:
         return self.norms[..., int(self.has_cls) : self.num_prefix_tokens]
 
     @property
+    def norm_maps(self) -> torch.Tensor:
+        """(images, rows, cols) norms of patch tokens at the last captured layer."""
+        return self.patch_norms[:, -1].unflatten(1, self.grid)
+
+    def norms_by_kind(self, layer: int = -1) -> dict[str, torch.Tensor]:
+        """Norms at one captured layer, apart: "patches" (images, patches), "cls" and "register 1" … (images,)."""
+        at = self.norms[:, self.layers.index(layer if layer >= 0 else self.layers[layer])]
+        kinds = {"patches": at[:, self.num_prefix_tokens :]}
+        if self.has_cls:
+            kinds["cls"] = at[:, 0]
+        for i in range(self.num_registers):
+            kinds[f"register {i + 1}"] = at[:, int(self.has_cls) + i]
+        return kinds
+
+    @property
     def final_patch_norms(self) -> torch.Tensor:
         """(images, patches) norms after the final LayerNorm, where little of an outlier is left to see."""
         return self.patches(torch.linalg.vector_norm(self.final, dim=-1))

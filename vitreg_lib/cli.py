@@ -140,6 +140,7 @@ def execute(item: str, given: dict, progress: bool = True) -> Path:
     import logging
 
     import papermill
+    from traitlets.config import Config
 
     parameters = record.check_parameters(item, given)
     folder = record.folder(item, parameters)
@@ -157,6 +158,8 @@ def execute(item: str, given: dict, progress: bool = True) -> Path:
             progress_bar=progress,
             start_timeout=180,
             cwd=str(ROOT),
+            # sockets of the file system: kernels started at the same time cannot race for ports
+            config=Config(KernelManager={"transport": "ipc"}) if os.name == "posix" else Config(),
         )
     except papermill.PapermillExecutionError as error:
         failed = folder / f"{item}.failed.ipynb"

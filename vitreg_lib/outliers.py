@@ -182,3 +182,52 @@ def before_and_after_norm(before: dict[str, torch.Tensor], after: dict[str, torc
     return pd.DataFrame.from_dict(
         {name: {k: v.item() for k, v in row.items()} for name, row in ratio.items()}, orient="index"
     )
+
+
+def pairs(names: list[str]) -> dict[str, str]:
+    """{model with registers: the same model without}, by name: NAME-regN or NAME+ttrN after NAME."""
+    import re
+
+    plain = {name: re.sub(r"(-reg|\+ttr)\d+$", "", name) for name in names}
+    return {name: base for name, base in plain.items() if base != name and base in names}
+
+
+def kinds_table(kinds: dict[str, dict[str, torch.Tensor]]):
+    """Median, largest norm and spread over images of each kind of token: a DataFrame, one row a model and kind."""
+    import pandas as pd
+
+    rows = [
+        {"model": model, "kind": kind, "median": v.median().item(), "largest": v.max().item(), "std": v.std().item()}
+        for model, table in kinds.items()
+        for kind, v in table.items()
+    ]
+    return pd.DataFrame(rows).set_index(["model", "kind"])
+
+
+def quantisation(kinds: dict[str, torch.Tensor]) -> float | None:
+    """Variance of norms between registers / within them (over images); above 1, norms are quantised (Fig. 15).
+
+    None with fewer than two registers.
+    """
+    registers = [v for kind, v in kinds.items() if kind.startswith("register")]
+    if len(registers) < 2:
+        return None
+    norms = torch.stack(registers)  # (registers, images)
+    return (norms.mean(1).var() / norms.var(1).mean().clamp_min(1e-12)).item()
+
+
+def published_registers() -> dict[str, torch.Tensor]:
+    """Norms (blocks, registers) of published mean registers of DINOv2 with 4 registers, by size; empty without the files.
+
+    Read from a folder `dinov2_registers` of VITREG_MODELS: one file a size, {block: mean registers (4, dim)}.
+    """
+    import os
+    from pathlib import Path
+
+    folder = Path(os.environ.get("VITREG_MODELS") or "nowhere") / "dinov2_registers"
+    found = {}
+    for size in ("small", "base", "large", "giant"):
+        for path in folder.glob(f"{size}_*.pt"):
+            means = torch.load(path, map_location="cpu", weights_only=True)
+            found[f"DINOv2-{size}"] = torch.stack([means[block].float().norm(dim=-1) for block in sorted(means)])
+    return found

@@ -83,10 +83,7 @@ def image_grid(
     for (name, cells), row_axes, row_maps in zip(rows, axes, maps, strict=True):
         drawn = None
         for axis, content in zip(row_axes, list(cells) + [None] * (count - len(cells)), strict=True):
-            axis.set(xticks=[], yticks=[])
-            axis.grid(False)
-            for spine in axis.spines.values():
-                spine.set_visible(False)
+            _bare(axis)
             if content is None:
                 continue
             if content.ndim == 3:
@@ -104,29 +101,42 @@ def image_grid(
 
 
 @styled
-def norm_maps(
-    pixels, maps: dict[str, torch.Tensor], cutoffs: dict[str, float], outliers: dict[str, torch.Tensor]
-) -> Figure:
+def norm_maps(pixels: torch.Tensor, maps: dict[str, torch.Tensor], cutoffs: dict[str, float]) -> Figure:
     """Figure 3, left: images and, for each model, its norm map (images, rows, cols) with outliers ringed."""
     n = min(len(pixels), 4)
     figure, axes = plt.subplots(1 + len(maps), n, figsize=(1.5 * n + 1.3, 1.5 * (1 + len(maps))), squeeze=False)
-    for i in range(n):
-        axes[0, i].imshow(picture(pixels[i]))
+    for axis, image in zip(axes[0], pixels, strict=False):
+        axis.imshow(picture(image))
     axes[0, 0].set_ylabel("image", rotation=0, ha="right", va="center", fontsize=8)
     for row, (name, norms) in zip(axes[1:], maps.items(), strict=True):
         high = max(float(norms[:n].max()), 1e-6)
-        for i in range(n):
-            drawn = row[i].imshow(norms[i].cpu(), cmap=NORMS, vmin=0, vmax=high)
-            place = outliers[name][i].view(norms.shape[1:]).nonzero().cpu()
-            row[i].scatter(place[:, 1], place[:, 0], s=28, facecolors="none", edgecolors=PALETTE[1], linewidths=1.2)
-        row[0].set_ylabel(name.replace(".", ".\n", 1), rotation=0, ha="right", va="center", fontsize=8)
-        bar = figure.colorbar(drawn, ax=list(row), fraction=0.02, pad=0.01, label="L2 norm")
+        for axis, norm_map in zip(row, norms, strict=False):
+            drawn = axis.imshow(norm_map.cpu(), cmap=NORMS, vmin=0, vmax=high)
+            place = (norm_map > cutoffs[name]).nonzero().cpu()
+            axis.scatter(place[:, 1], place[:, 0], s=28, facecolors="none", edgecolors=PALETTE[1], linewidths=1.2)
+        row[0].set_ylabel(name, rotation=0, ha="right", va="center", fontsize=8)
+        # a bar inside the last panel's margin leaves the panels of all rows aligned
+        bar = figure.colorbar(drawn, cax=row[-1].inset_axes([1.06, 0, 0.06, 1]), label="L2 norm")
         if cutoffs[name] <= high:
             bar.ax.axhline(cutoffs[name], color=PALETTE[1], lw=1.5)
     for axis in axes.flat:
-        axis.set(xticks=[], yticks=[])
-        axis.grid(False)
+        _bare(axis)
     return figure
+
+
+def _bare(axis) -> None:
+    """No ticks, grid or frame: a picture."""
+    axis.set(xticks=[], yticks=[])
+    axis.grid(False)
+    for spine in axis.spines.values():
+        spine.set_visible(False)
+
+
+def _plain_log(axis) -> None:
+    """Ticks of a log axis at 1, 2 and 5 times powers of ten, as plain numbers."""
+    axis.set_major_locator(matplotlib.ticker.LogLocator(subs=(1, 2, 5), numticks=8))
+    axis.set_major_formatter(matplotlib.ticker.FuncFormatter(lambda v, _: f"{v:g}"))
+    axis.set_minor_locator(matplotlib.ticker.NullLocator())
 
 
 @styled
@@ -136,25 +146,21 @@ def histograms(
     """Histogram of patch norms for each model, on log axes, with its cutoff and the share of tokens above it."""
     columns = min(columns, len(norms))
     rows = -(-len(norms) // columns)
-    figure, axes = plt.subplots(rows, columns, figsize=(2.9 * columns, 2.3 * rows), squeeze=False, sharey=True)
+    figure, axes = plt.subplots(rows, columns, figsize=(2.5 * columns + 0.4, 2.3 * rows), squeeze=False, sharey=True)
     for axis, (name, values) in zip(axes.flat, norms.items(), strict=False):
-        values = values.flatten().cpu()
-        cut = cutoffs[name]
-        low, high = max(float(values.min()), 1e-3), max(float(values.max()), min(cut, 1e6) * 1.1)
-        edges = np.geomspace(low * 0.95, high * 1.05, 80)
-        axis.hist(values.numpy(), bins=edges, color=PALETTE[0])
-        axis.axvline(
-            float(values.median()), color=PALETTE[2], lw=1, ls=":", label=f"median {float(values.median()):.3g}"
-        )
-        share = (values > cut).float().mean().item()
-        label = f"cutoff {cut:.3g}: {share:.2%} above" if np.isfinite(cut) else "no cutoff: one mode"
-        axis.axvline(min(cut, high * 1.04), color=PALETTE[1], lw=1.3, ls="-" if np.isfinite(cut) else "", label=label)
-        axis.set(xscale="log", yscale="log", title=name, xlabel="L2 norm of patch tokens")
-        axis.xaxis.set_major_formatter(matplotlib.ticker.FuncFormatter(lambda v, _: f"{v:g}"))
-        axis.xaxis.set_minor_formatter(matplotlib.ticker.NullFormatter())
-        axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.28))
+        values, cut = values.flatten().cpu(), cutoffs[name]
+        highest = max(float(values.max()), cut if np.isfinite(cut) else 0)
+        axis.hist(values.numpy(), bins=np.geomspace(float(values.min()) * 0.95, highest * 1.1, 80), color=PALETTE[0])
+        axis.axvline(float(values.median()), color=PALETTE[2], lw=1.2, ls=":", label="median")
+        told = "one mode: no cutoff"
+        if np.isfinite(cut):
+            axis.axvline(cut, color=PALETTE[1], lw=1.3, label="cutoff")
+            told = f"cutoff {cut:.3g}, {(values > cut).float().mean().item():.2%} above"
+        axis.set(xscale="log", yscale="log", title=f"{name}\n{told}", xlabel="L2 norm of patch tokens")
+        _plain_log(axis.xaxis)
     for axis in axes[:, 0]:
         axis.set_ylabel("tokens")
+    axes[0, 0].legend(loc="upper right")
     for axis in axes.flat[len(norms) :]:
         axis.set_visible(False)
     if paper:
@@ -170,109 +176,105 @@ def _bands(axis, x, levels: dict[float, np.ndarray], colour) -> None:
     axis.plot(x, levels[1.0], color=PALETTE[1], lw=1, ls="--", label="largest")
 
 
+def _levels(table: pd.DataFrame) -> dict[float, np.ndarray]:
+    return {q: table[f"q{q:g}"].to_numpy() for q in (0.01, 0.25, 0.5, 0.75, 0.99, 1.0)}
+
+
 @styled
-def norms_by_layer(tables: dict[str, pd.DataFrame], onsets: dict[str, int | None] | None = None) -> Figure:
+def norms_by_layer(tables: dict[str, pd.DataFrame], onsets: dict[str, int]) -> Figure:
     """Figure 4(a): quantiles of patch norms after each block, one panel a model; tables as `telemetry.table`."""
-    figure, axes = plt.subplots(1, len(tables), figsize=(2.6 * len(tables) + 0.4, 2.8), squeeze=False)
+    figure, axes = plt.subplots(1, len(tables), figsize=(2.6 * len(tables) + 0.4, 2.9), squeeze=False)
     for axis, (name, table) in zip(axes[0], tables.items(), strict=True):
-        levels = {q: table[f"q{q:g}"].to_numpy() for q in (0.01, 0.25, 0.5, 0.75, 0.99, 1.0)}
-        _bands(axis, table.layer, levels, PALETTE[0])
-        onset = (onsets or {}).get(name)
-        if onset is not None:
-            axis.axvline(onset, color=PALETTE[2], ls=":", label=f"outliers from block {onset}")
-        axis.set(title=name, xlabel="block", yscale="log")
-        axis.yaxis.set_major_formatter(matplotlib.ticker.FuncFormatter(lambda v, _: f"{v:g}"))
-        axis.yaxis.set_minor_formatter(matplotlib.ticker.NullFormatter())
+        _bands(axis, table.layer, _levels(table), PALETTE[0])
+        onset = onsets.get(name)
+        told = "no outliers" if pd.isna(onset) else f"outliers from block {onset} of {len(table)}"
+        if not pd.isna(onset):
+            axis.axvline(onset, color=PALETTE[2], ls=":")
+        axis.set(title=f"{name}\n{told}", xlabel="block (from 0)", yscale="log")
+        _plain_log(axis.yaxis)
         axis.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(integer=True, nbins=7))
-        if onset is not None:
-            axis.legend(handles=[axis.lines[-1]], loc="upper left")
     axes[0, 0].set_ylabel("L2 norm of patch tokens")
-    figure.legend(
-        *axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=5
-    ) if not onsets else _shared_legend(figure, axes[0, 0])
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=4)
     return figure
-
-
-def _shared_legend(figure, axis) -> None:
-    handles, labels = axis.get_legend_handles_labels()
-    kept = [(h, l) for h, l in zip(handles, labels, strict=True) if not l.startswith("outliers from")]
-    figure.legend(*zip(*kept, strict=True), loc="outside lower center", ncols=4)
 
 
 @styled
 def norms_by_step(tables: dict[str, pd.DataFrame]) -> Figure:
     """Figure 4(b): norms of the last block along training (above) and the share set apart at any block (below)."""
-    figure, axes = plt.subplots(2, len(tables), figsize=(3.2 * len(tables) + 0.4, 4.0), squeeze=False, sharex="col")
-    for column, (name, table) in zip(axes.T, tables.items(), strict=True):
+    figure, axes = plt.subplots(2, len(tables), figsize=(2.3 * len(tables) + 0.6, 4.0), squeeze=False, sharex=True)
+    for (above, below), (name, table) in zip(axes.T, tables.items(), strict=True):
         last = table[table.layer == table.layer.max()]
-        share = last.step / last.step.max()
-        levels = {q: last[f"q{q:g}"].to_numpy() for q in (0.01, 0.25, 0.5, 0.75, 0.99, 1.0)}
-        _bands(column[0], share, levels, PALETTE[0])
-        column[0].set(title=name, yscale="log")
+        _bands(above, last.step / last.step.max(), _levels(last), PALETTE[0])
+        above.set(title=name, yscale="log")
+        _plain_log(above.yaxis)
         worst = table.groupby("step").outlier_share.max()
-        column[1].plot(worst.index / worst.index.max(), 100 * worst, color=PALETTE[0])
-        column[1].axvline(1 / 3, color=PAPER, ls=":")
-        column[1].annotate(
-            "paper: from 1/3 on",
-            (1 / 3, 0.9),
-            xycoords=("data", "axes fraction"),
-            fontsize=7,
-            color=PAPER,
-            xytext=(3, 0),
-            textcoords="offset points",
-        )
-        column[1].set(xlabel="share of training", ylim=(0, max(1.0, 110 * worst.max())))
-        for axis in column[:1]:
-            axis.yaxis.set_major_formatter(matplotlib.ticker.FuncFormatter(lambda v, _: f"{v:g}"))
-            axis.yaxis.set_minor_formatter(matplotlib.ticker.NullFormatter())
+        below.plot(worst.index / worst.index.max(), 100 * worst, color=PALETTE[0])
+        below.axvline(1 / 3, color=PAPER, ls=":")
+        place = dict(xycoords=("data", "axes fraction"), xytext=(3, 0), textcoords="offset points")
+        below.annotate("paper: from 1/3 on", (1 / 3, 0.92), fontsize=7, color=PAPER, **place)
+        below.set(xlabel="share of training", ylim=(0, max(1.0, 115 * worst.max())))
     axes[0, 0].set_ylabel("L2 norm, last block")
     axes[1, 0].set_ylabel("tokens above 3 × median,\nworst block (%)")
-    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=4)
     return figure
 
 
 @styled
 def norms_by_size(norms: dict[str, torch.Tensor]) -> Figure:
     """Figure 4(c): output norms / their median, one violin a model, smallest first; the line at 3 is the cutoff."""
-    figure, axis = plt.subplots(figsize=(1.5 * len(norms) + 1.2, 2.8))
+    figure, axis = plt.subplots(figsize=(1.4 * len(norms) + 1.6, 2.9))
     ratios = [(v.flatten() / v.median()).cpu() for v in norms.values()]
-    # quantiles would hide the few that matter: bodies show the bulk, points the highest 0.5 %
-    bodies = axis.violinplot([r.log10().numpy() for r in ratios], showextrema=False, widths=0.8)
-    for body in bodies["bodies"]:
+    # a body shows the bulk and hides the few that matter: the highest 0.5 % are drawn as points
+    for body in axis.violinplot([r.log10().numpy() for r in ratios], showextrema=False, widths=0.8)["bodies"]:
         body.set(facecolor=PALETTE[0], alpha=0.5)
     for place, ratio in enumerate(ratios, 1):
         top = ratio.sort(descending=True).values[: max(1, len(ratio) // 200)].log10()
-        spread = place + 0.12 * (torch.rand(len(top), generator=torch.Generator().manual_seed(0)) - 0.5)
-        axis.scatter(spread, top, s=3, color=PALETTE[1], linewidths=0)
+        axis.scatter(place + torch.linspace(-0.1, 0.1, len(top)), top, s=3, color=PALETTE[1], linewidths=0)
     axis.axhline(np.log10(3), color=PALETTE[2], ls="--", lw=1, label="3 × median")
-    low = min(float(r.min()) for r in ratios)
-    ticks = [
-        t
-        for t in (0.1, 0.2, 0.5, 1, 2, 3, 5, 10, 20, 50)
-        if low * 0.9 <= t <= max(float(r.max()) for r in ratios) * 1.3 or t in (1, 3)
-    ]
+    low, high = min(float(r.min()) for r in ratios), max(3.5, max(float(r.max()) for r in ratios))
+    ticks = [t for t in (0.1, 0.2, 0.5, 1, 2, 3, 5, 10, 20, 50) if low <= t <= high]
     axis.set_yticks(np.log10(ticks), [f"{t:g}" for t in ticks])
     axis.set_xticks(range(1, len(norms) + 1), [n.replace(" ", "\n") for n in norms])
-    axis.set_ylabel("patch norm / median")
-    axis.legend(loc="upper right")
+    axis.set_ylabel("patch norm / median\n(points: highest 0.5 %)")
+    axis.legend(loc="lower right")
     return figure
 
 
 @styled
 def token_kinds(tables: dict[str, dict[str, torch.Tensor]]) -> Figure:
     """Figure 15: norms of patches, cls and each register apart; one panel a model, {kind: norms}."""
-    figure, axes = plt.subplots(1, len(tables), figsize=(2.7 * len(tables) + 0.5, 2.9), squeeze=False, sharey=True)
+    widths = [len(kinds) + 1 for kinds in tables.values()]
+    figure, axes = plt.subplots(
+        1, len(tables), figsize=(0.45 * sum(widths) + 1.4, 3.0), squeeze=False, sharey=True, width_ratios=widths
+    )
     for axis, (name, kinds) in zip(axes[0], tables.items(), strict=True):
         for place, (kind, values) in enumerate(kinds.items()):
-            colour = PALETTE[0] if kind == "patches" else PALETTE[2] if kind == "cls" else PALETTE[1]
+            colour = {"patches": PALETTE[0], "cls": PALETTE[2]}.get(kind, PALETTE[1])
             values = values.flatten().cpu().numpy()
-            if len(values) > 1 and np.ptp(values) > 0:
-                body = axis.violinplot(np.log10(values), [place], showextrema=False, widths=0.8)["bodies"][0]
-                body.set(facecolor=colour, alpha=0.5)
+            if np.ptp(values) > 0:
+                bodies = axis.violinplot(np.log10(values), [place], showextrema=False, widths=0.8)["bodies"]
+                bodies[0].set(facecolor=colour, alpha=0.5)
             axis.plot([place - 0.3, place + 0.3], [np.log10(np.median(values))] * 2, color=colour, lw=1.5)
             axis.plot([place], [np.log10(values.max())], marker="_", color=colour, ms=6)
         axis.set_xticks(range(len(kinds)), list(kinds), rotation=45, ha="right")
+        axis.set_xlim(-0.8, len(kinds) - 0.2)
         axis.set_title(name)
-    axis.yaxis.set_major_formatter(matplotlib.ticker.FuncFormatter(lambda v, _: f"{10**v:.3g}"))
-    axes[0, 0].set_ylabel("L2 norm at the output\n(line: median, tick: largest)")
+    low, high = axes[0, 0].get_ylim()
+    ticks = [t for e in range(-2, 5) for t in (10**e, 2 * 10**e, 5 * 10**e) if low <= np.log10(t) <= high]
+    axes[0, 0].set_yticks(np.log10(ticks), [f"{t:g}" for t in ticks])
+    axes[0, 0].set_ylabel("L2 norm\n(line: median, tick: largest)")
+    return figure
+
+
+@styled
+def registers_by_layer(norms: dict[str, torch.Tensor]) -> Figure:
+    """Norms of mean registers (blocks, registers) by block, one panel a model, one line a register."""
+    figure, axes = plt.subplots(1, len(norms), figsize=(2.3 * len(norms) + 0.5, 2.5), squeeze=False, sharey=True)
+    for axis, (name, values) in zip(axes[0], norms.items(), strict=True):
+        for register, line in enumerate(values.T):
+            axis.plot(range(len(line)), line, color=PALETTE[register % len(PALETTE)], label=f"register {register + 1}")
+        axis.set(title=name, xlabel="block (from 0)", yscale="log")
+    _plain_log(axes[0, 0].yaxis)
+    axes[0, 0].set_ylabel("norm of the mean register")
+    axes[0, 0].legend()
     return figure

@@ -190,16 +190,27 @@ class Run:
             source = "photos"  # what ships with the packages, where no folder of photos was given
         return images.load(source, model, n or self.settings["n_images"], self.parameters.get("seed", 0))
 
+    def examples(self, model, n: int = 4):
+        """A few images to look at: the first of the run's scenes, or photos that may be shown anywhere."""
+        from .data import images
+
+        source = "scenes" if self.settings["images"] == "scenes" else "photos"
+        return images.load(source, model, n, self.parameters.get("seed", 0))
+
     def measure(self, name: str, value, model: str = "", unit: str = "", paper=None) -> None:
         """Put one number into the record; `paper` is the paper's own value for its own model, shown beside it."""
         value = value.item() if hasattr(value, "item") else value
         self._measured.append({"name": name, "model": model, "value": value, "unit": unit, "paper": paper})
 
     def measure_table(self, table, paper: dict | None = None) -> None:
-        """`measure` every cell of a DataFrame whose index is models' names; empty cells are recorded as null."""
-        for model, row in table.iterrows():
+        """`measure` every cell of a DataFrame whose index is models' labels; empty cells are recorded as null."""
+        import pandas as pd
+
+        full = {m.label: m.name for m in self.models}
+        for label, row in table.iterrows():
+            model = full.get(label, label)
             for name, value in row.items():
-                known = value is not None and value == value and abs(value) != float("inf")
+                known = pd.notna(value) and abs(value) != float("inf")
                 self.measure(name, value if known else None, model, paper=(paper or {}).get(name))
 
     def caption(self, images=None) -> str:

@@ -54,9 +54,7 @@ def cutoff_slider(images, norms: torch.Tensor, cutoff: float):
     high = float(norms.max())
 
     def draw(cutoff):
-        figure = plots.norm_maps(
-            images.pixels, {"norms": norms}, {"norms": cutoff}, {"norms": (norms > cutoff).flatten(1)}
-        )
+        figure = plots.norm_maps(images.pixels, {"norms": norms}, {"norms": cutoff})
         figure.suptitle(
             f"cutoff {cutoff:.3g}: {(norms > cutoff).float().mean().item():.2%} of tokens above", fontsize=9
         )
@@ -65,3 +63,27 @@ def cutoff_slider(images, norms: torch.Tensor, cutoff: float):
     return interact(
         draw, cutoff=("FloatSlider", {"value": min(cutoff, high), "min": 0.0, "max": high, "step": high / 200})
     )
+
+
+def layer_histogram(norms: dict[str, torch.Tensor]):
+    """The histogram of one block's patch norms for each model; norms are (images, layers, patches). The block slides."""
+    from . import outliers
+
+    deepest = max(values.shape[1] for values in norms.values()) - 1
+
+    def draw(layer):
+        at = {name: values[:, min(layer, values.shape[1] - 1)] for name, values in norms.items()}
+        cutoffs = {name: outliers.cutoff(values) for name, values in at.items()}
+        return plots.histograms(at, cutoffs, paper=f"block {layer}", columns=4)
+
+    return interact(draw, layer=("IntSlider", {"value": deepest, "min": 0, "max": deepest}))
+
+
+def token_kinds(captures: dict):
+    """Norms of patches, cls and registers apart, for captures of all layers by model. The block slides."""
+    deepest = max(len(capture.layers) for capture in captures.values()) - 1
+
+    def draw(layer):
+        return plots.token_kinds({n: c.norms_by_kind(min(layer, len(c.layers) - 1)) for n, c in captures.items()})
+
+    return interact(draw, layer=("IntSlider", {"value": deepest, "min": 0, "max": deepest}))

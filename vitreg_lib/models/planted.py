@@ -68,9 +68,8 @@ def plant(
         for block in module.blocks[layer + 1 :]:
             _erase(block, measured, ratio)
             _look(block.attn, sink)
-    return zoo.Model(
-        name, module, zoo.weights_sha256(module), "planted control", about, base.input_size, base.mean, base.std
-    )
+    options = dict(input_size=base.input_size, mean=base.mean, std=base.std, onset=layer)
+    return zoo.Model(name, module, zoo.weights_sha256(module), "planted control", about, **options)
 
 
 def filters() -> torch.Tensor:

@@ -49,6 +49,7 @@ class Model:
     interpolation: str = "bicubic"
     crop: float = 1.0
     label: str = ""
+    onset: int | None = None  # the block from which on a planted control's artifacts are there
 
     @property
     def anatomy(self) -> Anatomy:

@@ -26,7 +26,7 @@ def measure(model: torch.nn.Module, images: torch.Tensor, step: int) -> pd.DataF
     return table(capture(model, images, "norms", batch_size=64), step)
 
 
-def table(captured: Capture, step: int) -> pd.DataFrame:
+def table(captured: Capture, step: int = 0) -> pd.DataFrame:
     """The rows of `measure` from captured norms."""
     norms = captured.patch_norms
     flat = norms.transpose(0, 1).flatten(1)
@@ -40,3 +40,18 @@ def table(captured: Capture, step: int) -> pd.DataFrame:
             row[name] = part[:, i].mean().item() if part.shape[2] else float("nan")
         rows.append(row)
     return pd.DataFrame(rows)
+
+
+def shipped() -> dict[str, pd.DataFrame]:
+    """The telemetry that training left beside each checkpoint of data/checkpoints, by model name."""
+    from ..models.zoo import entries
+    from ..paths import CHECKPOINTS
+
+    paths = {name: CHECKPOINTS / f"{name}.telemetry.parquet" for name in entries()}
+    return {name: pd.read_parquet(path) for name, path in paths.items() if path.exists()}
+
+
+def share_at(table: pd.DataFrame, part: float) -> float:
+    """Outlier share of the last block at the measured step nearest to `part` (0 to 1) of the training."""
+    last = table[table.layer == table.layer.max()].reset_index(drop=True)
+    return float(last.outlier_share[(last.step - part * last.step.max()).abs().argmin()])
