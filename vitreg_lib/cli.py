@@ -63,11 +63,23 @@ def _parser() -> argparse.ArgumentParser:
     _add_parameters(run)
     run.add_argument("--parameters", action="store_true", dest="list", help="list the item's parameters and stop")
     run.add_argument("--quiet", action="store_true", help="no progress bar")
+    run.add_argument("--no-report", action="store_true", help="do not show the verdicts")
     report = add("report", _report, "Show verdicts and figures of finished items, or write a page of all.")
     report.add_argument("item", nargs="?", help="one item; without it results/<profile>/report.html is written")
     _add_parameters(report)
     models = add("models", _models, "List the models with a name, and whether their weights are on this machine.")
     models.add_argument("name", nargs="?", help="all that is known of one model")
+    mend = add(
+        "mend",
+        _mend,
+        "Find what makes a model's outlier tokens and move it to registers added at test time, without training.",
+        "examples:\n  vitreg mend vit-ti\n  vitreg mend deit3-s --images folder/of/photos\n"
+        "then use NAME+ttr4 wherever a model's name is asked for",
+    )
+    mend.add_argument("model", help="any name of `vitreg models`, timm:NAME, file:PATH")
+    mend.add_argument("--images", default="", help="where neurons are searched: a source of `vitreg data` or a folder")
+    mend.add_argument("--n-images", type=int, default=10, help="how many of them (default 10)")
+    mend.add_argument("--registers", default="0,1,2,4,8", help="numbers of registers to try (default 0,1,2,4,8)")
     data = add("data", _data, "List the image sources and whether they are on this machine.")
     data.add_argument(
         "--write-scenes", action="store_true", help="render the frozen evaluation set data/scenes/eval.parquet anew"
@@ -101,16 +113,11 @@ def _add_parameters(command) -> None:
     )
 
 
-def _given(chosen) -> dict:
-    """Parameters from -p and --profile, typed as the notebook declares them."""
-    item = chosen.item = record.normal_name(chosen.item)
+def given(item: str, pairs: list, profile: str | None) -> dict:
+    """Parameters from pairs of name and text and from --profile, typed as the item's notebook declares them."""
     declared = record.declared_parameters(item)
-    given = {}
-    for name, text in chosen.pairs:
-        given[name] = text if isinstance(declared.get(name), str) else _literal(text)
-    if chosen.profile:
-        given["profile"] = chosen.profile
-    return given
+    values = {name: text if isinstance(declared.get(name), str) else _literal(text) for name, text in pairs}
+    return values | ({"profile": profile} if profile else {})
 
 
 def _literal(text: str):
@@ -121,14 +128,16 @@ def _literal(text: str):
 
 
 def _run(chosen) -> None:
-    given = _given(chosen)
+    item = record.normal_name(chosen.item)
     if chosen.list:
-        for name, default in record.declared_parameters(chosen.item).items():
+        for name, default in record.declared_parameters(item).items():
             print(f"{name:20} {default!r}")
         return
-    parameters = record.check_parameters(chosen.item, given)
-    execute(chosen.item, given, progress=not chosen.quiet)
-    _show(chosen.item, parameters)
+    values = given(item, chosen.pairs, chosen.profile)
+    parameters = record.check_parameters(item, values)
+    execute(item, values, progress=not chosen.quiet)
+    if not chosen.no_report:
+        show(item, parameters)
 
 
 def execute(item: str, given: dict, progress: bool = True) -> Path:
@@ -173,7 +182,8 @@ def execute(item: str, given: dict, progress: bool = True) -> Path:
     return unfinished.replace(folder / f"{item}.ipynb")
 
 
-def _show(item: str, parameters: dict) -> None:
+def show(item: str, parameters: dict) -> None:
+    """Print the verdicts of a finished item and where its figures and notebook are."""
     from rich.console import Console
     from rich.table import Table
 
@@ -199,8 +209,8 @@ def _show(item: str, parameters: dict) -> None:
 
 def _report(chosen) -> None:
     if chosen.item:
-        given = _given(chosen)
-        _show(chosen.item, record.check_parameters(chosen.item, given))
+        item = record.normal_name(chosen.item)
+        show(item, record.check_parameters(item, given(item, chosen.pairs, chosen.profile)))
         return
     from .report import write
 
@@ -238,6 +248,29 @@ def _data(chosen) -> None:
         folder = images.named_folder(name)
         state = "here" if folder else "not here"
         print(f"{name:12} {state:13} a folder of that name in VITREG_DATA, or in data/ of VITREG_MODELS")
+
+
+def _mend(chosen) -> None:
+    from . import mend
+    from .data import images
+    from .models import zoo
+
+    counts = chosen.registers.split(",")
+    if not all(count.strip().isdigit() for count in counts):
+        raise UserError(f"--registers {chosen.registers!r}: write numbers separated by commas, such as 0,1,4")
+    model = zoo.load(chosen.model)
+    searched = images.load(chosen.images, model, chosen.n_images) if chosen.images else mend.handful(model)
+    found = mend.find(model, searched)
+    print(f"{model.name} on {searched.source}:")
+    print(
+        f"{found.share_before:.2%} of the patch tokens are outliers after block {found.layer}, "
+        f"from block {found.onset} on"
+    )
+    print(f"{len(found.neurons)} neurons make them (block:neuron): {', '.join(f'{b}:{i}' for b, i in found.neurons)}\n")
+    if found.share_after > mend.MENDED * found.share_before:
+        print("but moving them removes few of the outliers: this model is not mended this way\n")
+    table = mend.doses(model, searched, found, [int(count) for count in counts])
+    print(table.round(4).to_string(index=False))
 
 
 def _add_training(command) -> None:

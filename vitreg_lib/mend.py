@@ -147,6 +147,30 @@ def random_neurons(model, neurons: Neurons, images=None, seed: int = 0) -> tuple
     return tuple(drawn)
 
 
+def doses(model, images, found: Found, counts=(0, 1, 2, 4, 8), neurons: Neurons | None = None):
+    """What registers do, by their number: a DataFrame with a row a count, the untouched model first.
+
+    Columns: registers, outlier_share (patch tokens above `found.cutoff` after the same block), largest_patch_norm,
+    register_norm (mean). `neurons` other than the found ones make a control.
+    """
+    import pandas as pd
+
+    rows = []
+    for count in (None, *counts):
+        mended = model if count is None else with_test_time_registers(model, count, neurons or found.neurons)
+        seen = mended.capture(_pixels(images), layers=found.layer)
+        registers = seen.register_norms[..., seen.num_registers - (count or 0) :]
+        rows.append(
+            {
+                "registers": "none" if count is None else str(count),
+                "outlier_share": (seen.patch_norms > found.cutoff).float().mean().item(),
+                "largest_patch_norm": seen.patch_norms.max().item(),
+                "register_norm": registers.mean().item() if count else float("nan"),
+            }
+        )
+    return pd.DataFrame(rows)
+
+
 def handful(model):
     """The images on which neurons are searched by default: 32 scenes for a mini ViT, else the shipped photos."""
     from .data import images

@@ -1,7 +1,7 @@
 """Figures of maps: attention, norms and components on the patches; where outliers sit; what registers cost and do.
 
-As in `plots`: tensors or data frames in, a matplotlib Figure out, unsaved, in the same style. Maps are drawn one square a
-patch, never smoothed: an artifact is one patch wide.
+As in `plots`: tensors or data frames in, a matplotlib Figure out, unsaved, in the same style. Maps are drawn one square
+a patch, never smoothed: an artifact is one patch wide.
 """
 
 from __future__ import annotations
@@ -124,7 +124,7 @@ def grids(
 
 @styled
 def cost(table: pd.DataFrame, measured: pd.DataFrame | None = None) -> Figure:
-    """Figure 12: FLOPs and parameters added by registers, one line a model size; beside them measured time and memory."""
+    """Figure 12: FLOPs and parameters added by registers, one line a model size; beside them what was measured."""
     panels = 2 if measured is None else 3
     figure, axes = plt.subplots(1, panels, figsize=(2.7 * panels + 0.2, 3.0))
     for number, (key, part) in enumerate(table.groupby(["arch", "patch", "resolution"], sort=False)):

@@ -157,13 +157,23 @@ class Run:
     def load(self, names: str | None = None) -> list:
         """The models of this run (or those named, separated by spaces), loaded; those that cannot be had are named and left out.
 
-        With models given by hand a missing one is an error, since it was asked for.
+        With models given by hand a missing one is an error, since it was asked for. Models that the item plans for
+        (`planned` in data/items.yaml) are loaded once data/models.yaml has them and are named as missing until then.
         """
         from .errors import UserError as Missing
         from .models import zoo
 
         loaded = []
-        for name in (names or self.settings["models"]).replace(",", " ").split():
+        wanted = (names or self.settings["models"]).replace(",", " ").split()
+        if not names and not self.parameters.get("models"):
+            for name in self.settings.get("planned", "").split():
+                if name in zoo.entries():
+                    wanted.append(name)
+                else:
+                    self.not_here.append(
+                        {"name": name, "reason": "not trained yet: data/models.yaml has no such model"}
+                    )
+        for name in wanted:
             try:
                 model = zoo.load(name)
             except Missing as error:
