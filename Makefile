@@ -1,0 +1,66 @@
+# The face of the collection. `make help` explains every target.
+PROFILE ?= mini
+PARAMS  ?=
+JOBS    ?= 2
+PYTHON  ?= python3
+BIN     := .venv/bin
+READY   := .venv/.ready
+PAIRS    = $(foreach p,$(PARAMS),-p $(subst =, ,$(p)))
+NBVAL    = --nbval --nbval-current-env --nbval-kernel-startup-timeout 180 --nbval-cell-timeout 600
+export OMP_NUM_THREADS ?= $(if $(filter 1,$(JOBS)),,1)
+
+.DEFAULT_GOAL := help
+.PHONY: help setup reproduce-all report test test-fast test-notebooks lab workshop bench refresh lint clean
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-zA-Z%-]+:.*## /{printf "  make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@echo
+	@echo "  PROFILE=mini|small|large|paper   which models and images (mini: offline, shipped)"
+	@echo "  PARAMS=\"n_images=64 seed=1\"      parameters of the notebook     JOBS=2   notebooks at once"
+
+setup: $(READY) ## make the environment in .venv (uv where there is one, else pip)
+
+$(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; name one with PYTHON=python3.12")'
+	@echo "making the environment in .venv: about half a minute with uv, a few minutes with pip"
+	@if command -v uv >/dev/null 2>&1; then \
+	  uv venv -q --allow-existing --python $(PYTHON) .venv && \
+	  { uv pip install -q --python $(BIN)/python -e '.[all]' -c constraints.txt || uv pip install -q --python $(BIN)/python -e '.[all]'; }; \
+	else \
+	  $(PYTHON) -m venv .venv && \
+	  { $(BIN)/pip install -q --disable-pip-version-check -e '.[all]' -c constraints.txt || $(BIN)/pip install -q --disable-pip-version-check -e '.[all]'; }; \
+	fi
+	@touch $@
+
+reproduce-%: $(READY) ## reproduce-fig4, reproduce-table2: one item, its verdicts and its figure
+	@$(BIN)/python workflow/run.py $* --profile $(PROFILE) --jobs $(JOBS) $(PAIRS)
+
+reproduce-all: $(READY) ## all items of the paper; only what changed runs again
+	@$(BIN)/python workflow/run.py all --profile $(PROFILE) --jobs $(JOBS)
+
+report: $(READY) ## a page of all results of PROFILE
+	@$(BIN)/vitreg report --profile $(PROFILE)
+
+test: $(READY) ## all tests, the notebooks (by nbval) among them
+	@VITREG_BATCH=1 VITREG_RESULTS=$(CURDIR)/results/test $(BIN)/python -m pytest -q -n $(JOBS) --dist loadscope $(NBVAL) tests notebooks
+
+test-fast: $(READY) ## what to run at every change: no notebooks, nothing marked slow
+	@$(BIN)/python -m pytest -q -n $(JOBS) --dist loadscope -m "not slow" tests
+
+test-notebooks: $(READY) ## the notebooks alone
+	@VITREG_BATCH=1 VITREG_RESULTS=$(CURDIR)/results/test $(BIN)/python -m pytest -q -n $(JOBS) --dist loadscope $(NBVAL) notebooks
+
+lab: $(READY) ## JupyterLab in the environment, opened at the notebooks
+	@$(BIN)/jupyter lab --notebook-dir=$(CURDIR) notebooks
+
+bench: $(READY) ## timings, as ratios within one run
+	@OMP_NUM_THREADS= $(BIN)/python -m tests.bench
+
+refresh: $(READY) ## execute all notebooks in place with the profile mini (before a commit)
+	@VITREG_BATCH=1 $(BIN)/python workflow/refresh.py $(NOTEBOOKS)
+
+lint: $(READY) ## ruff
+	@$(BIN)/ruff check vitreg_lib tests workflow && $(BIN)/ruff format --check vitreg_lib tests workflow
+
+clean: ## remove results and caches (not .venv, runs or data)
+	rm -rf results .snakemake .pytest_cache .hypothesis .ruff_cache
