@@ -108,6 +108,32 @@ def upsample(attn_maps: torch.Tensor, size: tuple[int, int], mode: str = "biline
     return F.interpolate(x, size=tuple(size), mode=mode, **options).reshape(*lead, *size)
 
 
+def score_table(attn: dict[str, torch.Tensor], is_outlier: dict[str, torch.Tensor] | None = None):
+    """Scores of maps {model: (images, rows, cols)}, a DataFrame with a row a model (definitions in `maps`).
+
+    peak_ratio: largest / median, the median over images; peaky_images: share with a patch above 10 times the median;
+    kurtosis, entropy (of at most 1) and total_variation: means; attention_on_outliers: mean share of the patches' mass
+    that falls on `is_outlier` (images, rows, cols), 0 where there is none.
+    """
+    import pandas as pd
+
+    from . import maps as score
+
+    rows = {}
+    for name, values in attn.items():
+        peaks = score.peak_ratio(values)
+        rows[name] = {
+            "peak_ratio": peaks.median().item(),
+            "peaky_images": (peaks > 10).float().mean().item(),
+            "kurtosis": score.kurtosis(values).mean().item(),
+            "entropy": score.entropy(values, normalised=True).mean().item(),
+            "total_variation": score.total_variation(values).mean().item(),
+        }
+        if is_outlier is not None:
+            rows[name]["attention_on_outliers"] = score.attention_on(values, is_outlier[name]).mean().item()
+    return pd.DataFrame.from_dict(rows, orient="index")
+
+
 def rollout(seen: Capture, queries: list[int] | None = None, residual: float = 0.5) -> torch.Tensor:
     """(images, queries, tokens) attention rolled out over all captured blocks (Abnar and Zuidema 2020; an option).
 

@@ -63,6 +63,17 @@ def sheet(
     return figure
 
 
+def by_pair(maps: dict[str, torch.Tensor]) -> list[dict[str, torch.Tensor]]:
+    """Groups for `sheet`: each model without registers together with those that are the same with registers."""
+    from .outliers import pairs
+
+    base = pairs(list(maps))
+    groups: dict[str, dict] = {name: {name: maps[name]} for name in maps if name not in base}
+    for name, without in base.items():
+        groups[without][name] = maps[name]
+    return list(groups.values())
+
+
 def _group(columns, group: dict[str, torch.Tensor], cmap: str, scale: str, limits):
     """Draw the maps of one group; the last picture, for a colour bar."""
     drawn = None
