@@ -183,17 +183,3 @@ def _row(seen: Capture, layer: int, query: int) -> torch.Tensor:
     _choose(seen, layer, [query], None)
     rows = seen.attention[layer if layer in seen.layers else seen.layers[layer]]
     return rows[:, :, seen.queries.index(query)].mean(1)
-
-
-def sign_test(without: torch.Tensor, with_registers: torch.Tensor) -> tuple[float, float]:
-    """Share of images (0 to 1) whose score is lower with registers, and the one-sided p-value of the paired sign test.
-
-    Scores (images,) of the same images by both models; equal pairs are left out. (NaN, 1) where none is left.
-    """
-    from scipy.stats import binomtest
-
-    differences = (with_registers - without)[
-        (with_registers != without) & without.isfinite() & with_registers.isfinite()
-    ]
-    lower, n = int((differences < 0).sum()), len(differences)
-    return (lower / n, float(binomtest(lower, n, 0.5, "greater").pvalue)) if n else (float("nan"), 1.0)

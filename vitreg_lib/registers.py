@@ -35,7 +35,7 @@ def entering(model, images: torch.Tensor, edit: Callable | None = None) -> tuple
 
 
 def flow(model, images: torch.Tensor) -> dict[str, int]:
-    """Token counts: patches, registers, tokens_in (at the first block), tokens_returned (without registers), parameters."""
+    """Token counts: patches, registers, tokens_in (at the first block), tokens_returned; registers' parameters."""
     anatomy = model.anatomy
     rows, cols = anatomy.grid(getattr(images, "x", images))
     inside, _ = entering(model, images)

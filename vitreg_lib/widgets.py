@@ -87,3 +87,36 @@ def token_kinds(captures: dict):
         return plots.token_kinds({n: c.norms_by_kind(min(layer, len(c.layers) - 1)) for n, c in captures.items()})
 
     return interact(draw, layer=("IntSlider", {"value": deepest, "min": 0, "max": deepest}))
+
+
+def attention_rows(model, images):
+    """Attention of one query token at any block and head, on one image: maps and the shares of where it goes.
+
+    Head -1 is the mean over heads; queries are the prefix tokens and the patch at the centre.
+    """
+    from . import attention, plots_maps
+
+    rows, cols = model.anatomy.grid(images.x)
+    centre = attention.patch_token(model, images.x, rows // 2, cols // 2)
+    seen = model.capture(images, ("norms", "attention"), queries=[*range(model.anatomy.num_prefix_tokens), centre])
+    names = attention.query_names(seen)
+    deepest = len(seen.layers) - 1
+
+    def draw(image, layer, head, query):
+        token = seen.queries[names.index(query)]
+        heads = None if head < 0 else [head]
+        found = attention.relative(attention.maps(seen, layer, [token], heads)[image])
+        norms = attention.on_grid(seen, seen.norms[image, layer])[None]
+        groups = [{f"attention of {query}": found}, {"norm": norms}]
+        figure = plots_maps.sheet(images.pixels[image : image + 1], groups, cell=1.9)
+        head_text = "mean of heads" if head < 0 else f"head {head}"
+        figure.suptitle(f"{model.label}, block {layer}, {head_text}", fontsize=9)
+        return figure
+
+    return interact(
+        draw,
+        image=("IntSlider", {"value": 0, "min": 0, "max": len(images) - 1}),
+        layer=("IntSlider", {"value": deepest, "min": 0, "max": deepest}),
+        head=("IntSlider", {"value": -1, "min": -1, "max": model.anatomy.num_heads - 1}),
+        query=("Dropdown", {"value": names[0], "options": names}),
+    )
