@@ -116,13 +116,15 @@ def capture(
     the prefix tokens. Results are moved to the CPU batch by batch. Images must already be normalised for the
     model. Out of memory on the device halves the batch and goes on, with a warning.
 
-    Raises ValueError for an unknown site, layer or query and TypeError for a model of unknown anatomy, before
+    Raises ValueError for an unknown site, layer or query or for no images, and TypeError for a model of unknown anatomy, before
     anything runs; RuntimeError if a site was never reached.
     """
     keep = (keep,) if isinstance(keep, str) else tuple(keep)
     anatomy = dissect(model)
     if unknown := [site for site in keep if site not in SITES]:
         raise ValueError(f"unknown site {unknown[0]!r}; known are {', '.join(SITES)}")
+    if len(images) == 0 or batch_size < 1:
+        raise ValueError("no images to run" if len(images) == 0 else f"batch_size {batch_size}: at least 1 is needed")
     layers = anatomy.layers(layers)
     rows, cols = anatomy.grid(images)
     num_tokens = anatomy.num_prefix_tokens + rows * cols
@@ -202,7 +204,7 @@ def _one(model: nn.Module, anatomy: Anatomy, images, keep, layers, queries) -> d
     if "final" in keep:
         pairs.append((anatomy.norm.register_forward_hook, single("final")))
     attention_sites = {"q", "k", "v", "attention"} & set(keep)
-    was_training = model.training
+    was_training = [module for module in model.modules() if module.training]  # parts of a model may be frozen
     model.eval()
     try:
         with torch.no_grad(), hooks(*pairs), ExitStack() as stack:
@@ -211,7 +213,8 @@ def _one(model: nn.Module, anatomy: Anatomy, images, keep, layers, queries) -> d
             forward = getattr(model, "forward_features", model)
             forward(images)
     finally:
-        model.train(was_training)
+        for module in was_training:
+            module.training = True
     return {site: _collect(site, found[site], layers) for site in keep}
 
 
