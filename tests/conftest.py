@@ -1,0 +1,70 @@
+"""Shared fixtures: small random models, the real small models where they are, folders that a test may write to.
+
+No test uses a network: the hub's client is offline, and its cache is an empty folder of this session.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+
+_HUB = tempfile.TemporaryDirectory(prefix="vitreg-test-hub-")
+os.environ["HF_HOME"] = _HUB.name  # read when the hub's client is imported: before anything else is
+os.environ["HF_HUB_OFFLINE"] = os.environ["HF_DATASETS_OFFLINE"] = "1"
+os.environ.setdefault("MPLBACKEND", "Agg")
+
+import pytest  # noqa: E402
+from hypothesis import settings  # noqa: E402
+
+ROOT = Path(__file__).resolve().parents[1]
+REAL = ROOT.parent / "shared" / "real"
+
+settings.register_profile("vitreg", deadline=None, derandomize=True, max_examples=12)
+settings.load_profile("vitreg")
+
+
+@pytest.fixture
+def real(monkeypatch) -> Path:
+    """The folder of real small models and photos, which VITREG_MODELS then names; skips where it is absent."""
+    if not REAL.is_dir():
+        pytest.skip("needs the real small models in ../shared/real, which are not here")
+    monkeypatch.setenv("VITREG_MODELS", str(REAL))
+    monkeypatch.delenv("VITREG_DATA", raising=False)
+    return REAL
+
+
+@pytest.fixture
+def no_models(monkeypatch) -> None:
+    """Neither VITREG_MODELS nor VITREG_DATA, whatever the tests' caller has set."""
+    monkeypatch.delenv("VITREG_MODELS", raising=False)
+    monkeypatch.delenv("VITREG_DATA", raising=False)
+
+
+@pytest.fixture
+def results(tmp_path, monkeypatch) -> Path:
+    """An empty folder for results."""
+    monkeypatch.setenv("VITREG_RESULTS", str(tmp_path / "results"))
+    return tmp_path / "results"
+
+
+@pytest.fixture(scope="session")
+def planted():
+    """The shipped planted control."""
+    from vitreg_lib.models import zoo
+
+    return zoo.load("planted", "cpu")
+
+
+@pytest.fixture
+def tiny():
+    """A function that builds a small timm model with random weights: tiny(name="vit_tiny_patch16_224", **options)."""
+    import timm
+    import torch
+
+    def build(name: str = "vit_tiny_patch16_224", seed: int = 0, **options):
+        torch.manual_seed(seed)
+        defaults = {"depth": 2, "img_size": 32, "embed_dim": 48, "num_heads": 3}
+        return timm.create_model(name, **defaults | options).eval()
+
+    return build
