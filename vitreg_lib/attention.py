@@ -108,10 +108,23 @@ def upsample(attn_maps: torch.Tensor, size: tuple[int, int], mode: str = "biline
     return F.interpolate(x, size=tuple(size), mode=mode, **options).reshape(*lead, *size)
 
 
-def score_table(attn: dict[str, torch.Tensor], is_outlier: dict[str, torch.Tensor] | None = None):
+def background(images, grid: tuple[int, int]) -> torch.Tensor | None:
+    """(n, rows, cols) bool: patches that no object touches, known for scenes; None for photos."""
+    if images.scenes is None:
+        return None
+    on_object = (images.scenes.instances > 0).float()[:, None]
+    return F.adaptive_max_pool2d(on_object, tuple(grid))[:, 0] == 0
+
+
+def score_table(
+    attn: dict[str, torch.Tensor],
+    is_outlier: dict[str, torch.Tensor] | None = None,
+    where: dict[str, torch.Tensor | None] | None = None,
+):
     """Scores of maps {model: (images, rows, cols)}, a DataFrame with a row a model (definitions in `maps`).
 
-    peak_ratio: largest / median, the median over images; peaky_images: share with a patch above 10 times the median;
+    peak_ratio: largest / median, the median over images; peaky_images: share with a patch above 10 times the median,
+    among the patches of `where` (bool, as `background` gives; None or absent: anywhere);
     kurtosis, entropy (of at most 1) and total_variation: means; attention_on_outliers: mean share of the patches' mass
     that falls on `is_outlier` (images, rows, cols), 0 where there is none.
     """
@@ -122,9 +135,12 @@ def score_table(attn: dict[str, torch.Tensor], is_outlier: dict[str, torch.Tenso
     rows = {}
     for name, values in attn.items():
         peaks = score.peak_ratio(values)
+        inside = (where or {}).get(name)
+        high = values > 10 * values.flatten(1).median(1).values[:, None, None]
+        peaky = high.flatten(1).any(1) if inside is None else (high & inside).flatten(1).any(1)
         rows[name] = {
             "peak_ratio": peaks.median().item(),
-            "peaky_images": (peaks > 10).float().mean().item(),
+            "peaky_images": peaky.float().mean().item(),
             "kurtosis": score.kurtosis(values).mean().item(),
             "entropy": score.entropy(values, normalised=True).mean().item(),
             "total_variation": score.total_variation(values).mean().item(),
@@ -132,6 +148,35 @@ def score_table(attn: dict[str, torch.Tensor], is_outlier: dict[str, torch.Tenso
         if is_outlier is not None:
             rows[name]["attention_on_outliers"] = score.attention_on(values, is_outlier[name]).mean().item()
     return pd.DataFrame.from_dict(rows, orient="index")
+
+
+def object_spread(attn_maps: torch.Tensor, images, seed: int = 0, shuffles: int = 200):
+    """Do registers follow different objects? (spread, spread when shuffled, p-value), or None without object masks.
+
+    attn_maps: (images, registers, rows, cols). Each register's mass on patches is summed over each visible object's
+    pixels; over the images its mean share of object k (0 the largest) is taken; the spread is the standard deviation
+    between registers, averaged over the objects. Shuffling registers anew in every image takes away what makes a
+    register itself: p is the share of shuffles with at least this spread.
+    """
+    if images.scenes is None or attn_maps.shape[1] < 2:
+        return None
+    size = images.scenes.instances.shape[-2:]
+    density = upsample(attn_maps, size, "nearest")
+    density = density / density.sum((-2, -1), keepdim=True)
+    masks = torch.stack([images.scenes.instances == k + 1 for k in range(images.scenes.visible.shape[1])], 1)
+    mass = torch.einsum("nrhw,nkhw->nrk", density, masks.float())
+    generator = torch.Generator().manual_seed(seed)
+
+    def spread(values):
+        return values.mean(0).std(0).mean().item()
+
+    shuffled = []
+    for _ in range(shuffles):
+        order = torch.rand(mass.shape[:2], generator=generator).argsort(1)
+        shuffled.append(spread(mass.gather(1, order[..., None].expand_as(mass))))
+    found = spread(mass)
+    p = (1 + sum(value >= found - 1e-12 for value in shuffled)) / (1 + shuffles)
+    return found, sum(shuffled) / shuffles, p
 
 
 def rollout(seen: Capture, queries: list[int] | None = None, residual: float = 0.5) -> torch.Tensor:

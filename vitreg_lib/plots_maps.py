@@ -108,26 +108,30 @@ def _wrapped(name: str) -> str:
 
 
 @styled
-def grids(
-    maps: dict[str, torch.Tensor], label: str, cmap: str = NORMS, shared: bool = True, low: float | None = None
-) -> Figure:
-    """One heat map (rows, cols) a name, side by side, with the profile of its columns below and of its rows beside."""
+def grids(maps: dict[str, torch.Tensor], label: str, cmap: str = NORMS, shared: bool = True, low=None) -> Figure:
+    """One heat map (rows, cols) a name, side by side, and below it the profiles of its columns and of its rows.
+
+    One colour scale for all where `shared`, from `low` (by default the least value).
+    """
     figure, axes = plt.subplots(
-        2, len(maps), figsize=(2.35 * len(maps) + 0.3, 3.2), height_ratios=[3, 1], squeeze=False, sharex="col"
+        2, len(maps), figsize=(2.2 * len(maps) + 0.5, 3.4), height_ratios=[2.6, 1], squeeze=False
     )
-    top = max(float(m.max()) for m in maps.values())
+    pool = torch.cat([m.flatten() for m in maps.values()])
     for (above, below), (name, values) in zip(axes.T, maps.items(), strict=True):
         values = values.cpu()
-        high = top if shared else float(values.max())
-        least = float(values.min()) if low is None else low
-        drawn = above.imshow(values, cmap=cmap, vmin=least, vmax=max(high, 1e-12), aspect="auto")
-        above.set(xticks=[], yticks=[], title=name)
+        scale = pool if shared else values
+        least = float(scale.min()) if low is None else low
+        high = float(scale.max()) if float(scale.max()) > least else least + 1
+        drawn = above.imshow(values, cmap=cmap, vmin=least, vmax=high)
+        above.set(xticks=[], yticks=[])
+        above.set_title(name.replace(", ", "\n"), fontsize=8)
         above.grid(False)
-        figure.colorbar(drawn, ax=above, fraction=0.046, pad=0.03, label=label if name == list(maps)[-1] else "")
-        columns, rows = values.mean(0), values.mean(1)
-        below.plot(columns, color=PALETTE[0], marker=".", ms=3, label="mean of column")
-        below.plot(rows, color=PALETTE[1], ls="--", label="mean of row")
-        below.set(xlabel="column or row", ylim=(min(0, float(values.min()) * 1.05), None))
+        last = name == list(maps)[-1]
+        if last or not shared:
+            figure.colorbar(drawn, ax=above, fraction=0.046, pad=0.03, label=label if last else "")
+        below.plot(values.mean(0), color=PALETTE[0], marker=".", ms=3, label="mean of column")
+        below.plot(values.mean(1), color=PALETTE[1], ls="--", label="mean of row")
+        below.set(xlabel="column or row", ylim=(min(0, float(values.mean(0).min()) * 1.2), None))
     axes[1, 0].set_ylabel("mean")
     figure.legend(*axes[1, 0].get_legend_handles_labels(), loc="outside upper center", ncols=2)
     return figure
@@ -143,17 +147,10 @@ def cost(table: pd.DataFrame, measured: pd.DataFrame | None = None) -> Figure:
         name, colour = f"ViT-{arch.capitalize()}/{patch}, {resolution} px", PALETTE[number % len(PALETTE)]
         axes[0].plot(part.registers, part.flops_percent, color=colour, marker=".", label=name)
         axes[1].plot(part.registers, part.params_percent, color=colour, marker=".", label=name)
-    for x, y in ((4, 2), (16, 6)):
+    for x, y, text, place in ((4, 2, "paper: < 2 %", (6, -9)), (16, 6, "paper: ≤ 6 %", (-2, -14))):
         axes[0].plot([x], [y], marker="v", color=PAPER, ls="")
-        axes[0].annotate(
-            f"paper: {'below ' if x == 4 else 'up to '}{y} %",
-            (x, y),
-            xytext=(-4, 5),
-            textcoords="offset points",
-            fontsize=7,
-            color=PAPER,
-            ha="right",
-        )
+        side = "left" if x == 4 else "right"
+        axes[0].annotate(text, (x, y), xytext=place, textcoords="offset points", fontsize=7, color=PAPER, ha=side)
     axes[0].set(xlabel="registers", ylabel="FLOPs added (%)")
     axes[1].set(xlabel="registers", ylabel="parameters added (%)", ylim=(0, None))
     if measured is not None:
@@ -164,7 +161,7 @@ def cost(table: pd.DataFrame, measured: pd.DataFrame | None = None) -> Figure:
         axes[2].set(xlabel="registers", ylabel="measured, added (%)")
         axes[2].set_title(f"this machine ({row.device}):\nViT-{row.arch.capitalize()}/{row.patch}, {row.resolution} px")
         axes[2].legend()
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=3)
     return figure
 
 
@@ -225,7 +222,7 @@ def dose(table: pd.DataFrame, panels: dict[str, str], zero: dict[str, float] | N
             axis.axhline(zero[measure], color=PAPER, ls="--", lw=1, label="untouched")
         axis.set(xlabel="registers added", ylabel=text)
         axis.set_ylim(bottom=0 if table[measure].min() >= 0 else None)
-    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=4)
     return figure
 
 
@@ -248,7 +245,7 @@ def bars(table: pd.DataFrame, label: str, line: float | None = None, line_label:
     axis.grid(axis="x", visible=False)
     axis.set_ylabel(label)
     if len(table.columns) > 1 or line_label:
-        figure.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncols=4)
+        figure.legend(*axis.get_legend_handles_labels(), loc="outside upper center", ncols=4)
     return figure
 
 

@@ -109,6 +109,47 @@ def resize_pos_embed(
     return torch.cat([prefix, patches.to(pos_embed.dtype)], dim=1)
 
 
+def at_size(model, size: int, antialias: bool = True, offset: float | None = None):
+    """A `zoo.Model` at `size` pixels a side, its position embeddings resized by `resize_pos_embed`; the given is left.
+
+    Raises ValueError for a model without a learnt embedding for each place, or for `size` that patches do not divide.
+    """
+    import copy
+    import dataclasses
+
+    module, patch = copy.deepcopy(model.module), model.anatomy.patch_size
+    if getattr(module, "pos_embed", None) is None or size % patch[0] or size % patch[1]:
+        raise ValueError(
+            f"{model.label}: {size} pixels do not divide into its patches, or it has no position embedding"
+        )
+    before, grid_in = module.pos_embed.detach(), tuple(module.patch_embed.grid_size)
+    grid_out = (size // patch[0], size // patch[1])
+    prefix = before.shape[1] - grid_in[0] * grid_in[1]
+    module.set_input_size((size, size))
+    module.pos_embed = torch.nn.Parameter(
+        resize_pos_embed(before, grid_in, grid_out, prefix, antialias, offset), requires_grad=False
+    )
+    return dataclasses.replace(model, module=module, input_size=size)
+
+
+def place_scores(share: torch.Tensor) -> dict[str, float]:
+    """Scores of a map (rows, cols) of the share of images in which a place is an outlier (Fig. 10, C035 to C038).
+
+    largest_share; border_share, the mean of the two outermost rings; centre_share, the mean of the central half of rows
+    and columns; stripe_ratio, column over row variance inside the two outermost rings (NaN where nothing varies).
+    """
+    rows, cols = share.shape
+    inner = share[2 : rows - 2, 2 : cols - 2]
+    border = (share.sum() - inner.sum()) / (share.numel() - inner.numel())
+    centre = share[rows // 4 : rows - rows // 4, cols // 4 : cols - cols // 4]
+    return {
+        "largest_share": share.max().item(),
+        "border_share": border.item(),
+        "centre_share": centre.mean().item(),
+        "stripe_ratio": stripe_ratio(share, 2).item(),
+    }
+
+
 def axis_profiles(maps: torch.Tensor, border: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
     """Mean of each row (..., rows) and mean of each column (..., cols) of maps (..., rows, cols).
 
