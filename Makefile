@@ -10,7 +10,7 @@ NBVAL    = --nbval --nbval-current-env --nbval-kernel-startup-timeout 180 --nbva
 export OMP_NUM_THREADS ?= $(if $(filter 1,$(JOBS)),,1)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup reproduce-all report test test-fast test-notebooks lab workshop bench refresh lint clean
+.PHONY: help setup reproduce-all report test test-fast test-notebooks lab workshop bench refresh keep lint clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-zA-Z%-]+:.*## /{printf "  make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -58,6 +58,9 @@ bench: $(READY) ## timings, as ratios within one run
 
 refresh: $(READY) ## execute all notebooks in place with the profile mini (before a commit)
 	@VITREG_BATCH=1 $(BIN)/python workflow/refresh.py $(NOTEBOOKS)
+
+keep: $(READY) ## copy records and PNG figures of PROFILE under docs/results/, to be committed
+	@$(BIN)/python workflow/keep.py $(PROFILE)
 
 lint: $(READY) ## ruff
 	@$(BIN)/ruff check vitreg_lib tests workflow && $(BIN)/ruff format --check vitreg_lib tests workflow

@@ -13,7 +13,13 @@ import importlib
 
 __version__ = "0.1.0"
 _SHORT = {"start": "record", "load": "models.zoo"}  # functions at hand without their module's name
-_NESTED = {"scenes": "data.scenes", "telemetry": "train.telemetry", "zoo": "models.zoo", "planted": "models.planted"}
+_NESTED = {  # modules at hand by their last name
+    "images": "data.images",
+    "scenes": "data.scenes",
+    "telemetry": "train.telemetry",
+    "zoo": "models.zoo",
+    "planted": "models.planted",
+}
 
 
 def __getattr__(name: str):

@@ -201,7 +201,7 @@ def norms_by_layer(tables: dict[str, pd.DataFrame], onsets: dict[str, int]) -> F
 @styled
 def norms_by_step(tables: dict[str, pd.DataFrame]) -> Figure:
     """Figure 4(b): norms of the last block along training (above) and the share set apart at any block (below)."""
-    figure, axes = plt.subplots(2, len(tables), figsize=(2.3 * len(tables) + 0.6, 4.0), squeeze=False, sharex=True)
+    figure, axes = plt.subplots(2, len(tables), figsize=(2.3 * len(tables) + 0.6, 4.8), squeeze=False, sharex=True)
     for (above, below), (name, table) in zip(axes.T, tables.items(), strict=True):
         last = table[table.layer == table.layer.max()]
         _bands(above, last.step / last.step.max(), _levels(last), PALETTE[0])
@@ -274,6 +274,7 @@ def registers_by_layer(norms: dict[str, torch.Tensor]) -> Figure:
         for register, line in enumerate(values.T):
             axis.plot(range(len(line)), line, color=PALETTE[register % len(PALETTE)], label=f"register {register + 1}")
         axis.set(title=name, xlabel="block (from 0)", yscale="log")
+        axis.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(integer=True, nbins=7))
     _plain_log(axes[0, 0].yaxis)
     axes[0, 0].set_ylabel("norm of the mean register")
     axes[0, 0].legend()

@@ -208,8 +208,10 @@ class Run:
         return images.load(source, model, n, self.parameters.get("seed", 0))
 
     def measure(self, name: str, value, model: str = "", unit: str = "", paper=None) -> None:
-        """Put one number into the record; `paper` is the paper's own value for its own model, shown beside it."""
+        """Put one number into the record (null where there is none, as a cutoff of one mode); `paper` is the paper's own value for its own model, shown beside it."""
         value = value.item() if hasattr(value, "item") else value
+        if value is None or value != value or value in (float("inf"), float("-inf")):
+            value = None
         self._measured.append({"name": name, "model": model, "value": value, "unit": unit, "paper": paper})
 
     def measure_table(self, table, paper: dict | None = None) -> None:
@@ -220,8 +222,7 @@ class Run:
         for label, row in table.iterrows():
             model = full.get(label, label)
             for name, value in row.items():
-                known = pd.notna(value) and abs(value) != float("inf")
-                self.measure(name, value if known else None, model, paper=(paper or {}).get(name))
+                self.measure(name, None if pd.isna(value) else value, model, paper=(paper or {}).get(name))
 
     def caption(self, images=None) -> str:
         """One line for below a figure: profile, models and images."""

@@ -58,5 +58,7 @@ def ship(folder: str | Path, name: str, about: str) -> Path:
 def command(config: dict) -> str:
     """The `vitreg train` line that makes this run again."""
     default = TrainConfig(recipe=config["recipe"])
-    options = [f"--{k.replace('_', '-')} {v}" for k, v in config.items() if v != getattr(default, k)]
+    options = [
+        f"--{k.replace('_', '-')} {v}" for k, v in config.items() if k != "save_every" and v != getattr(default, k)
+    ]
     return " ".join(["vitreg train", config["recipe"], *options])
