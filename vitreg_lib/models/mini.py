@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 SIZES = {  # name: (embed_dim, depth); heads of 16
+    "xxs": (16, 2),
     "xs": (16, 4),
     "s": (32, 6),
     "m": (48, 8),
