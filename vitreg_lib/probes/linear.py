@@ -1,0 +1,229 @@
+"""Linear probes on frozen features: logistic regression over a whole grid of strengths at once, and ridge regression.
+
+Answers "how much can be read off this token linearly?" (Tables 1, 2a, 4, 6). The objective is scikit-learn's:
+`C * sum of losses + |W|^2 / 2`, the bias not penalised, so `strengths` are its `C` and the optimum is the same.
+Features are used as they come; `scale` them first when models are compared whose features differ in size.
+
+All strengths are fitted in one call, on the device of the features, as one path (see `_lbfgs`). Features are centred
+(the bias takes that up) and rotated to their principal axes: the same optimum, reached sooner.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ._lbfgs import path
+
+DINOV2_STRENGTHS = tuple(float(c) for c in 10 ** np.linspace(-6, 5, 45))  # the grid of DINOv2's own evaluation code
+
+
+@dataclass
+class LogisticFit:
+    """Fitted weights (strengths, classes, dim), biases (strengths, classes), and how the fit of each strength ended."""
+
+    strengths: Tensor
+    weights: Tensor
+    biases: Tensor
+    objective: Tensor  # C * sum of losses + |W|^2 / 2
+    iterations: Tensor
+    converged: Tensor
+
+
+@dataclass
+class RidgeFit:
+    """Fitted weights (strengths, outputs, dim) and biases (strengths, outputs) of a ridge regression."""
+
+    strengths: Tensor
+    weights: Tensor
+    biases: Tensor
+
+
+@dataclass
+class Selection:
+    """The strength chosen on validation data: its index, its value, its score, and the score of every strength."""
+
+    index: int
+    strength: float
+    score: float
+    scores: Tensor
+
+
+def fit_logistic(
+    x: Tensor,
+    y: Tensor,
+    strengths=DINOV2_STRENGTHS,
+    kind: str = "softmax",
+    num_classes: int | None = None,
+    max_iter: int = 1000,
+    tol: float = 1e-6,
+    dtype: torch.dtype | None = None,
+) -> LogisticFit:
+    """The optimum of logistic regression for every strength, on the device of `x`.
+
+    x (samples, dim); y (samples,) class numbers or, for kind="ovr" only, (samples, classes) of 0 and 1; strengths: `C`
+    as in scikit-learn, larger is weaker regularisation. kind "softmax" is one multinomial model, "ovr" one independent
+    binary model per class. `tol` is the estimated distance from the optimum, relative to the objective, at which a fit
+    stops. dtype: float32 unless `x` is float64.
+    Raises ValueError for NaN or infinite features, fewer than two classes, a class without samples, a strength <= 0.
+    """
+    dtype = dtype or (torch.float64 if x.dtype == torch.float64 else torch.float32)
+    targets = _check(x, y, kind, num_classes)
+    c = torch.as_tensor(strengths, dtype=torch.float64).flatten()
+    if not len(c) or not bool((torch.isfinite(c) & (c > 0)).all()):
+        raise ValueError(f"strengths must be positive numbers, got {c.tolist()}")
+    centre = x.double().mean(0)
+    centred = x.double() - centre
+    variance, axes = torch.linalg.eigh(centred.T @ centred / len(x))
+    rotated = torch.cat([(centred @ axes).to(dtype), x.new_ones(len(x), 1, dtype=dtype)], 1)
+    variance = torch.cat([variance.clamp_min(0), variance.new_ones(1)]).to(dtype)
+    fits = path(rotated, targets, c.tolist(), variance, max_iter, tol)
+    params = torch.stack([fit[0] for fit in fits]).double()
+    weights = params[..., :-1] @ axes.T
+    biases = params[..., -1] - weights @ centre
+    objective = torch.tensor([fit[1] for fit in fits], dtype=torch.float64) * c * len(x)
+    iterations, converged = (torch.tensor([fit[i] for fit in fits]) for i in (2, 3))
+    return LogisticFit(c, weights.to(dtype), biases.to(dtype), objective, iterations, converged)
+
+
+def fit_ridge(x: Tensor, y: Tensor, strengths=(1.0,)) -> RidgeFit:
+    """Closed-form ridge regression for every strength: least `sum |y - Wx - b|^2 + strength * |W|^2`.
+
+    x (samples, dim), y (samples, outputs) or (samples,); computed in float64, returned in the dtype of x. One
+    eigendecomposition serves all strengths; directions without variance get no weight, so strength 0 is the
+    least-norm solution. Raises ValueError for NaN or infinite values, or a negative strength.
+    """
+    y = y[:, None] if y.ndim == 1 else y
+    alphas = torch.as_tensor(strengths, dtype=torch.float64).flatten().to(x.device)
+    _check_finite(x, "features")
+    _check_finite(y, "targets")
+    if len(x) != len(y):
+        raise ValueError(f"{len(x)} samples but {len(y)} targets")
+    if bool((alphas < 0).any()):
+        raise ValueError(f"ridge strengths must not be negative, got {alphas.tolist()}")
+    x64, y64 = x.double(), y.double()
+    centre, mean = x64.mean(0), y64.mean(0)
+    xc = x64 - centre
+    values, axes = torch.linalg.eigh(xc.T @ xc)
+    cross = axes.T @ (xc.T @ (y64 - mean))  # (dim, outputs)
+    floor = values.max().clamp_min(1e-300) * len(values) * torch.finfo(torch.float64).eps
+    gain = torch.where(values > floor, 1 / (values + alphas[:, None]).clamp_min(1e-300), 0)  # (strengths, dim)
+    weights = (axes @ (gain[:, :, None] * cross)).transpose(1, 2)
+    biases = mean - weights @ centre
+    dtype = x.dtype if x.is_floating_point() else torch.float32
+    return RidgeFit(alphas.cpu(), weights.to(dtype), biases.to(dtype))
+
+
+def predict(fit: LogisticFit | RidgeFit, x: Tensor, index: int | None = None) -> Tensor:
+    """Logits or values (strengths, samples, outputs), or (samples, outputs) for the one strength `index`."""
+    weights, biases = (fit.weights, fit.biases) if index is None else (fit.weights[index], fit.biases[index])
+    return x.to(weights.dtype) @ weights.transpose(-1, -2) + biases.unsqueeze(-2)
+
+
+def accuracy(fit: LogisticFit, x: Tensor, y: Tensor, per_class: bool = False) -> Tensor:
+    """Top-1 accuracy (strengths,), 0 to 1; with `per_class` the mean of the accuracies of the classes present in y."""
+    y = y.to(x.device)
+    right = torch.stack([predict(fit, x, i).argmax(-1) == y for i in range(len(fit.strengths))]).double()
+    if per_class:
+        right = torch.stack([right[:, y == label].mean(1) for label in y.unique()], 1)
+    return right.mean(1).cpu()
+
+
+def average_precision(fit: LogisticFit, x: Tensor, y: Tensor) -> Tensor:
+    """Mean average precision (strengths,) for several labels an image, y (samples, classes) of 0 and 1 (Table 1, VOC).
+
+    Classes without a positive sample are left out.
+    """
+    from sklearn.metrics import average_precision_score
+
+    truth = y.cpu().numpy()
+    seen = truth.any(0)
+    if not seen.any():
+        raise ValueError("no positive label in y: average precision is not defined")
+    scores = [predict(fit, x, i).cpu().numpy()[:, seen] for i in range(len(fit.strengths))]
+    return torch.tensor([average_precision_score(truth[:, seen], s) for s in scores], dtype=torch.float64)
+
+
+def select(fit: LogisticFit, x: Tensor, y: Tensor, score=accuracy) -> Selection:
+    """The strength with the best validation score; of equal ones the strongest regularisation (ours, for stability)."""
+    scores = score(fit, x, y)
+    best = torch.nonzero(scores == scores.max()).flatten()
+    index = int(best[fit.strengths[best].argmin()])
+    return Selection(index, float(fit.strengths[index]), float(scores[index]), scores)
+
+
+def fit_selected(x: Tensor, y: Tensor, x_val: Tensor, y_val: Tensor, strengths=DINOV2_STRENGTHS, **options):
+    """(fit, selection): the strength is chosen on validation data, then fitted once on training and validation data.
+
+    This is DINOv2's protocol for small data sets. `score` (default `accuracy`) goes to `select`, all else to
+    `fit_logistic`.
+    """
+    score = options.pop("score", accuracy)
+    selection = select(fit_logistic(x, y, strengths, **options), x_val, y_val, score)
+    both = torch.cat([x, x_val]), torch.cat([y, y_val])
+    return fit_logistic(*both, [selection.strength], **options), selection
+
+
+def scale(x: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
+    """All tensors divided by one number, the root mean square of the centred first: strengths then mean the same."""
+    size = (x - x.mean(0)).square().mean().sqrt().clamp_min(1e-12)
+    return tuple(t / size for t in (x, *others))
+
+
+def split_by_image(image_ids: Tensor, fractions=(0.64, 0.16, 0.2), seed: int = 0) -> Tensor:
+    """The part (0 train, 1 validation, 2 test) of each token, (tokens,); all tokens of an image fall in one part.
+
+    Raises ValueError when there are fewer images than parts.
+    """
+    ids, inverse = torch.unique(image_ids.cpu(), return_inverse=True)
+    if len(ids) < len(fractions):
+        raise ValueError(f"{len(ids)} images cannot be split in {len(fractions)} parts: give at least one image a part")
+    bounds = (np.cumsum(fractions) / np.sum(fractions) * len(ids)).round().astype(int)
+    for i in range(len(fractions)):  # no part empty
+        bounds[i] = min(max(bounds[i], i + 1), len(ids) - (len(fractions) - 1 - i))
+    rank = torch.empty(len(ids), dtype=torch.long)
+    rank[torch.randperm(len(ids), generator=torch.Generator().manual_seed(seed))] = torch.arange(len(ids))
+    return torch.bucketize(rank, torch.as_tensor(bounds), right=True)[inverse].to(image_ids.device)
+
+
+def _check(x, y, kind, num_classes):
+    """Targets as the solver wants them: class numbers (samples,) for softmax, 0 and 1 (samples, classes) for ovr."""
+    if kind not in ("softmax", "ovr"):
+        raise ValueError(f"unknown kind {kind!r}: choose 'softmax' or 'ovr'")
+    if x.ndim != 2 or len(x) != len(y):
+        raise ValueError(
+            f"features must be (samples, dim) with a label each, got {tuple(x.shape)} and {tuple(y.shape)}"
+        )
+    _check_finite(x, "features")
+    y = y.to(x.device)
+    if y.ndim == 2 and kind == "softmax":
+        raise ValueError("several labels a sample need kind='ovr'")
+    if y.ndim == 2:
+        counts = torch.stack([y.bool().sum(0), (~y.bool()).sum(0)]).amin(0)
+        if not bool((counts > 0).all()):
+            raise ValueError(f"classes {_few(counts == 0)} have only one value in the samples: leave them out")
+        return y.bool()
+    y = y.long()
+    if len(y) and int(y.min()) < 0:
+        raise ValueError(f"class numbers start at 0, got {int(y.min())}")
+    counts = torch.bincount(y, minlength=num_classes or 0)
+    if int((counts > 0).sum()) < 2:
+        raise ValueError(f"logistic regression needs two classes at least, the labels hold {int((counts > 0).sum())}")
+    if num_classes is not None and len(counts) > num_classes:
+        raise ValueError(f"class {len(counts) - 1} out of range for {num_classes} classes (0…{num_classes - 1})")
+    if not bool((counts > 0).all()):
+        raise ValueError(
+            f"classes {_few(counts == 0)} of {len(counts)} have no sample: renumber the labels or add samples"
+        )
+    return y if kind == "softmax" else torch.nn.functional.one_hot(y, len(counts)).bool()
+
+
+def _check_finite(x: Tensor, what: str) -> None:
+    bad = ~torch.isfinite(x).flatten(1).all(1) if x.ndim > 1 else ~torch.isfinite(x)
+    if bad.any():
+        raise ValueError(f"{what} hold NaN or infinite values in {int(bad.sum())} of {len(x)} rows, first {_few(bad)}")
+
+
+def _few(mask: Tensor) -> list[int]:
+    return torch.nonzero(mask).flatten()[:5].tolist()
