@@ -67,6 +67,16 @@ def _parser() -> argparse.ArgumentParser:
     report = add("report", _report, "Show verdicts and figures of finished items, or write a page of all.")
     report.add_argument("item", nargs="?", help="one item; without it results/<profile>/report.html is written")
     _add_parameters(report)
+    diagnose = add(
+        "diagnose",
+        _diagnose,
+        "Does a model have artifacts, and do they hurt? Prints the answer and writes a page.",
+        "examples:\n  vitreg diagnose vit-ti\n  vitreg diagnose timm:vit_base_patch16_224.dino --images my/photos\n"
+        "  vitreg diagnose file:weights.pth#vit_small_patch16_224",
+    )
+    diagnose.add_argument("model", help="a name of `vitreg models`, timm:NAME, file:PATH, random:NAME")
+    diagnose.add_argument("--images", default="photos", help="photos (shipped), scenes, or a folder (default: photos)")
+    diagnose.add_argument("--n-images", type=int, default=20, help="how many at most (default: 20)")
     models = add("models", _models, "List the models with a name, and whether their weights are on this machine.")
     models.add_argument("name", nargs="?", help="all that is known of one model")
     mend = add(
@@ -248,6 +258,19 @@ def _data(chosen) -> None:
         folder = images.named_folder(name)
         state = "here" if folder else "not here"
         print(f"{name:12} {state:13} a folder of that name in VITREG_DATA, or in data/ of VITREG_MODELS")
+
+
+def _diagnose(chosen) -> None:
+    from . import diagnose
+    from .data import images
+    from .models import zoo
+
+    model = zoo.load(chosen.model)
+    found = diagnose.diagnose(model, images.load(chosen.images, model, chosen.n_images), progress=True)
+    print(f"{model.name} on {found.source}:\n{found.verdict}\n")
+    for name, value in found.numbers.items():
+        print(f"{name:30} {'none' if value is None else f'{value:.4g}'}")
+    print(f"\npage: {shown(diagnose.page(found))}")
 
 
 def _mend(chosen) -> None:

@@ -305,7 +305,7 @@ class Verdicts:
         return "\n".join(rows)
 
     def _repr_html_(self) -> str:
-        return self.table.style.hide(axis="index").set_properties(**{"text-align": "left"}).to_html()
+        return self.table.to_html(index=False, justify="left")
 
 
 def environment() -> dict:

@@ -1,0 +1,50 @@
+"""The diagnosis of a model against controls whose truth is known."""
+
+import pytest
+
+import vitreg_lib as vr
+from vitreg_lib import cli, diagnose
+
+
+@pytest.fixture(scope="module")
+def planted():
+    model = vr.load("planted")
+    images = vr.images.load("scenes", model, 24)
+    return model, images, diagnose.diagnose(model, images)
+
+
+def test_planted_artifacts_are_diagnosed_with_their_share_and_onset(planted):
+    model, images, found = planted
+    assert found.verdict.startswith("Artifacts")
+    assert found.numbers["onset_layer"] == model.onset
+    assert found.numbers["outlier_share"] == pytest.approx(model.truth(images).float().mean().item(), abs=0.003)
+    assert 5 < found.numbers["norm_ratio"] < 20
+
+
+def test_attention_on_planted_outliers_exceeds_their_share(planted):
+    _, _, found = planted
+    assert found.numbers["attention_on_outliers"] > 3 * found.numbers["outlier_share"]
+
+
+def test_places_are_those_of_the_truth(planted):
+    model, images, found = planted
+    truth = model.truth(images).float().mean(0).view(12, 12)
+    assert (found.shares - truth).abs().max() < 0.1
+
+
+def test_random_control_is_clean():
+    model = vr.load("mini-random")
+    found = diagnose.diagnose(model, vr.images.load("scenes", model, 8))
+    assert found.verdict.startswith("No artifacts")
+    assert found.numbers["onset_layer"] is None and found.numbers["outlier_share"] == 0
+
+
+def test_page_is_self_contained(planted, tmp_path):
+    _, _, found = planted
+    text = diagnose.page(found, tmp_path / "page.html").read_text()
+    assert found.model.sha256 in text and text.count("data:image/png;base64,") == 3 and "http" not in text
+
+
+def test_command_names_the_nearest_model(capsys):
+    assert cli.main(["diagnose", "mini-deit"]) == 1
+    assert "mini-deit3" in capsys.readouterr().err
