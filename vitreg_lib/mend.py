@@ -34,7 +34,7 @@ Neurons = Sequence[tuple[int, int]]  # (block, neuron)
 COUNTS = (1, 2, 3, 5, 7, 10, 15, 20, 30, 50)  # how many neurons are tried, fewest first
 REMAINING = 0.1  # the fewest neurons that leave less than this share of the outliers are enough
 MENDED = 0.5  # more than this share of the outliers left, with the best choice of neurons: not mended
-MIN_SHARE = 0.005  # of patch tokens set apart: from here on a block holds outliers (as in Fig. 4)
+MIN_SHARE = 0.005  # of patch tokens: from here on a block holds outliers (as in Fig. 4)
 
 
 class NothingToMend(UserError):
@@ -72,15 +72,15 @@ def find(model, images=None, max_neurons: int = 50, by: str = "writes") -> Found
         raise ValueError(f"unknown ranking {by!r}; known are writes, activation")
     x = _pixels(handful(model) if images is None else images)
     norms = model.capture(x).patch_norms  # (images, layers, patches)
-    holds = (outliers.separated_share(norms) >= MIN_SHARE).nonzero().flatten()
-    if len(holds) == 0:
+    holds = [layer for layer, share in enumerate(outliers.layer_shares(norms)) if share >= MIN_SHARE]
+    if not holds:
         raise NothingToMend(
-            f"{model.name} has nothing to mend: after no block does {MIN_SHARE:.1%} of the patch tokens exceed "
-            f"{outliers.SEPARATED:g} times the median norm"
+            f"{model.name} has nothing to mend: after no block are {MIN_SHARE:.1%} of the patch tokens outliers by "
+            "the rule of `outliers.cutoff`"
         )
-    layer = int(holds[-1])
-    onset = outliers.onset_layer(norms[:, : layer + 1])
-    cutoff = outliers.SEPARATED * norms[:, layer].median().item()
+    layer = holds[-1]
+    onset = outliers.onset_layer(norms[:, : layer + 1], MIN_SHARE)
+    cutoff = outliers.cutoff(norms[:, layer])
     is_outlier = norms[:, layer] > cutoff
     table = rank(model.module, x, is_outlier, range(onset + 1), by).head(max(max_neurons, 10))
     ranked = list(zip(table.block, table.neuron, strict=True))

@@ -89,13 +89,19 @@ def _group(columns, group: dict[str, torch.Tensor], cmap: str, scale: str, limit
             low, high = (
                 limits
                 or {
-                    "each": (float(content.min()), float(content.max())),
+                    "each": _range(content),
                     "image": (float(values[:, i].min()), float(tops[:, i].max())),
                     "group": (float(values.min()), float(tops.max())),
                 }[scale]
             )
             drawn = axis.imshow(content, cmap=cmap, vmin=low, vmax=high, interpolation="nearest")
     return drawn
+
+
+def _range(content: torch.Tensor) -> tuple[float, float]:
+    """Least and largest value; a map that is flat but for rounding is drawn in a middle tone."""
+    low, high = float(content.min()), float(content.max())
+    return (low, high) if high - low > 1e-3 * abs(high) else (low - abs(high), high + abs(high))
 
 
 def _wrapped(name: str) -> str:
@@ -212,8 +218,12 @@ def dose(table: pd.DataFrame, panels: dict[str, str], zero: dict[str, float] | N
     table: columns registers, kind and one a measure; `panels`: {measure: its axis label}; `zero`: the untouched model's
     values, drawn as a line.
     """
-    figure, axes = plt.subplots(1, len(panels), figsize=(2.3 * len(panels) + 0.2, 2.7), squeeze=False)
-    for axis, (measure, text) in zip(axes[0], panels.items(), strict=True):
+    columns = min(3, len(panels))
+    rows = -(-len(panels) // columns)
+    figure, axes = plt.subplots(rows, columns, figsize=(2.5 * columns + 0.2, 2.2 * rows + 0.5), squeeze=False)
+    for axis in axes.flat[len(panels) :]:
+        axis.set_visible(False)
+    for axis, (measure, text) in zip(axes.flat, panels.items(), strict=False):
         for number, (kind, part) in enumerate(table.groupby("kind", sort=False)):
             axis.plot(range(len(part)), part[measure], marker="o", ms=4, color=PALETTE[number], label=kind)
         counts = table.registers.unique()

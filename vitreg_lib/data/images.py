@@ -73,6 +73,20 @@ def load(source: str, model, n: int, seed: int = 0, size: int | None = None) -> 
     return Images(model.normalise(pixels), pixels, names, f"{title}, {len(names)} of {len(paths)} images")
 
 
+def labels(images: Images) -> torch.Tensor | None:
+    """(n,) class of each image: a scene's shape, or from labels.csv (file, class_index) of its folder; None without."""
+    import csv
+
+    if images.scenes is not None:
+        return images.scenes.label
+    folder = named_folder(images.source.split(",")[0])
+    if folder is None or not (folder / "labels.csv").exists():
+        return None
+    with open(folder / "labels.csv", newline="") as f:
+        known = {Path(row["file"]).stem: int(row["class_index"]) for row in csv.DictReader(f)}
+    return torch.tensor([known[name] for name in images.names]) if set(images.names) <= set(known) else None
+
+
 def find(source: str) -> tuple[list[Path], str]:
     """The image files of a source, sorted, and what to call it."""
     if source == "photos":
