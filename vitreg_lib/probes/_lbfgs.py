@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 MEMORY = 10  # pairs kept
-BLOCK = 2**21  # logits per block of samples: few enough to stay near the cache
+BLOCK = 2**17  # logits per block of samples: few enough to stay near the cache
 MAX_TRIALS = 8  # steps in a row without a decrease that can be told from rounding, after which a fit ends
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from .linear import fit_ridge, predict, scale
 from .position import three_fits
 
-STRENGTHS = tuple(10.0**i for i in range(-2, 6))
+STRENGTHS = tuple(10.0**i for i in range(-2, 8))
 
 
 def reconstruction_probe(
