@@ -4,7 +4,7 @@ Minimises `mean loss + penalty / 2 * |W|^2` over params (classes, dim + 1), the 
 expected on their principal axes, so that `curvature * variance + penalty` is close to the diagonal of the Hessian and
 can start each L-BFGS step. Strengths are visited from strong to weak regularisation, and each fit starts where the line
 through the last two (over the logarithm of the strength) points: on 10,000 x 384 synthetic features, 100 classes and 45
-strengths that takes about 220 steps in all (tol 1e-6), where an earlier version that fitted all 45 from zero in one batch
+strengths that takes about 220 steps in all (tol 1e-6), where an earlier version fitting all 45 from zero in one batch
 took about 5,700 (tol 1e-5).
 """
 
