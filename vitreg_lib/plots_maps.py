@@ -106,7 +106,7 @@ def _range(content: torch.Tensor) -> tuple[float, float]:
 
 def _wrapped(name: str) -> str:
     """A model's name on two lines where it is long."""
-    for mark in ("+ttr", "-reg", " "):
+    for mark in ("+ttr", "-reg", ", ", " "):
         if len(name) > 11 and mark in name:
             head, tail = name.split(mark, 1)
             return f"{head}\n{mark.strip()}{tail}"
@@ -231,7 +231,8 @@ def dose(table: pd.DataFrame, panels: dict[str, str], zero: dict[str, float] | N
         if zero and measure in zero:
             axis.axhline(zero[measure], color=PAPER, ls="--", lw=1, label="untouched")
         axis.set(xlabel="registers added", ylabel=text)
-        axis.set_ylim(bottom=0 if table[measure].min() >= 0 else None)
+        if 0 <= table[measure].min() < 0.5 * table[measure].max():  # else the curves would be flat at the top
+            axis.set_ylim(bottom=0)
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=4)
     return figure
 
