@@ -114,7 +114,8 @@ def uniform(index: torch.Tensor, draws: int, seed: int) -> torch.Tensor:
     device. The mixing is the finaliser of MurmurHash3 on 64 bits, in wrapping integer arithmetic.
     """
     counter = torch.arange(draws, device=index.device)
-    h = index[:, None] * 0x9E3779B97F4A7C1 + counter * 0x2545F4914F6CDD1D + seed * 0x5851F42D4C957F2D
+    world = (seed * 0x5851F42D4C957F2D + (1 << 63)) % (1 << 64) - (1 << 63)  # wrapped as torch's integers are
+    h = index[:, None] * 0x9E3779B97F4A7C1 + counter * 0x2545F4914F6CDD1D + world
     for multiplier in (-0x00AE502812AA7333, -0x3B314601E57A13AD):
         h = h ^ ((h >> 33) & 0x7FFFFFFF)
         h = h * multiplier
