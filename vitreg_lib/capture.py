@@ -116,8 +116,8 @@ def capture(
     the prefix tokens. Results are moved to the CPU batch by batch. Images must already be normalised for the
     model. Out of memory on the device halves the batch and goes on, with a warning.
 
-    Raises ValueError for an unknown site, layer or query or for no images, and TypeError for a model of unknown anatomy, before
-    anything runs; RuntimeError if a site was never reached.
+    Raises ValueError for an unknown site, layer or query or for no images, and TypeError for a model of unknown
+    anatomy, before anything runs; RuntimeError if a site was never reached.
     """
     keep = (keep,) if isinstance(keep, str) else tuple(keep)
     anatomy = dissect(model)

@@ -45,8 +45,8 @@ def plant(
 ):
     """A `zoo.Model` with planted artifacts from block `layer` on, made from a trained mini `base` without registers.
 
-    `layer` is by default five eighths of the depth. `sink` is "nop" or "broadcast". Raises ValueError for a base with registers, other
-    patches or another grid than 12 x 12, or a layer without a block before and after it.
+    `layer` is by default five eighths of the depth. `sink` is "nop" or "broadcast". Raises ValueError for a base with
+    registers, other patches or another grid than 12 x 12, or a layer without a block before and after it.
     """
     from . import zoo
 
@@ -130,7 +130,8 @@ def _widen(model: nn.Module) -> nn.Module:
 
     dim, heads, hidden = model.embed_dim, model.blocks[0].attn.num_heads, model.blocks[0].mlp.fc1.out_features
     new = dim + 2 * _PAIRS
-    arguments = dict(model.vit_arguments, embed_dim=new, num_heads=heads + 2, init_values=None)
+    ratio = (hidden + _new_neurons(dim) + 0.5) / new  # timm rounds the product down
+    arguments = dict(model.vit_arguments, embed_dim=new, num_heads=heads + 2, init_values=None, mlp_ratio=ratio)
     wide = VisionTransformer(**arguments)
     wide.vit_arguments = arguments
 
@@ -195,9 +196,15 @@ def _embed(model: nn.Module) -> None:
         model.cls_token[..., _pair(dim, _CLS)[k]] = sign * _R
 
 
+def _new_neurons(dim: int) -> int:
+    """How many hidden neurons widening adds to a block of `dim` old dimensions: what `_write` needs, at least 128."""
+    return max(8 * _PAIRS, 1 + 2 * len(_GLOBAL) + 2 * dim)
+
+
 def _neurons(mlp: nn.Module):
     """Numbers of the hidden neurons that widening added, one after the other."""
-    return iter(range(mlp.fc1.out_features - 8 * _PAIRS, mlp.fc1.out_features))
+    added = _new_neurons(mlp.fc1.in_features - 2 * _PAIRS)
+    return iter(range(mlp.fc1.out_features - added, mlp.fc1.out_features))
 
 
 def _add(mlp: nn.Module, neuron: int, reads: dict[int, float], writes: dict[int, float]) -> None:
