@@ -34,7 +34,7 @@ KINDS = {  # what is special about it: timm's name and options that keep it smal
 
 @functools.cache
 def build(kind: str) -> nn.Module:
-    """A random model of two blocks; its registers, biases and scales are stirred, so that none is at a special value."""
+    """A random model of three blocks; all weights are stirred, so that none is at a special value."""
     name, options = KINDS[kind]
     torch.manual_seed(0)
     size = 56 if "patch14" in name else 64

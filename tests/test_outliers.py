@@ -1,0 +1,178 @@
+"""The rules on distributions whose answer is known by hand, and on the two controls."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from vitreg_lib import outliers
+from vitreg_lib.data import images
+from vitreg_lib.models import zoo
+
+
+def modes(*parts: tuple[float, int], spread: float = 0.12, seed: int = 0) -> torch.Tensor:
+    """Norms in log-normal modes, given as (centre, how many)."""
+    noise = torch.Generator().manual_seed(seed)
+    return torch.cat([c * torch.exp(spread * torch.randn(n, generator=noise)) for c, n in parts])
+
+
+ONE = modes((20.0, 5000))
+TWO = modes((20.0, 4900), (200.0, 100))  # 2 % at ten times the bulk
+KINDS_OF_CONTENT = modes((20.0, 3000), (36.0, 2000))  # 40 % within a factor of two
+CONSTANT = torch.full((500,), 7.0)
+
+
+def test_antimode_finds_nothing_in_one_mode():
+    assert outliers.cutoff_antimode(ONE) == math.inf
+
+
+def test_antimode_lies_between_two_modes_at_ten_times():
+    assert 40 < outliers.cutoff_antimode(TWO) < 150
+    assert outliers.outlier_share(TWO) == pytest.approx(0.02)
+
+
+def test_antimode_calls_modes_within_a_factor_of_two_no_outliers():
+    assert outliers.cutoff_antimode(KINDS_OF_CONTENT) == math.inf
+
+
+@pytest.mark.filterwarnings("ignore:Number of distinct clusters")
+@pytest.mark.parametrize("rule", outliers.RULES)
+def test_no_rule_finds_outliers_among_constant_norms(rule):
+    assert outliers.outlier_share(CONSTANT, outliers.cutoff(CONSTANT, rule)) == 0
+
+
+@pytest.mark.parametrize("rule", outliers.RULES)
+def test_every_rule_separates_two_modes_at_ten_times(rule):
+    assert outliers.outlier_share(TWO, outliers.cutoff(TWO, rule)) == pytest.approx(0.02, abs=2e-3)
+
+
+def test_a_thousandth_of_the_tokens_is_the_least_that_the_antimode_finds():
+    assert outliers.cutoff_antimode(modes((20.0, 9980), (200.0, 20))) < 200
+    assert outliers.cutoff_antimode(modes((20.0, 9995), (200.0, 5))) == math.inf
+
+
+def test_3x_median_and_mad_by_hand():
+    norms = torch.tensor([1.0, 2.0, 4.0])
+    assert outliers.cutoff_3x_median(norms) == 6.0
+    assert outliers.cutoff_mad(norms) == pytest.approx(2 * 2 ** (10 * 1.4826), rel=1e-4)
+
+
+@given(st.floats(1e-3, 1e3), st.sampled_from(["3x_median", "antimode", "mad"]))
+def test_a_rule_follows_the_scale_of_the_norms(scale, rule):
+    assert outliers.cutoff(TWO * scale, rule) == pytest.approx(outliers.cutoff(TWO, rule) * scale, rel=0.05)
+    assert outliers.outlier_share(TWO * scale, outliers.cutoff(TWO * scale, rule)) == pytest.approx(0.02, abs=1e-3)
+
+
+@given(st.permutations(range(8)))
+def test_a_rule_does_not_hang_on_order_or_shape(order):
+    shuffled = TWO.view(8, -1)[list(order)].view(10, 5, -1)
+    for rule in ("3x_median", "antimode", "mad"):
+        assert outliers.cutoff(shuffled, rule) == pytest.approx(outliers.cutoff(TWO, rule))
+
+
+@pytest.mark.parametrize("norms", [torch.empty(0), torch.tensor([1.0, math.nan]), torch.tensor([1.0, math.inf])])
+def test_norms_that_are_empty_or_not_finite_have_no_cutoff(norms):
+    with pytest.raises(ValueError, match="empty or not finite"):
+        outliers.cutoff(norms)
+
+
+def test_an_unknown_rule_is_refused_with_the_known_ones():
+    with pytest.raises(ValueError, match="'150'; known are 3x_median, antimode"):
+        outliers.cutoff(TWO, "150")
+
+
+def by_layer(*two_modes: bool) -> torch.Tensor:
+    """(10, layers, 500) norms with 2 % of outliers where told."""
+    layers = [TWO if is_two else ONE for is_two in two_modes]
+    return torch.stack([norms.view(10, 500) for norms in layers], 1)
+
+
+def test_onset_is_the_first_layer_whose_outliers_stay():
+    assert outliers.onset_layer(by_layer(False, False, True, True, True)) == 2
+    assert outliers.onset_layer(by_layer(True, False, False, True, True)) == 3  # one layer alone is no onset
+    assert outliers.onset_layer(by_layer(False, False, True)) == 2  # the last layer has no next
+    assert outliers.onset_layer(by_layer(True, True)) == 0
+    assert outliers.onset_layer(by_layer(False, True, False)) is None
+    assert outliers.onset_layer(by_layer(False, False)) is None
+
+
+def test_layer_shares_are_each_layers_own():
+    assert outliers.layer_shares(by_layer(False, True)) == [0, pytest.approx(0.02)]
+    assert outliers.separated_share(by_layer(False, True)).tolist() == [0, pytest.approx(0.02)]
+
+
+def test_norm_ratio_is_mean_outlier_over_median():
+    norms = torch.tensor([1.0, 2.0, 2.0, 30.0, 50.0])
+    assert outliers.norm_ratio(norms, norms > 10) == 20
+    assert outliers.norm_ratio(norms, norms > 100) is None
+
+
+def test_score_by_hand():
+    found, truth = torch.tensor([[1, 1, 1, 0], [1, 0, 0, 1]]).bool()
+    assert outliers.score(found, truth) == {"precision": pytest.approx(1 / 3), "recall": 0.5, "f1": pytest.approx(0.4)}
+    nothing = torch.zeros(4, dtype=torch.bool)
+    assert outliers.score(nothing, nothing) == {"precision": 1, "recall": 1, "f1": 1}
+    assert outliers.score(found, nothing) == {"precision": 0, "recall": 1, "f1": 0}
+    assert outliers.score(nothing, truth) == {"precision": 1, "recall": 0, "f1": 0}
+
+
+def test_summary_has_the_recurring_names():
+    table = outliers.summary({"two": by_layer(False, True), "one": by_layer(False, False)})
+    assert list(table.columns)[:4] == ["cutoff", "outlier_share", "norm_ratio", "onset_layer"]
+    assert table.onset_layer["two"] == 1
+    assert table.outlier_share.tolist() == [pytest.approx(0.02), 0]
+    assert table.isna().loc["one", ["norm_ratio", "onset_layer"]].all()
+
+
+def test_pairs_match_a_model_with_registers_to_the_same_without():
+    names = ["a", "a-reg4", "b+ttr1", "b", "c-reg4"]
+    assert outliers.pairs(names) == {"a-reg4": "a", "b+ttr1": "b"}
+
+
+def test_norms_are_quantised_when_registers_differ_more_than_images():
+    noise = torch.randn(2, 100)
+    apart = {"register 1": 10 + noise[0], "register 2": 100 + noise[1], "patches": noise}
+    assert outliers.quantisation(apart) > 100
+    alike = {"register 1": 10 + noise[0], "register 2": 10 + noise[1]}
+    assert outliers.quantisation(alike) < 1
+    assert outliers.quantisation({"register 1": noise[0]}) is None
+
+
+@pytest.fixture(scope="module")
+def on_planted(planted):
+    pictures = images.load("scenes", planted, 64)
+    return planted, pictures, planted.capture(pictures).patch_norms
+
+
+def test_the_default_rule_finds_the_planted_outliers(on_planted):
+    model, pictures, norms = on_planted
+    output, truth = norms[:, -1], model.truth(pictures)
+    found = outliers.score(output > outliers.cutoff(output), truth)
+    assert truth.float().mean() > 0.005
+    assert min(found["precision"], found["recall"]) >= 0.95, found
+
+
+def test_the_onset_of_the_planted_outliers_is_where_they_were_planted(on_planted):
+    model, _, norms = on_planted
+    assert outliers.onset_layer(norms) == model.onset
+
+
+def test_nothing_is_found_in_the_random_control():
+    model = zoo.load("mini-random", "cpu")
+    pictures = images.load("scenes", model, 64)
+    norms = model.capture(pictures).patch_norms
+    assert outliers.layer_shares(norms) == [0] * model.anatomy.depth
+    assert outliers.onset_layer(norms) is None
+    assert not model.truth(pictures).any()
+
+
+def test_rules_are_scored_where_the_truth_is_known(on_planted):
+    model, pictures, norms = on_planted
+    table = outliers.score_rules({"planted": norms[:, -1], "other": ONE}, {"planted": model.truth(pictures)})
+    assert set(table.index.get_level_values("rule")) == set(outliers.RULES)
+    assert table.xs("planted", level="model").f1.max() == table.f1[outliers.DEFAULT_RULE, "planted"]
+    assert table.xs("other", level="model").f1.isna().all()
