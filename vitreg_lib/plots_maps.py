@@ -109,7 +109,7 @@ def _wrapped(name: str) -> str:
     for mark in ("+ttr", "-reg", ", ", " "):
         if len(name) > 11 and mark in name:
             head, tail = name.split(mark, 1)
-            return f"{head}\n{mark.strip()}{tail}"
+            return f"{head},\n{tail}" if mark == ", " else f"{head}\n{mark.strip()}{tail}"
     return name
 
 
