@@ -16,6 +16,10 @@ import hashlib
 import json
 import os
 import re
+import socket
+import urllib.parse
+import urllib.request
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,7 +37,8 @@ from ..paths import CHECKPOINTS, DATA
 class Model:
     """A model with what is needed to feed and to name it.
 
-    name: its full name; label: the name it was asked for by, short enough for a figure. sha256: of its weights file, or of its weights where there is no single file.
+    name: its full name; label: the name it was asked for by, short enough for a figure.
+    sha256: of its weights file, or of its weights where there is no single file.
     role: "trained", "planted control", "random control" or "mended". about: one sentence.
     input_size: pixels a side. mean, std, interpolation, crop: its own preprocessing.
     """
@@ -97,8 +102,8 @@ def load(name: str, device: str | None = None, image_size: int | None = None) ->
     `image_size` asks for another input size than the model's own; position embeddings are interpolated.
     Raises UserError for an unknown name, weights that cannot be had, or a damaged file.
     """
-    base, _, registers = name.partition("+ttr")
-    if registers:
+    base, mended, registers = name.partition("+ttr")
+    if mended:
         from .. import mend
 
         model = mend.with_test_time_registers(load(base, device, image_size), _register_count(name, registers))
@@ -135,7 +140,7 @@ def file_sha256(path: Path) -> str:
 
 
 def available(name: str) -> str:
-    """Where an entry's weights are on this machine: "shipped", "computed", "VITREG_MODELS", "hub cache" or "not here"."""
+    """Where an entry's weights are: "shipped", "computed", "VITREG_MODELS", "hub cache" or "not here"."""
     entry = entries()[name]
     if "file" in entry:
         return "shipped" if (CHECKPOINTS / entry["file"]).exists() else "not here"
@@ -223,10 +228,12 @@ def _create(architecture: str, image_size: int | None, **options) -> nn.Module:
         return timm.create_model(architecture, **options)
     except RuntimeError as error:
         if "Unknown model" in str(error):
-            raise unknown(
-                "model", architecture.split(":")[-1], [*entries(), *timm.list_models("*vit*")], "See `vitreg models`."
-            ) from None
-        raise
+            known = [*entries(), *timm.list_models("*vit*")]
+        elif "Invalid pretrained tag" in str(error):
+            known = timm.list_pretrained(architecture.split(".")[0] + ".*")
+        else:
+            raise
+        raise unknown("model", architecture.split(":")[-1], known, "See `vitreg models`.") from None
 
 
 def _with_config(name, module, sha256, image_size, role="trained") -> Model:
@@ -248,11 +255,18 @@ def _folder(timm_name: str) -> Path | None:
     for config in sorted(Path(root).glob("*/config.json")):
         if config.parent.name == timm_name:
             return config.parent
-        content = json.loads(config.read_text())
+        content = _read_json(config)
         tag = content.get("pretrained_cfg", {}).get("tag", "")
         if f"{content.get('architecture')}.{tag}".removesuffix(".") == timm_name:
             return config.parent
     return None
+
+
+def _read_json(path: Path) -> dict:
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise UserError(f"{path.name} in {path.parent.name} cannot be read: {_line(error)}") from error
 
 
 def _timm(name: str, timm_name: str, image_size: int | None) -> Model:
@@ -260,7 +274,8 @@ def _timm(name: str, timm_name: str, image_size: int | None) -> Model:
     if folder:
         return _hub_folder(timm_name, folder, image_size)
     try:
-        module = _create(timm_name, image_size, pretrained=True)
+        with _hub():
+            module = _create(timm_name, image_size, pretrained=True)
     except UserError:
         raise
     except Exception as error:  # the hub raises many kinds; each means that the weights cannot be had
@@ -272,7 +287,25 @@ def _timm(name: str, timm_name: str, image_size: int | None) -> Model:
     return _with_config(timm_name, module, weights_sha256(module), image_size)
 
 
+@contextmanager
+def _hub():
+    """The hub's client, told to use its cache alone where the hub's name is not known here: else it tries for a minute."""
+    from huggingface_hub import constants
+
+    before = constants.HF_HUB_OFFLINE
+    try:
+        if not before and not urllib.request.getproxies():
+            socket.getaddrinfo(urllib.parse.urlparse(constants.ENDPOINT).hostname, 443)
+    except OSError:
+        constants.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = before
+
+
 def _hub_folder(name: str, folder: Path, image_size: int | None) -> Model:
+    _read_json(folder / "config.json")
     weights = folder / "model.safetensors"
     if not weights.exists():
         raise UserError(f"{name}: {folder.name} has a config.json but no model.safetensors")
@@ -327,6 +360,8 @@ def _read_pickle(path: Path) -> dict[str, torch.Tensor]:
     for key in ("state_dict", "model", "teacher"):
         if isinstance(content, dict) and isinstance(content.get(key), dict):
             content = content[key]
+    if not isinstance(content, dict):
+        raise UserError(f"{path.name} holds no weights by name, but a {type(content).__name__}")
     return {re.sub(r"^(module|backbone)\.", "", k): v for k, v in content.items() if torch.is_tensor(v)}
 
 
