@@ -1,0 +1,334 @@
+"""A name becomes the right model, or one clear line says why not. No network is used."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+import time
+import urllib.request
+
+import huggingface_hub.constants
+import pytest
+import timm
+import torch
+from safetensors.torch import load_file, save_file
+
+from vitreg_lib.errors import UserError
+from vitreg_lib.models import zoo
+
+X = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+SMALLEST = "mini-deit3-s"
+
+
+def hub_folder(folder, tiny, name="vit_tiny_patch16_224", tag="made_here"):
+    """A tiny model in timm's hub layout; (folder, the model)."""
+    model = tiny(name, num_classes=5)
+    folder.mkdir(parents=True)
+    save_file(model.state_dict(), folder / "model.safetensors")
+    arguments = {"depth": 2, "img_size": 32, "embed_dim": 48, "num_heads": 3}
+    pretrained = {
+        "tag": tag,
+        "input_size": [3, 32, 32],
+        "mean": [0.1, 0.2, 0.3],
+        "std": [0.4, 0.5, 0.6],
+        "interpolation": "bilinear",
+        "crop_pct": 0.8,
+        "num_classes": 5,
+    }
+    config = {"architecture": name, "num_classes": 5, "model_args": arguments, "pretrained_cfg": pretrained}
+    (folder / "config.json").write_text(json.dumps(config))
+    return model
+
+
+@pytest.fixture
+def models(tmp_path, monkeypatch, tiny):
+    """VITREG_MODELS with one tiny model, and that model."""
+    model = hub_folder(tmp_path / "models" / "some_folder", tiny)
+    monkeypatch.setenv("VITREG_MODELS", str(tmp_path / "models"))
+    return tmp_path / "models", model
+
+
+def same_outputs(loaded, expected):
+    with torch.no_grad():
+        return torch.equal(loaded.module(X), expected(X))
+
+
+@pytest.mark.parametrize("name", [n for n, entry in zoo.entries().items() if "file" in entry])
+def test_every_shipped_entry_loads_and_is_what_its_entry_says(name):
+    model = zoo.load(name, "cpu")
+    assert (model.name, model.label, model.role, model.input_size) == (name, name, "trained", 96)
+    assert model.sha256 == zoo.entries()[name]["sha256"]
+    assert not model.module.training
+    assert not any(p.requires_grad for p in model.module.parameters())
+    assert zoo.available(name) == "shipped"
+
+
+def test_planted_and_random_are_controls(planted):
+    random = zoo.load("mini-random", "cpu")
+    assert (planted.name, planted.role) == ("planted", "planted control")
+    assert (random.name, random.role) == ("mini-random", "random control")
+    assert planted.is_control
+    assert random.is_control
+    assert not zoo.load(SMALLEST, "cpu").is_control
+
+
+def test_the_random_control_keeps_nothing_of_the_training():
+    trained, random = zoo.load("mini-deit3", "cpu").module, zoo.load("mini-random", "cpu").module
+    again = zoo.load("mini-random", "cpu").module
+    fresh = type(trained)(**trained.vit_arguments).state_dict()
+    for key, value in random.state_dict().items():
+        assert not torch.equal(value, trained.state_dict()[key]), key
+        assert torch.equal(value, again.state_dict()[key]), key
+        assert value.std().item() == pytest.approx(fresh[key].std().item(), rel=0.3, abs=1e-5), key
+        if value.std() == 0:  # biases at zero, scales at their constant
+            assert torch.equal(value, fresh[key]), key
+
+
+def test_random_names_an_architecture_of_timm():
+    model = zoo.load("random:vit_tiny_patch16_224", "cpu", image_size=32)
+    assert (model.name, model.role) == ("random:vit_tiny_patch16_224", "random control")
+    assert model.module(X).shape == (2, 1000)
+    assert model.sha256 == zoo.load("random:timm:vit_tiny_patch16_224", "cpu", image_size=32).sha256
+    assert model.sha256 == zoo.load("random:vit-ti", "cpu", image_size=32).sha256
+
+
+@pytest.mark.parametrize(
+    "name", ["vit_tiny_patch16_224.made_here", "timm:vit_tiny_patch16_224.made_here", "timm:some_folder"]
+)
+def test_timm_names_are_found_in_vitreg_models(models, name):
+    loaded = zoo.load(name, "cpu")
+    assert same_outputs(loaded, models[1])
+    assert (loaded.input_size, loaded.crop, loaded.interpolation) == (32, 0.8, "bilinear")
+    assert (loaded.mean, loaded.std) == ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
+    assert loaded.sha256 == zoo.file_sha256(models[0] / "some_folder" / "model.safetensors")
+    assert loaded.role == "trained"
+
+
+def test_an_entry_of_timm_is_found_in_vitreg_models(tmp_path, monkeypatch, tiny):
+    model = hub_folder(tmp_path / "any", tiny, tag="augreg_in21k_ft_in1k")
+    monkeypatch.setenv("VITREG_MODELS", str(tmp_path))
+    assert zoo.available("vit-ti") == "VITREG_MODELS"
+    assert same_outputs(zoo.load("vit-ti", "cpu"), model)
+
+
+def test_another_input_size_can_be_asked_for(models):
+    loaded = zoo.load("timm:some_folder", "cpu", image_size=64)
+    assert loaded.input_size == 64
+    assert loaded.capture(torch.randn(1, 3, 64, 64)).grid == (4, 4)
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+@pytest.mark.parametrize("suffix", ["safetensors", "pt", "pth", "folder"])
+def test_file_reads_every_kind(tmp_path, tiny, suffix, wrapped):
+    """With the architecture in the name where the file does not say it; wrapped as training scripts do."""
+    if suffix == "folder":
+        model = hub_folder(tmp_path / "mine", tiny)
+        name = f"file:{tmp_path / 'mine'}"
+        assert same_outputs(zoo.load(name, "cpu"), model)
+        return
+    torch.manual_seed(1)
+    model = timm.create_model("vit_tiny_patch16_224", img_size=32).eval()
+    path = tmp_path / f"mine.{suffix}"
+    state = {f"module.{k}" if wrapped and suffix != "safetensors" else k: v for k, v in model.state_dict().items()}
+    if suffix == "safetensors":
+        save_file(state, path)
+    else:
+        torch.save({"epoch": 3, "model": state} if wrapped else state, path)
+    loaded = zoo.load(f"file:{path}#vit_tiny_patch16_224", "cpu", image_size=32)
+    assert same_outputs(loaded, model)
+    assert loaded.sha256 == zoo.file_sha256(path)
+
+
+def test_a_file_of_this_projects_own_training_says_its_architecture():
+    shipped = zoo.load(SMALLEST, "cpu")
+    loaded = zoo.load(f"file:{zoo.CHECKPOINTS / zoo.entries()[SMALLEST]['file']}", "cpu")
+    assert zoo.weights_sha256(loaded.module) == zoo.weights_sha256(shipped.module)
+
+
+def refused(name: str, **options) -> str:
+    with pytest.raises(UserError) as error:
+        zoo.load(name, "cpu", **options)
+    text = str(error.value)
+    assert "\n" not in text
+    return text
+
+
+@pytest.fixture
+def checkpoint(tmp_path, monkeypatch):
+    """A copy of one shipped checkpoint, where the zoo now looks."""
+    name = zoo.entries()[SMALLEST]["file"]
+    shutil.copy(zoo.CHECKPOINTS / name, tmp_path)
+    monkeypatch.setattr(zoo, "CHECKPOINTS", tmp_path)
+    zoo.load(SMALLEST, "cpu")
+    return tmp_path / name
+
+
+def test_a_tampered_checkpoint_is_refused(checkpoint):
+    content = bytearray(checkpoint.read_bytes())
+    content[-1] ^= 1
+    checkpoint.write_bytes(content)
+    told = refused(SMALLEST)
+    assert "damaged or not the shipped one" in told
+    assert zoo.entries()[SMALLEST]["sha256"][:12] in told
+    assert "git checkout -- data/checkpoints" in told
+
+
+def test_a_truncated_checkpoint_is_refused(checkpoint):
+    checkpoint.write_bytes(checkpoint.read_bytes()[:1000])
+    assert "damaged" in refused(SMALLEST)
+    assert f"{checkpoint.name} is no whole safetensors file" in refused(f"file:{checkpoint}")
+
+
+def test_a_missing_checkpoint_is_named(checkpoint):
+    checkpoint.unlink()
+    assert f"data/checkpoints/{checkpoint.name} is not here" in refused(SMALLEST)
+    assert zoo.available(SMALLEST) == "not here"
+
+
+def test_controls_of_a_damaged_checkpoint_are_refused_too(tmp_path, monkeypatch):
+    (tmp_path / zoo.entries()["mini-deit3"]["file"]).write_bytes(b"nothing")
+    monkeypatch.setattr(zoo, "CHECKPOINTS", tmp_path)
+    assert "damaged" in refused("planted")
+    assert "damaged" in refused("mini-random")
+
+
+def test_without_a_network_it_says_which_files_to_put_where(no_models):
+    assert huggingface_hub.constants.HF_HUB_OFFLINE
+    assert os.environ["HF_HOME"] in huggingface_hub.constants.HF_HUB_CACHE
+    for name in ("timm:vit_base_patch16_224.dino", "dino-b"):
+        told = refused(name)
+        assert "cannot be had" in told
+        assert "config.json and model.safetensors from the hub's timm/vit_base_patch16_224.dino" in told
+        assert "VITREG_MODELS" in told
+        assert "--profile mini" in told
+    assert zoo.available("dino-b") == "not here"
+
+
+def test_without_a_network_it_does_not_wait(no_models, monkeypatch):
+    def unknown_host(*arguments):
+        raise socket.gaierror("Name or service not known")
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(urllib.request, "getproxies", dict)
+    monkeypatch.setattr(socket, "getaddrinfo", unknown_host)
+    began = time.perf_counter()
+    assert "cannot be had" in refused("timm:vit_tiny_patch16_384.augreg_in21k_ft_in1k")
+    assert time.perf_counter() - began < 20  # the client's own retries take three quarters of a minute
+    assert huggingface_hub.constants.HF_HUB_OFFLINE is False
+
+
+def test_an_unknown_name_gives_the_nearest(no_models):
+    assert "did you mean mini-deit3" in refused("mini-diet3")
+    assert "unknown model 'vit_tinny_patch16_224': did you mean vit_tiny" in refused("timm:vit_tinny_patch16_224")
+    assert "did you mean vit_tiny_patch16_224" in refused("random:vit_tinny_patch16_224")
+    assert "known: " in refused("qqqqqqq")
+
+
+def test_an_unknown_tag_gives_the_known_ones(no_models):
+    told = refused("vit_base_patch16_224.dinos")
+    assert "did you mean" in told
+    assert "vit_base_patch16_224.dino " in told or "vit_base_patch16_224.dino?" in told
+
+
+@pytest.mark.parametrize("registers", ["x", "65", "", "-1"])
+def test_a_bad_count_of_registers_is_refused(registers):
+    assert "write +ttrN with N from 0 to 64" in refused(f"{SMALLEST}+ttr{registers}")
+
+
+def test_a_folder_that_is_not_there_is_named(monkeypatch, tmp_path):
+    monkeypatch.setenv("VITREG_MODELS", str(tmp_path / "none"))
+    assert "none: no such folder" in refused("timm:vit_tiny_patch16_224")
+
+
+def test_a_damaged_folder_of_the_hub_layout_is_named(models):
+    folder = models[0] / "some_folder"
+    weights = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(weights[: len(weights) // 2])
+    assert "model.safetensors in some_folder cannot be read" in refused("timm:some_folder")
+    (folder / "model.safetensors").unlink()
+    assert "some_folder has a config.json but no model.safetensors" in refused(f"file:{folder}")
+    (folder / "config.json").write_text('{"architecture": ')
+    assert "config.json in some_folder cannot be read" in refused("timm:vit_tiny_patch16_224.made_here")
+
+
+class Evil:
+    """What a pickle can do when it is loaded without care."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return (os.mkdir, (self.path,))
+
+
+def test_a_pickle_with_code_is_refused_and_not_run(tmp_path):
+    torch.save({"w": Evil(str(tmp_path / "made by the pickle"))}, tmp_path / "evil.pt")
+    told = refused(f"file:{tmp_path / 'evil.pt'}#vit_tiny_patch16_224")
+    assert "evil.pt cannot be read as weights only" in told
+    assert not (tmp_path / "made by the pickle").exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        (torch.zeros(3), "holds no weights by name"),
+        ([1, 2], "holds no weights by name"),
+        ({"epoch": 3}, "the weights do not fit"),
+        ({"blocks.0.norm1.weight": torch.zeros(3)}, "size mismatch"),
+    ],
+)
+def test_a_pickle_of_something_else_is_refused(tmp_path, content, told):
+    torch.save(content, tmp_path / "other.pt")
+    assert told in refused(f"file:{tmp_path / 'other.pt'}#vit_tiny_patch16_224", image_size=32)
+
+
+def test_a_truncated_pickle_is_refused(tmp_path, tiny):
+    torch.save(tiny().state_dict(), tmp_path / "half.pth")
+    whole = (tmp_path / "half.pth").read_bytes()
+    (tmp_path / "half.pth").write_bytes(whole[: len(whole) // 2])
+    assert "half.pth cannot be read as weights only" in refused(f"file:{tmp_path / 'half.pth'}#vit_tiny_patch16_224")
+
+
+def test_weights_that_do_not_fit_are_refused(tmp_path, tiny):
+    state = tiny().state_dict()  # 48 wide, where the architecture is 192
+    save_file(state, tmp_path / "narrow.safetensors")
+    told = refused(f"file:{tmp_path / 'narrow.safetensors'}#vit_tiny_patch16_224", image_size=32)
+    assert "the weights do not fit the architecture: " in told
+    whole = timm.create_model("vit_tiny_patch16_224", img_size=32).state_dict()
+    whole["extra.weight"] = torch.zeros(2)
+    del whole["norm.bias"]
+    save_file(whole, tmp_path / "other.safetensors")
+    told = refused(f"file:{tmp_path / 'other.safetensors'}#vit_tiny_patch16_224", image_size=32)
+    assert told.endswith("norm.bias, extra.weight")
+
+
+def test_a_classifier_that_is_missing_is_no_fault(tmp_path):
+    whole = timm.create_model("vit_tiny_patch16_224", img_size=32).state_dict()
+    save_file({k: v for k, v in whole.items() if not k.startswith("head")}, tmp_path / "trunk.safetensors")
+    zoo.load(f"file:{tmp_path / 'trunk.safetensors'}#vit_tiny_patch16_224", "cpu", image_size=32)
+
+
+def test_a_file_of_unknown_architecture_says_how_to_name_it(tmp_path, tiny):
+    path = tmp_path / "mine.safetensors"
+    save_file(tiny().state_dict(), path)
+    assert f"write file:{path}#ARCH" in refused(f"file:{path}")
+    assert "no such file" in refused(f"file:{tmp_path / 'none.pt'}")
+    (tmp_path / "mine.bin").write_bytes(b"")
+    assert "a .safetensors, .pt or .pth file is wanted" in refused(f"file:{tmp_path / 'mine.bin'}")
+
+
+def test_the_digest_of_weights_sees_names_shapes_types_and_values(tiny):
+    one, other = tiny(seed=0), tiny(seed=1)
+    assert zoo.weights_sha256(one) == zoo.weights_sha256(tiny(seed=0))
+    assert zoo.weights_sha256(one) != zoo.weights_sha256(other)
+    assert zoo.weights_sha256(one) != zoo.weights_sha256(tiny(seed=0).half())
+
+
+def test_shipped_weights_are_small_and_in_half_precision():
+    for entry in zoo.entries().values():
+        if "file" in entry:
+            state = load_file(zoo.CHECKPOINTS / entry["file"])
+            assert {v.dtype for v in state.values()} == {torch.float16}
+            assert all(v.isfinite().all() for v in state.values())
