@@ -142,6 +142,5 @@ def preprocessing(model, size: int):
     from timm.data import create_transform
 
     zero, one = (0.0,) * 3, (1.0,) * 3
-    return create_transform(
-        (3, size, size), interpolation=model.interpolation, mean=zero, std=one, crop_pct=model.crop, is_training=False
-    )
+    crop = dict(crop_pct=model.crop, crop_mode=model.crop_mode)
+    return create_transform((3, size, size), interpolation=model.interpolation, mean=zero, std=one, **crop)

@@ -40,7 +40,7 @@ class Model:
     name: its full name; label: the name it was asked for by, short enough for a figure.
     sha256: of its weights file, or of its weights where there is no single file.
     role: "trained", "planted control", "random control" or "mended". about: one sentence.
-    input_size: pixels a side. mean, std, interpolation, crop: its own preprocessing.
+    input_size: pixels a side. mean, std, interpolation, crop, crop_mode: its own preprocessing, in timm's words.
     """
 
     name: str
@@ -53,6 +53,7 @@ class Model:
     std: tuple[float, ...] = (0.5, 0.5, 0.5)
     interpolation: str = "bicubic"
     crop: float = 1.0
+    crop_mode: str = "center"
     label: str = ""
     onset: int | None = None  # the block from which on a planted control's artifacts are there
 
@@ -242,7 +243,8 @@ def _with_config(name, module, sha256, image_size, role="trained") -> Model:
     config = timm.data.resolve_model_data_config(module)
     size = image_size or config["input_size"][-1]
     options = dict(mean=tuple(config["mean"]), std=tuple(config["std"]), interpolation=config["interpolation"])
-    return Model(name, module, sha256, role, input_size=size, crop=config["crop_pct"], **options)
+    options |= dict(crop=config["crop_pct"], crop_mode=config["crop_mode"])
+    return Model(name, module, sha256, role, input_size=size, **options)
 
 
 def _folder(timm_name: str) -> Path | None:
@@ -289,7 +291,7 @@ def _timm(name: str, timm_name: str, image_size: int | None) -> Model:
 
 @contextmanager
 def _hub():
-    """The hub's client, told to use its cache alone where the hub's name is not known here: else it tries for a minute."""
+    """The hub's client; it keeps to its cache where the hub's address cannot be found, or it would try for a minute."""
     from huggingface_hub import constants
 
     before = constants.HF_HUB_OFFLINE
