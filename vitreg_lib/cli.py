@@ -31,11 +31,23 @@ def main(arguments: list[str] | None = None) -> int:
         print("vitreg: stopped; what was finished is kept", file=sys.stderr)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except Exception as error:
+        if chosen.debug:
+            raise
+        told = " ".join(str(error).split())[:300]
+        print(f"vitreg: {type(error).__name__}: {told} (where: --debug)", file=sys.stderr)
     return 1
 
 
+class _OneLine(argparse.ArgumentParser):
+    """Says in one line what is wrong with the arguments."""
+
+    def error(self, message):
+        self.exit(2, f"vitreg: {message} (see {self.prog} --help)\n")
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _OneLine(
         prog="vitreg",
         description="Look inside vision transformers, as the paper 'Vision Transformers Need Registers' does.",
     )
@@ -157,6 +169,7 @@ def execute(item: str, given: dict, progress: bool = True) -> Path:
     Raises UserError when a cell fails, or when the record or a figure is missing afterwards.
     """
     import logging
+    import tempfile
 
     import papermill
     from traitlets.config import Config
@@ -164,32 +177,38 @@ def execute(item: str, given: dict, progress: bool = True) -> Path:
     parameters = record.check_parameters(item, given)
     folder = record.folder(item, parameters)
     folder.mkdir(parents=True, exist_ok=True)
-    unfinished = folder / f".{item}.ipynb"
-    (folder / "record.json").unlink(missing_ok=True)
+    unfinished, finished = folder / f".{item}.ipynb", folder / f"{item}.ipynb"
+    failed = folder / f"{item}.failed.ipynb"
+    for earlier in (folder / "record.json", finished, failed):
+        earlier.unlink(missing_ok=True)
     os.environ["VITREG_BATCH"] = "1"
     logging.getLogger("papermill").setLevel(logging.ERROR)
-    try:
-        papermill.execute_notebook(
-            str(record.notebook(item)),
-            str(unfinished),
-            parameters=given,
-            kernel_name="python3",
-            progress_bar=progress,
-            start_timeout=180,
-            cwd=str(ROOT),
-            # sockets of the file system: kernels started at the same time cannot race for ports
-            config=Config(KernelManager={"transport": "ipc"}) if os.name == "posix" else Config(),
-        )
-    except papermill.PapermillExecutionError as error:
-        failed = folder / f"{item}.failed.ipynb"
-        unfinished.replace(failed)
-        line = f"{error.evalue}" if error.ename == "UserError" else f"{error.ename}: {error.evalue}"
-        raise UserError(f"{item}: {line.splitlines()[0]} (cell {error.exec_count}; see {shown(failed)})") from error
-    finally:
-        unfinished.with_suffix(".tmp").unlink(missing_ok=True)
-    record.read(item, parameters)
-    (folder / f"{item}.failed.ipynb").unlink(missing_ok=True)
-    return unfinished.replace(folder / f"{item}.ipynb")
+    with tempfile.TemporaryDirectory(prefix="vitreg-") as sockets:
+        # sockets in a folder of their own: kernels started at the same time cannot race for ports
+        transport = {"transport": "ipc", "ip": f"{sockets}/kernel"} if os.name == "posix" else {}
+        try:
+            papermill.execute_notebook(
+                str(record.notebook(item)),
+                str(unfinished),
+                parameters=given,
+                kernel_name="python3",
+                progress_bar=progress,
+                start_timeout=180,
+                cwd=str(ROOT),
+                config=Config(KernelManager=transport),
+            )
+            record.read(item, parameters)
+        except BaseException as error:
+            (folder / "record.json").unlink(missing_ok=True)
+            if unfinished.exists():
+                unfinished.replace(failed)
+            if not isinstance(error, papermill.PapermillExecutionError):
+                raise
+            line = f"{error.evalue}" if error.ename == "UserError" else f"{error.ename}: {error.evalue}"
+            raise UserError(f"{item}: {line.splitlines()[0]} (cell {error.exec_count}; see {shown(failed)})") from error
+        finally:
+            unfinished.with_suffix(".tmp").unlink(missing_ok=True)
+    return unfinished.replace(finished)
 
 
 def show(item: str, parameters: dict) -> None:
