@@ -60,7 +60,7 @@ def check_parameters(item: str, given: dict) -> dict:
             raise UserError(
                 f"parameter {name} of {item} is {value!r} ({type(value).__name__}), but a {type(default).__name__} is wanted, as in {default!r}"
             )
-    values = declared | given
+    values = {name: type(default)(given.get(name, default)) for name, default in declared.items()}  # 150 is 150.0
     if values["profile"] not in PROFILES:
         raise unknown("profile", values["profile"], PROFILES)
     return values

@@ -52,10 +52,10 @@ def train(
     from tqdm.auto import tqdm
 
     folder = Path(folder)
+    torch.manual_seed(config.seed)
+    module = recipe.build(config).to(device)  # refuses an unknown size before a folder is made
     folder.mkdir(parents=True, exist_ok=True)
     _claim_folder(folder, config)
-    torch.manual_seed(config.seed)
-    module = recipe.build(config).to(device)
     optimizer = create_optimizer_v2(
         module, opt=config.optimizer, lr=config.learning_rate, weight_decay=config.weight_decay
     )
