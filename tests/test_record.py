@@ -1,0 +1,206 @@
+"""A run refuses what its notebook does not declare, and what it leaves is whole."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from vitreg_lib import record
+from vitreg_lib.errors import UserError
+from vitreg_lib.train.loop import write_atomically
+
+ITEM = "fig03"
+
+
+@pytest.fixture
+def run(results):
+    return record.Run(ITEM, record.check_parameters(ITEM, {}))
+
+
+def some_figure():
+    import matplotlib.pyplot as plt
+
+    figure, axis = plt.subplots(figsize=(1, 1))
+    axis.plot([0, 1])
+    plt.close(figure)
+    return figure
+
+
+def test_defaults_are_those_of_the_parameters_cell():
+    values = record.check_parameters(ITEM, {})
+    assert values["profile"] == "mini"
+    assert {"models", "n_images", "seed", "cutoff"} <= values.keys()
+    assert record.check_parameters(ITEM, {"seed": 3}) == values | {"seed": 3}
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        ({"n_image": 3}, "unknown parameter of fig03 'n_image': did you mean n_images"),
+        ({"zzz": 3}, "unknown parameter of fig03 'zzz': known: cutoff, images"),
+        ({"n_images": "many"}, "parameter n_images of fig03 is 'many' (str), but a int is wanted, as in 0"),
+        ({"n_images": 2.5}, "is 2.5 (float), but a int is wanted"),
+        ({"seed": True}, "is True (bool), but a int is wanted"),
+        ({"models": 3}, "parameter models of fig03 is 3 (int), but a str is wanted"),
+        ({"profile": "smal"}, "unknown profile 'smal': did you mean small"),
+    ],
+)
+def test_bad_parameters_are_refused_with_the_nearest(given, told):
+    with pytest.raises(UserError) as error:
+        record.check_parameters(ITEM, given)
+    assert told in str(error.value)
+
+
+def test_start_reads_what_a_notebook_holds(results):
+    run = record.start(ITEM, {"n_images": 5, "unrelated": object(), "In": ["", "n_images = 5"]})
+    assert run.parameters["n_images"] == 5
+    assert run.at.n_images == 5
+    assert run.at.models == record.items()[ITEM]["mini"]["models"]
+
+
+def test_start_refuses_what_papermill_injects_and_the_notebook_does_not_declare(results):
+    cells = ["n_images = 0", "# Parameters\nn_images = 5\nn_imagess = 3\n"]
+    with pytest.raises(UserError, match="unknown parameter of fig03 'n_imagess': did you mean n_images"):
+        record.start(ITEM, {"n_images": 5, "n_imagess": 3, "In": cells})
+    assert not results.exists()
+
+
+@pytest.mark.parametrize("name", ["fig3", "fig03", "figure3", "Figure03", "FIG3"])
+def test_an_item_has_many_spellings(name):
+    assert record.normal_name(name) == ITEM
+    assert record.notebook(name).name == "fig03_norm_maps.ipynb"
+
+
+def test_tables_and_other_names():
+    assert record.normal_name("table2") == record.normal_name("tab2") == "tab02"
+    assert record.normal_name("where_artifacts_sit") == "where_artifacts_sit"
+
+
+def test_an_unknown_item_gives_the_nearest():
+    with pytest.raises(UserError, match="unknown item 'figg03': did you mean fig03"):
+        record.notebook("figg03")
+
+
+def test_other_parameters_have_a_folder_of_their_own(results):
+    def folder(**given):
+        return record.folder(ITEM, record.check_parameters(ITEM, given))
+
+    assert folder() == results / "mini" / "fig03"
+    assert folder(profile="small") == results / "small" / "fig03"
+    assert folder(seed=0) == folder()
+    one = folder(seed=1, n_images=8)
+    assert one.parent == results / "mini"
+    assert one.name.startswith("fig03--")
+    assert len(one.name) == len("fig03--") + 8
+    assert one == folder(n_images=8, seed=1)
+    assert one != folder(seed=1)
+    assert folder(cutoff=150) == folder(cutoff=150.0)
+
+
+def test_a_record_has_the_fields_of_the_design(run, results):
+    run.measure("outlier_share", torch.tensor(0.25), model="m", paper=0.0237)
+    run.measure("cutoff", math.inf, model="m")
+    run.claim("C007", holds=True, measured="2 %")
+    run.claim("own", holds=None, measured="no such model", text="ours: something", paper="none")
+    run.claim("C009", holds=False, measured="one mode")
+    run.save(some_figure())
+    told = repr(run.claims())
+    found = json.loads((results / "mini" / "fig03" / "record.json").read_text())
+    wanted = {"item", "title", "profile", "parameters", "measured", "claims", "models", "environment", "seconds"}
+    assert wanted <= found.keys()
+    assert (found["item"], found["profile"]) == ("fig03", "mini")
+    assert found["measured"] == [
+        {"name": "outlier_share", "model": "m", "value": 0.25, "unit": "", "paper": 0.0237},
+        {"name": "cutoff", "model": "m", "value": None, "unit": "", "paper": None},
+    ]
+    assert [c["verdict"] for c in found["claims"]] == ["holds", "not testable here", "fails"]
+    assert all(c.keys() == {"id", "text", "verdict", "measured", "paper"} for c in found["claims"])
+    assert found["claims"][0]["text"] == record.reported_claims()["C007"]["claim"]
+    assert "FAILS" in told
+    assert record.read(ITEM, run.parameters) == found
+    assert str(Path.home()) not in json.dumps(found["environment"])
+
+
+def test_models_of_a_run_are_recorded_with_their_digest(run):
+    run.settings["models"] = "mini-deit3-s random:mini-deit3-s"
+    run.load()
+    found = json.loads(run.write().read_text())["models"]
+    assert [(m["name"], m["role"]) for m in found] == [
+        ("mini-deit3-s", "trained"),
+        ("random:mini-deit3-s", "random control"),
+    ]
+    assert all(len(m["sha256"]) == 64 for m in found)
+
+
+def test_a_claim_that_the_paper_does_not_make_needs_a_text(run):
+    with pytest.raises(UserError, match="unknown claim 'C9999'"):
+        run.claim("C9999", True, "")
+
+
+def test_missing_models_are_named_in_profile_small_and_an_error_when_asked_for(results, no_models):
+    run = record.Run(ITEM, record.check_parameters(ITEM, {"profile": "small"}))
+    run.settings["models"] = "mini-deit3-s clip-xs"
+    assert [m.name for m in run.load()] == ["mini-deit3-s"]
+    assert [m["name"] for m in run.not_here] == ["clip-xs"]
+    asked = record.Run(ITEM, record.check_parameters(ITEM, {"profile": "small", "models": "clip-xs"}))
+    with pytest.raises(UserError, match="clip-xs: its weights cannot be had"):
+        asked.load()
+    run.settings["models"] = "clip-xs dino-s"
+    with pytest.raises(UserError, match="none of the models of profile small is reachable here"):
+        run.load()
+
+
+def test_a_record_without_its_products_is_not_taken_for_whole(run):
+    def read():
+        return record.read(ITEM, run.parameters)
+
+    with pytest.raises(UserError, match="left no record.json"):
+        read()
+    run.write()
+    with pytest.raises(UserError, match="nothing measured"):
+        read()
+    run.measure("x", 1)
+    run.save(some_figure())
+    run.write()
+    assert read()["figures"] == ["figure"]
+    (run.folder / "figure.png").unlink()
+    with pytest.raises(UserError, match="no figure.png"):
+        read()
+
+
+def test_a_figure_that_fails_half_way_leaves_the_old_one(run):
+    run.save(some_figure())
+    before = {p.name: p.read_bytes() for p in run.folder.glob("figure.*")}
+    assert before.keys() == {"figure.svg", "figure.png"}
+
+    class Broken:
+        def savefig(self, path, **options):
+            Path(path).write_bytes(b"half")
+            raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        run.save(Broken())
+    assert {p.name: p.read_bytes() for p in run.folder.glob("figure.*")} == before
+
+
+def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
+    path = tmp_path / "record.json"
+    write_atomically(path, b"old")
+    write = Path.write_bytes
+
+    def half(self, content):
+        write(self, content[: len(content) // 2])
+        raise OSError("killed")
+
+    monkeypatch.setattr(Path, "write_bytes", half)
+    with pytest.raises(OSError, match="killed"):
+        write_atomically(path, b"new content")
+    assert path.read_bytes() == b"old"
+    monkeypatch.undo()
+    write_atomically(path, b"new content")
+    assert path.read_bytes() == b"new content"
+    assert [p.name for p in tmp_path.iterdir()] == ["record.json"]
