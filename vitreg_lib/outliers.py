@@ -120,11 +120,13 @@ def layer_shares(norms: torch.Tensor, rule: str = DEFAULT_RULE) -> list[float]:
 def onset_layer(norms: torch.Tensor, share: float = 0.005, rule: str = DEFAULT_RULE) -> int | None:
     """The first layer with outliers that the next one has too (or that is the last); None where there is none.
 
-    A layer has outliers when at least `share` of its patch tokens exceed its own cutoff (Fig. 4 protocol). Norms are
-    (images, layers, patches) of consecutive layers from 0. With the rule 3x_median, the first blocks of some models
-    would count, in which busy patches are large without being set apart.
+    A layer has outliers when at least `share` of its patch tokens exceed its own cutoff (Fig. 4 protocol) and at least
+    as many three times its median. Norms are (images, layers, patches) of consecutive layers from 0. The second alone
+    would count the first blocks of some models, in which busy patches are large without being set apart; the first
+    alone those just before the onset, in which future outliers are set apart at 2 to 3 medians, in some samples.
     """
-    holds = [s >= share for s in layer_shares(norms, rule)]
+    apart = separated_share(norms).tolist()
+    holds = [min(both) >= share for both in zip(layer_shares(norms, rule), apart, strict=True)]
     return next((i for i, here in enumerate(holds) if here and all(holds[i : i + 2])), None)
 
 
