@@ -100,6 +100,13 @@ def test_onset_is_the_first_layer_whose_outliers_stay():
     assert outliers.onset_layer(by_layer(False, False)) is None
 
 
+def test_a_mode_at_two_and_a_half_medians_is_no_onset_yet():
+    norms = by_layer(False, False, True)
+    norms[:, 1] = modes((20.0, 4900), (50.0, 100), spread=0.06).view(10, 500)
+    assert outliers.layer_shares(norms)[1] == pytest.approx(0.02, abs=1e-3)
+    assert outliers.onset_layer(norms) == 2
+
+
 def test_layer_shares_are_each_layers_own():
     assert outliers.layer_shares(by_layer(False, True)) == [0, pytest.approx(0.02)]
     assert outliers.separated_share(by_layer(False, True)).tolist() == [0, pytest.approx(0.02)]

@@ -1,0 +1,101 @@
+"""Importing costs nothing that is not used, and every notebook's parameters are what the tools can check."""
+
+from __future__ import annotations
+
+import ast
+import io
+import json
+import subprocess
+import sys
+import tokenize
+
+import pytest
+from conftest import ROOT
+
+from vitreg_lib import record
+
+NOTEBOOKS = sorted((ROOT / "notebooks").rglob("*.ipynb"))
+HEAVY = ("torch", "timm", "pandas", "sklearn", "matplotlib", "papermill", "datasets", "numpy")
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import vitreg_lib",
+        "from vitreg_lib import cli; cli.check = cli.main(['run', 'fig03', '--parameters'])",
+        "from vitreg_lib import cli; cli.check = cli.main([])",
+    ],
+)
+def test_a_fresh_import_loads_nothing_heavy(code):
+    command = f"{code}\nimport sys; print(*sorted({{m.split('.')[0] for m in sys.modules}} & set({HEAVY!r})))"
+    done = subprocess.run([sys.executable, "-c", command], capture_output=True, text=True, cwd=ROOT, check=True)
+    assert done.stdout.splitlines()[-1] == ""
+
+
+def test_modules_are_at_hand_by_their_short_name():
+    import vitreg_lib as vr
+
+    assert vr.zoo.load is vr.load
+    assert vr.start is record.start
+    assert vr.outliers.DEFAULT_RULE in vr.outliers.RULES
+    with pytest.raises(AttributeError, match="vitreg_lib has no 'outlierz'"):
+        vr.outlierz  # noqa: B018
+
+
+def parameters_cell(path) -> str:
+    cells = json.loads(path.read_text())["cells"]
+    tagged = ["".join(c["source"]) for c in cells if "parameters" in c["metadata"].get("tags", [])]
+    assert len(tagged) == 1, f"{path.name} has {len(tagged)} cells tagged parameters"
+    return tagged[0]
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_parameters_are_plain_literals_with_a_comment_each(path):
+    source = parameters_cell(path)
+    comments = {
+        t.start[0] for t in tokenize.generate_tokens(io.StringIO(source).readline) if t.type == tokenize.COMMENT
+    }
+    names = []
+    for node in ast.parse(source).body:
+        assert isinstance(node, ast.Assign), ast.unparse(node)
+        assert len(node.targets) == 1
+        value = ast.literal_eval(node.value)
+        assert type(value) in (str, int, float, bool), f"{ast.unparse(node)}: papermill's plain types"
+        assert node.end_lineno in comments, f"{ast.unparse(node)}: a comment says what it means"
+        names.append(node.targets[0].id)
+    assert names[0] == "profile"
+    assert record._assigned(source).keys() == set(names)
+    assert record._assigned(source)["profile"] == "mini"
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_a_notebook_begins_with_its_title_and_starts_a_run_of_its_own_item(path):
+    notebook = json.loads(path.read_text())
+    first = notebook["cells"][0]
+    assert first["cell_type"] == "markdown"
+    assert "".join(first["source"]).startswith("# ")
+    code = "\n".join("".join(c["source"]) for c in notebook["cells"] if c["cell_type"] == "code")
+    item = path.stem.split("_")[0] if path.parent.name == "paper" else path.stem
+    assert f'vr.start("{item}", globals())' in code
+    assert "run.claims()" in code
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_committed_outputs_are_small_and_say_nothing_of_a_machine(path):
+    """No warning, no path of somebody's machine, cells run in order."""
+    assert path.stat().st_size < 300_000
+    counts = []
+    for cell in json.loads(path.read_text())["cells"]:
+        if cell["cell_type"] != "code":
+            continue
+        counts.append(cell["execution_count"])
+        for output in cell["outputs"]:
+            assert output.get("name") != "stderr"
+            assert output["output_type"] != "error"
+            text = json.dumps(
+                {k: v for k, v in output.get("data", {"text": output.get("text")}).items() if "image" not in k}
+            )
+            assert str(ROOT) not in text
+            assert "Warning" not in text
+    ran = [count for count in counts if count is not None]
+    assert ran == list(range(1, len(ran) + 1)) and len(ran) in (0, len(counts))

@@ -1,0 +1,102 @@
+"""The measurement on real weights, where nobody planted anything: one model with artifacts, two without."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT
+
+from vitreg_lib import outliers, record
+from vitreg_lib.data import images
+from vitreg_lib.models import zoo
+
+
+def measured(name: str):
+    """(output norms, norms at all layers, capture) of 16 photos."""
+    model = zoo.load(name, "cpu")
+    pictures = images.load("imagenet", model, 16)
+    assert len(pictures) == 16
+    seen = model.capture(pictures)
+    return seen.patch_norms[:, -1], seen.patch_norms, seen
+
+
+def test_vit_ti_has_artifacts_in_the_four_corners_from_block_7_on(real):
+    output, norms, seen = measured("vit-ti")
+    cut = outliers.cutoff(output)
+    is_outlier = output > cut
+    assert outliers.outlier_share(output, cut) == pytest.approx(0.0203, abs=0.002)
+    assert outliers.onset_layer(norms) == 7
+    assert output.median().item() == pytest.approx(19, abs=1)
+    assert output[is_outlier].mean().item() == pytest.approx(470, rel=0.05)
+    assert 500 < output.max() < 600
+    assert seen.grid == (14, 14)
+    corners = torch.zeros(14, 14, dtype=torch.bool)
+    corners[::13, ::13] = True
+    by_place = is_outlier.float().mean(0)
+    assert (by_place[corners.flatten()] > 0.9).all()
+    assert (by_place[~corners.flatten()] < 0.1).all()
+
+
+@pytest.mark.parametrize(("name", "median"), [("deit-ti", (12, 15)), ("dinov2-s", (37, 50))])
+def test_deit_ti_and_dinov2_s_are_clean(real, name, median):
+    output, norms, _ = measured(name)
+    assert outliers.outlier_share(output) == 0
+    assert outliers.onset_layer(norms) is None
+    assert median[0] < output.median() < median[1]
+    assert output.max() < 60
+
+
+def test_every_rule_agrees_on_vit_ti(real):
+    output, _, _ = measured("vit-ti")
+    for rule in outliers.RULES:
+        assert outliers.outlier_share(output, outliers.cutoff(output, rule)) == pytest.approx(0.0203, abs=0.004), rule
+
+
+def test_after_the_final_norm_little_is_left_to_see(real):
+    model = zoo.load("vit-ti", "cpu")
+    seen = model.capture(images.load("imagenet", model, 4), ("norms", "final"))
+    before = seen.patch_norms[:, -1].max() / seen.patch_norms[:, -1].median()
+    after = seen.final_patch_norms.max() / seen.final_patch_norms.median()
+    assert before > 20
+    assert after < 3
+
+
+def test_each_model_is_prepared_as_its_own_config_says(real):
+    vit, deit, dino = (zoo.load(name, "cpu") for name in ("vit-ti", "deit-ti", "dinov2-s"))
+    assert (vit.mean, vit.crop) == ((0.5, 0.5, 0.5), 0.9)
+    assert deit.mean == dino.mean == (0.485, 0.456, 0.406)
+    assert (vit.input_size, deit.input_size, dino.input_size) == (224, 224, 224)
+    assert vit.name == "vit_tiny_patch16_224.augreg_in21k_ft_in1k"
+
+
+def test_published_registers_are_read_as_what_they_are(real):
+    norms = outliers.published_registers()
+    assert list(norms) == ["DINOv2-small", "DINOv2-base", "DINOv2-large", "DINOv2-giant"]
+    last = {name: values[-1].round().int().tolist() for name, values in norms.items()}
+    assert last["DINOv2-small"] == [14, 118, 18, 15]
+    assert last["DINOv2-giant"] == [327, 161, 1362, 98]
+
+
+@pytest.mark.slow
+def test_fig03_in_profile_small_says_what_is_known_of_them(real, results):
+    command = [sys.executable, "-m", "vitreg_lib.cli", "run", "fig03", "--profile", "small", "-p", "n_images", "16"]
+    done = subprocess.run([*command, "--quiet"], cwd=ROOT, capture_output=True, text=True, env=os.environ)
+    assert done.returncode == 0, done.stderr
+    parameters = record.check_parameters("fig03", {"profile": "small", "n_images": 16})
+    found = record.read("fig03", parameters)
+    assert json.dumps(found)
+    values = {(m["model"].split(".")[0], m["name"]): m["value"] for m in found["measured"]}
+    vit, deit, dino = "vit_tiny_patch16_224", "deit_tiny_patch16_224", "vit_small_patch14_dinov2"
+    assert values[vit, "outlier_share"] == pytest.approx(0.0203, abs=0.002)
+    assert values[vit, "onset_layer"] == 7
+    for clean in (deit, dino):
+        assert values[clean, "outlier_share"] == 0
+        assert values[clean, "onset_layer"] is None
+    assert {m["role"] for m in found["models"]} == {"trained"}
+    assert {c["verdict"] for c in found["claims"]} <= set(record.VERDICTS)
+    assert "not reachable here" not in done.stdout
