@@ -65,7 +65,7 @@ def test_every_relative_import_is_seen(depends):
 def clone(tmp_path):
     """A copy of the repository that a test may change, and a function that runs its workflow."""
     for folder in ("vitreg_lib", "workflow", "notebooks", "data"):
-        ignore = shutil.ignore_patterns("__pycache__", "*.parquet.tmp", "eval.parquet")
+        ignore = shutil.ignore_patterns("__pycache__", "*.tmp", "eval.parquet", "kernel-ipc-*", ".*")
         shutil.copytree(ROOT / folder, tmp_path / folder, ignore=ignore)
 
     def reproduce(*arguments: str) -> str:
