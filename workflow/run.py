@@ -33,9 +33,11 @@ def main() -> int:
         return 1
     before = {item: written(item, checked[item]) for item in items}
     config = [f"profile={chosen.profile}", f"item={items[0] if len(items) == 1 else 'all'}"]
-    config.append(f"parameters={json.dumps({k: v for k, v in given.items() if k != 'profile'})}")
+    # as text, which is all that Snakemake keeps of a value; the Snakefile types it anew
+    config.append(f"parameters={json.dumps({k: str(v) for k, v in given.items() if k != 'profile'})}")
     command = [sys.executable, "-m", "snakemake", "-s", "workflow/Snakefile", "--cores", chosen.jobs, "--nolock"]
-    command += ["--rerun-incomplete", "--keep-going", "--quiet", "all", "--config", *config]
+    command += ["--rerun-incomplete", "--keep-going", "--quiet", "rules", "progress", "host", "reason"]
+    command += ["all", "--config", *config]
     environment = os.environ | {"PYTHONUNBUFFERED": "1"}
     done = subprocess.run(command, cwd=ROOT, env=environment)
     if done.returncode:
