@@ -218,6 +218,43 @@ def _check(features: Tensor, grid) -> tuple[int, int]:
     return rows, cols
 
 
+def features(seen, site: str, layer: int = -1) -> Tensor:
+    """Features (images, patches, dim) for `lost` from a `Capture` of q, k or v: heads joined, no prefix tokens."""
+    per_head = getattr(seen, site)[layer if layer >= 0 else seen.layers[layer]]  # (images, heads, tokens, head_dim)
+    return seen.patches(per_head.transpose(1, 2).flatten(2))
+
+
+def sweep(
+    features: dict[str, Tensor], grid: tuple[int, int], truth: list[Tensor], patch_size: int, biases=(0.0,), **options
+):
+    """(DataFrame, hits): CorLoc of LOST for every feature and bias, and {(feature, bias): (images,) bool}.
+
+    truth: boxes in pixels; options go to `lost`. Columns: corloc, low, high (`corloc`), positive_share (of Gram
+    entries, bias included), whole_share (of images where the box is the whole grid), tied_share (of images whose seed
+    is not the only patch of lowest degree). A patch that the image's size cuts is not cut here.
+    """
+    import pandas as pd
+
+    rows, hits = {}, {}
+    everything = torch.tensor([0, 0, grid[1], grid[0]])
+    for name, x in features.items():
+        for bias in biases:
+            found = lost(x, grid, bias=bias, **options)
+            score = corloc(to_pixels(found.boxes, patch_size), truth)
+            hits[name, bias] = score.hits
+            rows[name, bias] = {
+                "corloc": score.value,
+                "low": score.low,
+                "high": score.high,
+                "positive_share": found.positive_share.mean().item(),
+                "whole_share": (found.boxes == everything).all(1).double().mean().item(),
+                "tied_share": (found.tied_seeds > 1).double().mean().item(),
+            }
+    table = pd.DataFrame.from_dict(rows, orient="index")
+    table.index = pd.MultiIndex.from_tuples(rows, names=["feature", "bias"])
+    return table, hits
+
+
 @dataclass
 class CorLoc:
     """Share of images found (0 to 1), its bootstrap interval over images, and each image's hit for paired tests."""
@@ -245,6 +282,17 @@ def corloc(boxes: Tensor, truth: list[Tensor], level: float = 0.95, draws: int =
     means = hits.double()[drawn].mean(1)
     low, high = torch.quantile(means, means.new_tensor([(1 - level) / 2, (1 + level) / 2])).tolist()
     return CorLoc(float(hits.double().mean()), low, high, hits)
+
+
+def gain(without: Tensor, hits: Tensor, draws: int = 2000, seed: int = 0) -> tuple[float, float, float]:
+    """Difference of CorLoc in points, hits (images,) minus those of another way on the same images, with interval.
+
+    The middle 95 % of a bootstrap over images, pairs kept together.
+    """
+    difference = 100 * (hits.double() - without.double())
+    drawn = torch.randint(len(hits), (draws, len(hits)), generator=torch.Generator().manual_seed(seed))
+    low, high = torch.quantile(difference[drawn].mean(1), torch.tensor([0.025, 0.975]).double()).tolist()
+    return difference.mean().item(), low, high
 
 
 def box_iou(a: Tensor, b: Tensor) -> Tensor:

@@ -1,0 +1,96 @@
+"""Figures of probes and scores by group of tokens: densities, dots by group and fit, scores with their intervals."""
+
+from __future__ import annotations
+
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+
+from .plots import PALETTE, PAPER, styled
+
+GROUPS = {"normal": PALETTE[0], "outlier": PALETTE[1], "matched": PALETTE[2], "border": PALETTE[5]}
+
+
+@styled
+def densities(values: dict[str, dict[str, torch.Tensor]], label: str, titles: dict[str, str] | None = None) -> Figure:
+    """Densities of cosines by group, one panel a model, medians dotted. values: {model: {group: cosines}}.
+
+    The axis is stretched towards 1 (by the logarithm of 1 - cosine), where uniform patches crowd.
+    """
+    marks = (0, 0.5, 0.9, 0.99, 0.999)
+    width = 3.0 * len(values) + 0.8
+    figure, axes = plt.subplots(1, len(values), figsize=(width, 2.8), squeeze=False, sharey=True)
+    edges = np.linspace(_stretched(-0.6), _stretched(0.9995), 41)
+    for axis, (name, found) in zip(axes[0], values.items(), strict=True):
+        for group, numbers in found.items():
+            x = _stretched(numbers.double().numpy()).clip(edges[0], edges[-1])
+            share, _ = np.histogram(x, edges)
+            axis.stairs(100 * share / len(x), edges, color=GROUPS[group], label=group, lw=1.5)
+            axis.axvline(np.median(x), color=GROUPS[group], ls=":", lw=1)
+        axis.set_xticks([_stretched(mark) for mark in marks], [f"{mark:g}" for mark in marks])
+        axis.set(title=(titles or {}).get(name, name), xlabel=label)
+    axes[0, 0].set_ylabel("tokens of the group (%)")
+    widest = max(axes[0], key=lambda axis: len(axis.get_legend_handles_labels()[1]))
+    figure.legend(*widest.get_legend_handles_labels(), loc="outside upper center", ncols=4)
+    return figure
+
+
+def _stretched(cosine):
+    return -np.log10(np.maximum(1 - cosine, 1e-6))
+
+
+@styled
+def by_group(tables: dict, columns: dict[str, str], cap: dict[str, float] | None = None, titles=None) -> Figure:
+    """Dots of probe scores: a row a column of the tables, a panel a model, groups along x, a marker for each fit.
+
+    tables: {model: DataFrame indexed by (group, fit)}; columns: {column: axis label}; cap: the top of a column's axis,
+    where larger values are drawn with their number.
+    """
+    size = (2.2 * len(tables) + 1.0, 1.9 * len(columns) + 0.6)
+    figure, axes = plt.subplots(len(columns), len(tables), figsize=size, squeeze=False, sharey="row")
+    for number, (column, label) in enumerate(columns.items()):
+        top = (cap or {}).get(column, np.inf)
+        for axis, (name, table) in zip(axes[number], tables.items(), strict=True):
+            groups = [g for g in table.index.get_level_values("group").unique() if table.loc[g, column].notna().any()]
+            for fit, marker, colour in (("normal", "s", PAPER), ("all", "o", PALETTE[4]), ("own", "D", PALETTE[0])):
+                values = np.array([table.loc[(group, fit), column] for group in groups])
+                axis.plot(groups, values.clip(max=top), marker, color=colour, ms=5, alpha=0.9)
+                for group, value in zip(groups, values, strict=True):
+                    if value > top:
+                        axis.annotate(f"{value:.3g}", (group, top), (5, -3), textcoords="offset points", fontsize=7)
+            axis.margins(x=0.15)
+            axis.tick_params(axis="x", labelsize=7)
+            if not number:
+                axis.set_title((titles or {}).get(name, name))
+        highest = max(min(float(table[column].max()), top) for table in tables.values())
+        axes[number, 0].set_ylim(0, 1.08 * highest)
+        axes[number, 0].set_ylabel(label)
+    told = ["trained on normal", "trained on all", "trained on the group"]
+    figure.legend(axes[0, 0].get_lines()[:3], told, loc="outside upper center", ncols=min(3, 1 + len(tables)))
+    return figure
+
+
+@styled
+def scores(table, label: str, lines: dict[str, float]) -> Figure:
+    """Scores with intervals: a group of dots a model, a colour for each setting; `lines` are baselines with a name.
+
+    table: DataFrame indexed by (model, setting) with columns value, low, high.
+    """
+    models = list(table.index.get_level_values(0).unique())
+    settings = list(table.index.get_level_values(1).unique())
+    figure, axis = plt.subplots(figsize=(max(4.5, 1.25 * len(models) + 1.2), 3.2))
+    for number, setting in enumerate(settings):
+        found = table.xs(setting, level=1).reindex(models)
+        x = np.arange(len(models)) + (number - (len(settings) - 1) / 2) * 0.16
+        ends = [(found["value"] - found["low"]).clip(lower=0), (found["high"] - found["value"]).clip(lower=0)]
+        axis.errorbar(x, found["value"], ends, fmt="o", ms=4, lw=1.2, color=PALETTE[number], label=setting)
+    for style, (name, value) in zip(("--", ":", "-."), lines.items(), strict=False):
+        axis.axhline(value, color=PAPER, ls=style, lw=1, label=f"{name}: {value:.0f}")
+    axis.set_xticks(
+        range(len(models)), [m.replace("+", "\n+").replace("-reg", "\n-reg").replace(":", ":\n") for m in models]
+    )
+    axis.set(ylabel=label, xlim=(-0.6, len(models) - 0.4), ylim=(min(0, axis.get_ylim()[0]), None))
+    axis.grid(axis="x", visible=False)
+    figure.legend(*axis.get_legend_handles_labels(), loc="outside upper center", ncols=3)
+    return figure

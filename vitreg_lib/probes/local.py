@@ -1,0 +1,142 @@
+"""What local information an outlier token holds, against a control that is fair to it (Fig. 5, Table 5).
+
+The paper compares outliers with all normal tokens. Where outliers sit at fixed places or on plain patches, that
+compares places and contents. `matched_normal` therefore gives every outlier a partner: the nearest normal token of the
+same image. `local_probes` scores both groups, all normal tokens and the border by the three fits of `probes.position`.
+Masks are (images, rows, cols) bool; tokens, pixels and similarities (images, patches, …) without prefix tokens.
+"""
+
+import torch
+from torch import Tensor
+
+from .position import position_probe
+from .reconstruction import reconstruction_probe
+
+
+def matched_normal(is_outlier: Tensor) -> Tensor:
+    """Mask (images, rows, cols) of the partners: for each outlier the nearest normal token of its image.
+
+    Among equally near ones first the one as far from the border as the outlier is, then the first by rows. A token that
+    is nearest to two outliers is marked once. An image of outliers alone has no partner.
+    """
+    images, rows, cols = is_outlier.shape
+    row, col = torch.meshgrid(torch.arange(rows), torch.arange(cols), indexing="ij")
+    row, col = row.flatten(), col.flatten()
+    depth = torch.stack([row, col, rows - 1 - row, cols - 1 - col]).amin(0)  # steps from the border
+    squared = (row[:, None] - row).square() + (col[:, None] - col).square()
+    # one sortable number: distance, then difference of depth, then index
+    cost = (squared * rows * cols + (depth[:, None] - depth).abs()) * rows * cols + torch.arange(rows * cols)
+    flat = is_outlier.flatten(1).cpu()
+    image, place = flat.nonzero().unbind(1)
+    blocked = cost[place].masked_fill(flat[image], torch.iinfo(torch.long).max)
+    partner = blocked.argmin(1)
+    found = ~flat[image, partner]
+    matched = torch.zeros_like(flat)
+    matched[image[found], partner[found]] = True
+    return matched.view(images, rows, cols).to(is_outlier.device)
+
+
+def same_places(masks: dict[str, Tensor]) -> dict[str, str]:
+    """{model without outliers: the first model with outliers on a grid of the same size}, for masks by model.
+
+    A model without outliers is a control at the places where another has them, on the same images.
+    """
+    own = [name for name, mask in masks.items() if mask.any()]
+    lenders = {name: [o for o in own if masks[o].shape == mask.shape] for name, mask in masks.items() if not mask.any()}
+    return {name: found[0] for name, found in lenders.items() if found}
+
+
+def groups(is_outlier: Tensor) -> dict[str, Tensor]:
+    """Masks (images, patches) of "normal", "outlier", "matched" (`matched_normal`) and "border" (normal ones)."""
+    border = torch.ones_like(is_outlier)
+    border[:, 1:-1, 1:-1] = False
+    masks = {
+        "normal": ~is_outlier,
+        "outlier": is_outlier,
+        "matched": matched_normal(is_outlier),
+        "border": border & ~is_outlier,
+    }
+    return {name: mask.flatten(1) for name, mask in masks.items()}
+
+
+def local_probes(tokens: Tensor, pixels: Tensor, is_outlier: Tensor, max_tokens: int = 6000, seed: int = 0):
+    """Position and reconstruction probes of `groups`: a DataFrame indexed by (group, fit).
+
+    tokens (images, patches, dim), pixels (images, patches, values). Columns: test (tokens scored), accuracy, distance
+    (grid cells), chance, l2 (in the unit of the pixels), relative (l2 over that of the best constant patch).
+    """
+    n, patches, _ = tokens.shape
+    flat = {name: mask.flatten() for name, mask in groups(is_outlier).items()}
+    ids = torch.arange(n).repeat_interleave(patches)
+    options = dict(groups=flat, image_ids=ids, max_tokens=max_tokens, seed=seed)
+    places = torch.arange(patches).repeat(n)
+    x = tokens.flatten(0, 1)
+    found = position_probe(x, places, tuple(is_outlier.shape[1:]), **options).set_index(["group", "fit"])
+    drawn = reconstruction_probe(x, pixels.flatten(0, 1), **options).set_index(["group", "fit"])
+    return found[["test", "accuracy", "distance", "chance"]].join(drawn[["l2", "relative"]])
+
+
+def ratios(table, group: str = "outlier", to: str = "matched"):
+    """`group` over `to` for each fit of a `local_probes` table: accuracy, distance, l2, relative; NaN over nothing.
+
+    The distance has half a cell added to both, so that a probe that never errs does not divide by 0.
+    """
+    columns = ["accuracy", "distance", "l2", "relative"]
+    one, other = (table.xs(name, level="group")[columns].copy() for name in (group, to))
+    one["distance"], other["distance"] = one["distance"] + 0.5, other["distance"] + 0.5
+    return one / other.where(other > 0)
+
+
+def verdicts(table, alike) -> dict[str, tuple[bool | None, str]]:
+    """{"auc", "accuracy", "distance", "l2": (is it as the paper claims of outliers, what was measured)}.
+
+    table of `local_probes` and numbers of `likeness`, of one model. Judged on outlier against matched tokens, each with
+    its own fit: the interval of the AUC above one half, accuracy below 0.8, distance above 2, L2 above 1.1 times. None
+    for accuracy and distance where normal tokens are right less than five times as often as by chance.
+    """
+    fair, paper = ratios(table).loc["own"], ratios(table, to="normal").loc["all"]
+    right, chance = table.loc[("normal", "own"), ["accuracy", "chance"]]
+    blind = f"; not readable: normal tokens {right:.1%} right, {chance:.1%} by chance" if right < 5 * chance else ""
+    found = {"accuracy": fair.accuracy < 0.8, "distance": fair.distance > 2, "l2": fair.l2 > 1.1}
+    told = {
+        key: f"outlier / matched {fair[key]:.2f}, as the paper compares {paper[key]:.2f}; "
+        f"{table.test['outlier', 'own']:.0f} outliers scored" + (blind if key != "l2" else "")
+        for key in found
+    }
+    result = {key: (None if blind and key != "l2" else bool(holds), told[key]) for key, holds in found.items()}
+    areas = [f"{alike[k]:.2f} ({alike[k + '_low']:.2f} to {alike[k + '_high']:.2f})" for k in ("auc", "auc_matched")]
+    return result | {"auc": (bool(alike["auc_matched_low"] > 0.5), f"AUC {areas[0]}, against matched {areas[1]}")}
+
+
+def likeness(similarity: Tensor, is_outlier: Tensor, draws: int = 500, seed: int = 0) -> dict[str, float]:
+    """How outliers' similarity to their neighbours differs from that of others, with intervals over images.
+
+    similarity (images, patches), as `maps.neighbour_similarity` of the patch embedding. Keys: median_GROUP for each of
+    `groups`; auc and auc_matched, the chance that an outlier is more similar than a normal, or than a matched token
+    (ties count half), each with _low and _high, the middle 95 % of a bootstrap that draws whole images. Without
+    outliers all but the medians of the groups that exist are NaN.
+    """
+    masks = groups(is_outlier)
+    result = {f"median_{k}": similarity[m].median().item() if m.any() else float("nan") for k, m in masks.items()}
+    images = torch.arange(len(similarity))[:, None].expand_as(similarity)
+    generator = torch.Generator().manual_seed(seed)
+    drawn = torch.randint(len(similarity), (draws, len(similarity)), generator=generator)
+    weights = torch.stack([row.bincount(minlength=len(similarity)) for row in drawn]).double()
+    weights = torch.cat([torch.ones(1, len(similarity)).double(), weights])  # the first row is the sample itself
+    for key, other in (("auc", "normal"), ("auc_matched", "matched")):
+        a, b = masks["outlier"], masks[other]
+        values = _auc(similarity[a], similarity[b], weights[:, images[a]], weights[:, images[b]])
+        low, high = torch.nanquantile(values[1:], torch.tensor([0.025, 0.975]).double()).tolist()
+        result |= {key: values[0].item(), f"{key}_low": low, f"{key}_high": high}
+    return result
+
+
+def _auc(a: Tensor, b: Tensor, weight_a: Tensor, weight_b: Tensor) -> Tensor:
+    """(draws,) weighted chance that a value of `a` exceeds one of `b`, ties half; NaN where one side weighs nothing."""
+    if not len(a) or not len(b):
+        return torch.full((len(weight_a),), torch.nan).double()
+    order = b.argsort()
+    b, below = b[order].contiguous(), torch.nn.functional.pad(weight_b[:, order].cumsum(1), (1, 0))
+    a = a.contiguous()
+    rank = (below[:, torch.searchsorted(b, a)] + below[:, torch.searchsorted(b, a, right=True)]) / 2
+    return (weight_a * rank).sum(1) / (weight_a.sum(1) * below[:, -1])
