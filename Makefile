@@ -57,7 +57,7 @@ bench: $(READY) ## timings, as ratios within one run
 	@OMP_NUM_THREADS= $(BIN)/python -m tests.bench
 
 refresh: $(READY) ## execute all notebooks in place with the profile mini (before a commit)
-	@VITREG_BATCH=1 $(BIN)/python workflow/refresh.py $(NOTEBOOKS)
+	@$(BIN)/python workflow/refresh.py $(NOTEBOOKS)
 
 keep: $(READY) ## copy records and PNG figures of PROFILE under docs/results/, to be committed
 	@$(BIN)/python workflow/keep.py $(PROFILE)

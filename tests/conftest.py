@@ -12,12 +12,16 @@ from pathlib import Path
 _HUB = tempfile.TemporaryDirectory(prefix="vitreg-test-hub-")
 os.environ["HF_HOME"] = _HUB.name  # read when the hub's client is imported: before anything else is
 os.environ["HF_HUB_OFFLINE"] = os.environ["HF_DATASETS_OFFLINE"] = "1"
-os.environ.setdefault("MPLBACKEND", "Agg")
 
+
+import matplotlib  # noqa: E402
 import pytest  # noqa: E402
 from hypothesis import settings  # noqa: E402
 
-ROOT = Path(__file__).resolve().parents[1]
+from vitreg_lib.paths import ROOT  # noqa: E402
+
+matplotlib.use("Agg")  # not by the environment: kernels of notebooks would inherit it and show nothing
+
 REAL = ROOT.parent / "shared" / "real"
 
 settings.register_profile("vitreg", deadline=None, derandomize=True, max_examples=12)

@@ -11,10 +11,10 @@ import time
 
 import nbformat
 import pytest
-from conftest import ROOT
 
 from vitreg_lib import cli, record
 from vitreg_lib.errors import UserError
+from vitreg_lib.paths import ROOT
 
 
 def vitreg(*arguments: str, **environment: str) -> subprocess.CompletedProcess:

@@ -10,9 +10,9 @@ import sys
 import tokenize
 
 import pytest
-from conftest import ROOT
 
 from vitreg_lib import record
+from vitreg_lib.paths import ROOT
 
 NOTEBOOKS = sorted((ROOT / "notebooks").rglob("*.ipynb"))
 HEAVY = ("torch", "timm", "pandas", "sklearn", "matplotlib", "papermill", "datasets", "numpy")

@@ -9,11 +9,11 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT
 
 from vitreg_lib import outliers, record
 from vitreg_lib.data import images
 from vitreg_lib.models import zoo
+from vitreg_lib.paths import ROOT
 
 
 def measured(name: str):

@@ -8,9 +8,9 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT
 
 from vitreg_lib import record
+from vitreg_lib.paths import ROOT
 
 
 @pytest.fixture

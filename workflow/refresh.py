@@ -5,6 +5,7 @@ Outputs hold neither progress nor timing, so that two runs on one machine give t
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from vitreg_lib.paths import NOTEBOOKS
 def refresh(path: Path) -> None:
     """Execute one notebook and write it back, without widget state or execution times."""
     notebook = nbformat.read(path, as_version=4)
+    os.environ["VITREG_BATCH"] = "1"  # no progress bars, and widgets as pictures
     runner = ExecutePreprocessor(timeout=1800, record_timing=False)
     runner.preprocess(notebook, {"metadata": {"path": str(path.parent)}})
     notebook.metadata.pop("widgets", None)
