@@ -140,7 +140,7 @@ def capture(
 
 @contextmanager
 def hooks(*pairs):
-    """Register hooks given as (register function, hook[, keyword arguments]); removed on leaving, also after an error."""
+    """Register hooks, given as (register function, hook[, options]); removed on leaving, also after an error."""
     with ExitStack() as stack:
         for register, hook, *options in pairs:
             stack.callback(register(hook, **(options[0] if options else {})).remove)

@@ -68,7 +68,8 @@ def _parser() -> argparse.ArgumentParser:
         "run",
         _run,
         "Execute an item's notebook and show the verdicts of its claims.",
-        "examples:\n  vitreg run fig04\n  vitreg run fig04 -p n_images 64 -p seed 1\n  vitreg run fig03 --profile small\n"
+        "examples:\n  vitreg run fig04\n  vitreg run fig04 -p n_images 64 -p seed 1\n"
+        "  vitreg run fig03 --profile small\n"
         "  vitreg run fig04 --parameters     what can be set",
     )
     run.add_argument("item", help="fig01 … fig21, tab01 … tab06, or the name of another notebook")
@@ -110,7 +111,8 @@ def _parser() -> argparse.ArgumentParser:
         "train",
         _train,
         "Train a mini ViT on scenes; stops and goes on without losing anything.",
-        "examples:\n  vitreg train deit3 --size m --registers 4 --out runs/deit3-reg4\n  vitreg train --resume runs/deit3-reg4",
+        "examples:\n  vitreg train deit3 --size m --registers 4 --out runs/deit3-reg4\n"
+        "  vitreg train --resume runs/deit3-reg4",
     )
     _add_training(train)
     ship = add("ship", _ship, "Put a finished training run into the zoo of this checkout.")

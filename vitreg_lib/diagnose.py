@@ -71,19 +71,23 @@ def diagnose(model: Model, images, progress: bool = False) -> Diagnosis:
 
 def _verdict(numbers: dict, has: bool, layer: int) -> str:
     if not has:
+        ratio = numbers["largest_norm"] / numbers["median_norm"]
         return (
             f"No artifacts: at none of the {numbers['blocks']} blocks do norms of patch tokens form a second mode with "
-            f"at least 0.5 % of the tokens; the largest is {numbers['largest_norm'] / numbers['median_norm']:.1f} times the median."
+            f"at least 0.5 % of the tokens; the largest is {ratio:.1f} times "
+            "the median."
         )
     text = (
-        f"Artifacts: {numbers['outlier_share']:.2%} of the patch tokens after block {layer} lie above {numbers['cutoff']:.3g}, "
-        f"with {numbers['norm_ratio']:.1f} times the median norm, from block {numbers['onset_layer']} of {numbers['blocks']} on."
+        f"Artifacts: {numbers['outlier_share']:.2%} of the patch tokens after block {layer} lie above "
+        f"{numbers['cutoff']:.3g}, with {numbers['norm_ratio']:.1f} times the median norm, "
+        f"from block {numbers['onset_layer']} of {numbers['blocks']} on."
     )
     fixed = numbers["places_in_half_of_the_images"]
     if fixed:
         text += f" {fixed} places of the grid hold one in at least half of the images: they sit by position."
     if numbers["attention_on_outliers"] is not None:
-        text += f" The cls token gives them {numbers['attention_on_outliers']:.0%} of its attention to patches in the last block."
+        share = f"{numbers['attention_on_outliers']:.0%}"
+        text += f" The cls token gives them {share} of its attention to patches in the last block."
     return text + " `vitreg mend` tries to move them to registers at test time."
 
 
@@ -110,7 +114,8 @@ def page(found: Diagnosis, path: Path | None = None) -> Path:
     }
     parts = [f"<!doctype html><meta charset=utf-8><title>{html.escape(found.model.name)}</title>"]
     parts.append(
-        "<style>body{font:15px/1.5 system-ui;max-width:50rem;margin:2rem auto;padding:0 1rem}img{max-width:100%}</style>"
+        "<style>body{font:15px/1.5 system-ui;max-width:50rem;margin:2rem auto;padding:0 1rem}"
+        "img{max-width:100%}</style>"
     )
     parts.append(f"<h1>{html.escape(found.model.name)}</h1><p><b>{html.escape(found.verdict)}</b></p>")
     parts.append(f"<p>Measured on {html.escape(found.source)}; weights sha256 {found.model.sha256}.</p>")
@@ -121,7 +126,8 @@ def page(found: Diagnosis, path: Path | None = None) -> Path:
         figure.savefig(buffer, dpi=120, bbox_inches="tight")
         plt.close(figure)
         parts.append(
-            f"<h2>{title}</h2><img alt='{title}' src='data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}'>"
+            f"<h2>{title}</h2><img alt='{title}' "
+            f"src='data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}'>"
         )
     path = path or results() / "diagnose" / f"{re.sub(r'[^A-Za-z0-9._+-]', '_', found.model.name)}.html"
     path.parent.mkdir(parents=True, exist_ok=True)

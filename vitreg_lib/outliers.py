@@ -63,7 +63,7 @@ def cutoff_mad(norms: torch.Tensor, deviations: float = 10.0) -> float:
 
 
 def cutoff_mixture(norms: torch.Tensor, seed: int = 0) -> float:
-    """Where two Gaussians fitted to the log norms are equally likely; infinite where one Gaussian fits as well (BIC)."""
+    """Where two Gaussians fitted to the log norms are equally likely; infinite where one fits as well (BIC)."""
     from sklearn.mixture import GaussianMixture
 
     log = norms.float().clamp_min(1e-12).log().flatten()[:, None].double().numpy()
@@ -226,7 +226,7 @@ def quantisation(kinds: dict[str, torch.Tensor]) -> float | None:
 
 
 def published_registers() -> dict[str, torch.Tensor]:
-    """Norms (blocks, registers) of published mean registers of DINOv2 with 4 registers, by size; empty without the files.
+    """Norms (blocks, registers) of published mean registers of DINOv2 with 4 registers, by size; {} without the files.
 
     Read from a folder `dinov2_registers` of VITREG_MODELS: one file a size, {block: mean registers (4, dim)}.
     """

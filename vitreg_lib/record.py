@@ -9,7 +9,7 @@ allowed, for papermill, for `vitreg run` and for hand. `start` refuses others be
     run.save(figure)
     run.claims()                          # shows the verdicts and writes record.json
 
-Results go to results/<profile>/<item>/, and with parameters other than the default to results/<profile>/<item>--<hash>/.
+Results go to results/<profile>/<item>/, with parameters other than the default to results/<profile>/<item>--<hash>/.
 """
 
 from __future__ import annotations
@@ -58,7 +58,8 @@ def check_parameters(item: str, given: dict) -> dict:
         fits = type(value) is type(default) or (isinstance(default, float) and type(value) is int)
         if not fits:
             raise UserError(
-                f"parameter {name} of {item} is {value!r} ({type(value).__name__}), but a {type(default).__name__} is wanted, as in {default!r}"
+                f"parameter {name} of {item} is {value!r} ({type(value).__name__}), but a {type(default).__name__} is "
+                f"wanted, as in {default!r}"
             )
     values = {name: type(default)(given.get(name, default)) for name, default in declared.items()}  # 150 is 150.0
     if values["profile"] not in PROFILES:
@@ -155,7 +156,7 @@ class Run:
         print(f"{item}: {self.title}. Profile {self.profile}: {self.settings.get('models', '')}".rstrip(": "))
 
     def load(self, names: str | None = None) -> list:
-        """The models of this run (or those named, separated by spaces), loaded; those that cannot be had are named and left out.
+        """The models of this run (or those named, separated by spaces), loaded; what cannot be had is named, left out.
 
         With models given by hand a missing one is an error, since it was asked for. Models that the item plans for
         (`planned` in data/items.yaml) are loaded once data/models.yaml has them and are named as missing until then.
@@ -208,7 +209,10 @@ class Run:
         return images.load(source, model, n, self.parameters.get("seed", 0))
 
     def measure(self, name: str, value, model: str = "", unit: str = "", paper=None) -> None:
-        """Put one number into the record (null where there is none, as a cutoff of one mode); `paper` is the paper's own value for its own model, shown beside it."""
+        """Put one number into the record (null where there is none, as for the cutoff of one mode).
+
+        `paper` is the paper's own value for its own model, shown beside it.
+        """
         value = value.item() if hasattr(value, "item") else value
         if value is None or value != value or value in (float("inf"), float("-inf")):
             value = None

@@ -10,7 +10,8 @@ from pathlib import Path
 from .errors import UserError
 from .paths import results
 
-_STYLE = """body{font:15px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color-scheme:light dark}
+_STYLE = """body{font:15px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;
+color-scheme:light dark}
 table{border-collapse:collapse;width:100%}td,th{border-bottom:1px solid #8884;padding:.3rem .5rem;text-align:left;
 vertical-align:top}img{max-width:100%;background:#fff}.holds{color:#009E73}.fails{color:#D55E00}.other{color:#888}"""
 

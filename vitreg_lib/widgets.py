@@ -66,7 +66,7 @@ def cutoff_slider(images, norms: torch.Tensor, cutoff: float):
 
 
 def layer_histogram(norms: dict[str, torch.Tensor]):
-    """The histogram of one block's patch norms for each model; norms are (images, layers, patches). The block slides."""
+    """The histogram of one block's patch norms for each model, norms (images, layers, patches). The block slides."""
     from . import outliers
 
     deepest = max(values.shape[1] for values in norms.values()) - 1

@@ -1,6 +1,6 @@
 """`make reproduce-…`: let Snakemake run what is stale, then show the verdicts and where the figures are.
 
-    python workflow/run.py fig4 --profile mini -p n_images 64
+python workflow/run.py fig4 --profile mini -p n_images 64
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
     datasets.load_dataset("parquet", data_files="data/scenes/eval.parquet")
 
-gives image, label (ClassLabel), caption, boxes, box_labels, instances and depth as pictures. Rendering scenes anew gives the same
-pixels; the file is there so that results do not hang on the renderer, and for use outside this project.
+gives image, label (ClassLabel), caption, boxes, box_labels, instances and depth as pictures. Rendering scenes anew
+gives the same pixels; the file is there so that results do not hang on the renderer, and for use outside this project.
 """
 
 from __future__ import annotations

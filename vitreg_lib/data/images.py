@@ -138,7 +138,7 @@ def _read(paths: list[Path], model, size: int) -> tuple[torch.Tensor, list[str]]
 
 
 def preprocessing(model, size: int):
-    """A transform from a PIL image to pixels (3, size, size) in [0, 1]: timm's own for evaluation, less normalisation."""
+    """A transform from a PIL image to pixels (3, size, size) in [0, 1]: timm's for evaluation, less normalisation."""
     from timm.data import create_transform
 
     zero, one = (0.0,) * 3, (1.0,) * 3

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """`size` and `registers` choose the mini ViT (see `models.mini`); batch and images in number, image_size in pixels."""
+    """`size` and `registers` choose the mini ViT (see `models.mini`); image_size is in pixels."""
 
     recipe: str = "deit3"
     size: str = "m"

@@ -1,4 +1,4 @@
-"""Put a finished run into the zoo: its weights and telemetry into data/checkpoints/, its record into data/models.yaml."""
+"""Put a finished run into the zoo: weights and telemetry into data/checkpoints/, its record into data/models.yaml."""
 
 from __future__ import annotations
 

@@ -22,7 +22,10 @@ def log_steps(total: int, count: int = 40) -> list[int]:
 
 
 def measure(model: torch.nn.Module, images: torch.Tensor, step: int) -> pd.DataFrame:
-    """One row a layer: step, layer, norm quantiles q0…q1 of patch tokens, `outlier_share`, mean cls and register norms."""
+    """One row a layer: step, layer, quantiles q0…q1 of patch norms, `outlier_share`, mean cls and register norms.
+
+    `outlier_share` is here the share of patch tokens above three times their layer's median.
+    """
     return table(capture(model, images, "norms", batch_size=64), step)
 
 
