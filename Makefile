@@ -10,7 +10,7 @@ NBVAL    = --nbval --nbval-current-env --nbval-kernel-startup-timeout 180 --nbva
 export OMP_NUM_THREADS ?= $(if $(filter 1,$(JOBS)),,1)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup reproduce-all report test test-fast test-notebooks lab workshop bench refresh keep lint clean
+.PHONY: help setup reproduce-all report test test-fast test-notebooks lab bench refresh keep lint clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-zA-Z%-]+:.*## /{printf "  make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)

@@ -74,8 +74,7 @@ def _verdict(numbers: dict, has: bool, layer: int) -> str:
         ratio = numbers["largest_norm"] / numbers["median_norm"]
         return (
             f"No artifacts: at none of the {numbers['blocks']} blocks do norms of patch tokens form a second mode with "
-            f"at least 0.5 % of the tokens; the largest is {ratio:.1f} times "
-            "the median."
+            f"at least 0.5 % of the tokens; the largest is {ratio:.1f} times the median."
         )
     text = (
         f"Artifacts: {numbers['outlier_share']:.2%} of the patch tokens after block {layer} lie above "
