@@ -54,7 +54,7 @@ lab: $(READY) ## JupyterLab in the environment, opened at the notebooks
 	@$(BIN)/jupyter lab --notebook-dir=$(CURDIR) notebooks
 
 bench: $(READY) ## timings, as ratios within one run
-	@OMP_NUM_THREADS= $(BIN)/python -m tests.bench
+	@for part in bench bench_attention bench_probes; do env -u OMP_NUM_THREADS $(BIN)/python -m tests.$$part || exit; done
 
 refresh: $(READY) ## execute all notebooks in place with the profile mini (before a commit)
 	@$(BIN)/python workflow/refresh.py $(NOTEBOOKS)
