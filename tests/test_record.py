@@ -11,7 +11,7 @@ import torch
 
 from vitreg_lib import record
 from vitreg_lib.errors import UserError
-from vitreg_lib.train.loop import write_atomically
+from vitreg_lib.paths import write_atomically
 
 ITEM = "fig03"
 

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 from . import record
-from .errors import UserError
+from .errors import UserError, unknown
 from .paths import ROOT, shown
 
 
@@ -254,8 +254,6 @@ def _models(chosen) -> None:
     entries = zoo.entries()
     if chosen.name:
         if chosen.name not in entries:
-            from .errors import unknown
-
             raise unknown("model", chosen.name, entries)
         for key, value in entries[chosen.name].items():
             print(f"{key:12} {value}")

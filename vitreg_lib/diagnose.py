@@ -18,7 +18,7 @@ import torch
 from . import maps, outliers, plots
 from .capture import Capture
 from .models.zoo import Model
-from .paths import results
+from .paths import results, write_atomically
 from .train import telemetry
 
 
@@ -130,5 +130,5 @@ def page(found: Diagnosis, path: Path | None = None) -> Path:
         )
     path = path or results() / "diagnose" / f"{re.sub(r'[^A-Za-z0-9._+-]', '_', found.model.name)}.html"
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("\n".join(parts))
+    write_atomically(path, "\n".join(parts).encode())
     return path

@@ -1,4 +1,4 @@
-"""Where the repository keeps things; all paths in one place."""
+"""Where the repository keeps things, all paths in one place, and how a file is written whole or not at all."""
 
 from __future__ import annotations
 
@@ -20,3 +20,10 @@ def shown(path: Path) -> str:
     """A path as a reader of any machine can use it: relative to the repository where it lies inside."""
     path = Path(path).resolve()
     return str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else path.name
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write to a temporary name beside `path`, then rename."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_bytes(content)
+    os.replace(temporary, path)

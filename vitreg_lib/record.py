@@ -30,7 +30,7 @@ from types import SimpleNamespace
 import yaml
 
 from .errors import UserError, unknown
-from .paths import DATA, NOTEBOOKS, results
+from .paths import DATA, NOTEBOOKS, results, write_atomically
 
 PROFILES = ("mini", "small", "large", "paper")
 VERDICTS = ("holds", "fails", "not testable here")
@@ -161,7 +161,6 @@ class Run:
         With models given by hand a missing one is an error, since it was asked for. Models that the item plans for
         (`planned` in data/items.yaml) are loaded once data/models.yaml has them and are named as missing until then.
         """
-        from .errors import UserError as Missing
         from .models import zoo
 
         loaded = []
@@ -177,7 +176,7 @@ class Run:
         for name in wanted:
             try:
                 model = zoo.load(name)
-            except Missing as error:
+            except UserError as error:
                 if self.profile == "mini" or self.parameters.get("models"):
                     raise
                 print(f"not reachable here: {name}")
@@ -273,8 +272,6 @@ class Run:
 
     def write(self) -> Path:
         """Write record.json, whole or not at all."""
-        from .train.loop import write_atomically
-
         self.folder.mkdir(parents=True, exist_ok=True)
         record = {
             "item": self.item,

@@ -8,7 +8,7 @@ import json
 from pathlib import Path
 
 from .errors import UserError
-from .paths import results
+from .paths import results, write_atomically
 
 _STYLE = """body{font:15px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;
 color-scheme:light dark}
@@ -26,7 +26,7 @@ def write(profile: str) -> Path:
     for folder, record in records:
         parts.append(_section(folder, record))
     path = results() / profile / "report.html"
-    path.write_text("<!doctype html><meta charset=utf-8>" + "\n".join(parts))
+    write_atomically(path, ("<!doctype html><meta charset=utf-8>" + "\n".join(parts)).encode())
     return path
 
 

@@ -31,6 +31,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from ..errors import UserError
+from ..paths import write_atomically
 from . import telemetry
 from .config import TrainConfig
 
@@ -167,10 +168,3 @@ def save_weights(path: Path, model: torch.nn.Module, metadata: dict[str, str], d
     """A mini ViT's weights in half precision with the arguments that build it, as the zoo ships and loads them."""
     metadata = {**metadata, "vit": json.dumps(model.vit_arguments)}
     save_tensors(path, {k: v.to(dtype) for k, v in model.state_dict().items()}, metadata)
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write to a temporary name beside `path`, then rename."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_bytes(content)
-    os.replace(temporary, path)

@@ -11,9 +11,8 @@ import yaml
 
 from ..errors import UserError
 from ..models import zoo
-from ..paths import CHECKPOINTS, DATA
+from ..paths import CHECKPOINTS, DATA, write_atomically
 from .config import TrainConfig
-from .loop import write_atomically
 
 
 def ship(folder: str | Path, name: str, about: str) -> Path:
