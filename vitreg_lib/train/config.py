@@ -7,9 +7,13 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """`size` and `registers` choose the mini ViT (see `models.mini`); image_size is in pixels."""
+    """`size` and `registers` choose the mini ViT (see `models.mini`); image_size is in pixels.
+
+    `variant` names what a recipe keeps a table of: a cell of the sweep of `emergence`.
+    """
 
     recipe: str = "deit3"
+    variant: str = ""
     size: str = "m"
     registers: int = 0
     image_size: int = 96
