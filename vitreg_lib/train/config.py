@@ -1,31 +1,45 @@
-"""All that a training run depends on; kept apart so that `vitreg train --help` needs no torch."""
+"""All that a training run depends on; kept apart so that `vitreg train --help` needs no torch.
+
+Every field is an option of `vitreg train` with the help text beside it.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
+
+
+def option(default, help: str, group: str = "recipe", choices: tuple = ()):
+    """A field with what `vitreg train --help` says about it, and under which heading."""
+    return field(default=default, metadata={"help": help, "group": group, "choices": choices})
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """`size` and `registers` choose the mini ViT (see `models.mini`); image_size is in pixels.
+    """The batch size counts the images of one optimiser step, over all processes and micro-batches together.
 
-    `variant` names what a recipe keeps a table of: a cell of the sweep of `emergence`.
+    Fields of the group "machine" say how a run is computed, not what is learnt: they may change when it is resumed.
     """
 
-    recipe: str = "deit3"
-    variant: str = ""
-    size: str = "m"
-    registers: int = 0
-    image_size: int = 96
-    steps: int = 1800
-    batch_size: int = 96
-    learning_rate: float = 2e-3
-    weight_decay: float = 0.05
-    warmup: int = 100
-    optimizer: str = "adamw"
-    clip_grad: float = 1.0
-    drop_path: float = 0.0
-    seed: int = 0
-    eval_images: int = 1024
-    telemetry_images: int = 64
-    save_every: int = 100
+    recipe: str = option("deit3", "what is learnt")
+    variant: str = option("", "an entry of a recipe's own table, such as a cell of the sweep of `emergence`")
+
+    size: str = option("m", "xxs, xs, s, m, l (patch 8), or ti/16, s/16, b/16, l/16, l/14 …", "model")
+    registers: int = option(0, "how many", "model")
+    image_size: int = option(96, "pixels a side", "model")
+    drop_path: float = option(0.0, "stochastic depth: rate of dropped residual branches in the last block", "model")
+
+    steps: int = option(1800, "optimiser steps", "optimisation")
+    batch_size: int = option(96, "images a step, over all processes", "optimisation")
+    learning_rate: float = option(2e-3, "peak, reached after the warm-up and followed by a cosine", "optimisation")
+    weight_decay: float = option(0.05, "not on biases, norms and other vectors", "optimisation")
+    warmup: int = option(100, "steps of linear warm-up", "optimisation")
+    optimizer: str = option("adamw", "any of timm's: adamw, lamb, sgd …", "optimisation")
+    clip_grad: float = option(1.0, "largest norm of the gradient, 0 for no limit", "optimisation")
+    seed: int = option(0, "of weights, images and order", "optimisation")
+
+    eval_images: int = option(1024, "held-out images that the result is measured on", "measurement")
+    telemetry_images: int = option(64, "held-out images whose token norms are watched", "measurement")
+    save_every: int = option(100, "steps between saved states", "machine")
+
+
+MACHINE = frozenset(f.name for f in fields(TrainConfig) if f.metadata["group"] == "machine")
