@@ -37,6 +37,19 @@ class TrainConfig:
     clip_grad: float = option(1.0, "largest norm of the gradient, 0 for no limit", "optimisation")
     seed: int = option(0, "of weights, images and order", "optimisation")
 
+    embed_dim: int = option(64, "of the space that images and captions share", "clip")
+    text_width: int = option(64, "of the text tower", "clip")
+    text_layers: int = option(2, "of the text tower", "clip")
+
+    prototypes: int = option(512, "outputs of the heads", "dinov2")
+    global_size: int = option(96, "pixels a side of whole crops", "dinov2")
+    local_size: int = option(48, "pixels a side of small crops", "dinov2")
+    local_crops: int = option(4, "small crops an image", "dinov2")
+    momentum: float = option(0.992, "of the teacher at the start; it rises to 1", "dinov2")
+    antialias: bool = option(True, "antialiased resizing of position embeddings to the small crops", "dinov2")
+
+    mask_ratio: float = option(0.75, "share of hidden patches", "mae")
+
     eval_images: int = option(1024, "held-out images that the result is measured on", "measurement")
     telemetry_images: int = option(64, "held-out images whose token norms are watched", "measurement")
     save_every: int = option(100, "steps between saved states", "machine")
