@@ -37,18 +37,18 @@ class TrainConfig:
     clip_grad: float = option(1.0, "largest norm of the gradient, 0 for no limit", "optimisation")
     seed: int = option(0, "of weights, images and order", "optimisation")
 
-    embed_dim: int = option(64, "of the space that images and captions share", "clip")
-    text_width: int = option(64, "of the text tower", "clip")
-    text_layers: int = option(2, "of the text tower", "clip")
+    prototypes: int = option(1024, "what the heads choose among", "dinov2")
+    global_size: int = option(64, "pixels a side of the two whole crops", "dinov2")
+    local_size: int = option(32, "pixels a side of the small crops", "dinov2")
+    local_crops: int = option(4, "small crops of each image", "dinov2")
+    momentum: float = option(0.99, "of the teacher at the start; it rises to 1", "dinov2")
+    antialias: bool = option(True, "resize position embeddings with antialiasing (Figure 10)", "dinov2")
 
-    prototypes: int = option(512, "outputs of the heads", "dinov2")
-    global_size: int = option(96, "pixels a side of whole crops", "dinov2")
-    local_size: int = option(48, "pixels a side of small crops", "dinov2")
-    local_crops: int = option(4, "small crops an image", "dinov2")
-    momentum: float = option(0.992, "of the teacher at the start; it rises to 1", "dinov2")
-    antialias: bool = option(True, "antialiased resizing of position embeddings to the small crops", "dinov2")
+    embed_dim: int = option(64, "dimensions in which images and captions meet", "clip")
+    text_width: int = option(32, "embed_dim of the text tower", "clip")
+    text_layers: int = option(2, "blocks of the text tower", "clip")
 
-    mask_ratio: float = option(0.75, "share of hidden patches", "mae")
+    mask_ratio: float = option(0.75, "share of patches that are hidden", "mae")
 
     eval_images: int = option(1024, "held-out images that the result is measured on", "measurement")
     telemetry_images: int = option(64, "held-out images whose token norms are watched", "measurement")
