@@ -120,3 +120,46 @@ def attention_rows(model, images):
         head=("IntSlider", {"value": -1, "min": -1, "max": model.anatomy.num_heads - 1}),
         query=("Dropdown", {"value": names[0], "options": names}),
     )
+
+
+def explore(
+    models="mini-deit3",
+    images: str = "photos",
+    image: int = 0,
+    layer: int = -1,
+    heads=(),
+    query: str = "cls",
+    cutoffs: str = "",
+    shared: bool = True,
+    component: int = 0,
+):
+    """The explorer: one image through one or two models, with layer, heads, query token and cutoff to choose.
+
+    models: one or two names separated by a space, or loaded `zoo.Model`s in a list (a single one by itself). images:
+    photos, scenes, or the path of a folder or an image; image: which of it, from 0. layer: a block, negative from the
+    end. heads: numbers as "0 3" or (0, 3), none for the mean of all. query: "cls", "register 2" or "patch (row, col)".
+    cutoffs: norms above which a patch is an outlier, one a model, as "150 rule"; empty: by the default rule. shared: one
+    colour scale for both models. component: 1 to 3, or 0 for the first three as colours.
+
+    Returns an `explorer_face.Explorer`: `.state`, `.views` (numbers and maps), `.static()` (a figure).
+    Raises UserError for what the models do not have, before anything is shown.
+    """
+    from . import explorer, explorer_face
+
+    store = explorer.Store()
+    if isinstance(models, str):
+        names = models.replace(",", " ").split()
+    else:
+        names = [store.add(model) for model in (models if isinstance(models, list | tuple) else [models])]
+    state = explorer.State(
+        tuple(names),
+        images,
+        image,
+        layer,
+        explorer.parse_heads(heads),
+        query,
+        explorer.parse_cutoffs(cutoffs),
+        shared,
+        component,
+    )
+    return explorer_face.Explorer(state, store)
