@@ -1,12 +1,15 @@
 """The training loop: one function for all recipes.
 
-A recipe is a module with three functions:
+A recipe is a module with these functions:
 
     build(config) -> nn.Module                   the module that is trained
     loss(module, config, step, device) -> (loss, {name: number})
     evaluate(module, config, device) -> {name: number}
+    telemetry_images(config) -> images whose norms are watched
 
-and `backbone(module)`, the timm ViT inside, whose norms the telemetry watches. Batches are drawn by step number,
+`backbone(module)`, the timm ViT inside, whose norms the telemetry watches, and, where there is need, `DEFAULTS` (of
+TrainConfig), `after_step(module, config, step)` (a teacher that follows) and `companions(module)` (what ships beside
+the backbone: {name: state}). Batches are drawn by step number,
 and the random state is set from (seed, step) at every step. So a run that was killed and resumed ends with the same
 weights, bit for bit on a CPU, as one that was not.
 
@@ -84,7 +87,10 @@ def train(
         "parameters": sum(p.numel() for p in module.parameters()),
         "seconds_of_last_session": round(time.perf_counter() - began),
     }
-    save_weights(folder / "model.safetensors", recipe.backbone(module), {"config": json.dumps(asdict(config))})
+    settings = {"config": json.dumps(asdict(config))}
+    save_weights(folder / "model.safetensors", recipe.backbone(module), settings)
+    for name, state in recipe.companions(module).items() if hasattr(recipe, "companions") else ():
+        save_tensors(folder / f"model.{name}.safetensors", {k: v.half() for k, v in state.items()}, settings)
     write_atomically(folder / "result.json", json.dumps(result, indent=1).encode())
     return result
 
@@ -110,6 +116,8 @@ def _step(module, recipe, optimizer, config, step, device):
         loss.backward()
         torch.nn.utils.clip_grad_norm_(module.parameters(), config.clip_grad)
         optimizer.step()
+        if hasattr(recipe, "after_step"):
+            recipe.after_step(module, config, step)
     return value, numbers
 
 

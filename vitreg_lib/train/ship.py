@@ -24,12 +24,10 @@ def ship(folder: str | Path, name: str, about: str) -> Path:
     result = json.loads((folder / "result.json").read_text())
     CHECKPOINTS.mkdir(parents=True, exist_ok=True)
     target = CHECKPOINTS / f"{name}.safetensors"
-    for source, place in (
-        ("model.safetensors", target),
-        ("telemetry.parquet", target.with_suffix(".telemetry.parquet")),
-    ):
+    for source in (*sorted(folder.glob("model*.safetensors")), folder / "telemetry.parquet"):
+        place = target.with_name(name + "." + source.name.removeprefix("model."))
         temporary = place.with_name(place.name + ".tmp")
-        shutil.copyfile(folder / source, temporary)
+        shutil.copyfile(source, temporary)
         os.replace(temporary, place)
     entry = {
         "file": target.name,

@@ -1,0 +1,135 @@
+"""Training on pairs of images and captions, as CLIP (Radford et al. 2021; OpenCLIP): each finds the other in the batch.
+
+The image tower is a mini ViT whose head projects the cls token; the text tower, the tokenizer and the loss are
+open_clip's. A scene's caption names its main object (texture, colour, shape), one other and where it is, and the kind
+of background.
+
+    vitreg train clip --size m --registers 4
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+
+import torch
+import torch.nn.functional as F
+from safetensors import safe_open
+from torch import nn
+
+from ..data import scenes
+from ..models import mini
+from . import parallel
+from .deit3 import ATTRIBUTES, HELD_OUT, MEAN, STD, targets, telemetry_images
+
+__all__ = ["backbone", "build", "companions", "evaluate", "loss", "telemetry_images"]
+
+DEFAULTS = {"batch_size": 128}
+CONTEXT = 24  # tokens of a caption at most; a scene's has 20 or fewer
+TEMPLATES = {  # what a prompt looks like for each attribute; {} is its value
+    "shape": ("a {}", "a red {}", "a striped blue {}", "a {} on a plain background", "a green {} on a soft background"),
+    "colour": ("a {} disc", "a {} square", "a {} star", "a striped {} triangle", "a {} cross on a plain background"),
+    "texture": ("a {} red disc", "a {} blue square", "a {} yellow star on a soft background"),
+    "background": ("a red disc on a {} background", "a blue star on a {} background", "a cross on a {} background"),
+}
+
+
+class Clip(nn.Module):
+    """Image and text tower and the logarithm of the scale between them, the inverse of CLIP's temperature."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.visual = mini.build(
+            config.size, config.registers, config.embed_dim, config.image_size, drop_path_rate=config.drop_path
+        )
+        self.text = text_tower(config.text_width, config.text_layers, config.embed_dim)
+        self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
+
+    def encode_image(self, pixels: torch.Tensor) -> torch.Tensor:
+        """(n, embed_dim), of length one, of normalised images (n, 3, h, w)."""
+        return F.normalize(self.visual(pixels), dim=1)
+
+    def encode_text(self, text: torch.Tensor) -> torch.Tensor:
+        """(n, embed_dim), of length one, of token ids (n, CONTEXT)."""
+        return F.normalize(self.text(text), dim=1)
+
+
+def text_tower(width: int, layers: int, embed_dim: int) -> nn.Module:
+    """open_clip's text transformer over the whole vocabulary of its tokenizer."""
+    from open_clip.transformer import TextTransformer
+
+    heads = max(1, width // 32)
+    return TextTransformer(CONTEXT, width=width, heads=heads, layers=layers, output_dim=embed_dim)
+
+
+@functools.cache
+def tokenizer():
+    """open_clip's tokenizer: list of texts → (n, CONTEXT) ids."""
+    from open_clip.tokenizer import SimpleTokenizer
+
+    return SimpleTokenizer(context_length=CONTEXT)
+
+
+def build(config) -> nn.Module:
+    """A fresh pair of towers."""
+    return Clip(config)
+
+
+def backbone(module):
+    """The image tower."""
+    return module.visual
+
+
+def companions(module) -> dict[str, dict]:
+    """The text tower, which ships beside the image tower."""
+    return {"text": module.text.state_dict()}
+
+
+def load_text(path) -> nn.Module:
+    """A shipped text tower, from its `.text.safetensors`."""
+    with safe_open(path, "pt") as f:
+        config = json.loads(f.metadata()["config"])
+        state = {name: f.get_tensor(name).float() for name in f.keys()}
+    tower = text_tower(config["text_width"], config["text_layers"], config["embed_dim"])
+    tower.load_state_dict(state)
+    return tower.eval()
+
+
+def loss(module, config, step, device):
+    """Cross-entropy of finding each image's caption and each caption's image among those of all ranks."""
+    from open_clip.loss import ClipLoss
+
+    mine = parallel.batch_range(config, step)
+    batch = scenes.render(mine, config.image_size, config.seed, device)
+    image = parallel.gather(module.encode_image((batch.pixels - MEAN) / STD))
+    text = parallel.gather(module.encode_text(tokenizer()(batch.captions()).to(device)))
+    scale = module.logit_scale.clamp(max=math.log(100)).exp()
+    value = ClipLoss()(image, text, scale)
+    with torch.no_grad():
+        found = (image @ text.T).argmax(1) == torch.arange(len(image), device=device)
+    return value, {"accuracy": found.float().mean().item(), "scale": scale.item()}
+
+
+def class_embeddings(encode_text, attribute: str, device="cpu") -> torch.Tensor:
+    """(classes, embed_dim): the mean of the prompts of each value of an attribute, of length one again."""
+    names = ATTRIBUTES[attribute]
+    texts = [template.format(name) for name in names for template in TEMPLATES[attribute]]
+    embedded = encode_text(tokenizer()(texts).to(device)).unflatten(0, (len(names), -1))
+    return F.normalize(embedded.mean(1), dim=1)
+
+
+@torch.no_grad()
+def evaluate(module, config, device) -> dict[str, float]:
+    """Zero-shot accuracy (0 to 1) on held-out scenes by attribute; `zeroshot` is their mean."""
+    module.eval()
+    classes = {name: class_embeddings(module.encode_text, name, device) for name in ATTRIBUTES}
+    correct = dict.fromkeys(ATTRIBUTES, 0)
+    first = HELD_OUT + config.telemetry_images
+    for index in torch.arange(first, first + config.eval_images).split(256):
+        batch = scenes.render(index, config.image_size, config.seed, device)
+        image = module.encode_image((batch.pixels - MEAN) / STD)
+        for name, wanted in targets(batch).items():
+            correct[name] += ((image @ classes[name].T).argmax(1) == wanted).sum().item()
+    shares = {f"zeroshot_{name}": count / config.eval_images for name, count in correct.items()}
+    return {"zeroshot": sum(shares.values()) / len(shares), **shares}

@@ -1,0 +1,55 @@
+"""Random views of images, as self-supervised training wants them: resized crops, flips, changes of light.
+
+Every view follows from (seed, view, index of the image) alone, by the counter-based numbers that scenes are made of. So
+it does not depend on the batch, the process or the device that an image is drawn in, and a resumed run sees the same.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from ..data.scenes import uniform
+
+RATIO = (3 / 4, 4 / 3)  # width to height of a crop, as torchvision's RandomResizedCrop
+
+
+def crop(
+    pixels: torch.Tensor, index: torch.Tensor, size: int, scale: tuple[float, float], seed: int, view: int
+) -> torch.Tensor:
+    """View number `view` (n, 3, size, size) of images (n, 3, h, w) in [0, 1] with the given `index` (n,).
+
+    A box of `scale` (smallest, largest) of the image's area, resized bilinearly and flipped half of the time;
+    brightness, contrast and each channel's gain change by at most 20 %, as far as colours stay themselves.
+    """
+    u = uniform(index, 10, seed * 1009 + view + 1)
+    return light(_resize(pixels, *boxes(u, scale), size), u[:, 5:])
+
+
+def boxes(u: torch.Tensor, scale: tuple[float, float]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Centres and half sides (n, 2: x, y) of crops, in `affine_grid`'s coordinates (-1 to 1), from numbers u (n, 5+).
+
+    A half side in x is negative where the view is flipped.
+    """
+    area = scale[0] + (scale[1] - scale[0]) * u[:, 0]
+    low, high = torch.log(torch.tensor(RATIO, device=u.device))
+    ratio = torch.exp(low + (high - low) * u[:, 1])
+    half = torch.stack([(area * ratio).sqrt(), (area / ratio).sqrt()], 1).clamp(max=1)
+    centre = (2 * u[:, 2:4] - 1) * (1 - half)
+    flip = torch.where(u[:, 4] < 0.5, -1.0, 1.0)
+    return centre, torch.stack([half[:, 0] * flip, half[:, 1]], 1)
+
+
+def light(pixels: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
+    """Brightness, contrast and gains of the channels changed by numbers u (n, 5), at most 20 % each."""
+    change = 0.8 + 0.4 * u[:, :, None, None, None]
+    mean = pixels.mean((1, 2, 3), keepdim=True)
+    gain = torch.cat([change[:, 2], change[:, 3], change[:, 4]], 1)
+    return ((pixels - mean) * change[:, 0] + mean * change[:, 1]).mul(0.5 + 0.5 * gain).clamp(0, 1)
+
+
+def _resize(pixels, centre, half, size):
+    theta = torch.zeros(len(pixels), 2, 3, device=pixels.device)
+    theta[:, 0, 0], theta[:, 1, 1], theta[:, :, 2] = half[:, 0], half[:, 1], centre
+    grid = F.affine_grid(theta, (len(pixels), 3, size, size), align_corners=False)
+    return F.grid_sample(pixels, grid, "bilinear", "reflection", align_corners=False)
