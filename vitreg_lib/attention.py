@@ -14,7 +14,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from .capture import Capture
+from .capture import Capture, hooks
 
 
 def maps(
@@ -177,6 +177,31 @@ def object_spread(attn_maps: torch.Tensor, images, seed: int = 0, shuffles: int 
     found = spread(mass)
     p = (1 + sum(value >= found - 1e-12 for value in shuffled)) / (1 + shuffles)
     return found, sum(shuffled) / shuffles, p
+
+
+def value_gain(model, images, layer: int = -1) -> torch.Tensor:
+    """|W_v x| / |x| of each patch (images, patches), x the normalised input of one block's attention (Fig. 14, C052).
+
+    How much of a token the value projection, without its bias, lets through. Raises TypeError for an attention with
+    neither `qkv` nor `v_proj`.
+    """
+    attention = model.anatomy.attention[model.anatomy.layers(layer)[0]]
+    if hasattr(attention, "v_proj") and not isinstance(attention.v_proj, torch.nn.Identity):
+        weight = attention.v_proj.weight
+    elif hasattr(attention, "qkv"):
+        weight = attention.qkv.weight.chunk(3)[2]
+    else:
+        raise TypeError(f"{type(attention).__name__} has neither qkv nor v_proj: its value projection is not known")
+    gains = []
+
+    def before(module, inputs):
+        x = inputs[0].float()
+        gains.append(((x @ weight.float().T).norm(dim=-1) / x.norm(dim=-1)).cpu())
+
+    with torch.no_grad(), hooks((attention.register_forward_pre_hook, before)):
+        for batch in getattr(images, "x", images).split(32):
+            model.module.forward_features(batch.to(model.device))
+    return torch.cat(gains)[:, model.anatomy.num_prefix_tokens :]
 
 
 def rollout(seen: Capture, queries: list[int] | None = None, residual: float = 0.5) -> torch.Tensor:

@@ -224,6 +224,32 @@ def features(seen, site: str, layer: int = -1) -> Tensor:
     return seen.patches(per_head.transpose(1, 2).flatten(2))
 
 
+def paper_site(name: str) -> str:
+    """The features that Table 3 takes for a model of that name: "k" for DINOv2, "v" for all others."""
+    return "k" if "dinov2" in name else "v"
+
+
+def steps(model, images, site: str = "", bias: float = 0.0, layer: int = -1, normalize: bool = True, **options) -> Lost:
+    """`lost` with its intermediate maps on one block's q, k or v of a `zoo.Model`; site "" is `paper_site`.
+
+    options: progress goes to the capture, others to `lost`. Raises ValueError for another site.
+    """
+    site = site or paper_site(model.name)
+    if site not in ("q", "k", "v"):
+        raise ValueError(f"unknown features {site!r}: choose 'q', 'k' or 'v'")
+    seen = model.capture(images, site, layers=layer, progress=options.pop("progress", False))
+    found = features(seen, site, seen.layers[0])
+    return lost(found, seen.grid, bias=bias, normalize=normalize, intermediates=True, **options)
+
+
+def expansions(model, images, bias: float = 0.0, layer: int = -1, progress: bool = False) -> dict[str, Tensor]:
+    """Seed expansion (images, rows, cols) from {"queries", "keys", "values"} of one block, L2-normalised (Fig. 14)."""
+    seen = model.capture(images, ("q", "k", "v"), layers=layer, progress=progress)
+    kinds = {"queries": "q", "keys": "k", "values": "v"}
+    options = dict(bias=bias, normalize=True, intermediates=True)
+    return {k: lost(features(seen, s, seen.layers[0]), seen.grid, **options).expansion for k, s in kinds.items()}
+
+
 def sweep(
     features: dict[str, Tensor], grid: tuple[int, int], truth: list[Tensor], patch_size: int, biases=(0.0,), **options
 ):

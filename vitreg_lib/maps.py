@@ -127,6 +127,21 @@ def moran_i(maps: torch.Tensor, grid: Grid | None = None) -> torch.Tensor:
     return products.mean(-1) / z.square().mean(-1)
 
 
+def spots(maps: torch.Tensor, grid: Grid | None = None, height: float = 1.0) -> torch.Tensor:
+    """Where a map has an isolated maximum, bool, of the map's shape (Fig. 14; definition ours).
+
+    A spot exceeds each of its up to 8 neighbours by more than `height` standard deviations of its own map: a lone
+    patch does, a smooth hill or an object of several patches does not. A constant map has none.
+    """
+    x = _flat(maps, grid).unflatten(-1, _grid_of(maps, grid))
+    padded = F.pad(x, (1, 1, 1, 1), value=-math.inf)
+    rows, cols = x.shape[-2:]
+    around = [padded[..., i : i + rows, j : j + cols] for i in range(3) for j in range(3) if (i, j) != (1, 1)]
+    excess = x - torch.stack(around).amax(0)
+    found = excess > height * x.std((-2, -1), correction=0, keepdim=True)
+    return found if grid is None else found.flatten(-2)
+
+
 class TopOverlap(NamedTuple):
     """`overlap` (...) 0 to 1; `chance` (...) of unrelated maps; `p_value` (...) of each map; `pooled_p` () of all."""
 

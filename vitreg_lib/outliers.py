@@ -195,10 +195,15 @@ def before_and_after_norm(before: dict[str, torch.Tensor], after: dict[str, torc
 
 def pairs(names: list[str]) -> dict[str, str]:
     """{model with registers: the same model without}, by name: NAME-regN or NAME+ttrN after NAME."""
+    plain = {name: without_registers(name) for name in names}
+    return {name: base for name, base in plain.items() if base != name and base in names}
+
+
+def without_registers(name: str) -> str:
+    """The name of the same model without registers: NAME of NAME-regN and of NAME+ttrN; other names as they are."""
     import re
 
-    plain = {name: re.sub(r"(-reg|\+ttr)\d+$", "", name) for name in names}
-    return {name: base for name, base in plain.items() if base != name and base in names}
+    return re.sub(r"(-reg|\+ttr)\d+$", "", name)
 
 
 def kinds_table(kinds: dict[str, dict[str, torch.Tensor]]):

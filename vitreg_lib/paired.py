@@ -33,7 +33,7 @@ def compare(scores: dict[str, torch.Tensor]):
     rows = {}
     for name, plain in pairs(list(scores)).items():
         share, p = sign_test(scores[plain], scores[name])
-        medians = {"median_without": scores[plain].median().item(), "median_with": scores[name].median().item()}
+        medians = {"median_without": scores[plain].nanmedian().item(), "median_with": scores[name].nanmedian().item()}
         rows[name] = {"without": plain, **medians, "share_lower": share, "p": p}
     columns = ["without", "median_without", "median_with", "share_lower", "p"]
     return pd.DataFrame.from_dict(rows, orient="index", columns=columns)

@@ -283,3 +283,85 @@ def matrix(values: dict[str, torch.Tensor], names: list[str], label: str) -> Fig
         axis.set_title(title)
     figure.colorbar(drawn, ax=axes[0].tolist(), fraction=0.04, label=label)
     return figure
+
+
+@styled
+def discovery(pixels: torch.Tensor, found: dict, patch_sizes: dict[str, int], truth: list | None = None) -> Figure:
+    """Figure 13: LOST step by step; a row a model, four panels an image.
+
+    found: {model: `lost.Lost` with intermediates, of the images in pixels (n, 3, h, w)}; truth: boxes of each image.
+    Inverse degree (bright: linked to few, the seed crossed); similarity to the seed and expansion, white at 0, where
+    LOST cuts; the part that holds the seed, LOST's box (solid) and the true boxes (dashed).
+    """
+    titles = ("inverse\ndegree", "similarity\nto seed", "seed\nexpansion", "box")
+    figure, axes = _rows_of_panels(list(found), len(pixels), titles)
+    for row, (name, result) in zip(axes, found.items(), strict=True):
+        rows, cols = result.degrees.shape[1:]
+        for i, panels in enumerate(row):
+            panels[0].imshow(-result.degrees[i].numpy(), cmap=NORMS, interpolation="nearest")
+            for axis, values in zip(panels[1:3], (result.seed_similarity[i], result.expansion[i]), strict=True):
+                _signed(axis, values)
+            for axis in panels[:3]:
+                axis.plot(
+                    int(result.seeds[i]) % cols, int(result.seeds[i]) // cols, "x", color=PALETTE[1], ms=5, mew=1.6
+                )
+            image = picture(pixels[i])
+            part = result.component[i].repeat_interleave(image.shape[0] // rows, 0)
+            part = part.repeat_interleave(image.shape[1] // cols, 1).numpy()[..., None]
+            panels[3].imshow(np.where(part, image, 0.65 + 0.35 * image))
+            for box in [] if truth is None else truth[i]:
+                _box(panels[3], box, PALETTE[0], "--")
+            _box(panels[3], result.boxes[i] * patch_sizes[name], PALETTE[1], "-")
+    return figure
+
+
+@styled
+def expansions(pixels: torch.Tensor, maps: dict[str, dict[str, torch.Tensor]], spots: dict | None = None) -> Figure:
+    """Figure 14: seed expansion from several kinds of features; a row a model, a panel a kind for each image.
+
+    maps: {model: {kind: (images, rows, cols)}}, drawn white at 0; spots: masks of the same shapes, ringed.
+    """
+    kinds = tuple(next(iter(maps.values())))
+    figure, axes = _rows_of_panels(list(maps), len(pixels), ("image", *kinds))
+    for row, (name, found) in zip(axes, maps.items(), strict=True):
+        for i, panels in enumerate(row):
+            panels[0].imshow(picture(pixels[i]))
+            for axis, kind in zip(panels[1:], kinds, strict=True):
+                _signed(axis, found[kind][i])
+                if spots is not None:
+                    place = spots[name][kind][i].nonzero()
+                    axis.scatter(place[:, 1], place[:, 0], s=30, facecolors="none", edgecolors="black", linewidths=1)
+    return figure
+
+
+def _rows_of_panels(names: list[str], count: int, titles: tuple[str, ...], cell: float = 0.95):
+    """(figure, axes (names, images, titles)), bare, names on the left, a gap between images."""
+    widths = ([1.0] * len(titles) + [0.12]) * count
+    figure = plt.figure(figsize=(cell * sum(widths) + 1.0, cell * len(names) + 0.5))
+    grid = figure.subplots(len(names), len(widths), squeeze=False, width_ratios=widths)
+    for axis in grid.flat:
+        axis.set(xticks=[], yticks=[])
+        axis.grid(False)
+        axis.spines[:].set_visible(False)
+    for axis, name in zip(grid[:, 0], names, strict=True):
+        axis.set_ylabel(_wrapped(name), rotation=0, ha="right", va="center", fontsize=8)
+    axes = grid.reshape(len(names), count, len(titles) + 1)[..., :-1]
+    for panels in axes[0]:
+        for axis, title in zip(panels, titles, strict=True):
+            axis.set_title(title, fontsize=8)
+    return figure, axes
+
+
+def _signed(axis, values: torch.Tensor) -> None:
+    """A map in two colours, white at 0."""
+    most = float(values.abs().max()) or 1.0
+    axis.imshow(values.numpy(), cmap=COMPONENT, vmin=-most, vmax=most, interpolation="nearest")
+
+
+def _box(axis, box: torch.Tensor, colour: str, style: str) -> None:
+    left, top, right, bottom = (float(v) - 0.5 for v in box)
+    axis.add_patch(
+        matplotlib.patches.Rectangle(
+            (left, top), right - left, bottom - top, fill=False, edgecolor=colour, ls=style, lw=1.4, clip_on=False
+        )
+    )
