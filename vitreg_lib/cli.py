@@ -103,7 +103,8 @@ def _parser() -> argparse.ArgumentParser:
     mend.add_argument("--images", default="", help="where neurons are searched: a source of `vitreg data` or a folder")
     mend.add_argument("--n-images", type=int, default=10, help="how many of them (default 10)")
     mend.add_argument("--registers", default="0,1,2,4,8", help="numbers of registers to try (default 0,1,2,4,8)")
-    data = add("data", _data, "List the image sources and whether they are on this machine.")
+    data = add("data", _data, "List images and data sets: what is ready on this machine, and how to get the rest.")
+    data.add_argument("name", nargs="?", help="all that is known of one data set")
     data.add_argument(
         "--write-scenes", action="store_true", help="render the frozen evaluation set data/scenes/eval.parquet anew"
     )
@@ -264,19 +265,28 @@ def _models(chosen) -> None:
 
 
 def _data(chosen) -> None:
-    from .data import frozen, images
+    from .data import frozen, images, registry
 
     if chosen.write_scenes:
         print(shown(frozen.write()))
         return
-    print(f"{'scenes':12} always        procedural images with exact ground truth")
+    if chosen.name:
+        for key, value in (registry.entry(chosen.name) | {"here": registry.state(chosen.name)}).items():
+            print(f"{key:12} {value}")
+        print(f"{'how':12} {registry.how(chosen.name)}")
+        return
+    print(f"{'scenes':16} always         procedural images with exact ground truth")
     print(
-        f"{'photos':12} always        {len(images.find('photos')[0])} photos shipped with scikit-image and scikit-learn"
+        f"{'photos':16} always         {len(images.find('photos')[0])} photos shipped with scikit-image, scikit-learn"
     )
-    for name in ("imagenet",):
-        folder = images.named_folder(name)
-        state = "here" if folder else "not here"
-        print(f"{name:12} {state:13} a folder of that name in VITREG_DATA, or in data/ of VITREG_MODELS")
+    for name in ("imagenet", "coco"):
+        state = "here" if images.named_folder(name) else "not here"
+        print(f"{name:16} {state:14} photos: a folder of that name in VITREG_DATA, or in data/ of VITREG_MODELS")
+    print("\ndata sets of the tables (`vitreg data NAME`: splits, licence, citation):")
+    for name, known in registry.entries().items():
+        state = registry.state(name)
+        told = known["title"] + (f", for {known['paper']}" if "paper" in known else "")
+        print(f"{name:16} {state:14} {told}" + (f"; {registry.how(name)}" if state == "not here" else ""))
 
 
 def _diagnose(chosen) -> None:

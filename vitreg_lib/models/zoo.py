@@ -276,7 +276,7 @@ def _timm(name: str, timm_name: str, image_size: int | None) -> Model:
     if folder:
         return _hub_folder(timm_name, folder, image_size)
     try:
-        with _hub():
+        with hub_client():
             module = _create(timm_name, image_size, pretrained=True)
     except UserError:
         raise
@@ -290,7 +290,7 @@ def _timm(name: str, timm_name: str, image_size: int | None) -> Model:
 
 
 @contextmanager
-def _hub():
+def hub_client():
     """The hub's client; it keeps to its cache where the hub's address cannot be found, or it would try for a minute."""
     from huggingface_hub import constants
 

@@ -1,0 +1,293 @@
+"""Readers of data sets in the layouts they are published in: from a folder to a `datasets.Dataset` with lazy images.
+
+Every reader takes (root, spec, split): the folder of a local copy, the `folder` entry of data/datasets.yaml, and
+"train" or "test". Columns of the result:
+
+    image            datasets.Image, decoded when a row is read
+    label            ClassLabel                                      classification
+    labels           list of 0 and 1, one a class                    several labels an image
+    mask             datasets.Image of class numbers                 segmentation (see `mask_classes`)
+    depth            datasets.Image of 16-bit numbers                depth
+    boxes            list of [left, top, right, bottom] in pixels (in the layout yolo: shares of the image)
+    objects          list of the boxes' class names
+
+A folder of another layout gives one UserError that says what was expected where. No pickle is read.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+
+import torch
+
+from ..errors import UserError, unknown
+from .images import SUFFIXES
+
+IGNORE = 255  # pixels without a label
+
+
+def read(root: Path, spec: dict, split: str):
+    """The split of the data set in `root` by the layout that `spec` names."""
+    if spec["layout"] not in LAYOUTS:
+        raise unknown("layout", spec["layout"], LAYOUTS)
+    return LAYOUTS[spec["layout"]](root, spec, split)
+
+
+def parquet_files(root: Path, split: str) -> list[str]:
+    """The hub's Parquet files of a split (SPLIT-00000-of-….parquet, below root or its data/), sorted."""
+    return sorted(str(p) for place in (root, root / "data") for p in place.glob(f"{split}-*.parquet"))
+
+
+def imagefolder(root: Path, spec: dict, split: str):
+    """SPLIT/CLASS/photo.jpg. `per_class`: so many photos of each class, drawn by seed 0, train; the others test."""
+    place = _folder(root, spec[split], "SPLIT/CLASS/photo.jpg")
+    classes = sorted(p.name for p in place.iterdir() if p.is_dir() and p.name not in spec.get("without", ()))
+    files, labels = [], []
+    for number, name in enumerate(classes):
+        found = sorted(p for p in (place / name).rglob("*") if p.suffix.lower() in SUFFIXES)
+        if "per_class" in spec:
+            order = torch.randperm(len(found), generator=torch.Generator().manual_seed(0)).tolist()
+            train = set(order[: spec["per_class"]])
+            found = [p for i, p in enumerate(found) if (i in train) == (split == "train")]
+        if not found:
+            raise UserError(f"the class folder {spec[split]}/{name} in {root.name} holds no image for {split}")
+        files += found
+        labels += [number] * len(found)
+    if not classes:
+        raise UserError(f"{spec[split]}/ in {root.name} has no class folders: expected SPLIT/CLASS/photo.jpg")
+    return _classified(root, files, labels, classes)
+
+
+def lists(root: Path, spec: dict, split: str):
+    """Text files with one image a line: its name, put into `images`, and its label: `second` word, `rest`, `folder`."""
+
+    def lines(part):
+        for name in spec[part]:
+            for number, line in enumerate(_file(root, name).read_text().splitlines(), 1):
+                if line.strip():
+                    yield name, number, line.strip()
+
+    def parse(name, number, line):
+        key, _, rest = line.replace(",", " ").partition(" ") if spec["label"] == "second" else line.partition(" ")
+        if spec["label"] == "folder":
+            return line.lstrip("/"), str(Path(line.lstrip("/")).parent)
+        if not rest.strip():
+            raise UserError(f"{name}, line {number} in {root.name}: {line!r} has no label after the image's name")
+        return key, rest.strip().split()[0] if spec["label"] == "second" else rest.strip()
+
+    known = {parse(*line)[1] for line in lines("train")}
+    classes = sorted(known, key=lambda c: (int(c), "") if c.isdigit() else (0, c))
+    number = {name: i for i, name in enumerate(classes)}
+    rows = [parse(*line) for line in lines(split)]
+    if strange := [label for _, label in rows if label not in number]:
+        raise UserError(f"{spec[split][0]} in {root.name} has the class {strange[0]!r}, which {spec['train'][0]} lacks")
+    return _classified(root, [root / spec["images"].format(k) for k, _ in rows], [number[c] for _, c in rows], classes)
+
+
+def cub(root: Path, spec: dict, split: str):
+    """images.txt, image_class_labels.txt, train_test_split.txt (1 is train) and classes.txt, joined by image id."""
+
+    def table(name):
+        return dict(line.split(maxsplit=1) for line in _file(root, name).read_text().splitlines() if line.strip())
+
+    images, labels, parts = (table(f"{n}.txt") for n in ("images", "image_class_labels", "train_test_split"))
+    names = table("classes.txt")
+    chosen = [i for i in images if parts[i].strip() == str(spec[split])]
+    numbers = {key: n for n, key in enumerate(sorted(names, key=int))}
+    files = [root / "images" / images[i].strip() for i in chosen]
+    classes = [names[key].strip() for key in numbers]
+    return _classified(root, files, [numbers[labels[i].strip()] for i in chosen], classes)
+
+
+def cars(root: Path, spec: dict, split: str):
+    """Stanford's devkit: a folder of photos, and a MATLAB table with `fname` and `class` (from 1) of each."""
+    from scipy.io import loadmat
+
+    place, table = spec[split]
+    rows = loadmat(_file(root, table), squeeze_me=True)["annotations"].reshape(-1)
+    if "class" not in (rows.dtype.names or ()):
+        raise UserError(f"{table} in {root.name} has no classes: the table with labels is wanted")
+    labels = [int(row["class"]) - 1 for row in rows]
+    meta = root / "devkit" / "cars_meta.mat"
+    count = max(labels) + 1
+    named = [str(n) for n in loadmat(meta, squeeze_me=True)["class_names"]] if meta.exists() else map(str, range(count))
+    return _classified(root, [root / place / str(row["fname"]) for row in rows], labels, list(named))
+
+
+def flowers(root: Path, spec: dict, split: str):
+    """jpg/image_NNNNN.jpg; imagelabels.mat has every image's class (from 1), setid.mat the ids of the parts."""
+    from scipy.io import loadmat
+
+    labels = loadmat(_file(root, "imagelabels.mat"))["labels"].reshape(-1)
+    parts = loadmat(_file(root, "setid.mat"))
+    ids = [int(i) for part in spec[split] for i in parts[part].reshape(-1)]
+    files = [root / "jpg" / f"image_{i:05d}.jpg" for i in ids]
+    return _classified(root, files, [int(labels[i - 1]) - 1 for i in ids], [str(i + 1) for i in range(labels.max())])
+
+
+def voc(root: Path, spec: dict, split: str):
+    """Pascal VOC: ImageSets/Main/PART.txt, JPEGImages/ID.jpg, Annotations/ID.xml.
+
+    `labels`: which of the classes the image shows, objects marked difficult among them (VOC's own evaluation leaves
+    those out). `difficult`: one flag an object. Boxes are turned from VOC's pixel numbers (from 1, inclusive) to edges.
+    """
+    import xml.etree.ElementTree as ET
+
+    base = root / spec["root"] if (root / spec["root"]).is_dir() else root
+    ids = [
+        line.split()[0] for line in _file(base, f"ImageSets/Main/{spec[split]}.txt").read_text().splitlines() if line
+    ]
+    rows: dict[str, list] = {k: [] for k in ("image", "labels", "boxes", "objects", "difficult")}
+    for name in ids:
+        path = _file(base, f"Annotations/{name}.xml")
+        try:
+            objects = ET.parse(path).getroot().findall("object")
+            names = [o.findtext("name") for o in objects]
+            edges = [[float(o.findtext(f"bndbox/{e}")) for e in ("xmin", "ymin", "xmax", "ymax")] for o in objects]
+        except (ET.ParseError, TypeError, ValueError) as error:
+            raise UserError(f"Annotations/{name}.xml in {base.name} is no annotation of VOC: {error}") from error
+        if strange := set(names) - set(VOC_CLASSES):
+            raise UserError(f"Annotations/{name}.xml in {base.name} names {sorted(strange)[0]!r}, no class of VOC")
+        rows["image"].append(base / "JPEGImages" / f"{name}.jpg")
+        rows["labels"].append([int(c in names) for c in VOC_CLASSES])
+        rows["boxes"].append([[x0 - 1, y0 - 1, x1, y1] for x0, y0, x1, y1 in edges])
+        rows["objects"].append(names)
+        rows["difficult"].append([int(o.findtext("difficult") or 0) for o in objects])
+    return _dataset(root, rows)
+
+
+def coco(root: Path, spec: dict, split: str):
+    """COCO's JSON: images in a folder, boxes [left, top, width, height] in one file. Crowds are left out, as LOST does.
+
+    `only`: a text file with the names of the images to take. COCO has no split here: both give the same.
+    """
+    path = _file(root, spec["annotations"])
+    try:
+        table = json.loads(path.read_text())
+        names = {c["id"]: c["name"] for c in table["categories"]}
+        found = {i["id"]: (i["file_name"], [], []) for i in table["images"]}
+        for a in table["annotations"]:
+            if not a.get("iscrowd"):
+                x, y, w, h = a["bbox"]
+                found[a["image_id"]][1].append([x, y, x + w, y + h])
+                found[a["image_id"]][2].append(names[a["category_id"]])
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(
+            f"{spec['annotations']} in {root.name} is no annotation file of COCO (images, annotations, categories): "
+            f"{type(error).__name__} {error}"
+        ) from error
+    if "only" in spec:
+        wanted = {line.split("/")[-1].strip() for line in _file(root, spec["only"]).read_text().splitlines()}
+        found = {i: row for i, row in found.items() if row[0] in wanted}
+    files, boxes, objects = zip(*found.values(), strict=True) if found else ((), (), ())
+    images = [root / spec["images"] / name for name in files]
+    return _dataset(root, {"image": images, "boxes": list(boxes), "objects": list(objects)})
+
+
+def yolo(root: Path, spec: dict, split: str):
+    """images/NAME.jpg and boxes/NAME.txt, read by `data.boxes`; boxes are shares of the image; no split."""
+    from .boxes import read as read_boxes
+
+    place = _folder(root, spec["images"], "images/NAME.jpg and boxes/NAME.txt")
+    _folder(root, spec["boxes"], "images/NAME.jpg and boxes/NAME.txt")
+    files = sorted(p for p in place.iterdir() if p.suffix.lower() in SUFFIXES)
+    found = [read_boxes(root / spec["boxes"] / f"{p.stem}.txt").tolist() for p in files]
+    return _dataset(root, {"image": files, "boxes": found})
+
+
+def masks(root: Path, spec: dict, split: str):
+    """Two folders: photos, and PNG masks of class numbers under the same names (see `mask_classes`)."""
+    photos, labels = spec[split]
+    expected = f"{photos}/NAME.jpg and {labels}/NAME.png"
+    place, marked = _folder(root, photos, expected), _folder(root, labels, expected)
+    files = sorted(p for p in place.iterdir() if p.suffix.lower() in SUFFIXES)
+    if missing := [p.stem for p in files if not (marked / f"{p.stem}.png").exists()]:
+        raise UserError(f"{labels}/{missing[0]}.png is missing in {root.name}: expected {expected}")
+    return _dataset(root, {"image": files, "mask": [marked / f"{p.stem}.png" for p in files]})
+
+
+def mask_classes(mask: torch.Tensor, spec: dict) -> torch.Tensor:
+    """Class numbers from 0, `IGNORE` where there is no label, from a mask's own numbers.
+
+    `background`: this number is no class and the others follow it (ADE20k's 0); `ignore`: this number is no class.
+    """
+    mask = mask.long()
+    if "background" in spec:
+        return torch.where(mask == spec["background"], IGNORE, mask - spec["background"] - 1)
+    return torch.where(mask == spec.get("ignore", IGNORE), IGNORE, mask)
+
+
+def depth(root: Path, spec: dict, split: str):
+    """SCENE/rgb_N.jpg with SCENE/sync_depth_N.png beside it, 16 bits, `unit` to the metre."""
+    expected = "SCENE/rgb_N.jpg and SCENE/sync_depth_N.png"
+    place = _folder(root, spec[split], expected)
+    files = sorted(place.rglob("rgb_*.jpg"))
+    pairs = [p.with_name(p.name.replace("rgb_", "sync_depth_")).with_suffix(".png") for p in files]
+    if missing := [p for p in pairs if not p.exists()]:
+        raise UserError(f"{missing[0].relative_to(root)} is missing in {root.name}: expected {expected}")
+    if not files:
+        raise UserError(f"{spec[split]}/ in {root.name} holds no photo: expected {expected}")
+    return _dataset(root, {"image": files, "depth": pairs})
+
+
+def labels_csv(root: Path, spec: dict, split: str):
+    """A folder of photos and a table (file, class_index, wnid, name); no split."""
+    with open(_file(root, spec["file"]), newline="") as f:
+        rows = list(csv.DictReader(f))
+    if not rows or not {"file", "class_index"} <= set(rows[0]):
+        raise UserError(f"{spec['file']} in {root.name}: expected a table with the columns file and class_index")
+    count = max(int(row["class_index"]) for row in rows) + 1
+    files, labels = [root / row["file"] for row in rows], [int(row["class_index"]) for row in rows]
+    return _classified(root, files, labels, [str(i) for i in range(count)])
+
+
+def _classified(root: Path, files: list[Path], labels: list[int], classes: list[str]):
+    from datasets import ClassLabel
+
+    if len(set(labels)) < 2:
+        raise UserError(f"{root.name} has one class only ({classes[0] if classes else 'none'}): nothing to classify")
+    return _dataset(root, {"image": files, "label": labels}, label=ClassLabel(names=classes))
+
+
+def _dataset(root: Path, columns: dict[str, list], **features):
+    """A Dataset whose columns image, mask and depth are pictures in files; the first missing file is named."""
+    from datasets import Dataset, Features, Image, Sequence, Value
+
+    if not columns["image"]:
+        raise UserError(f"no images found in {root.name}")
+    kinds = {
+        "labels": Sequence(Value("int8")),
+        "boxes": Sequence(Sequence(Value("float32"))),
+        "objects": Sequence(Value("string")),
+    }
+    kinds |= {"difficult": Sequence(Value("int8")), "image": Image(), "mask": Image(), "depth": Image(), **features}
+    for name in {"image", "mask", "depth"} & set(columns):
+        if missing := [p for p in columns[name] if not Path(p).exists()]:
+            place = Path(missing[0])
+            told = place.relative_to(root) if place.is_relative_to(root) else place.name
+            raise UserError(f"{told} is missing in {root.name} ({len(missing)} of {len(columns[name])} files)")
+        columns[name] = [str(p) for p in columns[name]]
+    return Dataset.from_dict(columns, features=Features({name: kinds[name] for name in columns}))
+
+
+def _folder(root: Path, name: str, expected: str) -> Path:
+    if not (root / name).is_dir():
+        here = ", ".join(sorted(p.name for p in root.iterdir())[:5]) if root.is_dir() else "nothing"
+        raise UserError(f"no folder {name}/ in {root.name}: expected {expected} (there is {here})")
+    return root / name
+
+
+def _file(root: Path, name: str) -> Path:
+    if not (root / name).is_file():
+        here = ", ".join(sorted(p.name for p in root.iterdir())[:5]) if root.is_dir() else "nothing"
+        raise UserError(f"no file {name} in {root.name}, which holds {here}")
+    return root / name
+
+
+VOC_CLASSES = (
+    "aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse motorbike person pottedplant sheep "
+    "sofa train tvmonitor"
+).split()
+LAYOUTS = {f.__name__: f for f in (imagefolder, lists, cub, cars, flowers, voc, coco, yolo, masks, depth, labels_csv)}
