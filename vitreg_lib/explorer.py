@@ -139,6 +139,20 @@ def look(state: State, store: Store) -> list[View]:
     return [view(state, one, place, grid) for place, one in enumerate(seen)]
 
 
+def fitting(state: State, store: Store) -> State:
+    """The state with layer, heads and query at their defaults where none of its models has them."""
+    seen = [store.seen(name, state.images, state.image) for name in state.models]
+    fits = replace(state, layer=-1, heads=(), query="cls")
+    for name in ("layer", "heads", "query"):
+        more = replace(fits, **{name: getattr(state, name)})
+        try:
+            _check(more, seen)
+        except UserError:
+            continue
+        fits = more
+    return fits
+
+
 def view(state: State, seen: Seen, place: int = 0, grid: tuple[int, int] | None = None) -> View:
     """The `View` of one model; `place` is its place in the state, `grid` that on which the state's patch is named."""
     capture, notes = seen.capture, []
@@ -255,7 +269,7 @@ def _check(state: State, seen: list[Seen]) -> None:
     kind, numbers = parse_query(state.query)
     registers = max(capture.num_registers for capture in captures)
     if kind == "register" and numbers[0] > registers:
-        raise UserError(f"register {numbers[0]}: {' and '.join(state.models)} have {registers or 'no'} registers")
+        raise UserError(f"query {state.query!r}: registers of {' and '.join(state.models)}: {registers or 'none'}")
     rows, cols = captures[0].grid
     if kind == "patch" and not (numbers[0] < rows and numbers[1] < cols):
         raise UserError(f"patch {numbers} out of range for a grid of {rows} x {cols}, counted from 0")

@@ -138,8 +138,8 @@ def explore(
     models: one or two names separated by a space, or loaded `zoo.Model`s in a list (a single one by itself). images:
     photos, scenes, or the path of a folder or an image; image: which of it, from 0. layer: a block, negative from the
     end. heads: numbers as "0 3" or (0, 3), none for the mean of all. query: "cls", "register 2" or "patch (row, col)".
-    cutoffs: norms above which a patch is an outlier, one a model, as "150 rule"; empty: by the default rule. shared: one
-    colour scale for both models. component: 1 to 3, or 0 for the first three as colours.
+    cutoffs: norms above which a patch is an outlier, one a model, as "150 rule"; empty: by the default rule.
+    shared: one colour scale for both models. component: 1 to 3, or 0 for the first three as colours.
 
     Returns an `explorer_face.Explorer`: `.state`, `.views` (numbers and maps), `.static()` (a figure).
     Raises UserError for what the models do not have, before anything is shown.
