@@ -10,7 +10,7 @@ NBVAL    = --nbval --nbval-current-env --nbval-kernel-startup-timeout 180 --nbva
 export OMP_NUM_THREADS ?= $(if $(filter 1,$(JOBS)),,1)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup reproduce-all report test test-fast test-notebooks lab bench refresh keep lint clean
+.PHONY: help setup reproduce-all report test test-fast test-notebooks lab bench bench-train refresh keep lint clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-zA-Z%-]+:.*## /{printf "  make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -55,6 +55,9 @@ lab: $(READY) ## JupyterLab in the environment, opened at the notebooks
 
 bench: $(READY) ## timings, as ratios within one run
 	@for part in bench bench_attention bench_probes; do env -u OMP_NUM_THREADS $(BIN)/python -m tests.$$part || exit; done
+
+bench-train: $(READY) ## images a second of training, against timm's way, and what registers cost
+	@env -u OMP_NUM_THREADS $(BIN)/python -m tests.bench_train
 
 refresh: $(READY) ## execute all notebooks in place with the profile mini (before a commit)
 	@$(BIN)/python workflow/refresh.py $(NOTEBOOKS)

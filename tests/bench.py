@@ -79,44 +79,9 @@ def rendering(count: int = 256) -> None:
     print(f"scenes at 96 pixels: {rate:.0f} a second with {torch.get_num_threads()} threads  (at least 1000 with 2)")
 
 
-def training(steps: int = 2) -> None:
-    """A step of the loop against the plainest loop over the same model, scenes and optimiser."""
-    import torch.nn.functional as F
-    from timm.optim import create_optimizer_v2
-
-    from vitreg_lib.data import scenes
-    from vitreg_lib.train import deit3, loop
-    from vitreg_lib.train.config import TrainConfig
-
-    config = TrainConfig(size="s", batch_size=64)
-    models = [deit3.build(config).train() for _ in range(2)]
-    options = dict(opt=config.optimizer, lr=config.learning_rate, weight_decay=config.weight_decay)
-    optimizers = [create_optimizer_v2(model, **options) for model in models]
-    wanted = torch.rand(config.batch_size, deit3.NUM_LABELS).round()
-
-    def ours():
-        for step in range(steps):
-            loop._step(models[0], deit3, optimizers[0], config, step, "cpu")
-
-    def plain():
-        for step in range(steps):
-            first = step * config.batch_size
-            pixels = scenes.render(range(first, first + config.batch_size)).pixels * 2 - 1
-            optimizers[1].zero_grad()
-            loss = F.binary_cross_entropy_with_logits(models[1](pixels), wanted, reduction="none").sum(1).mean()
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(models[1].parameters(), config.clip_grad)
-            optimizers[1].step()
-
-    first, second, ratio = taking_turns(ours, plain, rounds=7)
-    told("a training step / the plainest loop on the same scenes", first / steps, second / steps, ratio, "about 1")
-    print(f"training, size {config.size}: {config.batch_size * steps / first:.0f} images a second")
-
-
 if __name__ == "__main__":
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads")
     importing()
     capturing("vit_tiny_patch16_224", 8)
     capturing("vit_small_patch14_reg4_dinov2", 2, img_size=224)
     rendering()
-    training()

@@ -9,7 +9,7 @@ from timm.models.vision_transformer import VisionTransformer
 
 from vitreg_lib.data import images
 from vitreg_lib.models import mini, planted, zoo
-from vitreg_lib.train.loop import save_weights
+from vitreg_lib.train.state import save_weights
 
 
 @pytest.fixture(scope="module")

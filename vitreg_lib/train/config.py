@@ -50,9 +50,19 @@ class TrainConfig:
 
     mask_ratio: float = option(0.75, "share of patches that are hidden", "mae")
 
+    ema: float = option(
+        0.0, "decay of a moving average of the weights, which is then what is kept; 0 for none", "optimisation"
+    )
+
     eval_images: int = option(1024, "held-out images that the result is measured on", "measurement")
     telemetry_images: int = option(64, "held-out images whose token norms are watched", "measurement")
+
     save_every: int = option(100, "steps between saved states", "machine")
+    accumulate: int = option(1, "micro-batches a step, for less memory; the batch stays", "machine")
+    compile: bool = option(False, "torch.compile the blocks, where that works", "machine")
+    fsdp: bool = option(
+        False, "share the model out over the processes of torchrun (FSDP2) instead of copying it", "machine"
+    )
 
 
 MACHINE = frozenset(f.name for f in fields(TrainConfig) if f.metadata["group"] == "machine")

@@ -8,35 +8,36 @@ A recipe is a module with these functions:
     telemetry_images(config) -> images whose norms are watched
 
 `backbone(module)`, the timm ViT inside, whose norms the telemetry watches, and, where there is need, `DEFAULTS` (of
-TrainConfig), `after_step(module, config, step)` (a teacher that follows) and `companions(module)` (what ships beside
-the backbone: {name: state}). Batches are drawn by step number,
-and the random state is set from (seed, step) at every step. So a run that was killed and resumed ends with the same
-weights, bit for bit on a CPU, as one that was not.
+TrainConfig), `after_step(module, config, step)` (a teacher that follows), `companions(module)` (what ships beside
+the backbone: {name: state}) and `SEPARABLE = False` where the loss compares the images of a batch, so that it is not
+the mean of the losses of its parts.
 
-A run's folder holds config.json, state.safetensors (weights, optimiser, step; written to a temporary name and renamed,
-the last good one is never lost), telemetry.parquet, log.csv and, at the end, model.safetensors and result.json.
+Batches are drawn by step number, of which every process takes its part (see `parallel`), and the random state is set
+from (seed, step) at every step. So a run that was killed and resumed ends with the same weights, bit for bit on a CPU,
+as one that was not. A run's folder is described in `state`; at its end model.safetensors and result.json are added.
 """
 
 from __future__ import annotations
 
 import json
 import math
-import os
+import signal
+import threading
 import time
+import warnings
 from collections.abc import Callable
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from types import ModuleType
 
-import pandas as pd
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 
 from ..errors import UserError
 from ..paths import write_atomically
-from . import telemetry
+from . import accelerate, parallel, state, telemetry
 from .config import TrainConfig
+from .state import Run
 
 
 def train(
@@ -49,49 +50,71 @@ def train(
 ) -> dict:
     """Train to `config.steps`, going on from the folder's state if there is one; the result as a dictionary.
 
-    Raises UserError where the folder holds a run of another configuration and FloatingPointError when the loss
-    is no longer finite (the last good state is kept).
+    The stop button, Ctrl-C and SIGTERM let the step end, save the state and raise KeyboardInterrupt, which says how to
+    go on. On other ranks than 0 nothing is written and the result is empty.
+    Raises UserError where the folder holds a run of another configuration or the state cannot be read or written, and
+    FloatingPointError when the loss is no longer finite. The last good state is kept whatever happens.
     """
-    from timm.optim import create_optimizer_v2
     from tqdm.auto import tqdm
 
     folder = Path(folder)
+    _check(config, recipe)
     torch.manual_seed(config.seed)
     module = recipe.build(config).to(device)  # refuses an unknown size before a folder is made
-    folder.mkdir(parents=True, exist_ok=True)
-    _claim_folder(folder, config)
-    optimizer = create_optimizer_v2(
-        module, opt=config.optimizer, lr=config.learning_rate, weight_decay=config.weight_decay
-    )
-    start, log, norms = _resume(folder, module, optimizer)
+    if parallel.rank() == 0:
+        state.claim(folder, config)
+    parallel.barrier()
+    run, loss = _prepare(module, recipe, config, device)
+    state.load(folder, run)
+    loss = accelerate.distribute(loss, config)
     watched = recipe.telemetry_images(config)
+
+    def measure():
+        if (whole := accelerate.whole(run.module, recipe, config, device)) is not None:
+            run.norms.append(telemetry.measure(recipe.backbone(whole), watched, run.step))
+
+    start, began = run.step, time.perf_counter()
     measured_at = set(telemetry.log_steps(config.steps))
-    began = time.perf_counter()
-    for step in tqdm(range(start, config.steps), initial=start, total=config.steps, disable=not progress, desc="steps"):
-        if step in measured_at:
-            norms.append(telemetry.measure(recipe.backbone(module), watched, step))
-        if step > start and step % config.save_every == 0:
-            _save(folder, module, optimizer, step, log, norms)
-        loss, numbers = _step(module, recipe, optimizer, config, step, device)
-        if not math.isfinite(loss):
-            raise FloatingPointError(f"loss is {loss} at step {step}; the last good state is kept in {folder}")
-        log.append({"step": step, "loss": loss, **numbers})
-        if on_step:
-            on_step(step, loss)
-    norms.append(telemetry.measure(recipe.backbone(module), watched, config.steps))
-    _save(folder, module, optimizer, config.steps, log, norms)
-    result = {
-        **recipe.evaluate(module, config, device),
-        "steps": config.steps,
-        "images": config.steps * config.batch_size,
-        "parameters": sum(p.numel() for p in module.parameters()),
-        "seconds_of_last_session": round(time.perf_counter() - began),
-    }
-    settings = {"config": json.dumps(asdict(config))}
-    save_weights(folder / "model.safetensors", recipe.backbone(module), settings)
-    for name, state in recipe.companions(module).items() if hasattr(recipe, "companions") else ():
-        save_tensors(folder / f"model.{name}.safetensors", {k: v.half() for k, v in state.items()}, settings)
-    write_atomically(folder / "result.json", json.dumps(result, indent=1).encode())
+    hidden = not progress or parallel.rank() > 0
+    with _stop_button() as asked:
+        for step in tqdm(range(start, config.steps), initial=start, total=config.steps, disable=hidden, desc="steps"):
+            if step in measured_at:
+                measure()
+            if step > start and step % config.save_every == 0:
+                state.save(folder, run)
+            numbers = _step(run, loss, recipe, config, step, device, asked)
+            if not math.isfinite(numbers["loss"]):
+                raise FloatingPointError(
+                    f"loss is {numbers['loss']} at step {step}; the last good state is kept in {folder}. "
+                    "A smaller --learning-rate or a longer --warmup may help, in another folder"
+                )
+            stop = numbers.pop("stop")
+            run.step = step + 1
+            run.log.append({"step": step, **numbers})
+            try:
+                if on_step:
+                    on_step(step, numbers["loss"])
+            except KeyboardInterrupt:
+                stop = 1.0
+            if stop:
+                state.save(folder, run)
+                raise KeyboardInterrupt(
+                    f"stopped after step {run.step} of {config.steps}; go on with: vitreg train --resume {folder}"
+                )
+    measure()
+    state.save(folder, run)
+    whole = accelerate.whole(run.ema.module if run.ema else run.module, recipe, config, device)
+    result = {}
+    if whole is not None:
+        result = {
+            **recipe.evaluate(whole, config, device),
+            "steps": config.steps,
+            "images": config.steps * config.batch_size,
+            "parameters": sum(p.numel() for p in whole.parameters()),
+            "seconds_of_last_session": round(time.perf_counter() - began),
+        }
+        _finish(folder, whole, recipe, config, result)
+    parallel.barrier()
     return result
 
 
@@ -103,76 +126,145 @@ def learning_rate(config: TrainConfig, step: int) -> float:
     return config.learning_rate * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * share)))
 
 
-def _step(module, recipe, optimizer, config, step, device):
-    torch.manual_seed((config.seed << 32) + step)
-    for group in optimizer.param_groups:
+def _check(config: TrainConfig, recipe) -> None:
+    if config.accumulate > 1 and not _separable(recipe):
+        raise UserError(
+            f"--accumulate {config.accumulate}: {config.recipe} compares the images of a batch with each other, "
+            "so parts of it have another loss; use more processes (torchrun) or a smaller --batch-size"
+        )
+    share = len(parallel.batch_range(config, 0))  # refuses a batch that does not split over the processes
+    if config.accumulate > share:
+        raise UserError(f"--accumulate {config.accumulate}: a process has only {share} images a step")
+
+
+def _separable(recipe) -> bool:
+    return getattr(recipe, "SEPARABLE", True)
+
+
+def _prepare(module, recipe, config: TrainConfig, device: str) -> tuple[Run, torch.nn.Module]:
+    """The run at step 0 and its loss as a module."""
+    if torch.device(device).type == "cuda":
+        torch.set_float32_matmul_precision("high")  # what autocast leaves in float32 runs on tensor cores too
+    ema = None
+    if config.ema:
+        from timm.utils import ModelEmaV3
+
+        ema = ModelEmaV3(module, decay=config.ema)
+    if config.compile:
+        accelerate.compile_blocks(module, device)
+    loss = accelerate.Loss(module, recipe, config, device)
+    if config.fsdp:
+        accelerate.shard(loss)
+        if ema is not None:
+            accelerate.shard(ema.module)
+    return Run(module, accelerate.optimizer(module, config, device), ema, config.accumulate), loss
+
+
+def _step(run: Run, loss, recipe, config, step: int, device, asked=lambda: False) -> dict[str, float]:
+    """One optimiser step; its numbers, averaged over images, with `loss` and `stop` (above 0: a process was asked to).
+
+    Where the loss is not finite, nothing is changed.
+    """
+    for group in run.optimizer.param_groups:
         group["lr"] = learning_rate(config, step) * group.get("lr_scale", 1.0)
-    module.train()
-    optimizer.zero_grad(set_to_none=True)
-    with torch.autocast("cuda", torch.bfloat16, enabled=torch.device(device).type == "cuda"):
-        loss, numbers = recipe.loss(module, config, step, device)
-    value = loss.item()
-    if math.isfinite(value):
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(module.parameters(), config.clip_grad)
-        optimizer.step()
-        if hasattr(recipe, "after_step"):
-            recipe.after_step(module, config, step)
-    return value, numbers
+    run.module.train()
+    numbers = None
+    while numbers is None:
+        try:
+            numbers = _gradients(run, loss, config, step, device, asked)
+        except torch.OutOfMemoryError as error:
+            reason = str(error).splitlines()[0]
+        if numbers is None:  # outside of the handler, which would keep the failed step's tensors alive
+            _halve(run, recipe, config, step, reason)
+    if not math.isfinite(numbers["loss"]):
+        return numbers
+    if config.clip_grad:
+        torch.nn.utils.clip_grad_norm_(run.module.parameters(), config.clip_grad)
+    run.optimizer.step()
+    if hasattr(recipe, "after_step"):
+        recipe.after_step(run.module, config, step)
+    if run.ema is not None:
+        run.ema.update(run.module, step=step)
+    return numbers
 
 
-def _claim_folder(folder: Path, config: TrainConfig) -> None:
-    path = folder / "config.json"
-    wanted = asdict(config)
-    if path.exists():
-        found = json.loads(path.read_text())
-        if found != wanted:
-            names = [k for k in wanted if found.get(k) != wanted[k]]
-            raise UserError(f"{folder} holds a run with another {', '.join(names)}; choose another folder or delete it")
-    write_atomically(path, json.dumps(wanted, indent=1).encode())
+def _gradients(run: Run, loss, config, step: int, device, asked) -> dict[str, float]:
+    """Put the gradients of the whole batch into the parameters, micro-batch by micro-batch; the numbers of `_step`."""
+    run.optimizer.zero_grad(set_to_none=True)
+    share = config.batch_size // parallel.world()
+    total: dict[str, float] = {}
+    for part in range(run.accumulate):
+        torch.manual_seed(_seed(config, step, parallel.rank() * run.accumulate + part))
+        with parallel.micro_batch(part, run.accumulate):
+            weight = len(parallel.batch_range(config, step)) / share
+            with accelerate.without_sync(loss, last=part == run.accumulate - 1):
+                value, numbers = loss(step)
+                (value * weight).backward()
+        for name, number in ({"loss": value.item()} | numbers).items():
+            total[name] = total.get(name, 0.0) + weight * number
+    total["stop"] = float(asked())
+    if parallel.world() == 1:
+        return total
+    averaged = parallel.all_reduce_mean(torch.tensor(list(total.values()), dtype=torch.float64, device=device))
+    return dict(zip(total, averaged.tolist(), strict=True))
 
 
-def _resume(folder: Path, module, optimizer):
-    """(step, log, telemetry) from the folder's state, after loading weights and optimiser; from step 0 without one."""
-    path = folder / "state.safetensors"
-    if not path.exists():
-        return 0, [], []
-    with safe_open(path, "pt") as f:
-        step = int(f.metadata()["step"])
-        tensors = {name: f.get_tensor(name) for name in f.keys()}
-    module.load_state_dict({k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")})
-    state: dict[int, dict] = {}
-    for name, value in tensors.items():
-        if name.startswith("optimizer."):
-            _, number, key = name.split(".")
-            state.setdefault(int(number), {})[key] = value
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
-    log = pd.read_csv(folder / "log.csv")
-    norms = pd.read_parquet(folder / "telemetry.parquet")
-    return step, log[log.step < step].to_dict("records"), [norms[norms.step < step]]
+def _seed(config: TrainConfig, step: int, stream: int) -> int:
+    """Of the random state of a step; processes and micro-batches differ."""
+    return ((config.seed << 32) + step + stream * 0x9E3779B97F4A7C15) % 2**64
 
 
-def _save(folder: Path, module, optimizer, step, log, norms) -> None:
-    """The state last: what it refers to is then always there."""
-    table = pd.concat(norms, ignore_index=True)
-    temporary = folder / "telemetry.parquet.tmp"
-    table.to_parquet(temporary, index=False)
-    os.replace(temporary, folder / "telemetry.parquet")
-    write_atomically(folder / "log.csv", pd.DataFrame(log).to_csv(index=False).encode())
-    tensors = {f"model.{k}": v for k, v in module.state_dict().items()}
-    for number, values in optimizer.state_dict()["state"].items():
-        tensors |= {f"optimizer.{number}.{k}": v for k, v in values.items() if torch.is_tensor(v)}
-    save_tensors(folder / "state.safetensors", tensors, {"step": str(step)})
+def _halve(run: Run, recipe, config: TrainConfig, step: int, reason: str) -> None:
+    """Twice as many micro-batches, half as large. Raises UserError where that cannot help or would change the loss."""
+    run.optimizer.zero_grad(set_to_none=True)
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    if not _separable(recipe):
+        raise UserError(
+            f"out of memory at step {step} ({reason}), and {config.recipe} needs its whole batch at once: "
+            "use more processes (torchrun), a smaller --batch-size or --size"
+        )
+    if parallel.world() > 1:  # the other processes are waiting for this one's gradients
+        raise UserError(
+            f"out of memory at step {step} ({reason}): go on with --resume and --accumulate {2 * run.accumulate}"
+        )
+    if 2 * run.accumulate > config.batch_size:
+        raise UserError(f"out of memory at step {step} with one image ({reason}): choose a smaller --size")
+    run.accumulate *= 2
+    warnings.warn(
+        f"out of memory at step {step}: going on with {run.accumulate} micro-batches of half the size; "
+        f"the batch of {config.batch_size} images stays",
+        stacklevel=2,
+    )
 
 
-def save_tensors(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
-    """Write a safetensors file so that a half-written one never has its name."""
-    temporary = path.with_name(path.name + ".tmp")
-    save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, temporary, metadata)
-    os.replace(temporary, path)
+@contextmanager
+def _stop_button():
+    """Inside, the first SIGINT or SIGTERM is only noted, for a step must not end half-way; the second one acts.
+
+    Gives a function that says whether there was one. In other threads than the main one signals act as always.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: False
+        return
+    seen = []
+
+    def note(number, frame):
+        seen.append(number)
+        signal.signal(number, before[number] or signal.SIG_DFL)
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield lambda: bool(seen)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler or signal.SIG_DFL)
 
 
-def save_weights(path: Path, model: torch.nn.Module, metadata: dict[str, str], dtype=torch.float16) -> None:
-    """A mini ViT's weights in half precision with the arguments that build it, as the zoo ships and loads them."""
-    metadata = {**metadata, "vit": json.dumps(model.vit_arguments)}
-    save_tensors(path, {k: v.to(dtype) for k, v in model.state_dict().items()}, metadata)
+def _finish(folder: Path, whole, recipe, config: TrainConfig, result: dict) -> None:
+    settings = {"config": json.dumps(asdict(config))}
+    state.save_weights(folder / "model.safetensors", recipe.backbone(whole), settings)
+    for name, tensors in recipe.companions(whole).items() if hasattr(recipe, "companions") else ():
+        half = {k: v.half() for k, v in tensors.items()}
+        state.save_tensors(folder / f"model.{name}.safetensors", half, settings)
+    write_atomically(folder / "result.json", json.dumps(result, indent=1).encode())

@@ -1,0 +1,220 @@
+"""What a training run has in its folder, and how it is written so that a good state is never lost.
+
+    config.json                 the configuration, frozen
+    state.safetensors           weights, their average, optimiser, step
+    previous.safetensors        the state before it, for the case that the newest cannot be read
+    log.csv, telemetry.parquet  a row a step; a row a measured step and layer
+
+Everything is written under a temporary name and renamed. A state carries a checksum of its tensors. It is the same
+file whether one process wrote it, DDP or FSDP, and either can go on from it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import warnings
+import zlib
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import pandas as pd
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+from ..errors import UserError
+from ..paths import shown, write_atomically
+from . import parallel
+from .config import MACHINE, TrainConfig
+
+
+@dataclass
+class Run:
+    """What a training changes.
+
+    ema: the moving average of the weights, or None. accumulate: micro-batches a step, which running out of memory
+    doubles. step: optimiser steps taken. log, norms: what was noted at each step and at each measured step.
+    """
+
+    module: nn.Module
+    optimizer: torch.optim.Optimizer
+    ema: nn.Module | None = None
+    accumulate: int = 1
+    step: int = 0
+    log: list[dict] = field(default_factory=list)
+    norms: list[pd.DataFrame] = field(default_factory=list)
+
+
+def claim(folder: Path, config: TrainConfig) -> None:
+    """Make the folder and freeze the configuration in it.
+
+    Raises UserError where it holds a run of another one; how a run is computed (`config.MACHINE`) may change.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "config.json"
+    wanted = asdict(config)
+    if path.exists():
+        found = asdict(read_config(folder))
+        if names := [k for k in wanted if k not in MACHINE and found[k] != wanted[k]]:
+            raise UserError(f"{folder} holds a run with another {', '.join(names)}; choose another folder or delete it")
+    write_atomically(path, json.dumps(wanted, indent=1).encode())
+
+
+def read_config(folder: Path) -> TrainConfig:
+    """The configuration of the run in a folder. Raises UserError where there is none or it cannot be read."""
+    path = folder / "config.json"
+    if not path.exists():
+        raise UserError(f"{folder} holds no run: no config.json there")
+    try:
+        return TrainConfig(**json.loads(path.read_text()))
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{path} is not the configuration of a run of this version: {error}") from error
+
+
+def load(folder: Path, run: Run) -> None:
+    """Put the folder's newest readable state into `run`; leaves it as it is where there is none.
+
+    A state that is corrupt or cut short is named in a warning and the one before it is taken. Raises UserError when
+    none can be read.
+    """
+    paths = [path for name in ("state", "previous") if (path := folder / f"{name}.safetensors").exists()]
+    faults = []
+    for path in paths:
+        try:
+            tensors, metadata = _read(path)
+            break
+        except (SafetensorError, OSError, KeyError, ValueError) as error:
+            faults.append(f"{shown(path)} cannot be read ({' '.join(str(error).split())})")
+    else:
+        if faults:
+            raise UserError(f"{'; '.join(faults)}: delete the run's folder and train anew")
+        return
+    if faults:
+        warnings.warn(f"{faults[0]}: going on from the state before it, of step {metadata['step']}", stacklevel=3)
+    _fill(run.module, tensors, "model.")
+    if run.ema is not None:
+        _fill(run.ema, tensors, "ema.")
+    _fill_optimizer(run.optimizer, tensors)
+    run.step, run.accumulate = int(metadata["step"]), max(run.accumulate, int(metadata["accumulate"]))
+    try:
+        log, norms = pd.read_csv(folder / "log.csv"), pd.read_parquet(folder / "telemetry.parquet")
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"log.csv or telemetry.parquet of {folder} cannot be read ({error}): delete the run's folder and train anew"
+        ) from error
+    run.log, run.norms = log[log.step < run.step].to_dict("records"), [norms[norms.step < run.step]]
+
+
+def save(folder: Path, run: Run) -> None:
+    """Write log, telemetry and, last, the state, since what it refers to must be there. Collective under FSDP.
+
+    Raises UserError when it cannot be written; the last good state is then still there.
+    """
+    tensors = _tensors(run)
+    if parallel.rank():
+        return
+    try:
+        temporary = folder / "telemetry.parquet.tmp"
+        pd.concat(run.norms, ignore_index=True).to_parquet(temporary, index=False)
+        os.replace(temporary, folder / "telemetry.parquet")
+        write_atomically(folder / "log.csv", pd.DataFrame(run.log).to_csv(index=False).encode())
+        metadata = {"step": str(run.step), "accumulate": str(run.accumulate), "crc32": _checksum(tensors)}
+        save_tensors(folder / "state.safetensors", tensors, metadata, previous=folder / "previous.safetensors")
+    except (OSError, SafetensorError) as error:
+        for unfinished in folder.glob("*.tmp"):
+            unfinished.unlink(missing_ok=True)
+        raise UserError(
+            f"the state of step {run.step} could not be written ({error}); the last good one is kept. "
+            f"Make room, then: vitreg train --resume {folder}"
+        ) from error
+
+
+def save_tensors(
+    path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str], previous: Path | None = None
+) -> None:
+    """Write a safetensors file so that a half-written one never has its name; the one before becomes `previous`."""
+    temporary = path.with_name(path.name + ".tmp")
+    save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, temporary, metadata)
+    if previous is not None and path.exists():
+        os.replace(path, previous)
+    os.replace(temporary, path)
+
+
+def save_weights(path: Path, model: nn.Module, metadata: dict[str, str], dtype=torch.float16) -> None:
+    """A mini ViT's weights in half precision with the arguments that build it, as the zoo ships and loads them."""
+    metadata = {**metadata, "vit": json.dumps(model.vit_arguments)}
+    save_tensors(path, {k: v.to(dtype) for k, v in model.state_dict().items()}, metadata)
+
+
+def full(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor with all its parts: itself, or what FSDP has shared out over ranks (collective)."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def _tensors(run: Run) -> dict[str, torch.Tensor]:
+    """All tensors of the state by name, on the CPU; on ranks other than 0 nothing is kept."""
+    named = {f"model.{k}": v for k, v in run.module.state_dict().items()}
+    if run.ema is not None:
+        named |= {f"ema.{k}": v for k, v in run.ema.state_dict().items()}
+    for number, values in run.optimizer.state_dict()["state"].items():
+        named |= {f"optimizer.{number}.{k}": v for k, v in values.items() if torch.is_tensor(v)}
+    for number, group in enumerate(run.optimizer.param_groups):  # where LAMB counts its steps
+        named |= {f"group.{number}.{k}": v for k, v in group.items() if torch.is_tensor(v)}
+    tensors = {}
+    for name, value in named.items():
+        whole = full(value.detach())
+        if parallel.rank() == 0:
+            tensors[name] = whole.cpu().contiguous()
+    return tensors
+
+
+def _checksum(tensors: dict[str, torch.Tensor]) -> str:
+    value = 0
+    for name in sorted(tensors):
+        value = zlib.crc32(tensors[name].reshape(-1).view(torch.uint8).numpy(), zlib.crc32(name.encode(), value))
+    return str(value)
+
+
+def _read(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    with safe_open(path, "pt") as f:
+        metadata = f.metadata()
+        tensors = {name: f.get_tensor(name) for name in f.keys()}
+    if _checksum(tensors) != metadata["crc32"]:
+        raise ValueError("its checksum is wrong")
+    return tensors, metadata
+
+
+@torch.no_grad()
+def _fill(module: nn.Module, tensors: dict[str, torch.Tensor], prefix: str) -> None:
+    found = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+    own = module.state_dict()
+    if found.keys() != own.keys():
+        raise UserError(f"the saved state is of another model: {sorted(found.keys() ^ own.keys())[0]} is in one alone")
+    for name, tensor in own.items():
+        tensor.copy_(_like(found[name], tensor))
+
+
+def _fill_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, torch.Tensor]) -> None:
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    state: dict[int, dict] = {}
+    groups = optimizer.state_dict()["param_groups"]
+    for name, value in tensors.items():
+        kind, *rest = name.split(".")
+        if kind == "optimizer":
+            number, key = int(rest[0]), rest[1]
+            as_parameter = value.shape == parameters[number].shape
+            state.setdefault(number, {})[key] = _like(value, parameters[number]) if as_parameter else value
+        elif kind == "group":
+            groups[int(rest[0])][rest[1]] = value
+    optimizer.load_state_dict({"state": state, "param_groups": groups})
+
+
+def _like(value: torch.Tensor, pattern: torch.Tensor) -> torch.Tensor:
+    """The value shared out over ranks as the pattern is."""
+    if not hasattr(pattern, "full_tensor"):
+        return value
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(value.to(pattern.device), pattern.device_mesh, pattern.placements)
