@@ -1,0 +1,101 @@
+"""Figures of the workshop: a training as it goes on, and boxes on images. Same style and rules as `plots`."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+import torch
+from matplotlib.colors import LogNorm
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+
+from .plots import NORMS, PALETTE, PAPER, _bare, _plain_log, picture, plt, styled
+
+
+@styled
+def crowds(norms: torch.Tensor, bins: int = 60) -> Figure:
+    """Histograms of patch norms after every block side by side, norms (images, layers, patches); white: no token.
+
+    Colours are on a log scale, so that one token among thousands is seen.
+    """
+    edges = np.geomspace(float(norms.min()) * 0.95, float(norms.max()) * 1.05, bins + 1)
+    counts = np.stack([np.histogram(layer.flatten().numpy(), edges)[0] for layer in norms.cpu().unbind(1)], 1)
+    figure, axis = plt.subplots(figsize=(0.5 * norms.shape[1] + 2.2, 3.4))
+    shown = np.ma.masked_equal(counts, 0)
+    blocks = np.arange(norms.shape[1] + 1) - 0.5
+    drawn = axis.pcolormesh(blocks, edges, shown, cmap=NORMS + "_r", norm=LogNorm(1, counts.max()))
+    axis.set(xlabel="block (from 0)", ylabel="L2 norm of patch tokens", yscale="log", xticks=range(norms.shape[1]))
+    _plain_log(axis.yaxis)
+    axis.grid(False)
+    figure.colorbar(drawn, label="tokens")
+    return figure
+
+
+@styled
+def training(losses: list[float], telemetry: pd.DataFrame | None, steps: int, title: str = "") -> Figure:
+    """Loss by step (left) and norms after the last block (right), as far as a training of `steps` has come.
+
+    losses: one a step from step 0; telemetry: rows of `telemetry.measure`, or None before the first.
+    """
+    figure, (left, right) = plt.subplots(1, 2, figsize=(8.4, 2.9), width_ratios=(1, 1.35))
+    left.plot(losses, color=PALETTE[0], lw=0.7, alpha=0.4)
+    smooth = pd.Series(losses, dtype=float).ewm(span=15).mean()
+    left.plot(smooth, color=PALETTE[0], lw=1.6)
+    left.set(xlabel="step", ylabel="loss (sum over labels)", xlim=(0, steps), title=title)
+    if telemetry is not None and len(telemetry):
+        last = telemetry[telemetry.layer == telemetry.layer.max()]
+        right.fill_between(last.step, last["q0.01"], last["q0.99"], color=PALETTE[0], alpha=0.2, lw=0)
+        lines = {"patches, median": ("q0.5", PALETTE[0], "-"), "largest patch": ("q1", PALETTE[1], "--")}
+        lines |= {"cls, mean": ("cls_norm", PALETTE[2], "-."), "registers, mean": ("register_norm", PALETTE[3], ":")}
+        for label, (column, colour, style) in lines.items():
+            if last[column].notna().any():
+                right.plot(last.step, last[column], color=colour, ls=style, lw=1.7, label=label)
+        right.set_yscale("log")
+        _plain_log(right.yaxis)
+        right.legend(loc="center left", bbox_to_anchor=(1.01, 0.5))
+    right.set(xlabel="step", ylabel="L2 norm, last block", xlim=(0, steps))
+    return figure
+
+
+@styled
+def boxes(pixels: torch.Tensor, found: dict[str, torch.Tensor], truth: list[torch.Tensor], columns: int = 6) -> Figure:
+    """Images with the true boxes (white, dashed) and one found box an image for each name, in pixels."""
+    count = min(len(pixels), 2 * columns)
+    rows = -(-count // columns)
+    figure, axes = plt.subplots(rows, columns, figsize=(1.45 * columns, 1.5 * rows + 0.4), squeeze=False)
+    for axis in axes.flat:
+        _bare(axis)
+    handles = {}
+    for i, axis in zip(range(count), axes.flat, strict=False):
+        axis.imshow(picture(pixels[i]))
+        for box in truth[i]:
+            handles["an object (truth)"] = _box(axis, box, color="white", ls="--", lw=1)
+        for colour, width, (name, all_boxes) in zip(PALETTE[1:], (2.6, 1.4, 1), found.items(), strict=False):
+            handles[name] = _box(axis, all_boxes[i], color=colour, lw=width)
+    legend = figure.legend(handles.values(), handles.keys(), loc="outside upper center", ncols=1 + len(found))
+    legend.get_frame().set(facecolor=PAPER, alpha=0.35)
+    legend.set_frame_on(True)
+    return figure
+
+
+def _box(axis, box: torch.Tensor, **style) -> Rectangle:
+    """Draw left, top, right, bottom in pixels; pictures count pixels from their centres."""
+    left, top, right, bottom = (float(edge) - 0.5 for edge in box)
+    patch = Rectangle((left, top), right - left, bottom - top, fill=False, **style)
+    return axis.add_patch(patch)
+
+
+@styled
+def shares(values: dict[str, float], label: str, chance: float | None = None) -> Figure:
+    """A few shares (0 to 1) as bars with their numbers; chance as a line."""
+    figure, axis = plt.subplots(figsize=(0.95 * len(values) + 1.8, 2.5))
+    drawn = axis.bar(list(values), list(values.values()), color=PALETTE[0], width=0.6)
+    axis.bar_label(drawn, [f"{value:.2f}" for value in values.values()], fontsize=8)
+    if chance is not None:
+        axis.axhline(chance, color=PAPER, ls="--", lw=1)
+        axis.annotate(
+            "chance", (1, chance), (2, 2), ("axes fraction", "data"), "offset points", fontsize=7, color=PAPER
+        )
+    axis.set(ylabel=label, ylim=(0, max(1.05, 1.05 * np.nanmax(list(values.values())))))
+    axis.grid(axis="x", visible=False)
+    return figure

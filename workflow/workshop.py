@@ -1,0 +1,112 @@
+"""The workshop's solution notebooks are the exercise notebooks with the answers filled in; ready for `make workshop`?
+
+    python workflow/workshop.py             # write notebooks/workshop/solutions/*.ipynb anew where they differ
+    python workflow/workshop.py --ready     # is all there that the workshop needs? One line, or what is missing
+
+The exercises are the only copy of the text. A cell tagged `answer:NAME` is what students fill in; the section
+`# %% NAME` of solutions/answers.py takes its place.
+"""
+
+from __future__ import annotations
+
+import copy
+import sys
+from pathlib import Path
+
+import nbformat
+
+from vitreg_lib.paths import NOTEBOOKS, shown
+
+EXERCISES = NOTEBOOKS / "workshop"
+SOLUTIONS = EXERCISES / "solutions"
+TAG = "answer:"
+NEEDS = (
+    "torch",
+    "timm",
+    "skimage",
+    "sklearn",
+    "matplotlib",
+    "jupyterlab",
+    "ipywidgets",
+    "anywidget",
+    "ipykernel",
+)
+
+
+def answers() -> dict[str, str]:
+    """{name: code} of the sections of answers.py."""
+    _, *sections = (SOLUTIONS / "answers.py").read_text().split("\n# %% ")
+    return {name: code.strip() for name, _, code in (section.partition("\n") for section in sections)}
+
+
+def answer_of(cell) -> str | None:
+    """The name of the answer that a cell asks for, by its tag; None for other cells."""
+    tags = cell.metadata.get("tags", [])
+    return next((tag.removeprefix(TAG) for tag in tags if tag.startswith(TAG)), None)
+
+
+def solved(exercises: nbformat.NotebookNode, filled: dict[str, str]) -> nbformat.NotebookNode:
+    """The notebook with all answers filled in and no outputs. Raises KeyError for an answer that is missing."""
+    notebook = copy.deepcopy(exercises)
+    title = notebook.cells[0]
+    title.source = title.source.replace("\n", " (solutions)\n", 1)
+    for cell in notebook.cells:
+        if name := answer_of(cell):
+            cell.source = filled[name]
+        if cell.cell_type == "code":
+            cell.outputs, cell.execution_count = [], None
+    return notebook
+
+
+def exercises() -> list[Path]:
+    """The exercise notebooks, in order."""
+    return sorted(EXERCISES.glob("*.ipynb"))
+
+
+def sources(notebook: nbformat.NotebookNode) -> list[tuple[str, str]]:
+    """Kind and source of every cell: what two notebooks are compared by."""
+    return [(cell.cell_type, cell.source) for cell in notebook.cells]
+
+
+def write() -> list[Path]:
+    """Write the solution notebooks that differ from what they should be; their paths. Others keep their outputs."""
+    written = []
+    for path in exercises():
+        notebook, target = solved(nbformat.read(path, as_version=4), answers()), SOLUTIONS / path.name
+        if target.exists() and sources(nbformat.read(target, as_version=4)) == sources(notebook):
+            continue
+        nbformat.write(notebook, target)
+        written.append(target)
+    return written
+
+
+def ready() -> str:
+    """One line that says that all is there and what is left out; raises UserError for what is missing."""
+    import importlib.util
+
+    from vitreg_lib.data import images
+    from vitreg_lib.errors import UserError
+    from vitreg_lib.models import zoo
+
+    if missing := [name for name in NEEDS if not importlib.util.find_spec(name)]:
+        raise UserError(f"the workshop needs {', '.join(missing)}: run `make setup` (or rm -rf .venv first)")
+    if len(exercises()) < 5:
+        raise UserError("notebooks/workshop is incomplete: `git restore notebooks/workshop`")
+    for name in ("planted", "mini-random", "mini-deit3", "mini-deit3-reg4"):
+        zoo.load(name, "cpu")  # a missing or damaged checkpoint is named here
+    photos, _ = images.find("photos")
+    real = zoo.available("vit-ti")
+    told = "and ViT-Ti" if real != "not here" else "without ViT-Ti (optional: 23 MB in a folder named by VITREG_MODELS)"
+    return f"workshop: ready, offline. {len(exercises())} notebooks, 4 mini models, {len(photos)} photos, {told}"
+
+
+if __name__ == "__main__":
+    from vitreg_lib.errors import UserError
+
+    try:
+        if "--ready" in sys.argv:
+            print(ready(), flush=True)
+        else:
+            print(*(f"{shown(path)}: answers filled in" for path in write()), sep="\n")
+    except UserError as error:
+        sys.exit(f"workshop: {error}")
