@@ -54,7 +54,7 @@ class Seen:
     """One image as one model saw it, all layers kept.
 
     capture: norms, tokens, q and k of the image. set_norms: (layers, patches of all images of the source).
-    pixels: (3, height, width) in [0, 1].
+    pixels: (3, height, width) in [0, 1]. truth: (layers, rows, cols) bool where a control has artifacts, None of others.
     """
 
     label: str
@@ -203,7 +203,7 @@ def view(state: State, seen: Seen, place: int = 0, grid: tuple[int, int] | None 
         cutoff=cutoff,
         by_rule=by_rule,
         is_outlier=is_outlier,
-        truth=seen.truth,
+        truth=None if seen.truth is None else seen.truth[layer],
         budget=budget,
         edges=torch.linspace(0, high, BINS + 1),
         counts=torch.histc(norms.flatten(), BINS, 0, high) / norms.numel(),
@@ -292,6 +292,36 @@ def scales(views: list[View], shared: bool) -> list[dict[str, tuple[float, float
     return found
 
 
+def table(views: list[View]):
+    """What is shown as numbers: a DataFrame, a row a model; shares are of this image's patches, 0 to 1."""
+    import pandas as pd
+
+    rows = {}
+    for one in views:
+        rows[one.label] = {
+            "cutoff": one.cutoff,
+            "outlier_share": one.outlier_share,
+            "norm_ratio": outliers.norm_ratio(one.norms, one.is_outlier),
+            "attention_on_outliers": maps.attention_on(one.attention, one.is_outlier).item(),
+            "attention_on_prefix_tokens": one.budget["cls"] + one.budget["registers"],
+            "largest_attention": one.attention.max().item(),
+            "neighbour_similarity": one.similarity.mean().item(),
+        }
+    return pd.DataFrame.from_dict(rows, orient="index").astype(float)
+
+
+def control_claims(views: list[View]) -> list[tuple[str, bool, str, str, str]]:
+    """Arguments of `Run.claim` for each control: do the patches above the cutoff agree with the truth of this image?"""
+    claims = []
+    for one in views:
+        if one.truth is not None:
+            told = outliers.score(one.is_outlier, one.truth)
+            measured = f"{int(one.is_outlier.sum())} patches above the cutoff, {int(one.truth.sum())} planted"
+            text = f"ours: patches of {one.label} above the cutoff are those where artifacts were put (F1 at least 0.9)"
+            claims.append((f"control-{one.label}", told["f1"] >= 0.9, measured, text, "none"))
+    return claims
+
+
 def commands(state: State, views: list[View]) -> str:
     """Commands that repeat this view in batch, and that measure the same over many images, to be pasted in a shell."""
     words = {
@@ -365,7 +395,9 @@ class Store:
             one = replace(found, x=found.x[[image]], pixels=found.pixels[[image]], names=[found.names[image]])
             capture = model.capture(one, ("norms", "tokens", "q", "k"))
             truth = model.truth(one)
-            truth = None if truth is None else truth[0].view(capture.grid)
+            truth = None if truth is None else truth[0].view(1, *capture.grid).repeat(len(capture.layers), 1, 1)
+            if truth is not None:
+                truth[: model.onset or 0] = False  # nothing is there before a planted control's onset
             return Seen(model.label, model.role, capture, norms, found.pixels[image], found.names[image], truth)
 
         kept = _kept(self._seen, (name, source, image), make, 64)
