@@ -136,7 +136,7 @@ def _lost(f, valid, grid, k, biases, strict, no_self, ties, intermediates):
     edges = above(gram + biases[0] if biases[0] else gram, 0) & valid[:, None]
     if no_self:
         edges.diagonal(dim1=1, dim2=2).fill_(False)
-    degrees = edges.sum(2).masked_fill(~valid, patches + 1)
+    degrees = edges.sum(2, dtype=torch.int32).long().masked_fill(~valid, patches + 1)
     rank = torch.arange(patches, device=f.device)
     key = degrees * patches + (
         rank if ties == "lowest" else rank.flip(0)
@@ -153,7 +153,7 @@ def _lost(f, valid, grid, k, biases, strict, no_self, ties, intermediates):
     inside = mask[here, seeds]
     alone = torch.zeros_like(mask).scatter_(1, seeds[:, None], True)
     component = _component(torch.where(inside[:, None], mask, alone).reshape(batch, *grid), seeds)
-    share = (gram + max(biases, key=abs) >= 0).sum((1, 2)).double() / patches**2
+    share = (gram + max(biases, key=abs) >= 0).sum((1, 2), dtype=torch.int32).double() / patches**2
     tied = (degrees == degrees.gather(1, seeds[:, None])).sum(1)
     fields = [mask_boxes(component), seeds, tied, inside, share]
     maps = [m.reshape(batch, *grid) for m in (degrees, similarity, expansion, selected, mask, component)]
@@ -238,8 +238,9 @@ def steps(model, images, site: str = "", bias: float = 0.0, layer: int = -1, nor
     if site not in ("q", "k", "v"):
         raise ValueError(f"unknown features {site!r}: choose 'q', 'k' or 'v'")
     seen = model.capture(images, site, layers=layer, progress=options.pop("progress", False))
-    found = features(seen, site, seen.layers[0])
-    return lost(found, seen.grid, bias=bias, normalize=normalize, intermediates=True, **options)
+    return lost(
+        features(seen, site, seen.layers[0]), seen.grid, bias=bias, normalize=normalize, intermediates=True, **options
+    )
 
 
 def expansions(model, images, bias: float = 0.0, layer: int = -1, progress: bool = False) -> dict[str, Tensor]:
@@ -265,16 +266,16 @@ def sweep(
     everything = torch.tensor([0, 0, grid[1], grid[0]])
     for name, x in features.items():
         for bias in biases:
-            found = lost(x, grid, bias=bias, **options)
-            score = corloc(to_pixels(found.boxes, patch_size), truth)
+            result = lost(x, grid, bias=bias, **options)
+            score = corloc(to_pixels(result.boxes, patch_size), truth)
             hits[name, bias] = score.hits
             rows[name, bias] = {
                 "corloc": score.value,
                 "low": score.low,
                 "high": score.high,
-                "positive_share": found.positive_share.mean().item(),
-                "whole_share": (found.boxes == everything).all(1).double().mean().item(),
-                "tied_share": (found.tied_seeds > 1).double().mean().item(),
+                "positive_share": result.positive_share.mean().item(),
+                "whole_share": (result.boxes == everything).all(1).double().mean().item(),
+                "tied_share": (result.tied_seeds > 1).double().mean().item(),
             }
     table = pd.DataFrame.from_dict(rows, orient="index")
     table.index = pd.MultiIndex.from_tuples(rows, names=["feature", "bias"])
@@ -302,12 +303,22 @@ def corloc(boxes: Tensor, truth: list[Tensor], level: float = 0.95, draws: int =
     empty = [i for i, t in enumerate(truth) if not len(t)]
     if empty:
         raise ValueError(f"{len(empty)} images have no box (first: {empty[:5]}): leave them out of CorLoc")
-    hits = torch.tensor([bool((box_iou(box[None], t) >= 0.5).any()) for box, t in zip(boxes, truth, strict=True)])
+    hits = found(boxes, truth)
     generator = torch.Generator().manual_seed(seed)
     drawn = torch.randint(len(hits), (draws, len(hits)), generator=generator)
     means = hits.double()[drawn].mean(1)
     low, high = torch.quantile(means, means.new_tensor([(1 - level) / 2, (1 + level) / 2])).tolist()
     return CorLoc(float(hits.double().mean()), low, high, hits)
+
+
+def found(boxes: Tensor, truth: list[Tensor]) -> Tensor:
+    """(images,) bool: is the IoU of the box (images, 4) with any true box, (n, 4) for each image, at least 0.5?"""
+    padded = torch.nn.utils.rnn.pad_sequence([t.double() for t in truth], batch_first=True).to(boxes.device)
+    b = boxes.double()[:, None]
+    overlap = (torch.minimum(b[..., 2:], padded[..., 2:]) - torch.maximum(b[..., :2], padded[..., :2])).clamp_min(0)
+    areas = [(box[..., 2:] - box[..., :2]).clamp_min(0).prod(-1) for box in (b, padded)]
+    overlap = overlap.prod(-1)
+    return (overlap / (areas[0] + areas[1] - overlap).clamp_min(1e-12) >= 0.5).any(1)
 
 
 def gain(without: Tensor, hits: Tensor, draws: int = 2000, seed: int = 0) -> tuple[float, float, float]:

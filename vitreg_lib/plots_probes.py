@@ -94,3 +94,35 @@ def scores(table, label: str, lines: dict[str, float]) -> Figure:
     axis.grid(axis="x", visible=False)
     figure.legend(*axis.get_legend_handles_labels(), loc="outside upper center", ncols=3)
     return figure
+
+
+@styled
+def setting_grids(tables: dict, zero: float, label: str = "CorLoc − best baseline (points)") -> Figure:
+    """Heat maps of a whole grid of settings: a row a kind of features, a column a model; layers down, biases across.
+
+    tables: {model: DataFrame of `discovery.grid`}, CorLoc 0 to 1; `zero`, drawn white, is what costs nothing.
+    """
+    first = next(iter(tables.values()))
+    kinds = [(site, unit) for site in first.index.unique("site") for unit in first.index.unique("normalised")]
+    size = (1.15 * len(tables) + 1.9, 1.05 * len(kinds) + 1.3)
+    figure, axes = plt.subplots(len(kinds), len(tables), figsize=size, squeeze=False)
+    values = {name: 100 * (table.corloc - zero) for name, table in tables.items()}
+    most = max(1.0, max(float(v.abs().max()) for v in values.values()))
+    for number, (row, (site, unit)) in enumerate(zip(axes, kinds, strict=True)):
+        for axis, (name, found) in zip(row, values.items(), strict=True):
+            part = found.xs((site, unit), level=("site", "normalised")).unstack("bias")
+            part = part[sorted(part.columns, reverse=True)]
+            drawn = axis.imshow(part, cmap="RdBu_r", vmin=-most, vmax=most, aspect="auto")
+            axis.set_xticks(range(part.shape[1]), [f"{b:g}" for b in part.columns], fontsize=6, rotation=90)
+            axis.set_yticks(range(part.shape[0]), part.index, fontsize=6)
+            axis.grid(False)
+            axis.tick_params(length=0, labelbottom=number == len(kinds) - 1, labelleft=axis is row[0])
+            if number == 0:
+                axis.set_title(name.replace("+", "\n+").replace("-reg", "\n-reg").replace(", ", ",\n"), fontsize=8)
+        told = {"q": "queries", "k": "keys", "v": "values"}[site] + ("\nlength 1" if unit else "\nlengths kept")
+        row[0].set_ylabel(f"{told}\nblock", fontsize=7)
+        if number == len(kinds) - 1:
+            for axis in row:
+                axis.set_xlabel("bias", fontsize=7)
+    figure.colorbar(drawn, ax=axes.ravel().tolist(), label=label, fraction=0.03, aspect=40, pad=0.02)
+    return figure

@@ -1,0 +1,183 @@
+"""What object discovery rests on: LOST over a whole grid of its settings, and each fault of its code by itself.
+
+The paper gives neither the bias of Table 3 nor the layer or the normalisation, and its numbers could not be reproduced.
+`grid` therefore runs LOST for every layer, kind of features, normalisation and bias; `honest_best` chooses a setting on
+one half of the images and scores it on the other; `code_differences` takes the published code's departures from the
+equations of LOST's paper one at a time. Scores are CorLoc, 0 to 1; hits are (images,) bool.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import torch
+from torch import Tensor
+
+from . import lost as L
+
+FACTORS = ("layer", "site", "normalised", "bias")
+
+
+def grid(
+    model,
+    images,
+    truth: list[Tensor],
+    layers: tuple[int, ...] = (-4, -3, -2, -1),
+    sites: str = "qkv",
+    biases: tuple[float, ...] = (0.0, -0.25, -0.5, -0.75),
+    normalised: tuple[bool, ...] = (True, False),
+    valid: Tensor | None = None,
+    progress: bool = False,
+):
+    """(DataFrame, hits): LOST of a `zoo.Model` for every setting.
+
+    truth: boxes in pixels; layers from the end, or from 0; valid (images, patches): patches that take part. The index
+    is `FACTORS` (layer from 0); columns corloc, positive_share (of Gram entries), tied_share (of images with several
+    patches of lowest degree), whole_share (of images whose box is the whole grid). hits: {setting: (images,) bool}.
+    Features that are not normalised are divided by the root of their mean squared length in the image, so that a bias
+    means the same; at bias 0 this changes nothing.
+    """
+    import pandas as pd
+    from tqdm.auto import tqdm
+
+    seen = model.capture(images, tuple(sites), layers=list(layers))
+    size = model.anatomy.patch_size[0]
+    everything = torch.tensor([0, 0, seen.grid[1], seen.grid[0]])
+    rows, hits = {}, {}
+    pairs = list(itertools.product(seen.layers, sites))
+    for layer, site in tqdm(pairs, desc=model.label, disable=not progress, leave=False):
+        x = L.features(seen, site, layer).float()
+        x = x / x.square().sum(-1).mean(1).sqrt()[:, None, None].clamp_min(1e-12)
+        for unit, bias in itertools.product(normalised, biases):
+            result = L.lost(x, seen.grid, bias=bias, normalize=unit, valid=valid)
+            key = (layer, site, unit, bias)
+            hits[key] = L.found(L.to_pixels(result.boxes, size), truth)
+            rows[key] = {
+                "corloc": hits[key].double().mean().item(),
+                "positive_share": result.positive_share.mean().item(),
+                "tied_share": (result.tied_seeds > 1).double().mean().item(),
+                "whole_share": (result.boxes == everything).all(1).double().mean().item(),
+            }
+    table = pd.DataFrame.from_dict(rows, orient="index")
+    table.index = pd.MultiIndex.from_tuples(rows, names=FACTORS)
+    return table, hits
+
+
+def effects(table):
+    """Mean CorLoc at every level of every factor of a `grid`: a DataFrame (factor, level) with corloc and spread.
+
+    spread: the largest minus the smallest mean among the factor's levels, how much that choice moves the score.
+    """
+    import pandas as pd
+
+    means = {name: table.corloc.groupby(level=name).mean() for name in FACTORS}
+    rows = {
+        (name, str(level)): {"corloc": value, "spread": by.max() - by.min()}
+        for name, by in means.items()
+        for level, value in by.items()
+    }
+    return pd.DataFrame.from_dict(rows, orient="index").rename_axis(index=["factor", "level"])
+
+
+def honest_best(hits: dict[tuple, Tensor], seed: int = 0) -> tuple[Tensor, list[tuple]]:
+    """(hits of settings that were chosen on other images, the two settings).
+
+    The images are halved by `seed`; the setting with most hits in one half (the first of equals) is scored on the
+    other, and the reverse. The best of a whole grid on the same images would be too good.
+    """
+    settings = list(hits)
+    table = torch.stack([hits[s] for s in settings])
+    if table.shape[1] < 2:
+        raise ValueError("one image cannot be halved: at least two are needed")
+    order = torch.randperm(table.shape[1], generator=torch.Generator().manual_seed(seed))
+    halves = order.chunk(2)
+    scored, chosen = torch.zeros(table.shape[1], dtype=torch.bool), []
+    for here, there in (halves, halves[::-1]):
+        best = int(table[:, here].sum(1).argmax())
+        scored[there] = table[best, there]
+        chosen.append(settings[best])
+    return scored, chosen
+
+
+def free_boxes(images, truth: list[Tensor]) -> dict[str, Tensor]:
+    """Hits (images,) of what knows nothing of the image: the whole of it, and a centred box of half its area."""
+    sizes = torch.tensor([images.x.shape[-2:]] * len(images.x))
+    boxes = {"whole image": L.whole_image_boxes(sizes), "centred box, half the area": L.centred_boxes(sizes)}
+    return {name: L.found(guess, truth) for name, guess in boxes.items()}
+
+
+def told(settings: list[tuple]) -> str:
+    """Settings of a `grid` in words."""
+    return "; ".join(
+        f"block {layer}, {site}, {'length 1' if unit else 'lengths kept'}, bias {bias:g}"
+        for layer, site, unit, bias in dict.fromkeys(settings)
+    )
+
+
+def choices(tables: dict):
+    """How far each choice moves a grid's mean CorLoc, in points: a DataFrame, a row a model, a column a factor.
+
+    Beside it the means over all settings of positive_share and tied_share, in percent.
+    """
+    import pandas as pd
+
+    rows = {}
+    for name, table in tables.items():
+        rows[name] = (100 * effects(table).spread.groupby(level="factor", sort=False).first()).to_dict()
+        rows[name] |= {column: 100 * table[column].mean() for column in ("positive_share", "tied_share")}
+    return pd.DataFrame.from_dict(rows, orient="index")
+
+
+def interval(hits: Tensor, draws: int = 2000, seed: int = 0) -> dict[str, float]:
+    """value, low and high: a share of images and the middle 95 % of a bootstrap over them."""
+    drawn = torch.randint(len(hits), (draws, len(hits)), generator=torch.Generator().manual_seed(seed))
+    low, high = torch.quantile(hits.double()[drawn].mean(1), torch.tensor([0.025, 0.975]).double()).tolist()
+    return {"value": hits.double().mean().item(), "low": low, "high": high}
+
+
+def code_differences(features: Tensor, shape: tuple[int, int], truth: list[Tensor], patch_size: int, **options):
+    """Each way in which LOST's published code differs from its paper's equations, with its effect: a DataFrame.
+
+    features (images, patches, dim) on a grid of `shape`; options (bias, normalize) go to `lost`. One row a difference,
+    `LOST.CODE_DIFFERENCES` each alone and together, the tie rule turned round (the code's sort is unstable: any order
+    of equals may come out), and the image without a box where the mask misses the seed (the code stops with an error).
+    Columns: what, corloc, effect (points), low, high (paired bootstrap), boxes_changed (share of images).
+    """
+    import pandas as pd
+
+    base = L.lost(features, shape, **options)
+    hits = L.found(L.to_pixels(base.boxes, patch_size), truth)
+    changes = {name: (text, {"variant": (name,)}) for name, text in L.CODE_DIFFERENCES.items()}
+    changes["ties"] = ("equals of lowest degree: the last instead of the first (the code's order is undefined)",)
+    changes["ties"] += ({"ties": "highest"},)
+    changes["all"] = ("all of these together", {"variant": "code", "ties": "highest"})
+    rows = {"equations": {"what": "as in the paper, first of equals", "corloc": hits.double().mean().item()}}
+    rows["equations"] |= {"effect": 0.0, "low": 0.0, "high": 0.0, "boxes_changed": 0.0}
+    for name, (text, change) in changes.items():
+        result = L.lost(features, shape, **options, **change)
+        rows[name] = _effect(text, hits, L.found(L.to_pixels(result.boxes, patch_size), truth))
+        rows[name]["boxes_changed"] = (result.boxes != base.boxes).any(1).double().mean().item()
+    stopped = ~base.seed_in_mask
+    rows["stop"] = _effect("no box where the mask misses the seed (the code raises an error)", hits, hits & ~stopped)
+    rows["stop"]["boxes_changed"] = stopped.double().mean().item()
+    return pd.DataFrame.from_dict(rows, orient="index")
+
+
+def _effect(text: str, without: Tensor, hits: Tensor) -> dict:
+    effect, low, high = L.gain(without, hits)
+    return {"what": text, "corloc": hits.double().mean().item(), "effect": effect, "low": low, "high": high}
+
+
+def compare(base: dict[tuple, Tensor], other: dict[tuple, Tensor]) -> dict[str, float]:
+    """How a grid's CorLoc changes from `base` to `other`, setting by setting, on the same images, in points.
+
+    median, worst, best change; better: the share of settings in which it rises (equal ones count half).
+    """
+    keys = base.keys() & other.keys()
+    if not keys:
+        raise ValueError("the two grids have no setting in common")
+    change = torch.tensor([100 * (other[k].double().mean() - base[k].double().mean()).item() for k in sorted(keys)])
+    better = (change > 1e-9).double().mean() + (change.abs() <= 1e-9).double().mean() / 2
+    values = {"median": change.median(), "worst": change.min(), "best": change.max(), "better": better}
+    return {name: value.item() if math.isfinite(value) else math.nan for name, value in values.items()}
