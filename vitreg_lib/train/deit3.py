@@ -14,6 +14,7 @@ import torch.nn.functional as F
 
 from ..data import scenes
 from ..models import mini
+from . import parallel
 
 HELD_OUT = 1 << 40  # scenes from this index on are never trained on
 MEAN = STD = 0.5
@@ -46,8 +47,7 @@ def targets(batch: scenes.Scenes) -> dict[str, torch.Tensor]:
 
 def loss(module, config, step, device):
     """Binary cross-entropy summed over the labels, and the accuracy of the shape on the batch."""
-    first = step * config.batch_size
-    batch = scenes.render(range(first, first + config.batch_size), config.image_size, config.seed, device)
+    batch = scenes.render(parallel.batch_range(config, step), config.image_size, config.seed, device)
     logits = module((batch.pixels - MEAN) / STD)
     wanted = torch.cat([F.one_hot(t, len(ATTRIBUTES[name])) for name, t in targets(batch).items()], 1).to(logits.dtype)
     value = F.binary_cross_entropy_with_logits(logits, wanted, reduction="none").sum(1).mean()
