@@ -103,3 +103,104 @@ def test_figures_have_a_row_a_model_and_panels_an_image():
     found = lost.expansions(model, pictures)
     spots = {"a": {kind: maps.spots(m) for kind, m in found.items()}}
     assert len(plots_maps.expansions(pictures.pixels, {"a": found}, spots).axes) == 2 * 5
+
+
+def test_hits_of_many_boxes_are_those_of_one_by_one():
+    generator = torch.Generator().manual_seed(0)
+    corner = torch.rand(200, 2, generator=generator) * 4
+    boxes = torch.cat([corner, corner + 1 + torch.rand(200, 2, generator=generator)], 1).round(decimals=1)
+    truth = [boxes[torch.randint(200, (1 + i % 4,), generator=generator)] for i in range(200)]
+    wanted = [bool((lost.box_iou(b[None], t) >= 0.5).any()) for b, t in zip(boxes, truth, strict=True)]
+    assert lost.found(boxes, truth).tolist() == wanted and 0 < sum(wanted) < 200
+
+
+@pytest.fixture(scope="module")
+def swept():
+    """A grid of the smallest mini on a few scenes: (model, pictures, truth, table, hits)."""
+    from vitreg_lib import discovery
+    from vitreg_lib.data import boxes
+
+    model = zoo.load("mini-deit3-xs", "cpu")
+    pictures, truth = boxes.load("scenes", model, 12)
+    return model, pictures, truth, *discovery.grid(model, pictures, truth, (-2, -1), "kv", (0.0, -0.3))
+
+
+def test_the_grid_is_lost_setting_by_setting(swept):
+    model, pictures, truth, table, hits = swept
+    assert len(table) == 2 * 2 * 2 * 2 and set(hits) == set(table.index)
+    depth = model.anatomy.depth
+    for layer, site, normalised, bias in [(depth - 2, "v", True, -0.3), (depth - 1, "k", False, 0.0)]:
+        seen = model.capture(pictures, site, layers=layer)
+        result = lost.lost(lost.features(seen, site, layer), seen.grid, bias=bias, normalize=normalised)
+        score = lost.corloc(lost.to_pixels(result.boxes, 8), truth)
+        row = table.loc[(layer, site, normalised, bias)]
+        assert row.corloc == score.value and torch.equal(hits[layer, site, normalised, bias], score.hits)
+        assert (
+            abs(row.positive_share - result.positive_share.mean().item()) < 1e-4
+        )  # the length scales, rounding may not
+
+
+def test_a_bias_on_unnormalised_features_is_in_units_of_their_mean_square():
+    from vitreg_lib import discovery
+
+    x = torch.randn(1, 12, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    size = x.square().sum(-1).mean().item()
+    scaled = lost.lost(x / size**0.5, (3, 4), bias=-0.25)
+    assert torch.equal(scaled.boxes, lost.lost(x, (3, 4), bias=-0.25 * size).boxes)
+    assert discovery.interval(torch.tensor([True, False]))["value"] == 0.5
+
+
+def test_the_best_setting_is_chosen_on_other_images():
+    from vitreg_lib import discovery
+
+    order = torch.randperm(20, generator=torch.Generator().manual_seed(0))
+    first, second = order.chunk(2)
+    only_first, only_second = (torch.zeros(20, dtype=torch.bool).index_fill_(0, half, True) for half in (first, second))
+    scored, chosen = discovery.honest_best({("a",): only_first, ("b",): only_second})
+    assert not scored.any() and chosen == [("a",), ("b",)]  # what shines on one half fails on the other
+    always = torch.ones(20, dtype=torch.bool)
+    assert discovery.honest_best({("a",): only_first, ("c",): always})[0].sum() in (10, 20)
+    with pytest.raises(ValueError, match="at least two"):
+        discovery.honest_best({("a",): torch.tensor([True])})
+
+
+def test_code_differences_are_the_variants_and_leaving_out_oneself_changes_nothing(swept):
+    from vitreg_lib import discovery
+
+    model, pictures, truth, *_ = swept
+    seen = model.capture(pictures, "v", layers=-1)
+    x = lost.features(seen, "v")
+    table = discovery.code_differences(x, seen.grid, truth, 8)
+    code = lost.lost(x, seen.grid, variant="code", ties="highest")
+    assert table.corloc["all"] == lost.corloc(lost.to_pixels(code.boxes, 8), truth).value
+    assert table.loc["no_self", ["effect", "boxes_changed"]].tolist() == [0, 0]
+    whole = torch.randint(-1, 2, (12, 144, 2), generator=torch.Generator().manual_seed(0)).float()
+    assert discovery.code_differences(whole, (12, 12), truth, 8).boxes_changed["strict"] > 0  # exact zeros and ties
+
+
+def test_effects_and_changes_by_hand(swept):
+    from vitreg_lib import discovery
+
+    *_, table, hits = swept
+    found = discovery.effects(table)
+    at_zero = table.corloc[[key[3] == 0 for key in table.index]].mean()
+    assert found.corloc["bias", "0.0"] == pytest.approx(at_zero)
+    by_bias = table.corloc.groupby(level="bias").mean()
+    assert found.spread["bias", "0.0"] == pytest.approx(by_bias.max() - by_bias.min())
+    assert discovery.compare(hits, hits) == {"median": 0, "worst": 0, "best": 0, "better": 0.5}
+    nothing = {key: torch.zeros_like(value) for key, value in hits.items()}
+    worst = min(100 * value.double().mean().item() for value in hits.values())
+    assert discovery.compare(nothing, hits)["worst"] == pytest.approx(worst)
+    with pytest.raises(ValueError, match="no setting in common"):
+        discovery.compare(hits, {})
+    choices = discovery.choices({"a": table})
+    assert choices.loc["a", "bias"] == pytest.approx(100 * found.spread["bias", "0.0"])
+    assert discovery.told([(7, "k", True, -0.1)] * 2) == "block 7, k, length 1, bias -0.1"
+
+
+def test_the_grid_is_drawn(swept):
+    from vitreg_lib import plots_probes
+
+    *_, table, _ = swept
+    figure = plots_probes.setting_grids({"a": table, "b+ttr4": table}, 0.3)
+    assert len(figure.axes) == 2 * 4 + 1  # kinds x models and a colour bar
