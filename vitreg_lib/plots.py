@@ -13,6 +13,10 @@ import pandas as pd
 import torch
 from matplotlib.figure import Figure
 
+# The backend is chosen here: chosen inside `rc_context`, a notebook's would lose its "interactive" when the context
+# ends, and every figure of the notebook but the first would stay unseen.
+plt.switch_backend(matplotlib.get_backend())
+
 NORMS = "viridis"  # colour map of norms
 ATTENTION = "magma"  # colour map of attention
 # Okabe and Ito's colours, told apart by all readers
