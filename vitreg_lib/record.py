@@ -151,6 +151,7 @@ class Run:
         self.at = SimpleNamespace(**{k: v for k, v in self.settings.items() if k != "profile"})
         self.folder = folder(item, parameters)
         self.models, self.not_here, self._measured, self._claims, self._figures = [], [], [], [], []
+        self._features = {}
         self.progress = not os.environ.get("VITREG_BATCH")  # bars are for people, not for committed outputs
         self._began = time.perf_counter()
         print(f"{item}: {self.title}. Profile {self.profile}: {self.settings.get('models', '')}".rstrip(": "))
@@ -207,15 +208,21 @@ class Run:
         source = "scenes" if self.settings["images"] == "scenes" else "photos"
         return images.load(source, model, n, self.parameters.get("seed", 0))
 
-    def measure(self, name: str, value, model: str = "", unit: str = "", paper=None) -> None:
+    def measure(self, name: str, value, model: str = "", unit: str = "", paper=None, features: str = "") -> None:
         """Put one number into the record (null where there is none, as for the cutoff of one mode).
 
-        `paper` is the paper's own value for its own model, shown beside it.
+        `paper` is the paper's own value for its own model, shown beside it. `features`: fingerprints of the cached
+        features it was computed from, which `trace` describes.
         """
         value = value.item() if hasattr(value, "item") else value
         if value is None or value != value or value in (float("inf"), float("-inf")):
             value = None
-        self._measured.append({"name": name, "model": model, "value": value, "unit": unit, "paper": paper})
+        row = {"name": name, "model": model, "value": value, "unit": unit, "paper": paper}
+        self._measured.append(row | ({"features": features} if features else {}))
+
+    def trace(self, about: dict[str, dict]) -> None:
+        """Put descriptions of cached features into the record by fingerprint: model's sha256, images, options."""
+        self._features |= {key: {k: v for k, v in told.items() if k != "code"} for key, told in about.items()}
 
     def measure_table(self, table, paper: dict | None = None) -> None:
         """`measure` every cell of a DataFrame whose index is models' labels; empty cells are recorded as null."""
@@ -282,6 +289,7 @@ class Run:
             "measured": self._measured,
             "claims": self._claims,
             "models": [{"name": m.name, "sha256": m.sha256, "role": m.role} for m in self.models],
+            **({"features": self._features} if self._features else {}),
             "not_reachable_here": self.not_here,
             "figures": self._figures,
             "environment": environment(),
