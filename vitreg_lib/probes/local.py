@@ -9,6 +9,7 @@ Masks are (images, rows, cols) bool; tokens, pixels and similarities (images, pa
 import torch
 from torch import Tensor
 
+from .. import outliers
 from .position import position_probe
 from .reconstruction import reconstruction_probe
 
@@ -74,6 +75,62 @@ def local_probes(tokens: Tensor, pixels: Tensor, is_outlier: Tensor, max_tokens:
     found = position_probe(x, places, tuple(is_outlier.shape[1:]), **options).set_index(["group", "fit"])
     drawn = reconstruction_probe(x, pixels.flatten(0, 1), **options).set_index(["group", "fit"])
     return found[["test", "accuracy", "distance", "chance"]].join(drawn[["l2", "relative"]])
+
+
+def across_registers(
+    tokens: dict[str, Tensor], pixels: dict[str, Tensor], masks: dict[str, Tensor], seeds=(0, 1, 2), max_tokens=3000
+):
+    """Local probes of models without and with registers on the same images (Table 5): (model, group, fit, seed).
+
+    By name: tokens (images, patches, dim), pixels (images, patches, values), outlier masks (images, rows, cols).
+    Groups: "normal", the model's own non-outliers, as the paper compares them; "shared", the tokens at places where no
+    model of its family (NAME, NAME-regN, NAME+ttrN) has an outlier, so that both are asked about the same patches;
+    "places", those at the places where one has. A family without outliers borrows places by `same_places`, for that
+    last group alone. Columns as `local_probes`; a seed splits the images and draws the tokens.
+    """
+    import pandas as pd
+
+    family = {name: outliers.without_registers(name) for name in tokens}
+    union = {name: torch.stack([masks[o] for o in masks if family[o] == family[name]]).any(0) for name in tokens}
+    borrowed = same_places(union)
+    rows = {}
+    for name, x in tokens.items():
+        n, patches, _ = x.shape
+        shape = tuple(masks[name].shape[1:])
+        places = union[borrowed.get(name, name)].flatten()
+        flat = {"normal": ~masks[name].flatten(), "shared": ~union[name].flatten()} | (
+            {"places": places} if places.any() else {}
+        )
+        ids, where = torch.arange(n).repeat_interleave(patches), torch.arange(patches).repeat(n)
+        for seed in seeds:
+            options = dict(groups=flat, image_ids=ids, max_tokens=max_tokens, seed=seed)
+            found = position_probe(x.flatten(0, 1), where, shape, **options).set_index(["group", "fit"])
+            drawn = reconstruction_probe(x.flatten(0, 1), pixels[name].flatten(0, 1), **options)
+            columns = ["test", "accuracy", "distance", "chance"]
+            rows[name, seed] = found[columns].join(drawn.set_index(["group", "fit"])[["l2", "relative"]])
+    return pd.concat(rows, names=["model", "seed"]).reorder_levels(["model", "group", "fit", "seed"])
+
+
+def register_changes(table, group: str = "shared", fit: str = "own"):
+    """What registers change in one group of an `across_registers` table: a DataFrame, one row a model with registers.
+
+    points: accuracy with registers less that without, in points; cells: the same of the distance; l2_ratio: error with
+    over error without. Means over seeds, paired by seed, each with its standard deviation (`_sd`).
+    """
+    import pandas as pd
+
+    part, rows = table.xs((group, fit), level=("group", "fit")), {}
+    for name, base in outliers.pairs(list(part.index.unique("model"))).items():
+        one, other = part.loc[name], part.loc[base]
+        change = {
+            "points": 100 * (one.accuracy - other.accuracy),
+            "cells": one.distance - other.distance,
+            "l2_ratio": one.l2 / other.l2,
+        }
+        rows[name] = {"without": base} | {
+            k: v for c, x in change.items() for k, v in ((c, x.mean()), (f"{c}_sd", x.std()))
+        }
+    return pd.DataFrame.from_dict(rows, orient="index")
 
 
 def ratios(table, group: str = "outlier", to: str = "matched"):

@@ -82,11 +82,16 @@ def three_fits(tokens, groups, image_ids, normal, fit, score, columns, max_token
     part = split_by_image(image_ids, seed=seed)
     everything = torch.stack(list(groups.values())).any(0)
     shared = {
-        name: _fit(fit, mask, part, max_tokens, seed) for name, mask in ((normal, groups[normal]), ("all", everything))
-    }
+        normal: _fit(fit, groups[normal], part, max_tokens, seed)
+    }  # where masks are the same, one fit serves both
+    alike = torch.equal(everything, groups[normal])
+    shared["all"] = shared[normal] if alike else _fit(fit, everything, part, max_tokens, seed)
     rows = []
     for name, mask in groups.items():
-        own = shared[normal] if name == normal else _fit(fit, mask, part, max_tokens, seed)
+        same = next(
+            (k for k, other in ((normal, groups[normal]), ("all", everything)) if torch.equal(mask, other)), None
+        )
+        own = shared[same] if same else _fit(fit, mask, part, max_tokens, seed)
         test = mask & (part == 2)
         for label, (result, train) in (("normal", shared[normal]), ("all", shared["all"]), ("own", own)):
             row = {"group": name, "fit": label, "train": int(train.sum()), "test": int(test.sum())}
