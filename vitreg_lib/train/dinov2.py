@@ -13,6 +13,7 @@ compares the two.
 from __future__ import annotations
 
 import random
+import warnings
 
 import torch
 import torch.nn.functional as F
@@ -44,10 +45,12 @@ class DINOv2(nn.Module):
         self.student = mini.build(config.size, config.registers, 0, config.image_size, drop_path_rate=config.drop_path)
         dim = self.student.embed_dim
         head = dict(input_dim=dim, hidden_dim=HIDDEN, bottleneck_dim=BOTTLENECK, output_dim=config.prototypes)
-        self.student_heads = nn.ModuleDict({name: DINOv2ProjectionHead(**head) for name in ("cls", "patch")})
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # lightly's heads use torch's older weight_norm
+            self.student_heads = nn.ModuleDict({name: DINOv2ProjectionHead(**head) for name in ("cls", "patch")})
+            self.teacher_heads = nn.ModuleDict({name: DINOv2ProjectionHead(**head) for name in ("cls", "patch")})
         self.mask_token = nn.Parameter(torch.zeros(dim))
         self.teacher = mini.build(config.size, config.registers, 0, config.image_size)
-        self.teacher_heads = nn.ModuleDict({name: DINOv2ProjectionHead(**head) for name in ("cls", "patch")})
         for student, teacher in self.pairs():
             teacher.load_state_dict(student.state_dict())
             teacher.requires_grad_(False)
@@ -108,10 +111,16 @@ def loss(module, config, step, device):
 
 
 def balance(logits: torch.Tensor, temperature: float) -> torch.Tensor:
-    """Log-probabilities (n, prototypes) of the teacher, balanced by three rounds of Sinkhorn-Knopp over all ranks."""
-    from lightly.loss.swav_loss import sinkhorn
+    """Log-probabilities (n, prototypes) of the teacher, balanced by three rounds of Sinkhorn-Knopp over all ranks.
 
-    return sinkhorn(logits.float(), 3, temperature, gather_distributed=True).clamp_min(1e-30).log()
+    As lightly's `sinkhorn` with one process. With several, lightly's holds only if all have equally many rows, and the
+    masked patches of ranks differ in number.
+    """
+    shares = (logits.float() / temperature).exp()
+    for _ in range(3):
+        shares = shares / parallel.all_reduce_sum(shares.sum(0))  # every prototype gets as much as the others
+        shares = shares / shares.sum(1, keepdim=True)  # every row gives one
+    return shares.clamp_min(1e-30).log()
 
 
 def tokens(vit, pixels, mask=None, mask_token=None, antialias: bool = True) -> torch.Tensor:
