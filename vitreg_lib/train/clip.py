@@ -26,6 +26,7 @@ from .deit3 import ATTRIBUTES, HELD_OUT, MEAN, STD, targets, telemetry_images
 __all__ = ["backbone", "build", "companions", "evaluate", "loss", "telemetry_images"]
 
 DEFAULTS = {"batch_size": 128}
+SEPARABLE = False  # each image is compared with all captions of the batch
 CONTEXT = 24  # tokens of a caption at most; a scene's has 20 or fewer
 TEMPLATES = {  # what a prompt looks like for each attribute; {} is its value
     "shape": ("a {}", "a red {}", "a striped blue {}", "a {} on a plain background", "a green {} on a soft background"),
