@@ -79,9 +79,10 @@ def declared_parameters(item: str) -> dict:
 def notebook(item: str) -> Path:
     """The notebook of an item such as fig04 (also fig4, figure4, table2)."""
     name = normal_name(item)
-    found = sorted(NOTEBOOKS.glob(f"*/{name}_*.ipynb")) + sorted(NOTEBOOKS.glob(f"*/{name}.ipynb"))
+    paths = sorted(p for p in NOTEBOOKS.glob("*/*.ipynb") if p.parent.name != "workshop")  # exercises are no items
+    found = [p for p in paths if p.stem.startswith(f"{name}_")] + [p for p in paths if p.stem == name]
     if not found:
-        names = {p.stem.split("_")[0] if p.parent.name == "paper" else p.stem for p in NOTEBOOKS.glob("*/*.ipynb")}
+        names = {p.stem.split("_")[0] if p.parent.name == "paper" else p.stem for p in paths}
         raise unknown("item", item, names, "See the README's table of notebooks.")
     return found[0]
 

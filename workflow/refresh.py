@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import nbformat
+import workshop
 from nbconvert.preprocessors import ExecutePreprocessor
 
 from vitreg_lib.paths import NOTEBOOKS
@@ -32,6 +33,7 @@ def refresh(path: Path) -> None:
 
 
 if __name__ == "__main__":
+    workshop.write()  # solutions follow their exercises
     for path in [Path(p) for p in sys.argv[1:]] or sorted(NOTEBOOKS.rglob("*.ipynb")):
         print(f"{path.name} …", flush=True)
         refresh(path)
