@@ -224,6 +224,39 @@ def norms_by_step(tables: dict[str, pd.DataFrame]) -> Figure:
 
 
 @styled
+def training(log: pd.DataFrame, telemetry: pd.DataFrame, steps: int, title: str = "") -> Figure:
+    """A training of `steps` as far as it has come: loss, the recipe's own numbers, norms by step and by block.
+
+    log: one row a step, columns `step`, `loss` and the recipe's numbers; telemetry: rows of `telemetry.measure`.
+    """
+    figure, ((loss, numbers), (by_step, by_block)) = plt.subplots(2, 2, figsize=(8.4, 5.2))
+    smooth = log.set_index("step").ewm(span=15).mean()
+    loss.plot(log.step, log.loss, color=PALETTE[0], lw=0.6, alpha=0.35)
+    loss.plot(smooth.index, smooth.loss, color=PALETTE[0], lw=1.6)
+    loss.set(xlabel="step", ylabel="loss", xlim=(0, steps))
+    for colour, name in zip(PALETTE, [n for n in log.columns if n not in ("step", "loss")], strict=False):
+        numbers.plot(smooth.index, smooth[name], color=colour, label=name)
+        numbers.legend()
+    numbers.set(xlabel="step", ylabel="on the batch", xlim=(0, steps))
+
+    last = telemetry[telemetry.layer == telemetry.layer.max()]
+    _bands(by_step, last.step, _levels(last), PALETTE[0])
+    for colour, name in ((PALETTE[2], "cls"), (PALETTE[3], "register")):
+        if last[f"{name}_norm"].notna().any():
+            by_step.plot(last.step, last[f"{name}_norm"], color=colour, ls="-.", label=f"{name}, mean")
+    by_step.set(xlabel="step", ylabel="L2 norm, last block", yscale="log", xlim=(0, steps))
+    now = telemetry[telemetry.step == telemetry.step.max()]
+    _bands(by_block, now.layer, _levels(now), PALETTE[0])
+    by_block.set(xlabel="block (from 0)", ylabel=f"L2 norm, step {now.step.max()}", yscale="log")
+    by_block.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(integer=True, nbins=8))
+    for axis in (by_step, by_block):
+        _plain_log(axis.yaxis)
+    figure.legend(*by_step.get_legend_handles_labels(), loc="outside lower center", ncols=6)
+    figure.suptitle(title, fontsize=9)
+    return figure
+
+
+@styled
 def norms_by_size(norms: dict[str, torch.Tensor]) -> Figure:
     """Figure 4(c): output norms / their median, one violin a model, smallest first; the line at 3 is the cutoff."""
     figure, axis = plt.subplots(figsize=(1.4 * len(norms) + 1.6, 2.9))
