@@ -45,12 +45,11 @@ def table(captured: Capture, step: int = 0) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def shipped() -> dict[str, pd.DataFrame]:
-    """The telemetry that training left beside each checkpoint of data/checkpoints, by model name."""
-    from ..models.zoo import entries
+def shipped(names: str) -> dict[str, pd.DataFrame]:
+    """The telemetry that training left beside the checkpoints of these models, as far as they are there, by name."""
     from ..paths import CHECKPOINTS
 
-    paths = {name: CHECKPOINTS / f"{name}.telemetry.parquet" for name in entries()}
+    paths = {name: CHECKPOINTS / f"{name}.telemetry.parquet" for name in names.split()}
     return {name: pd.read_parquet(path) for name, path in paths.items() if path.exists()}
 
 
