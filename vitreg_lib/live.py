@@ -7,7 +7,6 @@ was when it is run again, and a finished run is shown at once.
 from __future__ import annotations
 
 import contextlib
-import importlib
 import os
 import tempfile
 from dataclasses import dataclass
@@ -55,10 +54,8 @@ def watch(folder: str | Path = "", every: int = 20, **options) -> Watched:
     """
     from .models import zoo
     from .train import loop
-    from .train.config import TrainConfig
 
-    recipe = importlib.import_module(f".train.{options['recipe']}", __package__)
-    config = TrainConfig(**{**getattr(recipe, "DEFAULTS", {}), "save_every": every, **options})
+    config, recipe = loop.configure(**{"save_every": every, **options})
     shown = not os.environ.get("VITREG_BATCH")
     with contextlib.nullcontext(folder) if folder else tempfile.TemporaryDirectory() as place:
         picture = _Picture(Path(place), config)

@@ -25,7 +25,7 @@ from .deit3 import ATTRIBUTES, HELD_OUT, MEAN, STD, targets, telemetry_images
 
 __all__ = ["backbone", "build", "companions", "evaluate", "loss", "telemetry_images"]
 
-DEFAULTS = {"batch_size": 128}
+DEFAULTS = {"size": "s", "steps": 800, "batch_size": 128}
 SEPARABLE = False  # each image is compared with all captions of the batch
 CONTEXT = 24  # tokens of a caption at most; a scene's has 20 or fewer
 TEMPLATES = {  # what a prompt looks like for each attribute; {} is its value

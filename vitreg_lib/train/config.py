@@ -28,12 +28,14 @@ class TrainConfig:
     image_size: int = option(96, "pixels a side", "model")
     drop_path: float = option(0.0, "stochastic depth: rate of dropped residual branches in the last block", "model")
 
-    steps: int = option(1800, "optimiser steps", "optimisation")
+    steps: int = option(1500, "optimiser steps", "optimisation")
     batch_size: int = option(96, "images a step, over all processes", "optimisation")
-    learning_rate: float = option(2e-3, "peak, reached after the warm-up and followed by a cosine", "optimisation")
+    learning_rate: float = option(
+        0.01, "peak, reached after the warm-up and followed by a cosine; adamw wants 0.002", "optimisation"
+    )
     weight_decay: float = option(0.05, "not on biases, norms and other vectors", "optimisation")
     warmup: int = option(100, "steps of linear warm-up", "optimisation")
-    optimizer: str = option("adamw", "any of timm's: adamw, lamb, sgd …", "optimisation")
+    optimizer: str = option("muon", "any of timm's: muon, adamw, lamb, sgd …", "optimisation")
     clip_grad: float = option(1.0, "largest norm of the gradient, 0 for no limit", "optimisation")
     seed: int = option(0, "of weights, images and order", "optimisation")
 

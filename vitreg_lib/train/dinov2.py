@@ -26,7 +26,7 @@ from .deit3 import HELD_OUT, MEAN, STD, targets, telemetry_images
 
 __all__ = ["after_step", "backbone", "build", "evaluate", "loss", "telemetry_images"]
 
-DEFAULTS = {"size": "s", "batch_size": 64, "learning_rate": 1e-3, "weight_decay": 0.04, "clip_grad": 3.0}
+DEFAULTS = {"size": "s", "steps": 600, "batch_size": 64, "learning_rate": 5e-3, "weight_decay": 0.04, "clip_grad": 3.0}
 SEPARABLE = False  # answers are balanced, and embeddings spread, over the batch
 GLOBAL, LOCAL = (0.4, 1.0), (0.1, 0.4)  # shares of the scene's area in whole and small crops
 HIDDEN, BOTTLENECK = 192, 48  # of the heads; DINOv2 has 2048 and 256 for a thousand times the parameters

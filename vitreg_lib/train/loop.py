@@ -19,6 +19,7 @@ as one that was not. A run's folder is described in `state`; at its end model.sa
 
 from __future__ import annotations
 
+import importlib
 import json
 import math
 import signal
@@ -116,6 +117,12 @@ def train(
         _finish(folder, whole, recipe, config, result)
     parallel.barrier()
     return result
+
+
+def configure(recipe: str, **options) -> tuple[TrainConfig, ModuleType]:
+    """The configuration of a recipe by name, `options` over its own defaults, and its module."""
+    module = importlib.import_module(f".{recipe}", __package__)
+    return TrainConfig(recipe=recipe, **{**getattr(module, "DEFAULTS", {}), **options}), module
 
 
 def learning_rate(config: TrainConfig, step: int) -> float:

@@ -18,7 +18,7 @@ from .deit3 import HELD_OUT, MEAN, STD, telemetry_images
 
 __all__ = ["backbone", "build", "evaluate", "loss", "telemetry_images"]
 
-DEFAULTS = {"batch_size": 128}
+DEFAULTS = {"steps": 500, "batch_size": 128}
 DECODER_DIM, DECODER_DEPTH = 48, 2
 
 

@@ -12,7 +12,8 @@ import yaml
 from ..errors import UserError
 from ..models import zoo
 from ..paths import CHECKPOINTS, DATA, write_atomically
-from .config import TrainConfig
+from . import loop
+from .config import MACHINE
 
 
 def ship(folder: str | Path, name: str, about: str) -> Path:
@@ -53,9 +54,11 @@ def ship(folder: str | Path, name: str, about: str) -> Path:
 
 
 def command(config: dict) -> str:
-    """The `vitreg train` line that makes this run again."""
-    default = TrainConfig(recipe=config["recipe"])
+    """The `vitreg train` line that makes this run again: what differs from the recipe's defaults."""
+    default, _ = loop.configure(config["recipe"])
     options = [
-        f"--{k.replace('_', '-')} {v}" for k, v in config.items() if k != "save_every" and v != getattr(default, k)
+        f"--{k.replace('_', '-')} {v}"
+        for k, v in config.items()
+        if hasattr(default, k) and k not in MACHINE and v != getattr(default, k)
     ]
     return " ".join(["vitreg train", config["recipe"], *options])
