@@ -122,7 +122,7 @@ def train(
 def configure(recipe: str, **options) -> tuple[TrainConfig, ModuleType]:
     """The configuration of a recipe by name, `options` over its own defaults, and its module."""
     module = importlib.import_module(f".{recipe}", __package__)
-    return TrainConfig(recipe=recipe, **{**getattr(module, "DEFAULTS", {}), **options}), module
+    return TrainConfig(**{**getattr(module, "DEFAULTS", {}), **options, "recipe": recipe}), module
 
 
 def learning_rate(config: TrainConfig, step: int) -> float:
