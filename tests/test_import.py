@@ -15,7 +15,7 @@ from vitreg_lib import record
 from vitreg_lib.paths import ROOT
 
 NOTEBOOKS = sorted((ROOT / "notebooks").rglob("*.ipynb"))
-ITEMS = [path for path in NOTEBOOKS if path.relative_to(ROOT).parts[1] != "workshop"]  # exercises are no items: see test_workshop
+ITEMS = [path for path in NOTEBOOKS if path.relative_to(ROOT).parts[1] != "workshop"]  # exercises are no items
 HEAVY = ("torch", "timm", "pandas", "sklearn", "matplotlib", "papermill", "datasets", "numpy")
 
 

@@ -58,11 +58,11 @@ def training(losses: list[float], telemetry: pd.DataFrame | None, steps: int, ti
 
 
 @styled
-def boxes(pixels: torch.Tensor, found: dict[str, torch.Tensor], truth: list[torch.Tensor], columns: int = 6) -> Figure:
+def boxes(pixels: torch.Tensor, found: dict[str, torch.Tensor], truth: list[torch.Tensor], columns: int = 4) -> Figure:
     """Images with the true boxes (white, dashed) and one found box an image for each name, in pixels."""
     count = min(len(pixels), 2 * columns)
     rows = -(-count // columns)
-    figure, axes = plt.subplots(rows, columns, figsize=(1.45 * columns, 1.5 * rows + 0.4), squeeze=False)
+    figure, axes = plt.subplots(rows, columns, figsize=(1.5 * columns, 1.5 * rows + 0.45), squeeze=False)
     for axis in axes.flat:
         _bare(axis)
     handles = {}
@@ -86,16 +86,17 @@ def _box(axis, box: torch.Tensor, **style) -> Rectangle:
 
 
 @styled
-def shares(values: dict[str, float], label: str, chance: float | None = None) -> Figure:
-    """A few shares (0 to 1) as bars with their numbers; chance as a line."""
-    figure, axis = plt.subplots(figsize=(0.95 * len(values) + 1.8, 2.5))
+def shares(values: dict[str, float], label: str, chance: dict[str, float] | None = None) -> Figure:
+    """A few shares (0 to 1) as bars with their numbers; a dash at what chance gives for each bar named in `chance`."""
+    figure, axis = plt.subplots(figsize=(0.95 * len(values) + 2.2, 2.5))
     drawn = axis.bar(list(values), list(values.values()), color=PALETTE[0], width=0.6)
-    axis.bar_label(drawn, [f"{value:.2f}" for value in values.values()], fontsize=8)
-    if chance is not None:
-        axis.axhline(chance, color=PAPER, ls="--", lw=1)
-        axis.annotate(
-            "chance", (1, chance), (2, 2), ("axes fraction", "data"), "offset points", fontsize=7, color=PAPER
-        )
-    axis.set(ylabel=label, ylim=(0, max(1.05, 1.05 * np.nanmax(list(values.values())))))
+    axis.bar_label(drawn, [f"{value:.2f}" for value in values.values()], fontsize=8, padding=1)
+    for place, name in enumerate(values):
+        if name in (chance or {}):
+            edges = (place - 0.4, place + 0.4)
+            axis.plot(edges, [chance[name]] * 2, color=PALETTE[1], ls=(0, (2, 1)), lw=1.6, label="by chance")
+    if chance:
+        axis.legend(*(part[:1] for part in axis.get_legend_handles_labels()), loc="upper left", bbox_to_anchor=(1, 1))
+    axis.set(ylabel=label, ylim=(0, 1.08), xlim=(-0.6, len(values) - 0.4))
     axis.grid(axis="x", visible=False)
     return figure
