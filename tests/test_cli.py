@@ -52,7 +52,12 @@ def failing(capsys, *arguments: str) -> str:
         ("report fig03", "fig03 left no record.json"),
         ("report --profile small", "nothing made yet in profile small"),
         ("train --resume nowhere", "nowhere holds no run"),
-        ("train --steps many", "many"),
+        ("train", "name what to train (deit3, clip, dinov2, mae), or --resume DIR"),
+        ("train dinov3", "invalid choice: 'dinov3'"),
+        ("train deit3 --steps many", "invalid int value: 'many'"),
+        ("train deit3 --mask-ratio 0.5", "unrecognized arguments: --mask-ratio"),
+        ("train --resume nowhere deit3", "leave deit3 out"),
+        ("train clip --accumulate 2 --out results/test-refused", "--accumulate 2: clip compares the images of a batch"),
         ("ship nowhere name about", "nowhere holds no finished run"),
     ],
 )
@@ -62,7 +67,7 @@ def test_what_is_wrong_is_told_in_one_line(capsys, results, arguments, told):
 
 
 def test_an_unknown_size_is_refused_before_a_folder_is_made(capsys, tmp_path):
-    told = failing(capsys, "train", "--size", "huge", "--out", str(tmp_path / "run"))
+    told = failing(capsys, "train", "deit3", "--size", "huge", "--out", str(tmp_path / "run"))
     assert "unknown mini size 'huge'; known are" in told
     assert not (tmp_path / "run").exists()
 

@@ -102,7 +102,7 @@ def test_a_finished_run_has_nothing_left_to_do(straight):
 
 
 def test_the_loss_falls(tmp_path):
-    config = replace(TINY, steps=40, registers=0, drop_path=0.0, save_every=1000, learning_rate=5e-3)
+    config = replace(TINY, steps=40, registers=0, drop_path=0.0, save_every=1000, learning_rate=5e-3, optimizer="adamw")
     losses = []
     train(tmp_path, config, on_step=lambda step, loss: losses.append(loss))
     assert losses[0] == pytest.approx(24 * math.log(2), rel=0.15)  # undecided about 24 labels
@@ -255,10 +255,15 @@ def test_an_unfinished_run_is_not_shipped(own_zoo, tmp_path):
     assert not list((own_zoo / "checkpoints").iterdir())
 
 
-def test_the_command_of_a_run_makes_the_same_run():
+@pytest.mark.parametrize("name", ["deit3", "clip", "dinov2", "mae"])
+def test_the_command_of_a_run_makes_the_same_run(name):
     from vitreg_lib import cli
 
-    told = ship.command(asdict(replace(TINY, save_every=TrainConfig().save_every)))
-    chosen = cli._parser().parse_args(told.split()[1:])
-    given = {k: getattr(chosen, k) for k in asdict(TINY) if getattr(chosen, k) is not None}
-    assert TrainConfig(**given) == replace(TINY, save_every=TrainConfig().save_every)
+    config, _ = loop.configure(name, size="xs", registers=1, steps=10, drop_path=0.2, telemetry_images=4)
+    config = replace(config, antialias=name != "dinov2")
+    told = ship.command(asdict(config))
+    assert told.startswith(f"vitreg train {name} --size xs --registers 1 --drop-path 0.2 --steps 10")
+    assert ("--no-antialias" in told) == (name == "dinov2")
+    chosen = vars(cli._parser().parse_args(told.split()[1:]))
+    given = {k: chosen[k] for k in asdict(config) if k in chosen and k != "recipe"}
+    assert loop.configure(chosen["recipe"], **given)[0] == config

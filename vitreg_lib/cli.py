@@ -11,6 +11,7 @@ from pathlib import Path
 from . import record
 from .errors import UserError, unknown
 from .paths import ROOT, shown
+from .train.command import add_arguments as add_training
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -108,14 +109,7 @@ def _parser() -> argparse.ArgumentParser:
     data.add_argument(
         "--write-scenes", action="store_true", help="render the frozen evaluation set data/scenes/eval.parquet anew"
     )
-    train = add(
-        "train",
-        _train,
-        "Train a mini ViT on scenes; stops and goes on without losing anything.",
-        "examples:\n  vitreg train deit3 --size m --registers 4 --out runs/deit3-reg4\n"
-        "  vitreg train --resume runs/deit3-reg4",
-    )
-    _add_training(train)
+    add_training(add("train", _train, "Train a ViT; a run that was stopped or killed goes on as if it had not been."))
     ship = add("ship", _ship, "Put a finished training run into the zoo of this checkout.")
     ship.add_argument("run", help="the run's folder")
     ship.add_argument("name", help="its name in data/models.yaml")
@@ -325,53 +319,10 @@ def _mend(chosen) -> None:
     print(table.round(4).to_string(index=False))
 
 
-def _add_training(command) -> None:
-    from dataclasses import fields
-
-    from .train.config import TrainConfig
-
-    command.add_argument("recipe", nargs="?", default="deit3", choices=["deit3"], help="what is learnt")
-    for field in fields(TrainConfig):
-        if field.name != "recipe":
-            kind = type(field.default)
-            command.add_argument(
-                f"--{field.name.replace('_', '-')}",
-                type=kind,
-                default=None,
-                metavar=kind.__name__.upper(),
-                help=f"default {field.default}",
-            )
-    command.add_argument("--out", help="the run's folder (default runs/<recipe>-<size>-reg<registers>-seed<seed>)")
-    command.add_argument("--resume", metavar="DIR", help="go on with the run in this folder, by its own configuration")
-    command.add_argument("--device", default=None, help="cpu, cuda … (default: cuda where there is one)")
-
-
 def _train(chosen) -> None:
-    import importlib
-    import json
-    from dataclasses import fields
+    from .train import command
 
-    import torch
-
-    from .train import loop
-    from .train.config import TrainConfig
-
-    if chosen.resume:
-        folder = Path(chosen.resume)
-        if not (folder / "config.json").exists():
-            raise UserError(f"{chosen.resume} holds no run: no config.json there")
-        config = TrainConfig(**json.loads((folder / "config.json").read_text()))
-    else:
-        named = {f.name: getattr(chosen, f.name) for f in fields(TrainConfig) if getattr(chosen, f.name) is not None}
-        config = TrainConfig(**named)
-        folder = Path(
-            chosen.out or ROOT / "runs" / f"{config.recipe}-{config.size}-reg{config.registers}-seed{config.seed}"
-        )
-    recipe = importlib.import_module(f".train.{config.recipe}", __package__)
-    device = chosen.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    result = loop.train(config, recipe, folder, device)
-    print(json.dumps(result, indent=1))
-    print(f"weights: {shown(folder / 'model.safetensors')}")
+    command.run(chosen)
 
 
 def _ship(chosen) -> None:

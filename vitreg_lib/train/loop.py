@@ -122,7 +122,13 @@ def train(
 def configure(recipe: str, **options) -> tuple[TrainConfig, ModuleType]:
     """The configuration of a recipe by name, `options` over its own defaults, and its module."""
     module = importlib.import_module(f".{recipe}", __package__)
-    return TrainConfig(**{**getattr(module, "DEFAULTS", {}), **options, "recipe": recipe}), module
+    config = TrainConfig(recipe=recipe, **{**getattr(module, "DEFAULTS", {}), **options})
+    return config, recipe_of(config)
+
+
+def recipe_of(config: TrainConfig) -> ModuleType:
+    """The module that a configuration is for."""
+    return importlib.import_module(f".{config.recipe}", __package__)
 
 
 def learning_rate(config: TrainConfig, step: int) -> float:

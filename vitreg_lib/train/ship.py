@@ -56,9 +56,11 @@ def ship(folder: str | Path, name: str, about: str) -> Path:
 def command(config: dict) -> str:
     """The `vitreg train` line that makes this run again: what differs from the recipe's defaults."""
     default, _ = loop.configure(config["recipe"])
-    options = [
-        f"--{k.replace('_', '-')} {v}"
-        for k, v in config.items()
-        if hasattr(default, k) and k not in MACHINE and v != getattr(default, k)
-    ]
+    options = []
+    for name, value in config.items():
+        if name not in MACHINE and value != getattr(default, name, value):
+            flag = name.replace("_", "-")
+            options.append(
+                {True: f"--{flag}", False: f"--no-{flag}"}[value] if type(value) is bool else f"--{flag} {value}"
+            )
     return " ".join(["vitreg train", config["recipe"], *options])
