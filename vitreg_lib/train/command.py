@@ -21,6 +21,7 @@ RECIPES = {  # what each learns from; its module is told apart by the name
     "clip": "captions",
     "dinov2": "images alone: views of a scene, masked patches",
     "mae": "images alone: pixels of masked patches",
+    "emergence": "an artificial task, for the study of how artifacts begin",
 }
 EXAMPLES = """examples:
   vitreg train deit3 --help                               what is special to a recipe, and all options

@@ -1,0 +1,221 @@
+"""The quest for the smallest ViT that needs registers: textures, some of which never matter.
+
+This training task is made for one question and is good for nothing else. An image is a grid of 6 x 6 patches of 2
+pixels a side, each filled with 12 random numbers. Every patch has to give back its own texture. A *trigger*, a patch
+that bears a mark, has to give back its own texture plus a fixed rotation of its left neighbour's. So a head that
+copies is needed at few patches, and at all others must look where it does no harm: Bigram-Backcopy (Guo et al. 2024) in
+the form of images. Some patches are *idle*: they look like all others, but no answer is asked of them, they are never
+triggers and nothing is ever copied from them. They are the four corners by default, as the corners of photos seldom
+matter. There is no plain background and, by default, no cls token; nothing in the loss mentions norms or attention.
+
+In the task `broadcast` (the two-layer toy of Fesser et al. 2026) every patch gives back its own texture plus a fixed
+rotation of the texture of the patch that scores highest on a hidden direction.
+
+`TASKS` has the variants, workflow/sweep.py the runs, data/sweeps/emergence.parquet what came of them and the notebook
+beyond/emergence.ipynb the pictures.
+
+    vitreg train emergence --variant corners                # one CPU core: about a minute
+    vitreg train emergence --variant corners --registers 4
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from ..errors import unknown
+from . import parallel
+
+DEFAULTS = {
+    "variant": "corners",
+    "image_size": 12,
+    "steps": 3000,
+    "batch_size": 16,
+    "learning_rate": 0.004,
+    "optimizer": "adamw",
+    "eval_images": 512,
+    "save_every": 1000,
+}
+GRID, PATCH = 6, 2
+PATCHES, LENGTH = GRID * GRID, 3 * PATCH * PATCH
+HELD_OUT = 1 << 30  # batches from this step on are never trained on
+CORNERS = (0, GRID - 1, PATCHES - GRID, PATCHES - 1)
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a variant asks, and of which ViT.
+
+    idle: which patches never matter: "corners", "corner" (the first), "anywhere" (four random places an image, tinted,
+    so that they can be told) or "none" (nothing is idle: a control).
+    blank: idle patches hold zeros instead of a texture.
+    kind: "copy" or "broadcast". trigger_share: of the patches that may be triggers.
+    noise: standard deviation of what is added to the pixels; textures have 1.
+    position: amplitude of the waves that position embeddings start from; all of them are learnt. 0: timm's own start.
+    """
+
+    idle: str = "corners"
+    blank: bool = False
+    kind: str = "copy"
+    trigger_share: float = 0.2
+    noise: float = 0.0
+    dim: int = 24
+    depth: int = 3
+    heads: int = 2
+    mlp_ratio: float = 0.125
+    layer_scale: float = 0.0
+    position: float = 1.0
+    cls_token: bool = False
+
+
+TASKS = {
+    "corners": Task(),
+}
+
+
+def task(config) -> Task:
+    """The `Task` that `config.variant` names. Raises UserError for an unknown one."""
+    if config.variant not in TASKS:
+        raise unknown("variant of emergence", config.variant, TASKS)
+    return TASKS[config.variant]
+
+
+@dataclass
+class Batch:
+    """pixels (n, 3, 12, 12); texture and answer (n, 36, 12); trigger, idle and asked (n, 36): masks."""
+
+    pixels: torch.Tensor
+    texture: torch.Tensor
+    trigger: torch.Tensor
+    idle: torch.Tensor
+    asked: torch.Tensor
+    answer: torch.Tensor
+
+
+@functools.lru_cache(maxsize=8)
+def fixed(seed: int) -> dict[str, torch.Tensor]:
+    """What a run's images share: the mark (12,) of triggers, twice as long as a texture, the rotation (12, 12), the hidden direction (12,)."""
+    generator = torch.Generator().manual_seed(7919 + seed)
+    return {
+        "mark": 7.0 * F.normalize(torch.randn(LENGTH, generator=generator), dim=0),
+        "rotation": torch.linalg.qr(torch.randn(LENGTH, LENGTH, generator=generator))[0],
+        "direction": F.normalize(torch.randn(LENGTH, generator=generator), dim=0),
+    }
+
+
+def draw(config, step: int, part: slice = slice(None), device="cpu", count: int = 0) -> Batch:
+    """The images of a step, or a `part` of them; `count` of them, by default `config.batch_size`."""
+    t, known, n = task(config), fixed(config.seed), count or config.batch_size
+    generator = torch.Generator().manual_seed((config.seed << 32) + step)
+    texture = torch.randn(n, PATCHES, LENGTH, generator=generator)
+    chance = torch.rand(n, PATCHES, generator=generator)
+    added = torch.randn(n, PATCHES, LENGTH, generator=generator)
+    anywhere = torch.rand(n, PATCHES, generator=generator).topk(4, 1).indices
+    idle = torch.zeros(n, PATCHES, dtype=torch.bool)
+    if t.idle == "anywhere":
+        idle.scatter_(1, anywhere, True)
+    elif t.idle != "none":
+        idle[:, list(CORNERS[:1] if t.idle == "corner" else CORNERS)] = True
+    has_left = torch.arange(PATCHES) % GRID > 0
+    trigger = has_left & ~idle & ~idle.roll(1, 1) & (chance < t.trigger_share) & (t.kind == "copy")
+    texture = texture + trigger[..., None] * known["mark"]
+    if t.blank:
+        texture[idle] = 0.0
+    pixels = texture + t.noise * added
+    if t.idle == "anywhere":
+        pixels[..., : PATCH * PATCH] += 2.0 * idle[..., None]  # redder
+    answer = texture + trigger[..., None] * (texture.roll(1, 1) @ known["rotation"])
+    if t.kind == "broadcast":
+        best = (texture @ known["direction"]).masked_fill(idle, -torch.inf).argmax(1)
+        answer = texture + (texture[torch.arange(n), best] @ known["rotation"])[:, None]
+    parts = (to_images(pixels), texture, trigger, idle, ~idle, answer)
+    return Batch(*(x[part].to(device) for x in parts))
+
+
+def to_images(patches: torch.Tensor) -> torch.Tensor:
+    """(n, 3, 12, 12) from the patches' pixels (n, 36, 12), each as colour, row, column."""
+    split = patches.view(-1, GRID, GRID, 3, PATCH, PATCH)
+    return split.permute(0, 3, 1, 4, 2, 5).reshape(-1, 3, GRID * PATCH, GRID * PATCH)
+
+
+def build(config) -> torch.nn.Module:
+    """A fresh ViT that answers at every token: timm's class without pooling."""
+    from timm.models.vision_transformer import VisionTransformer
+
+    t = task(config)
+    arguments = dict(
+        img_size=GRID * PATCH,
+        patch_size=PATCH,
+        embed_dim=t.dim,
+        depth=t.depth,
+        num_heads=t.heads,
+        mlp_ratio=t.mlp_ratio,
+        num_classes=LENGTH,
+        global_pool="",
+        class_token=t.cls_token,
+        reg_tokens=config.registers,
+        no_embed_class=True,
+        init_values=t.layer_scale or None,
+    )
+    model = VisionTransformer(**arguments)
+    if t.position:
+        model.pos_embed.data.copy_(t.position * waves(t.dim))
+    model.vit_arguments = arguments
+    return model
+
+
+def waves(dim: int) -> torch.Tensor:
+    """(36, dim) sines and cosines of row and column, of mean square 1: from there neighbours are soon found."""
+    frequency = torch.pi / GRID * 2.0 ** torch.linspace(-1, 2, dim // 4)
+    angle = torch.arange(GRID)[:, None] * frequency
+    one = math.sqrt(2) * torch.cat([angle.sin(), angle.cos()], 1)  # (6, dim / 2)
+    return torch.cat([one.repeat_interleave(GRID, 0), one.repeat(GRID, 1)], 1)
+
+
+def backbone(module):
+    """The ViT inside the module: itself."""
+    return module
+
+
+def errors(module, batch: Batch) -> torch.Tensor:
+    """(n, 36) mean squared error of each patch's answer; a texture has variance 1."""
+    given = module(batch.pixels)[:, module.num_prefix_tokens :]
+    return (given - batch.answer).square().mean(-1)
+
+
+def told(error: torch.Tensor, batch: Batch) -> dict[str, float]:
+    """The error at triggers and at the other patches that are asked."""
+    others = error[batch.asked & ~batch.trigger].mean().item()
+    return {"trigger_error": error[batch.trigger].mean().item(), "other_error": others}
+
+
+def loss(module, config, step, device):
+    """Mean squared error over the patches that are asked."""
+    indices = parallel.batch_range(config, step)
+    first = indices.start - step * config.batch_size
+    batch = draw(config, step, slice(first, first + len(indices)), device)
+    error = errors(module, batch)
+    # idle patches are equally many in each image, so that this is the mean of the means of a batch's parts
+    return error[batch.asked].mean(), told(error.detach(), batch)
+
+
+def held_out(config, count: int, device="cpu", part: int = 0) -> Batch:
+    """`count` images that are never trained on; another `part` has others."""
+    return draw(config, HELD_OUT + part, device=device, count=count)
+
+
+def telemetry_images(config) -> torch.Tensor:
+    """The held-out images whose norms are watched during training."""
+    return held_out(config, config.telemetry_images).pixels
+
+
+@torch.no_grad()
+def evaluate(module, config, device) -> dict[str, float]:
+    """Errors on held-out images, at triggers and at other patches; 1 is what a blank answer to a texture costs."""
+    module.eval()
+    batch = held_out(config, config.eval_images, device, part=1)
+    return told(errors(module, batch), batch)

@@ -1,0 +1,103 @@
+"""The sweep of the quest (`emergence`): its cells, how one is run, and the table of what came of all of them.
+
+A cell is a dictionary of options of `TrainConfig` with a name and the number of seeds; add one, run workflow/sweep.py,
+and its rows join data/sweeps/emergence.parquet.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+
+import pandas as pd
+
+from .. import sinks
+from ..errors import unknown
+from ..paths import DATA
+from . import emergence, loop, telemetry
+
+TABLE = DATA / "sweeps" / "emergence.parquet"
+WATCHED = 96  # held-out images that sinks are measured on
+POINTS = 16  # measured steps of a run, log-spaced
+
+SWEEP = [
+    {"cell": "corners", "variant": "corners", "seeds": 1},
+]
+
+
+def names() -> list[str]:
+    """The cells' names, in the sweep's order."""
+    return [cell["cell"] for cell in SWEEP]
+
+
+def cell(name: str) -> dict:
+    """The options of a cell. Raises UserError for an unknown one."""
+    found = [c for c in SWEEP if c["cell"] == name]
+    if not found:
+        raise unknown("cell of the sweep", name, names())
+    return {k: v for k, v in found[0].items() if k not in ("cell", "seeds")}
+
+
+def run(
+    name: str,
+    seed: int,
+    folder: str | Path,
+    progress: bool = False,
+    on_step: Callable[[int, float], None] | None = None,
+    **changes,
+) -> pd.DataFrame:
+    """Train one cell with one seed in `folder`, going on where it was; its rows, as in `table`.
+
+    `changes` are options of TrainConfig over the cell's own: steps=200 gives a short trial.
+    """
+    folder = Path(folder)
+    path = folder / "sinks.parquet"
+    config, _ = loop.configure("emergence", **{**cell(name), "seed": seed, **changes})
+    measured_at = set(telemetry.log_steps(config.steps, POINTS)) - {0}
+    batch = emergence.held_out(config, WATCHED, part=2)
+    places = batch.idle if batch.idle.any() else None
+
+    def after_step(module, config, step):
+        if step + 1 not in measured_at:
+            return
+        error = emergence.told(emergence.errors(module, batch).detach(), batch)
+        rows = sinks.measure(module, batch.pixels, places).assign(cell=name, seed=seed, step=step + 1, **error)
+        before = pd.read_parquet(path) if path.exists() else rows.iloc[:0]
+        rows = pd.concat([before[before.step <= step], rows], ignore_index=True)
+        rows.to_parquet(path.with_suffix(".tmp"), index=False)
+        os.replace(path.with_suffix(".tmp"), path)
+
+    recipe = SimpleNamespace(**vars(emergence) | {"after_step": after_step})
+    loop.train(config, recipe, folder, "cpu", progress, on_step)
+    return pd.read_parquet(path)
+
+
+def table() -> pd.DataFrame:
+    """All recorded rows: cell, seed, step, layer and the columns of `sinks.measure`, with errors of the task."""
+    return pd.read_parquet(TABLE)
+
+
+def record(rows: pd.DataFrame) -> None:
+    """Put the rows of a finished run into the table, in place of earlier ones of the same cell and seed."""
+    TABLE.parent.mkdir(parents=True, exist_ok=True)
+    if TABLE.exists():
+        before = table()
+        same = (before.cell == rows.cell.iloc[0]) & (before.seed == rows.seed.iloc[0])
+        rows = pd.concat([before[~same], rows], ignore_index=True)
+    rows.round(5).to_parquet(TABLE.with_suffix(".tmp"), index=False)
+    os.replace(TABLE.with_suffix(".tmp"), TABLE)
+
+
+def verdict(rows: pd.DataFrame, share: float = 0.01, ratio: float = 4.0, drained: float = 0.2) -> pd.DataFrame:
+    """A row a cell and seed: the last step's layer with the largest share of outliers, and whether all of it is there.
+
+    emerged: at least `share` of the patches above the layer's cutoff, with at least `ratio` medians, and values of at
+    most `drained` of the others' length (a NOP by Fesser et al.).
+    """
+    last = rows[rows.step == rows.groupby(["cell", "seed"]).step.transform("max")]
+    order = last.sort_values(["outlier_share", "place_norm", "attention"], ascending=False)
+    best = order.groupby(["cell", "seed"], sort=False).head(1).set_index(["cell", "seed"])
+    emerged = (best.outlier_share >= share) & (best.norm_ratio >= ratio) & (best.value_ratio <= drained)
+    return best.assign(emerged=emerged)

@@ -1,0 +1,33 @@
+"""Run the cells of the sweep (`vitreg_lib.train.sweep`) that are not in the table yet; stops and goes on at any time.
+
+python workflow/sweep.py                    # all
+python workflow/sweep.py corners            # one cell, all its seeds
+python workflow/sweep.py corners 0 1        # two of its seeds
+"""
+
+from __future__ import annotations
+
+import sys
+
+from vitreg_lib.paths import ROOT
+from vitreg_lib.train import sweep
+
+
+def main(chosen: list[str]) -> None:
+    """Run what is asked for, and put it into the table."""
+    wanted = [name for name in chosen if not name.isdigit()] or sweep.names()
+    done = (
+        set() if not sweep.TABLE.exists() else set(sweep.table()[["cell", "seed"]].itertuples(index=False, name=None))
+    )
+    for name in wanted:
+        count = next(c["seeds"] for c in sweep.SWEEP if c["cell"] == name)
+        for seed in [int(text) for text in chosen if text.isdigit()] or range(count):
+            if (name, seed) in done:
+                continue
+            rows = sweep.run(name, seed, ROOT / "runs" / "sweep" / f"{name}-{seed}", progress=sys.stderr.isatty())
+            sweep.record(rows)
+            print(sweep.verdict(rows).round(3).to_string(), flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
