@@ -202,7 +202,7 @@ def depth(name: str, split: str, model, n: int | None = None, seed: int = 0, siz
 
 
 def boxes(name: str, model, n: int | None = None, seed: int = 0, split: str = "train"):
-    """(`Images`, boxes): images that have an object, and for each its (objects, 4) boxes in the squashed image's pixels.
+    """(`Images`, boxes): those that have an object, and for each its boxes (objects, 4) in the squashed image's pixels.
 
     As `data.boxes.load` gives them; images without a box are left out and counted in `source`.
     """

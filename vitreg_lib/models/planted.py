@@ -100,6 +100,18 @@ def truth(images: torch.Tensor) -> torch.Tensor:
     return quiet & chosen
 
 
+@torch.no_grad()
+def content(model, cls: torch.Tensor) -> torch.Tensor:
+    """(n, 7): what outliers of a planted `zoo.Model` carry, from its cls tokens (n, dim) after the block before onset.
+
+    Read off by the same weights that plant it.
+    """
+    block, dim = model.module.blocks[model.onset], model.module.embed_dim
+    rows = 3 * dim - 2 * _PAIRS + torch.arange(len(_GLOBAL))  # values of the first new head
+    qkv, device = block.attn.qkv, model.device
+    return torch.nn.functional.linear(block.norm1(cls.to(device)), qkv.weight[rows], qkv.bias[rows]).cpu()
+
+
 def _measure(base, layer: int) -> dict:
     """Typical token sizes before and in block `layer`, median norm after it, and the cls token's components."""
     images = base.normalise(scenes.render(range(1 << 41, (1 << 41) + 256)).pixels)

@@ -1,0 +1,130 @@
+"""DINOv2's linear protocol for ImageNet-size data: a linear layer by SGD, for a grid of learning rates at once.
+
+Its evaluation code [recall]: SGD with momentum 0.9, no weight decay, batches of 1024 for 12,500 steps, cosine decay to
+0, 13 learning rates (`LEARNING_RATES`, for 256 images a batch, scaled with the batch), weights drawn with deviation
+0.01; cls of the last one or four blocks with or without the mean patch. The rate is chosen on held-out images (there on
+the validation set itself). Ours: features come from the cache in shuffled chunks, so that no more than a chunk is in
+memory, without the random crops and flips of the original; one pass over the data serves all rates.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .linear import accuracy
+
+LEARNING_RATES = (1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 0.1)
+
+
+@dataclass
+class SgdFit:
+    """Weights (rates, classes, dim) and biases (rates, classes), for `linear.predict` and `linear.accuracy`.
+
+    strengths: the learning rates as given, unscaled. losses: (steps, rates), mean loss of each step's batch.
+    """
+
+    strengths: Tensor
+    weights: Tensor
+    biases: Tensor
+    losses: Tensor
+
+
+def fit_sgd(
+    batches: Iterator[tuple[Tensor, Tensor]],
+    steps: int,
+    dim: int,
+    num_classes: int,
+    rates=LEARNING_RATES,
+    momentum: float = 0.9,
+    penalty: float = 0.0,
+    device: str = "cpu",
+    seed: int = 0,
+) -> SgdFit:
+    """Softmax regression by SGD with momentum for every rate, on the first `steps` batches of (x (n, dim), y (n,)).
+
+    penalty: adds penalty / 2 * |W|^2 to the mean loss, the bias left free (0 in the protocol; 1 / (C n) is
+    scikit-learn's). Rates are multiplied by batch size / 256 and fall to 0 by half a cosine. Raises ValueError for NaN
+    features, a label out of range, or fewer batches than steps.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    start = 0.01 * torch.randn(num_classes, dim, generator=generator)
+    grid = torch.as_tensor(rates, dtype=torch.float32)
+    w = start.expand(len(grid), -1, -1).clone().to(device)
+    b = torch.zeros(len(grid), num_classes, device=device)
+    speed = torch.zeros_like(w), torch.zeros_like(b)
+    losses, done = [], 0
+    for x, y in batches:
+        if done == steps:
+            break
+        x, y = x.to(device).float(), y.to(device).long()
+        if not bool(torch.isfinite(x).all()):
+            raise ValueError(f"features hold NaN or infinite values in batch {done}")
+        if int(y.min()) < 0 or int(y.max()) >= num_classes:
+            raise ValueError(f"label {int(y.max())} is out of range for {num_classes} classes (0…{num_classes - 1})")
+        logits = torch.einsum("nd,rcd->rnc", x, w) + b[:, None]
+        log_p = logits.log_softmax(-1)
+        losses.append(-log_p[:, torch.arange(len(y)), y].mean(1).cpu())
+        residual = log_p.exp()
+        residual[:, torch.arange(len(y)), y] -= 1
+        residual /= len(y)
+        gradients = torch.einsum("rnc,nd->rcd", residual, x) + penalty * w, residual.sum(1)
+        fall = 0.5 * (1 + torch.cos(torch.tensor(torch.pi * done / steps)))
+        step = (grid * len(y) / 256 * fall).to(device)
+        for value, gradient, v in zip((w, b), gradients, speed, strict=True):
+            v.mul_(momentum).add_(gradient)
+            value.sub_(step.view(-1, *[1] * (value.ndim - 1)) * v)
+        done += 1
+    if done < steps:
+        raise ValueError(f"{done} batches were given for {steps} steps")
+    return SgdFit(grid, w, b, torch.stack(losses))
+
+
+def batches(x: Tensor, y: Tensor, batch_size: int, seed: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+    """Endless shuffled batches of tensors in memory, epoch after epoch, whole ones only where there is one."""
+    generator = torch.Generator().manual_seed(seed)
+    size = min(batch_size, len(x))
+    while True:
+        order = torch.randperm(len(x), generator=generator)
+        for i in range(0, len(order) - size + 1, size):
+            rows = order[i : i + size].to(x.device)
+            yield x[rows], y[rows.to(y.device)]
+
+
+def from_cache(
+    part, names: tuple[str, ...], y: Tensor, batch_size: int = 1024, chunk: int = 64, seed: int = 0
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Endless batches of cached `features.Features`: columns `names` side by side, labels y (images,), -1 left out.
+
+    Shuffled by reading 16 stretches of consecutive rows, drawn anew each epoch, and mixing their rows: at most
+    `chunk` batches are in memory. ("cls", "mean") is the original's cls with the mean patch token.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    stretch = max(1, chunk * batch_size // 16)
+    starts = torch.arange(0, len(part), stretch)
+    held = []
+    while True:
+        for group in starts[torch.randperm(len(starts), generator=generator)].split(16):
+            rows = torch.cat([torch.arange(int(s), min(int(s) + stretch, len(part))) for s in group])
+            rows = rows[y[rows] >= 0]
+            rows = rows[torch.randperm(len(rows), generator=generator)]
+            x = torch.cat([part.column(name, rows).flatten(1) for name in names], 1)
+            held = [
+                (torch.cat([a, b]), torch.cat([c, d])) for (a, c), (b, d) in zip(held, [(x, y[rows])], strict=False)
+            ]
+            held = held or [(x, y[rows])]
+            while len(held[0][0]) >= batch_size:
+                yield held[0][0][:batch_size], held[0][1][:batch_size]
+                held = [(held[0][0][batch_size:], held[0][1][batch_size:])]
+
+
+def fit_selected(
+    x: Tensor, y: Tensor, x_val: Tensor, y_val: Tensor, steps: int = 12_500, batch_size: int = 1024, **options
+):
+    """The `SgdFit` of the rate that is best on validation data, alone; features in memory on their device."""
+    dim, classes = x.shape[1], int(max(y.max(), y_val.max())) + 1
+    seed = options.get("seed", 0)
+    fit = fit_sgd(batches(x, y, batch_size, seed), steps, dim, classes, device=str(x.device), **options)
+    best = [int(accuracy(fit, x_val, y_val).argmax())]
+    return SgdFit(fit.strengths[best], fit.weights[best], fit.biases[best], fit.losses[:, best])
