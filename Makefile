@@ -5,12 +5,13 @@ JOBS    ?= 2
 PYTHON  ?= python3
 BIN     := .venv/bin
 READY   := .venv/.ready
+OFFLINE  = $(if $(wildcard wheelhouse/*.whl),--no-index --find-links wheelhouse)
 PAIRS    = $(foreach p,$(PARAMS),-p $(subst =, ,$(p)))
 NBVAL    = --nbval --nbval-current-env --nbval-kernel-startup-timeout 180 --nbval-cell-timeout 600
 export OMP_NUM_THREADS ?= $(if $(filter 1,$(JOBS)),,1)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup reproduce-all report test test-fast test-notebooks lab bench bench-train refresh keep lint clean
+.PHONY: help setup reproduce-all report test test-fast test-notebooks lab workshop wheelhouse bench bench-train refresh keep lint clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-zA-Z%-]+:.*## /{printf "  make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -25,10 +26,10 @@ $(READY): pyproject.toml constraints.txt
 	@echo "making the environment in .venv: about half a minute with uv, a few minutes with pip"
 	@if command -v uv >/dev/null 2>&1; then \
 	  uv venv -q --allow-existing --python $(PYTHON) .venv && \
-	  { uv pip install -q --python $(BIN)/python -e '.[all]' -c constraints.txt || uv pip install -q --python $(BIN)/python -e '.[all]'; }; \
+	  { uv pip install -q --python $(BIN)/python $(OFFLINE) -e '.[all]' -c constraints.txt || uv pip install -q --python $(BIN)/python $(OFFLINE) -e '.[all]'; }; \
 	else \
 	  $(PYTHON) -m venv .venv && \
-	  { $(BIN)/pip install -q --disable-pip-version-check -e '.[all]' -c constraints.txt || $(BIN)/pip install -q --disable-pip-version-check -e '.[all]'; }; \
+	  { $(BIN)/pip install -q --disable-pip-version-check $(OFFLINE) -e '.[all]' -c constraints.txt || $(BIN)/pip install -q --disable-pip-version-check $(OFFLINE) -e '.[all]'; }; \
 	fi
 	@touch $@
 
@@ -52,6 +53,13 @@ test-notebooks: $(READY) ## the notebooks alone
 
 lab: $(READY) ## JupyterLab in the environment, opened at the notebooks
 	@$(BIN)/jupyter lab --notebook-dir=$(CURDIR) notebooks
+
+workshop: $(READY) ## the course of 90 minutes in five notebooks: docs/workshop.md
+	@$(BIN)/python workflow/workshop.py --ready
+	@$(BIN)/jupyter lab --notebook-dir=$(CURDIR) notebooks/workshop
+
+wheelhouse: $(READY) ## all packages as files in wheelhouse/, to set up laptops without a network
+	@$(BIN)/python workflow/wheelhouse.py
 
 bench: $(READY) ## timings, as ratios within one run
 	@for part in bench bench_attention bench_probes; do env -u OMP_NUM_THREADS $(BIN)/python -m tests.$$part || exit; done

@@ -1,9 +1,8 @@
-"""Figures of the workshop: a training as it goes on, and boxes on images. Same style and rules as `plots`."""
+"""Figures of the workshop: norms by block as crowds, boxes on images, bars beside chance. Same rules as `plots`."""
 
 from __future__ import annotations
 
 import numpy as np
-import pandas as pd
 import torch
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
@@ -28,32 +27,6 @@ def crowds(norms: torch.Tensor, bins: int = 60) -> Figure:
     _plain_log(axis.yaxis)
     axis.grid(False)
     figure.colorbar(drawn, label="tokens")
-    return figure
-
-
-@styled
-def training(losses: list[float], telemetry: pd.DataFrame | None, steps: int, title: str = "") -> Figure:
-    """Loss by step (left) and norms after the last block (right), as far as a training of `steps` has come.
-
-    losses: one a step from step 0; telemetry: rows of `telemetry.measure`, or None before the first.
-    """
-    figure, (left, right) = plt.subplots(1, 2, figsize=(8.4, 2.9), width_ratios=(1, 1.35))
-    left.plot(losses, color=PALETTE[0], lw=0.7, alpha=0.4)
-    smooth = pd.Series(losses, dtype=float).ewm(span=15).mean()
-    left.plot(smooth, color=PALETTE[0], lw=1.6)
-    left.set(xlabel="step", ylabel="loss (sum over labels)", xlim=(0, steps), title=title)
-    if telemetry is not None and len(telemetry):
-        last = telemetry[telemetry.layer == telemetry.layer.max()]
-        right.fill_between(last.step, last["q0.01"], last["q0.99"], color=PALETTE[0], alpha=0.2, lw=0)
-        lines = {"patches, median": ("q0.5", PALETTE[0], "-"), "largest patch": ("q1", PALETTE[1], "--")}
-        lines |= {"cls, mean": ("cls_norm", PALETTE[2], "-."), "registers, mean": ("register_norm", PALETTE[3], ":")}
-        for label, (column, colour, style) in lines.items():
-            if last[column].notna().any():
-                right.plot(last.step, last[column], color=colour, ls=style, lw=1.7, label=label)
-        right.set_yscale("log")
-        _plain_log(right.yaxis)
-        right.legend(loc="center left", bbox_to_anchor=(1.01, 0.5))
-    right.set(xlabel="step", ylabel="L2 norm, last block", xlim=(0, steps))
     return figure
 
 
