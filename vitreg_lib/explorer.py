@@ -54,7 +54,7 @@ class Seen:
     """One image as one model saw it, all layers kept.
 
     capture: norms, tokens, q and k of the image. set_norms: (layers, patches of all images of the source).
-    pixels: (3, height, width) in [0, 1]. truth: (layers, rows, cols) bool where a control has artifacts, None of others.
+    pixels: (3, height, width) in [0, 1]. truth: (layers, rows, cols) bool where a control has artifacts, else None.
     """
 
     label: str

@@ -116,26 +116,21 @@ class Page:
         self.owner, self.serial, self.quiet = owner, 0, False
         owner.store.busy = self.busy
 
-        def control(kind, label, width="auto", **options):
-            made = kind(description=label, style={"description_width": "initial"}, **options)
-            made.layout.width = width
-            return made
+        def control(kind, label, **options):
+            return kind(description=label, style={"description_width": "82px"}, layout={"width": "auto"}, **options)
 
         deferred = {"continuous_update": False}
-        self.source = control(w.Dropdown, "Images", "190px")
-        self.image = control(w.Dropdown, "Image", "220px")
-        self.first = control(w.Dropdown, "Model", "240px")
-        self.second = control(w.Dropdown, "Beside it", "240px")
-        self.layer = control(w.IntSlider, "Layer (block)", "300px")
-        self.query = control(w.Dropdown, "Query", "190px")
-        self.opacity = control(w.FloatSlider, "Attention over image", "300px", min=0, max=1, step=0.05, value=0.6)
-        self.component = control(w.Dropdown, "Components", "190px")
-        self.component.options = [("1 to 3 as colours", 0), ("1", 1), ("2", 2), ("3", 3)]
-        self.shared = control(w.Checkbox, "One colour scale for both models", indent=False)
-        self.path = control(w.Text, "Images from", "420px", placeholder="path of a folder or an image", **deferred)
-        self.named = control(w.Text, "Models", "420px", placeholder="timm:NAME, file:PATH; one or two", **deferred)
-        self.upload = w.FileUpload(accept="image/*", multiple=False, description="Upload an image")
+        self.source, self.image = control(w.Dropdown, "Images"), control(w.Dropdown, "Image")
+        self.first, self.second = control(w.Dropdown, "Model"), control(w.Dropdown, "Beside it")
+        self.layer, self.query = control(w.IntSlider, "Layer"), control(w.Dropdown, "Query")
         self.heads = w.Box().add_class("vr-heads")
+        self.opacity = control(w.FloatSlider, "Overlay", min=0, max=1, step=0.05, value=0.7)
+        self.component = control(w.Dropdown, "Components")
+        self.component.options = [("1 to 3 as colours", 0), ("1", 1), ("2", 2), ("3", 3)]
+        self.shared = w.Checkbox(description="One colour scale for both", indent=False)
+        self.path = control(w.Text, "Images from", placeholder="path of a folder or an image", **deferred)
+        self.named = control(w.Text, "Models", placeholder="timm:NAME, file:PATH; one or two", **deferred)
+        self.upload = w.FileUpload(accept="image/*", multiple=False, description="Upload an image")
         self.rule = w.Button(description="Cutoff by rule", tooltip="Let the default rule choose the cutoffs again")
         self.saved = w.Button(description="Save figure", icon="save", tooltip="PNG and SVG under results/explorer")
         self.copied = w.Button(description="Copy batch commands", icon="copy", layout={"width": "auto"})
@@ -144,27 +139,25 @@ class Page:
         self.command.add_class("vr-command")
         self.canvases = [PatchCanvas(), PatchCanvas()]
 
-        more = w.Accordion([self._row(self.path, self.upload, self.named)], titles=["Other images and models"])
+        more = w.Accordion(
+            [w.Box([self.path, self.upload, self.named]).add_class("vr-more")], titles=["Other images and models"]
+        )
         more.selected_index = None
+        rows = [self.source, self.image, self.first, self.second]
+        rows += [self.layer.add_class("vr-wide"), self.query, self.opacity]
+        rows += [self.heads.add_class("vr-wide"), self.component, self.shared]
+        actions = [self.rule, self.saved, self.copied, self.status]
         self.box = w.VBox(
             [
-                self._row(self.source, self.image, self.first, self.second),
-                self._row(self.layer, self.heads, self.query),
-                self._row(self.opacity, self.component, self.shared),
-                *self.canvases,
-                self._row(self.rule, self.saved, self.copied, self.status),
+                w.Box(rows).add_class("vr-controls"),
+                w.Box(actions).add_class("vr-actions"),
                 self.command,
+                *self.canvases,
                 more,
             ]
         ).add_class("vr-explorer")
         self._listen()
         self.show()
-
-    @staticmethod
-    def _row(*controls):
-        import ipywidgets
-
-        return ipywidgets.Box(list(controls)).add_class("vr-controls")
 
     def _listen(self) -> None:
         import ipywidgets
@@ -249,7 +242,7 @@ class Page:
         import ipywidgets
 
         if len(self.heads.children) != count + 2:
-            made = [ipywidgets.Label("Heads")]
+            made = [ipywidgets.Label("Heads").add_class("vr-heads-label")]
             for head in [None, *range(count)]:
                 text = "mean" if head is None else str(head)
                 tip = "mean of all heads" if head is None else f"head {head}: several are averaged"

@@ -4,6 +4,7 @@
 
 const SIZE = 288; // pixels of a panel's canvas; the page scales it
 const OUTLIER = "#56B4E9";
+const HISTOGRAM = [54, 10, 8, 30]; // margins of the histogram's canvas of 400 x 288: left, right, top, bottom
 const PANELS = ["attention", "norms", "components", "similarity"];
 
 const floats = (data) => {
@@ -11,7 +12,7 @@ const floats = (data) => {
   return new Float32Array(bytes.buffer);
 };
 const bytesOf = (data) => new Uint8Array(data.buffer, data.byteOffset, data.byteLength);
-const short = (value) => (value === null || !isFinite(value) ? "none" : String(Number(value.toPrecision(3))));
+const short = (value) => String(Number(Math.abs(value) < 1 ? value.toFixed(2) : value.toPrecision(3)));
 const percent = (value) => `${(100 * value).toFixed(1)} %`;
 
 function element(parent, tag, name, attributes = {}) {
@@ -46,6 +47,23 @@ function coloured(values, palette, low, high) {
   return rgb;
 }
 
+const limits = ({ low, high }) => [low, high];
+
+/** The picture of a map to lay over the image: at opacity 1 all of it, below that the low values fade first. */
+function overlay(view, opacity) {
+  const [rows, cols] = view.grid;
+  const picture = fromRGB(view.overlay, cols, rows);
+  const pen = picture.getContext("2d");
+  const image = pen.getImageData(0, 0, cols, rows);
+  const { low, high } = view.scales.attention;
+  view.attention.forEach((value, i) => {
+    const strength = Math.min(1, Math.max(0, (value - low) / (high - low)));
+    image.data[4 * i + 3] = 255 * opacity ** (3 - 2 * strength);
+  });
+  pen.putImageData(image, 0, 0);
+  return picture;
+}
+
 function gradient(palette) {
   const stops = [];
   for (let i = 0; i <= 8; i++) stops.push(`rgb(${palette.subarray(3 * ((255 * i) >> 3), 3 * ((255 * i) >> 3) + 3).join(",")})`);
@@ -56,7 +74,7 @@ function build(el) {
   const root = element(el, "div", "vr-card", { "data-lm-suppress-shortcuts": "true" });
   const page = { root, parts: {} };
   const head = element(root, "div", "vr-head");
-  for (const name of ["label", "role", "title"]) page.parts[name] = element(head, "span", `vr-${name}`, { "data-name": name });
+  for (const name of ["label", "role", "title", "above"]) page.parts[name] = element(head, "span", `vr-${name}`, { "data-name": name });
   page.parts.notes = element(root, "div", "vr-notes", { "data-name": "notes", role: "status" });
   const row = element(root, "div", "vr-row");
   page.maps = element(row, "div", "vr-maps", { tabindex: "0", role: "application" });
@@ -73,7 +91,7 @@ function build(el) {
   page.panels.histogram = { title: element(figure, "figcaption", "vr-panel-title") };
   page.histogram = element(figure, "canvas", "", { "data-panel": "histogram", tabindex: "0", role: "slider" });
   const legend = element(figure, "div", "vr-legend");
-  element(legend, "span", "").textContent = "L2 norm: this image (line), all images (area)";
+  element(legend, "span", "").textContent = "L2 norm (grey: all images)";
   const read = element(root, "div", "vr-read");
   page.parts.patch = element(read, "span", "vr-patch", { "data-name": "patch" });
   for (const [name, text] of [["norm", "norm"], ["rank", "rank"], ["attention", "attention"], ["similarity", "similarity"]]) {
@@ -82,13 +100,13 @@ function build(el) {
     page.parts[name] = element(item, "b", "", { "data-name": name });
   }
   const budget = element(root, "div", "vr-read vr-budget");
-  element(budget, "span", "vr-patch").textContent = "Where the query's attention goes";
+  element(budget, "span", "vr-patch").textContent = "The query's attention goes to";
   page.shares = element(budget, "span", "vr-shares", { "aria-hidden": "true" });
   for (const name of ["cls", "registers", "outliers", "patches"]) {
     element(page.shares, "i", `vr-share vr-${name}`);
     const item = element(budget, "span", "vr-number");
     element(item, "i", `vr-dot vr-${name}`);
-    element(item, "span", "vr-key").textContent = name === "patches" ? "other patches" : name;
+    element(item, "span", "vr-key").textContent = name === "patches" ? "the rest" : name;
     page.parts[`on-${name}`] = element(item, "b", "", { "data-name": `on-${name}` });
   }
   return page;
@@ -113,11 +131,11 @@ function render({ model, el }) {
     view = { ...sent, pictures: {} };
     for (const name of ["attention", "norms", "similarity", "share", "edges", "counts", "set_counts"]) view[name] = floats(sent[name]);
     for (const [name, { palette, low, high }] of Object.entries(sent.scales)) {
-      view.pictures[name] = fromRGB(coloured(view[name], palettes[palette], low, high), cols, rows);
+      if (name !== "attention") view.pictures[name] = fromRGB(coloured(view[name], palettes[palette], low, high), cols, rows);
       const panel = page.panels[name];
       panel.bar.style.background = gradient(palettes[palette]);
       panel.low.textContent = short(low);
-      panel.high.textContent = `${short(high)} ${sent.units[name]}`;
+      panel.high.textContent = short(high);
     }
     const components = page.panels.components;
     if (sent.component) {
@@ -129,6 +147,7 @@ function render({ model, el }) {
     }
     components.low.textContent = "−3";
     components.high.textContent = "3 σ";
+    view.overlay = coloured(view.attention, palettes[sent.scales.attention.palette], ...limits(sent.scales.attention));
     view.image = fromRGB(bytesOf(sent.pixels), sent.size[1], sent.size[0]);
     return true;
   }
@@ -140,14 +159,10 @@ function render({ model, el }) {
     const height = Math.round((SIZE * rows) / cols);
     if (canvas.width !== width || canvas.height !== height) [canvas.width, canvas.height] = [width, height];
     const pen = canvas.getContext("2d", { willReadFrequently: true });
-    pen.imageSmoothingEnabled = key === "attention";
-    if (key === "attention") {
-      pen.drawImage(view.image, 0, 0, width, height);
-      pen.imageSmoothingEnabled = false;
-      pen.globalAlpha = model.get("opacity");
-    }
-    pen.drawImage(view.pictures[key], 0, 0, width, height);
-    pen.globalAlpha = 1;
+    if (key === "attention") pen.drawImage(view.image, 0, 0, width, height);
+    pen.imageSmoothingEnabled = false;
+    pen.drawImage(key === "attention" ? overlay(view, model.get("opacity")) : view.pictures[key], 0, 0, width, height);
+    pen.imageSmoothingEnabled = true;
     const square = (row, col, colour, wide, inset = 0) => {
       const [w, h] = [width / cols, height / rows];
       for (const [line, style] of [[wide + 2.5, "#000"], [wide, colour]]) {
@@ -168,13 +183,13 @@ function render({ model, el }) {
     if (canvas.width !== width) [canvas.width, canvas.height] = [width, height];
     const pen = canvas.getContext("2d");
     const ink = getComputedStyle(page.root).color;
-    const [left, right, top, bottom] = [44, 8, 8, 26];
+    const [left, right, top, bottom] = HISTOGRAM;
     const high = view.edges[view.edges.length - 1];
     const most = Math.max(...view.counts, ...view.set_counts);
     const x = (norm) => left + (norm / high) * (width - left - right);
     const y = (share) => height - bottom - Math.sqrt(share / most) * (height - top - bottom);
     pen.clearRect(0, 0, width, height);
-    pen.font = "16px sans-serif";
+    pen.font = "21px sans-serif";
     pen.fillStyle = pen.strokeStyle = ink;
     pen.textAlign = "right";
     pen.textBaseline = "middle";
@@ -211,9 +226,10 @@ function render({ model, el }) {
     pen.arc(x(at), top + 10, 8, 0, 7);
     pen.fill();
     pen.globalAlpha = 1;
-    const share = [...view.norms].filter((norm, i) => isOutlier(i)).length / view.norms.length;
+    const count = [...view.norms].filter((norm, i) => isOutlier(i)).length;
     const how = dragged !== null || !view.by_rule ? "by hand" : "by rule";
-    const text = cutoff() === null ? "cutoff: the rule finds none" : `cutoff ${short(cutoff())} ${how}: ${percent(share)} outliers`;
+    const text = cutoff() === null ? "cutoff: none by rule" : `cutoff ${short(cutoff())} ${how}`;
+    page.parts.above.textContent = `${count} of ${view.norms.length} patches above the cutoff (${percent(count / view.norms.length)})`;
     page.panels.histogram.title.textContent = text;
     page.panels.histogram.title.dataset.name = "cutoff";
     for (const [key, value] of [["valuemin", 0], ["valuemax", short(high)], ["valuenow", short(at)], ["valuetext", text]])
@@ -226,8 +242,8 @@ function render({ model, el }) {
     for (const name of ["label", "role", "title"]) parts[name].textContent = view[name];
     parts.notes.textContent = view.notes.join("; ");
     page.maps.setAttribute("aria-label", `Patches of ${view.label}. Arrow keys move the query patch, Home asks cls. ${view.title}`);
-    const titles = { attention: `attention of ${view.query}`, norms: "norm", similarity: "neighbour similarity" };
-    titles.components = view.component ? `component ${view.component}` : "components 1 to 3";
+    const titles = { attention: "attention (× even)", norms: "norm (L2)", similarity: "neighbour similarity" };
+    titles.components = view.component ? `component ${view.component} (σ)` : "components 1 to 3";
     for (const key of PANELS) page.panels[key].title.textContent = titles[key];
     const at = hover || view.patch;
     parts.patch.textContent = at ? `Patch (${at[0]}, ${at[1]})` : "Point at a patch, or click to ask it";
@@ -304,7 +320,7 @@ function render({ model, el }) {
     const box = page.histogram.getBoundingClientRect();
     const x = ((event.clientX - box.left) / box.width) * 400;
     const high = view.edges[view.edges.length - 1];
-    return Math.max(0, Math.min(high, ((x - 44) / (400 - 44 - 8)) * high));
+    return Math.max(0, Math.min(high, ((x - HISTOGRAM[0]) / (400 - HISTOGRAM[0] - HISTOGRAM[1])) * high));
   };
   page.histogram.addEventListener("pointerdown", (event) => {
     if (!view) return;

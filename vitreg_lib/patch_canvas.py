@@ -19,7 +19,7 @@ from .plots import ATTENTION, NORMS
 from .plots_explorer import SIMILARITY
 from .plots_maps import COMPONENT
 
-MAPS = {"attention": (ATTENTION, "× even"), "norms": (NORMS, "L2"), "similarity": (SIMILARITY, "cosine")}
+MAPS = {"attention": ATTENTION, "norms": NORMS, "similarity": SIMILARITY}
 PALETTES = (ATTENTION, NORMS, SIMILARITY, COMPONENT)
 
 
@@ -34,7 +34,7 @@ class PatchCanvas(anywidget.AnyWidget):
     _esm = Path(__file__).with_name("patch_canvas.js")
     _css = Path(__file__).with_name("patch_canvas.css")
     view = traitlets.Dict().tag(sync=True)
-    opacity = traitlets.Float(0.6).tag(sync=True)
+    opacity = traitlets.Float(0.7).tag(sync=True)
     palettes = traitlets.Dict({name: palette(name) for name in PALETTES}).tag(sync=True)
 
 
@@ -58,8 +58,7 @@ def message(view: View, scales: dict[str, tuple[float, float]], component: int, 
         "grid": list(view.grid),
         "size": list(view.pixels.shape[-2:]),
         "pixels": _rgb(view.pixels.permute(1, 2, 0)),
-        "scales": {n: {"palette": MAPS[n][0], "low": scales[n][0], "high": scales[n][1]} for n in MAPS},
-        "units": {name: unit for name, (_, unit) in MAPS.items()},
+        "scales": {n: {"palette": MAPS[n], "low": scales[n][0], "high": scales[n][1]} for n in MAPS},
         "attention": _floats(view.attention),
         "share": _floats(view.attention_share),
         "norms": _floats(view.norms),
