@@ -54,8 +54,9 @@ def load(source: str, model, n: int, seed: int = 0, size: int | None = None) -> 
     """`n` images of `source` for a `zoo.Model`, at its own input size or `size` pixels a side.
 
     source: "scenes"; "photos"; "imagenet" (a folder of that name in VITREG_DATA, or in data/ of VITREG_MODELS); or the
-    path of a folder, searched below. Where a folder holds more than n images, `seed` draws among them; the same seed
-    gives the same images for every model. An image that cannot be read is named in a warning and left out.
+    path of an image or of a folder, searched below. Where a folder holds more than n images, `seed` draws among them;
+    the same seed gives the same images for every model. An image that cannot be read is named in a warning and left
+    out.
     Raises UserError when a source does not exist or holds no readable image.
     """
     size = size or model.input_size
@@ -92,9 +93,11 @@ def find(source: str) -> tuple[list[Path], str]:
     if source == "photos":
         return _photos(), "photos shipped with scikit-image and scikit-learn"
     folder = named_folder(source) or Path(source).expanduser()
+    if folder.is_file():
+        return [folder], folder.name
     if not folder.is_dir():
         raise UserError(
-            f"no images at {source!r}: write scenes, photos, or the path of a folder of images"
+            f"no images at {source!r}: write scenes, photos, or the path of an image or of a folder of images"
             + (" (imagenet: put such a folder into one named by VITREG_DATA)" if source == "imagenet" else "")
         )
     paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES)
