@@ -240,9 +240,9 @@ def check_fit(answer) -> str:
             "what else than lost information could bring its score on outliers down?"
         )
     if word in ("outlier", "matched", "border"):
-        raise NotYet(f"{word} names a group of tokens; wanted is a fit, a word of the table's second column")
+        raise NotYet(f"{word} is a group of tokens, a row of the table; wanted is a fit, the head of a column")
     if word != "own":
-        raise NotYet(f"{short(answer)} is no fit: wanted is a word of the table's second column, as a text")
+        raise NotYet(f"{short(answer)} is no fit: wanted is the head of a column of the table, as a text")
     return "right: only a probe that learnt from such tokens can say that something is not there to be learnt."
 
 

@@ -1,0 +1,357 @@
+"""The workshop as a student meets it: nothing filled in, solutions, usual wrong answers; and its two commands."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import zipfile
+
+import nbformat
+import pandas as pd
+import pytest
+import torch
+
+import vitreg_lib as vr
+from vitreg_lib import workshop as checks
+from vitreg_lib.errors import UserError
+from vitreg_lib.paths import ROOT
+
+sys.path.insert(0, str(ROOT / "workflow"))
+import wheelhouse  # noqa: E402
+import workshop as notebooks  # noqa: E402
+
+PATHS = notebooks.exercises()
+
+
+@pytest.fixture(scope="module")
+def data():
+    """What the notebooks have computed where an answer is asked for, by the names that they use."""
+    model, fresh = vr.load("planted"), vr.load("mini-random")
+    images = vr.images.load("scenes", model, 24)
+    seen = model.capture(images, ("norms", "tokens", "q", "k", "attention"))
+    last = seen.layers[-1]
+    truth = model.truth(images)
+    rows = seen.attention[last][:, :, 0]
+    steps = {"step": [0, 0, 9, 9], "layer": [0, 1, 0, 1], "q0.5": [1.0, 2.0, 4.0, 5.0], "q1": [3.0, 4.0, 8.0, 11.0]}
+    telemetry = pd.DataFrame(steps | {"cls_norm": [1.0, 1.5, 2.0, 7.0], "register_norm": [1.2, 2.2, 5.2, 16.0]})
+    hits = {"without": torch.arange(200) % 10 < 3, "with": torch.arange(200) % 20 < 9}
+    return {
+        "vr": vr,
+        "model": model,
+        "norms": seen.patch_norms,
+        "tokens": seen.tokens[last],
+        "truth": truth,
+        "clean": fresh.capture(images, "norms").patch_norms[:, -1],
+        "q": seen.q[last][0, :, 0],
+        "k": seen.k[last][0],
+        "rows": rows,
+        "is_outlier": truth,
+        "telemetry": telemetry,
+        "hits": hits,
+        "without": "without",
+        "with_registers": "with",
+        "features": torch.nn.functional.normalize(vr.lost.features(seen, "k"), dim=-1),
+    }
+
+
+@pytest.fixture(scope="module")
+def right(data):
+    """The answers of the solutions, computed: {name: function or value}."""
+    values = {}
+    for name, code in notebooks.answers().items():
+        space = data | {"torch": torch} | values  # one answer may use what an earlier one of its notebook has made
+        before = set(space)
+        exec(code, space)
+        values |= {key: value for key, value in space.items() if key not in before and key != "__builtins__"}
+        assert name in values
+    return values
+
+
+CHECKS = {  # answer: (check, names of its data)
+    "patch_norms": (checks.check_patch_norms, lambda d: (d["tokens"], 1)),
+    "onset": (checks.check_onset, lambda d: (d["norms"],)),
+    "cutoff": (checks.check_cutoff, lambda d: (d["norms"][:, -1], d["truth"], d["clean"])),
+    "attention_row": (checks.check_attention_row, lambda d: (d["q"], d["k"])),
+    "share": (checks.check_share, lambda d: (d["rows"], d["is_outlier"])),
+    "head": (checks.check_head, lambda d: (d["rows"], d["is_outlier"])),
+    "split": (checks.check_split, lambda d: ()),
+    "partner": (checks.check_partner, lambda d: ()),
+    "fit": (checks.check_fit, lambda d: ()),
+    "add_registers": (checks.check_add_registers, lambda d: ()),
+    "patch_mean": (checks.check_patch_mean, lambda d: ()),
+    "ratio": (checks.check_ratio, lambda d: (d["telemetry"],)),
+    "iou": (checks.check_iou, lambda d: ()),
+    "seed": (checks.check_seed, lambda d: (d["features"],)),
+    "gain": (checks.check_gain, lambda d: (d["hits"]["without"], d["hits"]["with"])),
+}
+
+
+def overlap(a, b, clamp=0.0):
+    width, height = (torch.minimum(a[2:], b[2:]) - torch.maximum(a[:2], b[:2])).clamp_min(clamp)
+    return width * height
+
+
+def area(box):
+    return (box[2] - box[0]) * (box[3] - box[1])
+
+
+def nearest(is_outlier, row, col, step):
+    return row + step[0], col + step[1]
+
+
+WRONG = {  # answer: [(a usual wrong one, from the right one r and the data d; what the line must speak of)]
+    "patch_norms": [
+        (lambda r, d: lambda t, p: t.norm(dim=-1), "which tokens are too many"),
+        (lambda r, d: lambda t, p: t[:, p:].norm(dim=1), "one value for each dimension"),
+        (lambda r, d: lambda t, p: t[:, p:].square().sum(-1), "one step is missing"),
+        (lambda r, d: lambda t, p: t[:, p:].abs().sum(-1), "L1"),
+        (lambda r, d: lambda t, p: t[:, :-p].norm(dim=-1), "where in the sequence"),
+        (lambda r, d: lambda t, p: t.norms(p), "AttributeError"),
+    ],
+    "onset": [
+        (lambda r, d: r + 1, "Is your first block 0 or 1"),
+        (lambda r, d: d["norms"].shape[1] - 1, "not for the first time"),
+        (lambda r, d: r - 1, "two crowds that stay"),
+        (lambda r, d: d["norms"].shape[1], "there is no block"),
+        (lambda r, d: "middle", "one number is wanted"),
+        (lambda r, d: r + 0.5, "a whole number"),
+    ],
+    "cutoff": [
+        (lambda r, d: lambda n: n.quantile(1 - d["truth"].float().mean().item()), "in any model, by its making"),
+        (lambda r, d: lambda n: 12.0, "is a number of yours fixed"),
+        (lambda r, d: lambda n: 150.0, "too high"),
+        (lambda r, d: lambda n: n.mean(), "too low"),
+        (lambda r, d: lambda n: n > 3 * n.median(), "one number is wanted"),
+    ],
+    "attention_row": [
+        (lambda r, d: lambda q, k: (k @ q[:, :, None])[..., 0].softmax(-1), "a factor is missing"),
+        (lambda r, d: lambda q, k: (k @ q[:, :, None])[..., 0] / q.shape[-1] ** 0.5, "a row of attention sums to 1"),
+        (lambda r, d: lambda q, k: ((k @ q[:, :, None])[..., 0] / q.shape[-1]).softmax(-1), "too flat"),
+        (lambda r, d: lambda q, k: ((k @ q[:, :, None])[..., 0] / q.shape[-1] ** 0.5).softmax(0), "along which axis"),
+        (lambda r, d: lambda q, k: (k @ q[:, :, None]).softmax(1), "the shape is"),
+        (lambda r, d: lambda q, k: (q @ k).softmax(-1), "your function stopped"),
+    ],
+    "share": [
+        (lambda r, d: 100 * r, "percentage"),
+        (lambda r, d: d["is_outlier"].float().mean(), "not how much they are looked at"),
+        (lambda r, d: r * d["rows"].shape[1], "the heads are added up"),
+        (lambda r, d: r / 2, "too low"),
+    ],
+    "head": [
+        (lambda r, d: -1, "mean of all heads"),
+        (lambda r, d: d["rows"].shape[1], "counted from 0"),
+        (lambda r, d: r - 1, "another one gives them more"),
+        (lambda r, d: "the last", "one number is wanted"),
+    ],
+    "split": [
+        (lambda r, d: lambda ids: torch.rand(len(ids)) < 0.2, "tokens on both sides"),
+        (lambda r, d: lambda ids: torch.arange(len(ids)) < len(ids) // 5, "tokens on both sides"),
+        (lambda r, d: lambda ids: ids < 8, "no token is left for test"),
+        (lambda r, d: lambda ids: ids.unique()[:8], "a bool for each token"),
+        (lambda r, d: lambda ids: ids == ids.max(), "a tenth to a half"),
+    ],
+    "partner": [
+        (lambda r, d: lambda m, row, col: (row, col), "the outlier itself"),
+        (lambda r, d: lambda m, row, col: (row - 1, col), "outside the grid"),
+        (lambda r, d: lambda m, row, col: (row, (col + 1) % m.shape[1]), "an outlier too"),
+        (lambda r, d: lambda m, row, col: (3, 0), "there is a nearer one"),
+        (lambda r, d: lambda m, row, col: row * 6 + col + 1, "a pair"),
+    ],
+    "fit": [
+        (lambda r, d: "normal", "never saw such a norm"),
+        (lambda r, d: "all", "whose features does it serve"),
+        (lambda r, d: "outlier", "a group of tokens"),
+        (lambda r, d: 3, "is no fit"),
+    ],
+    "add_registers": [
+        (lambda r, d: lambda x, g: torch.cat([g.expand(len(x), -1, -1), x], 1), "before cls"),
+        (lambda r, d: lambda x, g: torch.cat([x, g.expand(len(x), -1, -1)], 1), "at the end"),
+        (lambda r, d: lambda x, g: torch.cat([x[:, :1], g, x[:, 1:]], 1), "your function stopped"),
+        (lambda r, d: lambda x, g: x, "as long as before"),
+    ],
+    "patch_mean": [
+        (lambda r, d: lambda x, n: x.mean(1), "all tokens are in this mean"),
+        (lambda r, d: lambda x, n: x[:, 1:].mean(1), "registers are still in this mean"),
+        (lambda r, d: lambda x, n: x[:, n:].mean(1), "cls is still in this mean"),
+        (lambda r, d: lambda x, n: x[:, 1 : x.shape[1] - n].mean(1), "at the end of the sequence"),
+        (lambda r, d: lambda x, n: x[:, 1 + n :], "the shape is"),
+        (lambda r, d: lambda x, n: x[:, 1:-n].mean(1), "at the end of the sequence"),
+    ],
+    "ratio": [
+        (lambda r, d: 1 / r, "upside down"),
+        (lambda r, d: 7 / 5, "cls over patches"),
+        (lambda r, d: 16 / 11, "over the largest patch"),
+        (lambda r, d: 2.2 / 2, "before the first step"),
+        (lambda r, d: 5.2 / 4, "this is the first block"),
+        (lambda r, d: float("nan"), "NaN"),
+    ],
+    "iou": [
+        (lambda r, d: lambda a, b: overlap(a, b, -99) / (area(a) + area(b) - overlap(a, b, -99)), "be negative"),
+        (lambda r, d: lambda a, b: overlap(a, b) / (area(a) + area(b)), "counts the overlap twice"),
+        (lambda r, d: lambda a, b: overlap(a, b) / min(area(a), area(b)), "over the smaller box"),
+        (lambda r, d: lambda a, b: overlap(a, b), "the area of the overlap"),
+    ],
+    "seed": [
+        (lambda r, d: lambda f: (f @ f.T >= 0).sum(1).argmax(), "most friends"),
+        (lambda r, d: lambda f: (f @ f.T).sum(1).argmin(), "lowest summed similarity"),
+        (lambda r, d: lambda f: f.norm(dim=1).argmin(), "shortest feature"),
+        (lambda r, d: lambda f: (f @ f.T >= 0).sum(1), "one number is wanted"),
+        (lambda r, d: lambda f: len(f), "is no patch"),
+    ],
+    "gain": [
+        (lambda r, d: -r, "the sign is turned"),
+        (lambda r, d: r / 100, "points are asked for"),
+        (lambda r, d: 50.0, "relative to the value without"),
+        (lambda r, d: 45.0, "not yet a difference"),
+    ],
+}
+
+
+def function_of_nothing(*arguments):
+    """A function whose body is still `...`."""
+    ...
+
+
+@pytest.mark.parametrize("name", CHECKS)
+def test_nothing_filled_in_is_told_politely(name, data):
+    check, choose = CHECKS[name]
+    for nothing in (..., function_of_nothing) if callable(WRONG[name][0][0](1.0, data)) else (...,):
+        found = check(nothing, *choose(data))
+        assert found.state == "empty"
+        assert "yet" in found.line
+
+
+@pytest.mark.parametrize("name", CHECKS)
+def test_the_solution_is_right(name, data, right):
+    check, choose = CHECKS[name]
+    found = check(right[name], *choose(data))
+    assert found.state == "right", found
+    assert repr(found).startswith(f"✓ {check.exercise}: right")
+
+
+@pytest.mark.parametrize("name, number", [(name, i) for name, wrong in WRONG.items() for i in range(len(wrong))])
+def test_a_usual_wrong_answer_is_caught_with_a_helpful_line(name, number, data, right):
+    check, choose = CHECKS[name]
+    make, told = WRONG[name][number]
+    found = check(make(right[name], data), *choose(data))
+    assert found.state == "not yet", found
+    assert told in found.line
+
+
+def test_every_exercise_has_three_usual_wrong_answers_at_least():
+    assert WRONG.keys() == CHECKS.keys() == notebooks.answers().keys()
+    assert min(map(len, WRONG.values())) >= 3
+
+
+def test_a_verdict_is_safe_as_a_page():
+    assert "&lt;b&gt;" in checks.check_fit("<b>")._repr_html_()
+
+
+def test_another_right_rule_is_right_too(data):
+    """The check wants a rule that works, not the words of the solution."""
+    check, choose = CHECKS["cutoff"]
+    for rule in ("antimode", "mad"):
+        assert check(lambda norms, rule=rule: vr.outliers.cutoff(norms, rule), *choose(data)).state == "right"
+
+
+def test_what_is_read_off_one_token_is_what_is_there():
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.randint(4, (60,), generator=generator)
+    tokens = torch.randn(60, 6, 8, generator=generator)
+    tokens[:, :3, :4] += 9 * torch.nn.functional.one_hot(labels, 4)[:, None]
+    knows = torch.arange(6).expand(60, -1) < 3
+    found = checks.read_off_one_token(tokens, labels, {"knows": knows, "does not": ~knows, "nobody": knows & ~knows})
+    assert found["knows"] == 1.0
+    assert found["does not"] < 0.5
+    assert found["nobody"] != found["nobody"]
+
+
+@pytest.mark.parametrize("path", PATHS, ids=lambda path: path.stem)
+def test_the_solutions_are_the_exercises_with_the_answers_filled_in(path):
+    exercise = nbformat.read(path, as_version=4)
+    made = notebooks.solved(exercise, notebooks.answers())
+    shipped = nbformat.read(notebooks.SOLUTIONS / path.name, as_version=4)
+    assert notebooks.sources(shipped) == notebooks.sources(made), "run python workflow/workshop.py"
+
+
+@pytest.mark.parametrize("path", PATHS, ids=lambda path: path.stem)
+def test_an_exercise_says_what_it_costs_has_hints_and_is_checked(path):
+    cells = nbformat.read(path, as_version=4).cells
+    asked = [i for i, cell in enumerate(cells) if notebooks.answer_of(cell)]
+    assert len(asked) == 3
+    for i in asked:
+        name = notebooks.answer_of(cells[i])
+        assert "..." in cells[i].source
+        assert re.search(r"### Exercise \d\.\d · (easy|medium)\S* .*\d+ minutes\n", cells[i - 1].source)
+        assert cells[i - 1].source.count("<details>") == cells[i - 1].source.count("</details>") == 2
+        later = "\n".join(cell.source for cell in cells[i + 1 : i + 2])
+        assert f"vr.workshop.check_{name}({name}" in later
+    used = [notebooks.answer_of(cells[i]) for i in asked]
+    assert len(set(used)) == len(used)
+
+
+@pytest.mark.parametrize("folder, mark", [(notebooks.EXERCISES, "…"), (notebooks.SOLUTIONS, "✓")])
+def test_committed_outputs_are_of_a_whole_run(folder, mark):
+    for path in PATHS:
+        cells = json.loads((folder / path.name).read_text())["cells"]
+        code = [cell for cell in cells if cell["cell_type"] == "code"]
+        assert [cell["execution_count"] for cell in code] == list(range(1, len(code) + 1))
+        told = [
+            "".join(o["data"]["text/plain"]) for c in code for o in c["outputs"] if "text/plain" in o.get("data", {})
+        ]
+        assert sum(text.startswith(mark) for text in told) == 3, path.name
+
+
+def test_the_workshop_is_ready_offline(no_models):
+    told = notebooks.ready()
+    assert told.startswith("workshop: ready, offline. 5 notebooks")
+    assert "without ViT-Ti (optional" in told
+
+
+def test_what_the_workshop_lacks_is_named(monkeypatch):
+    monkeypatch.setattr(notebooks, "NEEDS", ("torch", "jupyterlabz"))
+    with pytest.raises(UserError, match="needs jupyterlabz: run `make setup`"):
+        notebooks.ready()
+
+
+@pytest.fixture
+def store(tmp_path):
+    """A folder with the wheel of a package of one line, made by hand."""
+    name = "vitreg_toy-1.0"
+    files = {
+        "vitreg_toy.py": "answer = 42\n",
+        f"{name}.dist-info/METADATA": "Metadata-Version: 2.1\nName: vitreg-toy\nVersion: 1.0\n",
+        f"{name}.dist-info/WHEEL": "Wheel-Version: 1.0\nGenerator: by hand\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
+    }
+    record = "".join(f"{path},,\n" for path in files)
+    (tmp_path / "store").mkdir()
+    with zipfile.ZipFile(tmp_path / "store" / f"{name}-py3-none-any.whl", "w") as archive:
+        for path, text in (files | {f"{name}.dist-info/RECORD": record}).items():
+            archive.writestr(path, text)
+    return tmp_path / "store"
+
+
+@pytest.mark.slow
+def test_a_wheelhouse_is_filled_and_installs_without_a_network(store, tmp_path):
+    house = tmp_path / "wheelhouse"
+    wheels = wheelhouse.fill(house, ("vitreg-toy",), ("--no-index", "--find-links", str(store)))
+    assert [path.name for path in wheels] == ["vitreg_toy-1.0-py3-none-any.whl"]
+    told = (house / "README.txt").read_text()
+    assert '--no-index --find-links wheelhouse --constraint constraints.txt -e ".[all]"' in told
+    with wheelhouse._pip() as pip:
+        install = [
+            *pip,
+            "install",
+            "-q",
+            "--no-index",
+            "--find-links",
+            str(house),
+            "--target",
+            str(tmp_path / "laptop"),
+        ]
+        subprocess.run([*install, "vitreg-toy"], check=True, cwd=tmp_path)
+    assert (tmp_path / "laptop" / "vitreg_toy.py").read_text() == "answer = 42\n"
+    with pytest.raises(UserError, match="pip could not get all packages"):
+        wheelhouse.fill(house, ("vitreg-toy==9",), ("--no-index", "--find-links", str(store)))
