@@ -42,7 +42,8 @@ reproduce-all: $(READY) ## all items of the paper; only what changed runs again
 report: $(READY) ## a page of all results of PROFILE
 	@$(BIN)/vitreg report --profile $(PROFILE)
 
-test: $(READY) ## all tests, the notebooks (by nbval) among them
+test: $(READY) ## all tests, the notebooks (by nbval) and the page in a browser among them
+	@sh workflow/chromium.sh >/dev/null || true  # without it the browser test errors and says what is wanted
 	@VITREG_BATCH=1 VITREG_RESULTS=$(CURDIR)/results/test $(BIN)/python -m pytest -q -n $(JOBS) --dist loadscope $(NBVAL) tests notebooks
 
 test-fast: $(READY) ## what to run at every change: no notebooks, nothing marked slow
@@ -50,6 +51,13 @@ test-fast: $(READY) ## what to run at every change: no notebooks, nothing marked
 
 test-notebooks: $(READY) ## the notebooks alone
 	@VITREG_BATCH=1 VITREG_RESULTS=$(CURDIR)/results/test $(BIN)/python -m pytest -q -n $(JOBS) --dist loadscope $(NBVAL) notebooks
+
+test-browser: $(READY) ## the explorer in JupyterLab and Chromium, which is installed where it is missing
+	@sh workflow/chromium.sh >/dev/null
+	@$(BIN)/python -m pytest -q -s tests/browser
+
+gallery: $(READY) ## the browser test again, its screenshots into docs/gallery/
+	@VITREG_GALLERY=1 $(MAKE) --no-print-directory test-browser
 
 lab: $(READY) ## JupyterLab in the environment, opened at the notebooks
 	@$(BIN)/jupyter lab --notebook-dir=$(CURDIR) notebooks
@@ -62,7 +70,7 @@ wheelhouse: $(READY) ## all packages as files in wheelhouse/, to set up laptops 
 	@$(BIN)/python workflow/wheelhouse.py
 
 bench: $(READY) ## timings, as ratios within one run
-	@for part in bench bench_attention bench_probes; do env -u OMP_NUM_THREADS $(BIN)/python -m tests.$$part || exit; done
+	@for part in bench bench_attention bench_probes bench_widgets; do env -u OMP_NUM_THREADS $(BIN)/python -m tests.$$part || exit; done
 
 bench-train: $(READY) ## images a second of training, against timm's way, and what registers cost
 	@env -u OMP_NUM_THREADS $(BIN)/python -m tests.bench_train

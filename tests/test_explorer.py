@@ -1,0 +1,214 @@
+"""The explorer without a browser: its views are what the library measures, and a state repeats in batch."""
+
+from __future__ import annotations
+
+import io
+import shlex
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from vitreg_lib import attention, capture, explorer, maps, outliers, record, widgets
+from vitreg_lib.data import images
+from vitreg_lib.errors import UserError
+from vitreg_lib.explorer import State
+from vitreg_lib.models import zoo
+
+PAIR = State(models=("mini-deit3", "mini-deit3-reg4"), images="scenes", image=1)
+
+
+@pytest.fixture(autouse=True)
+def a_reader(monkeypatch):
+    """Not a batch run, whatever the tests' caller has set."""
+    monkeypatch.delenv("VITREG_BATCH", raising=False)
+
+
+@pytest.fixture(scope="module")
+def store():
+    return explorer.Store()
+
+
+@pytest.fixture(scope="module")
+def registers():
+    """The mini model with registers, scene 1 and all that the library keeps of it: rows of all tokens too."""
+    model = zoo.load("mini-deit3-reg4", "cpu")
+    found = images.load("scenes", model, explorer.MAX_IMAGES)
+    x = found.x[1:2]
+    tokens = model.anatomy.num_prefix_tokens + 144
+    return model.capture(x, ("norms", "tokens", "attention"), queries=range(tokens)), model.capture(found, "norms")
+
+
+@pytest.mark.parametrize(
+    ("query", "token"), [("cls", 0), ("register 3", 3), ("patch (0, 0)", 5), ("patch (3, 4)", 5 + 40)]
+)
+@pytest.mark.parametrize("heads", [(), (1,), (0, 2)])
+@pytest.mark.parametrize("layer", [0, -1])
+def test_views_are_what_capture_and_maps_give(store, registers, layer, heads, query, token):
+    seen, every = registers
+    view = explorer.look(replace(PAIR, layer=layer, heads=heads, query=query), store)[1]
+    layer %= 8
+    wanted = attention.maps(seen, layer, [token], list(heads) or None)[0, 0]
+    torch.testing.assert_close(view.attention_share, wanted, atol=1e-6, rtol=1e-4)
+    torch.testing.assert_close(view.attention, wanted / wanted.mean(), atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(view.norms.flatten(), seen.patch_norms[0, layer])
+    patches = seen.patches(seen.tokens[layer])
+    parts = maps.principal_components(patches, 3, per_image=True, grid=seen.grid).scores
+    torch.testing.assert_close(view.components.flatten(0, 1), parts[0], atol=1e-3, rtol=1e-3)
+    torch.testing.assert_close(view.similarity.flatten(), maps.neighbour_similarity(patches, seen.grid)[0])
+    assert view.cutoff == pytest.approx(outliers.cutoff(every.patch_norms[:, layer]))
+    assert sum(view.budget.values()) == pytest.approx(1, abs=1e-5)
+    assert view.query == query
+    assert view.counts.sum().item() == pytest.approx(1)
+    assert view.set_counts.sum().item() == pytest.approx(1)
+
+
+def test_ranks_count_from_the_largest_norm(store):
+    view = explorer.look(PAIR, store)[0]
+    assert view.norms.flatten()[view.ranks.flatten() == 1] == view.norms.max()
+    assert sorted(view.ranks.flatten().tolist()) == list(range(1, 145))
+
+
+def test_a_cutoff_by_hand_paints_what_is_above_it(store):
+    view = explorer.look(replace(PAIR, cutoffs=(None, 3.0)), store)[1]
+    assert view.cutoff == 3.0 and not view.by_rule
+    assert torch.equal(view.is_outlier, view.norms > 3)
+    share = view.attention_share[view.is_outlier].sum().item()
+    assert view.budget["outliers"] == pytest.approx(share, abs=1e-6)
+
+
+def test_a_model_that_lacks_the_query_says_what_it_shows_instead(store):
+    views = explorer.look(replace(PAIR, query="register 2"), store)
+    assert views[0].query == "cls" and views[0].notes == ("has no registers: cls is shown",)
+    assert views[1].query == "register 2" and not views[1].notes
+
+
+def test_a_patch_keeps_its_place_on_another_grid():
+    seen = capture.Capture((0,), (16, 16), True, 0)
+    assert explorer.query_token("patch (0, 0)", seen, (12, 12))[0] == 1
+    assert explorer.query_token("patch (11, 11)", seen, (12, 12))[0] == 256
+    assert explorer.query_token("patch (6, 3)", seen, (12, 12))[0] == 1 + 8 * 16 + 4
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"layer": 8}, "layer 8 out of range for 8 blocks"),
+        ({"layer": -9}, "layer -9 out of range"),
+        ({"heads": (3,)}, "head 3 out of range for 3 heads"),
+        ({"query": "register 5"}, "registers of mini-deit3 and mini-deit3-reg4: 4"),
+        ({"query": "patch (12, 0)"}, "out of range for a grid of 12 x 12"),
+        ({"query": "token 3"}, 'write "cls", "register 1" or "patch'),
+        ({"image": 12}, "image 12 out of range for the 12 images of 'scenes'"),
+        ({"models": ("mini-deit3",) * 3}, "3 models"),
+        ({"models": ("mini-deit4",)}, "mini-deit4"),
+        ({"images": "/nowhere"}, "no images at '/nowhere'"),
+    ],
+)
+def test_what_is_not_there_is_refused_in_one_line(store, changes, told):
+    with pytest.raises(UserError) as error:
+        explorer.look(replace(PAIR, **changes), store)
+    assert told in str(error.value) and "\n" not in str(error.value)
+
+
+def test_heads_and_cutoffs_are_read_from_text():
+    assert explorer.parse_heads("0 3") == explorer.parse_heads((3, 0)) == explorer.parse_heads("3,0") == (0, 3)
+    assert explorer.parse_heads("mean") == explorer.parse_heads("") == ()
+    assert explorer.parse_cutoffs("150 rule") == (150.0, None)
+    for wrong in ("x", "1.5", "-1"):
+        with pytest.raises(UserError, match="head"):
+            explorer.parse_heads(wrong)
+    with pytest.raises(UserError, match="cutoffs"):
+        explorer.parse_cutoffs("high")
+
+
+@pytest.mark.parametrize("query", ["cls", "register 2", "patch (3, 4)"])
+def test_the_copied_commands_are_accepted_by_their_notebooks(store, query):
+    state = replace(PAIR, layer=3, heads=(0, 2), query=query, cutoffs=(None, 2.5))
+    for line in explorer.commands(state, explorer.look(state, store)).splitlines():
+        program, run, item, *words = shlex.split(line)
+        assert (program, run) == ("vitreg", "run")
+        assert words[::3] == ["-p"] * (len(words) // 3)
+        types = record.declared_parameters(item)
+        given = {name: type(types[name])(text) for name, text in zip(words[1::3], words[2::3], strict=True)}
+        checked = record.check_parameters(item, given)
+        if item == "explorer":
+            again = State(
+                tuple(checked["models"].split()),
+                checked["images"],
+                checked["image"],
+                checked["layer"],
+                explorer.parse_heads(checked["heads"]),
+                checked["query"],
+                explorer.parse_cutoffs(checked["cutoffs"]),
+            )
+            assert again == state
+
+
+def test_the_store_keeps_little_and_forgets_what_failed():
+    told = []
+    store = explorer.Store(told.append)
+    one = store.seen("mini-deit3", "scenes", 0)
+    assert store.seen("mini-deit3", "scenes", 0) is one
+    assert len(told) == 3  # model, norms of the images, all layers of one
+    with pytest.raises(UserError):
+        store.seen("mini-deit3", "scenes", 99)
+    assert len(store._seen) == 1
+    kept = explorer.KEPT_BYTES
+    try:
+        explorer.KEPT_BYTES = 1
+        for image in range(4):
+            store.seen("mini-deit3", "scenes", image)
+        assert list(store._seen) == [("mini-deit3", "scenes", 2), ("mini-deit3", "scenes", 3)]
+    finally:
+        explorer.KEPT_BYTES = kept
+
+
+def test_in_batch_it_is_a_picture_and_otherwise_a_page(monkeypatch):
+    monkeypatch.setenv("VITREG_BATCH", "1")
+    shown = widgets.explore("mini-deit3", "scenes")
+    assert shown.page is None
+    bundle = shown._repr_mimebundle_()
+    assert set(bundle) == {"image/png", "text/plain"}
+    assert bundle["text/plain"] == "mini-deit3: block 7 (of 0 to 7) · mean of 3 heads · query cls"
+    monkeypatch.delenv("VITREG_BATCH")
+    assert widgets.explore(zoo.load("mini-deit3", "cpu"), "scenes").page is not None
+
+
+def test_controls_and_canvas_messages_change_the_state(results):
+    shown = widgets.explore("mini-deit3 mini-deit3-reg4", "scenes")
+    page = shown.page
+    page.layer.value = 2
+    page.heads.children[3].value = True  # mean, 0, 1 … after the label
+    page._asked(1, {"kind": "query", "query": [4, 7]}, [])
+    page._asked(1, {"kind": "cutoff", "value": 2.0}, [])
+    assert shown.state == replace(PAIR, image=0, layer=2, heads=(1,), query="patch (4, 7)", cutoffs=(None, 2.0))
+    assert page.query.value == "patch (4, 7)"
+    sent = page.canvases[1].view
+    assert sent["patch"] == [4, 7] and sent["cutoff"] == 2.0
+    norms = torch.from_numpy(np.frombuffer(sent["norms"], "<f4").copy())
+    torch.testing.assert_close(norms, shown.views[1].norms.flatten())
+    page.heads.children[1].value = True
+    assert shown.state.heads == ()
+    page.path.value = "/nowhere"
+    assert "no images at" in page.status.value and shown.state.images == "scenes"
+    page.query.value = "register 4"
+    page.second.value = ""
+    assert shown.state.models == ("mini-deit3",) and shown.state.query == "cls"
+    assert [path.suffix for path in shown.save()] == [".png", ".svg"]
+
+
+def test_an_upload_is_kept_for_batch_runs_and_a_damaged_one_refused(results):
+    from PIL import Image
+
+    shown = widgets.explore("mini-deit3", "scenes")
+    buffer = io.BytesIO()
+    Image.new("RGB", (120, 90), (200, 30, 30)).save(buffer, "PNG")
+    shown.page._asked(0, {"kind": "upload", "name": "../my photo.png"}, [memoryview(buffer.getvalue())])
+    assert shown.state.images.endswith("my_photo.png")
+    assert results in Path(shown.state.images).parents
+    assert shown.views[0].image_name == "my_photo"
+    shown.page._asked(0, {"kind": "upload", "name": "x.png"}, [memoryview(buffer.getvalue()[:60])])
+    assert "x.png cannot be read as an image" in shown.page.status.value
