@@ -27,12 +27,13 @@ def fit_depth(
     batch_size: int = 16,
     lr: float = 1e-3,
     seed: int = 0,
+    upsample: int = 4,
 ) -> LinearHead:
     """A trained head, on the device of `tokens`, in evaluation mode.
 
     tokens (images, patches, dim), see `with_cls`; depths (images, height, width), in the unit of min_depth and
-    max_depth; a pixel counts when 0 < depth <= max_depth. Raises ValueError for a grid that does not fit,
-    NaN, no valid depth.
+    max_depth; a pixel counts when 0 < depth <= max_depth; upsample: of the bins' maps, before the mean over bins.
+    Raises ValueError for a grid that does not fit, NaN, no valid depth.
     """
     check_dense(tokens, grid, depths)
     depths = depths.float().to(tokens.device)
@@ -41,7 +42,7 @@ def fit_depth(
         raise ValueError(f"no pixel has a depth above 0 and up to {max_depth}: check the unit of the depths")
 
     def loss(maps, rows):
-        depth = _resize(bin_depth(maps, min_depth, max_depth), depths.shape[1:])
+        depth = _resize(bin_depth(maps, min_depth, max_depth, upsample), depths.shape[1:])
         return log_depth_loss(depth[valid[rows]], depths[rows][valid[rows]])
 
     return train_head(tokens, grid, bins, loss, steps, batch_size, lr, seed, weight_decay=0.01)
@@ -56,10 +57,11 @@ def predict_depth(
     min_depth: float = 1e-3,
     max_depth: float = 10.0,
     batch_size: int = 16,
+    upsample: int = 4,
 ) -> Tensor:
     """Depths (images, height, width) for size = (height, width)."""
     maps = (head(t.float(), grid) for t in tokens.split(batch_size))
-    return torch.cat([_resize(bin_depth(m, min_depth, max_depth), size) for m in maps])
+    return torch.cat([_resize(bin_depth(m, min_depth, max_depth, upsample), size) for m in maps])
 
 
 def bin_depth(maps: Tensor, min_depth: float, max_depth: float, upsample: int = 4) -> Tensor:

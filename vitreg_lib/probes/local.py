@@ -13,6 +13,8 @@ from .. import outliers
 from .position import position_probe
 from .reconstruction import reconstruction_probe
 
+READABLE = 5  # times chance: from there on a position counts as read
+
 
 def matched_normal(is_outlier: Tensor) -> Tensor:
     """Mask (images, rows, cols) of the partners: for each outlier the nearest normal token of its image.
@@ -114,8 +116,9 @@ def across_registers(
 def register_changes(table, group: str = "shared", fit: str = "own"):
     """What registers change in one group of an `across_registers` table: a DataFrame, one row a model with registers.
 
-    points: accuracy with registers less that without, in points; cells: the same of the distance; l2_ratio: error with
-    over error without. Means over seeds, paired by seed, each with its standard deviation (`_sd`).
+    right: the smaller of the two accuracies; readable: whether it is at least five times chance, without which equal
+    positions mean nothing. points: accuracy with registers less that without, in points; cells: the same of the
+    distance; l2_ratio: error with over error without. Means over seeds, paired by seed, and standard deviations (_sd).
     """
     import pandas as pd
 
@@ -127,7 +130,8 @@ def register_changes(table, group: str = "shared", fit: str = "own"):
             "cells": one.distance - other.distance,
             "l2_ratio": one.l2 / other.l2,
         }
-        rows[name] = {"without": base} | {
+        known = min(one.accuracy.mean(), other.accuracy.mean())
+        rows[name] = {"without": base, "right": known, "readable": bool(known >= READABLE * other.chance.mean())} | {
             k: v for c, x in change.items() for k, v in ((c, x.mean()), (f"{c}_sd", x.std()))
         }
     return pd.DataFrame.from_dict(rows, orient="index")
@@ -153,7 +157,9 @@ def verdicts(table, alike) -> dict[str, tuple[bool | None, str]]:
     """
     fair, paper = ratios(table).loc["own"], ratios(table, to="normal").loc["all"]
     right, chance = table.loc[("normal", "own"), ["accuracy", "chance"]]
-    blind = f"; not readable: normal tokens {right:.1%} right, {chance:.1%} by chance" if right < 5 * chance else ""
+    blind = (
+        f"; not readable: normal tokens {right:.1%} right, {chance:.1%} by chance" if right < READABLE * chance else ""
+    )
     found = {"accuracy": fair.accuracy < 0.8, "distance": fair.distance > 2, "l2": fair.l2 > 1.1}
     told = {
         key: f"outlier / matched {fair[key]:.2f}, as the paper compares {paper[key]:.2f}; "

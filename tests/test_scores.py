@@ -1,0 +1,105 @@
+"""The three tasks of a frozen model: parts add up to the scores of torchmetrics and scikit-learn; judging by hand."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+
+from vitreg_lib.errors import UserError
+from vitreg_lib.models import zoo
+from vitreg_lib.probes import scores
+
+
+def test_mean_iou_of_the_parts_is_torchmetrics():
+    from vitreg_lib.probes.segmentation import mean_iou
+
+    generator = torch.Generator().manual_seed(0)
+    guess, masks = (torch.randint(0, 4, (6, 9, 11), generator=generator) for _ in range(2))  # class 4 is never there
+    masks[0, :3] = 255
+    parts = scores.iou_parts(guess, masks, 5)
+    wanted = mean_iou(guess, masks, 5)
+    assert scores.SCORE["miou"](parts[None])[0].item() == pytest.approx(wanted, abs=1e-6)
+
+
+def test_parts_of_one_image_are_those_of_a_loop():
+    guess, masks = torch.tensor([[[0, 1, 1, 2]]]), torch.tensor([[[0, 1, 2, 255]]])
+    assert scores.iou_parts(guess, masks, 3).tolist() == [[1, 1, 0, 1, 2, 1]]
+
+
+@pytest.fixture(scope="module")
+def model():
+    return zoo.load("mini-deit3-xs", "cpu")
+
+
+@pytest.fixture(scope="module")
+def small():
+    return dict(n_train=24, n_test=16, seeds=(0, 1), steps=20)
+
+
+def test_scores_are_those_of_the_probes_called_one_by_one(model, small):
+    from sklearn.metrics import root_mean_squared_error
+
+    from vitreg_lib.data import registry
+    from vitreg_lib.probes import depth, segmentation
+
+    found = scores.scores(model, **small)
+    assert {task: tuple(v.shape) for task, v in found.values().items()} == dict.fromkeys(scores.TASKS, (2,))
+    parts = {}
+    for split, n in (("train", 24), ("test", 16)):
+        pictures = registry.segmentation("scenes", split, model, n, 0)[0]
+        seen = model.capture(pictures, "final", layers=-1)
+        parts[split] = pictures.scenes, seen.patches(seen.final), seen.final[:, 0]
+    rows = torch.randperm(24, generator=torch.Generator().manual_seed(1))[:19]
+    train, test = parts["train"], parts["test"]
+    head = segmentation.fit_segmentation(
+        train[1][rows], (12, 12), train[0].semantic[rows, 2::4, 2::4], 9, steps=20, lr=1e-2, seed=1
+    )
+    guess = segmentation.predict_segmentation(head, test[1], (12, 12), (96, 96))
+    assert found.values()["miou"][1].item() == pytest.approx(
+        segmentation.mean_iou(guess, test[0].semantic, 9), abs=1e-6
+    )
+    x, x_test = (depth.with_cls(p[1], p[2]) for p in (train, test))
+    head = depth.fit_depth(
+        x[rows], (12, 12), train[0].depth[rows, 2::4, 2::4], bins=16, steps=20, lr=1e-2, seed=1, upsample=2
+    )
+    guess = depth.predict_depth(head, x_test, (12, 12), (96, 96), upsample=2)
+    by_image = [root_mean_squared_error(t.flatten(), g.flatten()) for t, g in zip(test[0].depth, guess, strict=True)]
+    assert found.values()["rmse"][1].item() == pytest.approx(sum(by_image) / 16, rel=1e-5)
+
+
+def test_the_same_model_changes_nothing_and_a_worse_one_is_seen(model, small):
+    found = {"a": scores.scores(model, depths="", **small)}
+    found["a-reg4"] = found["a"]
+    wrong = {k: v.clone() for k, v in found["a"].parts.items()}
+    wrong["accuracy"] *= 0
+    found["a+ttr1"] = dataclasses.replace(found["a"], parts=wrong)
+    change = scores.changes(found, {"a-reg4": "a", "a+ttr1": "a"}, draws=50)
+    assert (change.loc["a-reg4", ["change", "low", "high"]].to_numpy() == 0).all()
+    assert change.change["a+ttr1", "accuracy"] == pytest.approx(-found["a"].values()["accuracy"].mean().item())
+    assert scores.judge(change.loc["a-reg4", "accuracy"], "accuracy", 0.2)[0] is True
+    table = scores.table(found)
+    assert table.accuracy["a+ttr1"] == 0 and "rmse" not in table and table.miou_sd["a"] >= 0
+
+
+def test_verdicts_by_hand():
+    row = {"change": -0.02, "low": -0.03, "high": -0.01}
+    assert scores.judge(row, "accuracy", 0.2)[0] is False
+    assert scores.judge(row, "rmse", 0.002) == (True, "-0.020 (-0.030 to -0.010)")
+    undecided, told = scores.judge({"change": 0.0, "low": -0.03, "high": 0.03}, "miou", 0.2)
+    assert undecided is None and "not decided" in told
+
+
+@pytest.mark.slow
+def test_trained_features_beat_fresh_ones(small):
+    options = small | {"n_train": 96, "n_test": 64, "steps": 100}
+    trained, fresh = (scores.scores(zoo.load(n, "cpu"), **options).values() for n in ("mini-deit3", "mini-random"))
+    assert trained["miou"].min() > fresh["miou"].max() and trained["rmse"].max() < fresh["rmse"].min()
+
+
+def test_no_task_and_unknown_data_are_refused(model):
+    with pytest.raises(UserError, match="no task is left"):
+        scores.scores(model, "", "", "")
+    with pytest.raises(UserError, match="classification set"):
+        scores.scores(model, "scnes", "", "")

@@ -1,0 +1,242 @@
+"""The three tasks of Table 2a and Figure 8 for one frozen model: class, semantic masks, depth, each by a linear probe.
+
+Features are those after the final LayerNorm: cls (where there is one) with the mean patch token for the class, patch
+tokens for masks, patch tokens with cls beside each for depth; logistic regression, `segmentation`, `depth` do the rest.
+The test images are fixed. Every seed draws four fifths of the training images and starts the heads anew, so that the
+spread over seeds shows what training does; `changes` adds the test images to it. Probes here are shorter than the
+paper's (Oquab et al. 2023): compare models within one run, never with its numbers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from ..data import registry, tasks
+from ..errors import UserError
+from . import depth, linear, segmentation
+from .tokens import held_out
+
+TASKS = {"accuracy": "classification", "miou": "segmentation", "rmse": "depth"}
+LOWER_IS_BETTER = ("rmse",)
+STRENGTHS = (1e-3, 1e-2, 1e-1, 1.0, 10.0)
+
+
+@dataclass
+class Scores:
+    """What each test image adds to each score, by task: (seeds, images, parts) float64; and what the images are.
+
+    accuracy: 1 where right; miou: intersection and union of every class, (…, 2 * classes), in pixels; rmse: that of the
+    image, NaN without a valid pixel. `values` makes the scores of them.
+    """
+
+    parts: dict[str, Tensor] = field(default_factory=dict)
+    sources: dict[str, str] = field(default_factory=dict)
+
+    def values(self) -> dict[str, Tensor]:
+        """{task: (seeds,)}: accuracy and mIoU from 0 to 1, RMSE in the unit of the depths."""
+        return {task: SCORE[task](part) for task, part in self.parts.items()}
+
+
+def _mean_iou(parts: Tensor) -> Tensor:
+    inter, union = parts.sum(-2).chunk(2, -1)
+    present = union > 0  # classes never predicted nor labelled are left out
+    return torch.where(present, inter / union.clamp_min(1), 0).sum(-1) / present.sum(-1)
+
+
+SCORE = {
+    "accuracy": lambda parts: parts[..., 0].mean(-1),
+    "miou": _mean_iou,
+    "rmse": lambda parts: parts[..., 0].nanmean(-1),
+}
+
+
+def scores(
+    model,
+    classification: str = "scenes",
+    dense: str = "scenes",
+    depths: str = "scenes",
+    n_train: int = 192,
+    n_test: int = 192,
+    seeds=(0, 1, 2),
+    steps: int = 150,
+    bins: int = 16,
+    stride: int = 4,
+    seed: int = 0,
+    progress: bool = False,
+) -> Scores:
+    """`Scores` of a `zoo.Model`; a source "" leaves its task out.
+
+    classification: a name of `data.tasks`; dense and depths: names of `data.registry` ("scenes" are the same images for
+    all three). At most n_train and n_test images, drawn by `seed`. steps: of the heads' training, batches of 16; bins:
+    of depth (the paper 256); stride: masks and depths are trained on every so many pixels and scored on all.
+    """
+    from tqdm.auto import tqdm
+
+    found, cache = Scores(), {}
+    work = [(t, s) for t, s in zip(TASKS, (classification, dense, depths), strict=True) if s]
+    if not work:
+        raise UserError("no task is left: name a data set for one of classification, dense and depths")
+    for task, source in tqdm(work, desc=model.label, disable=not progress, leave=False):
+        parts = [
+            _load(task, source, split, model, n, seed, cache) for split, n in (("train", n_train), ("test", n_test))
+        ]
+        found.sources[task] = parts[1].title
+        found.parts[task] = torch.stack([_SCORED[task](*_drawn(parts, s), s, steps, bins, stride) for s in seeds])
+    return found
+
+
+@dataclass
+class _Part:
+    """Features of the images of one split, on the CPU: cls (n, dim) or None, patches (n, patches, dim), the truth."""
+
+    title: str
+    cls: Tensor | None
+    patches: Tensor
+    grid: tuple[int, int]
+    truth: Tensor
+    most: float  # classes, or the largest depth
+
+    def take(self, rows: Tensor) -> _Part:
+        cls = None if self.cls is None else self.cls[rows]
+        return _Part(self.title, cls, self.patches[rows], self.grid, self.truth[rows], self.most)
+
+
+def _drawn(parts: list[_Part], seed: int) -> tuple[_Part, _Part]:
+    """Four fifths of the training images, and all test images."""
+    n = len(parts[0].truth)
+    rows = torch.randperm(n, generator=torch.Generator().manual_seed(seed))[: max(1, round(0.8 * n))]
+    return parts[0].take(rows), parts[1]
+
+
+def _load(task: str, source: str, split: str, model, n: int, seed: int, cache: dict) -> _Part:
+    """The images of one split with their truth; scenes are captured once for all tasks."""
+    if source == "scenes":
+        if split not in cache:
+            pictures, _, classes = registry.segmentation("scenes", split, model, n, seed)
+            cache[split] = (pictures, classes, _features(model, pictures.x))
+        pictures, classes, features = cache[split]
+        s = pictures.scenes
+        truth, most = {"accuracy": (s.label, 0), "miou": (s.semantic, classes), "rmse": (s.depth, 10.0)}[task]
+        return _Part(pictures.source, *features, truth, most)
+    if task == "accuracy":
+        (problem,) = tasks.load(source, n, n, seed)
+        part, labels = getattr(problem, split), getattr(problem.tasks[0], split)
+        if labels.ndim != 1:
+            raise UserError(f"{source} has several labels an image: choose a data set of one")
+        pixels = torch.cat([part.pixels(part.rows[i : i + 64], model) for i in range(0, len(part), 64)])
+        return _Part(part.title, *_features(model, model.normalise(pixels)), labels, problem.tasks[0].classes)
+    load = registry.segmentation if task == "miou" else registry.depth
+    pictures, truth, most = load(source, split, model, n, seed)
+    return _Part(pictures.source, *_features(model, pictures.x), truth, most)
+
+
+def _features(model, x: Tensor):
+    """(cls or None, patches, grid) after the final LayerNorm."""
+    seen = model.capture(x, "final", layers=-1)
+    return seen.final[:, 0] if seen.has_cls else None, seen.patches(seen.final), seen.grid
+
+
+def _class_scores(train: _Part, test: _Part, seed: int, steps, bins, stride) -> Tensor:
+    known = (train.truth.bincount() >= 2).nonzero()[:, 0]  # one to fit and one to choose by; others are never answered
+    rows = torch.isin(train.truth, known)
+    x, x_test = linear.scale(_pooled(train)[rows], _pooled(test))
+    y = torch.searchsorted(known, train.truth[rows])
+    held = held_out(y, seed)
+    fit, _ = linear.fit_selected(x[~held], y[~held], x[held], y[held], STRENGTHS, tol=1e-5)
+    return (known[linear.predict(fit, x_test, 0).argmax(-1)] == test.truth).double()[:, None]
+
+
+def _pooled(part: _Part) -> Tensor:
+    mean = part.patches.mean(1)
+    return mean if part.cls is None else torch.cat([part.cls, mean], 1)
+
+
+def _mask_scores(train: _Part, test: _Part, seed: int, steps: int, bins, stride: int) -> Tensor:
+    coarse = train.truth[:, stride // 2 :: stride, stride // 2 :: stride]
+    head = segmentation.fit_segmentation(train.patches, train.grid, coarse, train.most, steps=steps, lr=1e-2, seed=seed)
+    guess = segmentation.predict_segmentation(head, test.patches, test.grid, tuple(test.truth.shape[1:]))
+    return iou_parts(guess, test.truth, train.most)
+
+
+def iou_parts(guess: Tensor, masks: Tensor, num_classes: int, ignore_index: int = 255) -> Tensor:
+    """(images, 2 * classes) float64: pixels in the intersection, then in the union, of every class in every image."""
+    labelled = masks != ignore_index
+    rows = []
+    for g, m, known in zip(guess, masks, labelled, strict=True):
+        pairs = torch.bincount(g[known] * num_classes + m[known], minlength=num_classes**2).view(num_classes, -1)
+        inter = pairs.diagonal()
+        rows.append(torch.cat([inter, pairs.sum(0) + pairs.sum(1) - inter]))
+    return torch.stack(rows).double()
+
+
+def _depth_scores(train: _Part, test: _Part, seed: int, steps: int, bins: int, stride: int) -> Tensor:
+    coarse = train.truth[:, stride // 2 :: stride, stride // 2 :: stride]
+    x, x_test = (depth.with_cls(p.patches, p.cls) if p.cls is not None else p.patches for p in (train, test))
+    options = dict(max_depth=train.most, upsample=2)
+    head = depth.fit_depth(x, train.grid, coarse, bins=bins, steps=steps, lr=1e-2, seed=seed, **options)
+    guess = depth.predict_depth(head, x_test, test.grid, tuple(test.truth.shape[1:]), **options)
+    valid = (test.truth > 0) & (test.truth <= train.most)
+    squared = torch.where(valid, (guess - test.truth).double().square(), 0).sum((1, 2))
+    return (squared / valid.sum((1, 2))).sqrt()[:, None]  # 0 / 0 is NaN: an image without a valid pixel
+
+
+_SCORED = {"accuracy": _class_scores, "miou": _mask_scores, "rmse": _depth_scores}
+
+
+def table(found: dict[str, Scores]):
+    """Mean and standard deviation over seeds of every score: a DataFrame, a row a model (columns TASK and TASK_sd)."""
+    import pandas as pd
+
+    rows = {}
+    for name, result in found.items():
+        values = result.values()
+        rows[name] = {task: v.mean().item() for task, v in values.items()}
+        rows[name] |= {f"{task}_sd": v.std().item() if len(v) > 1 else float("nan") for task, v in values.items()}
+    return pd.DataFrame.from_dict(rows, orient="index")
+
+
+def changes(found: dict[str, Scores], pairs: dict[str, str], draws: int = 1000, seed: int = 0):
+    """What registers change in each score: a DataFrame indexed by (model with registers, task).
+
+    pairs: {model with registers: the same without} (`outliers.pairs`). Columns without, change, low, high: the change
+    of the mean score and the middle 95 % of a bootstrap that draws seeds and test images, the same for both models.
+    """
+    import pandas as pd
+
+    rows, generator = {}, torch.Generator().manual_seed(seed)
+    for name, base in pairs.items():
+        for task in found[name].parts.keys() & found[base].parts.keys():
+            one, other = found[name].parts[task], found[base].parts[task]
+            seeds, images = one.shape[:2]
+            drawn = torch.empty(draws, dtype=torch.float64)
+            for i in range(draws):
+                s = torch.randint(seeds, (seeds,), generator=generator)[:, None]
+                n = torch.randint(images, (images,), generator=generator)
+                drawn[i] = (SCORE[task](one[s, n]) - SCORE[task](other[s, n])).mean()
+            low, high = drawn.quantile(torch.tensor([0.025, 0.975]).double()).tolist()
+            change = (SCORE[task](one) - SCORE[task](other)).mean().item()
+            rows[name, task] = {"without": base, "change": change, "low": low, "high": high}
+    index = pd.MultiIndex.from_tuples(rows, names=["model", "task"])
+    frame = pd.DataFrame(list(rows.values()), index=index, columns=["without", "change", "low", "high"])
+    order = {task: i for i, task in enumerate(TASKS)}
+    return frame.sort_index(level="task", key=lambda t: t.map(order), sort_remaining=False).sort_index(
+        level="model", key=lambda m: m.map({n: i for i, n in enumerate(pairs)}), sort_remaining=False, kind="stable"
+    )
+
+
+def judge(change, task: str, tolerance: float) -> tuple[bool | None, str]:
+    """(verdict, what was measured): is a score no worse with registers, by more than `tolerance` in its own unit?
+
+    change: a row of `changes`. None where the interval holds both answers: then the images are too few to tell.
+    """
+    sign, unit, factor = (-1, "", 1) if task in LOWER_IS_BETTER else (1, " points", 100)
+    ends = sorted(sign * factor * change[key] for key in ("low", "high"))
+    holds = True if ends[0] >= -tolerance else False if ends[1] < -tolerance else None
+    digits = 3 if task in LOWER_IS_BETTER else 1
+    value, low, high = (factor * change[key] for key in ("change", "low", "high"))
+    told = f"{value:+.{digits}f}{unit} ({low:+.{digits}f} to {high:+.{digits}f})"
+    undecided = f"; not decided by so few images, since the interval holds both sides of {tolerance:g}{unit}"
+    return holds, told + (undecided if holds is None else "")
