@@ -2,12 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import math
-import os
-import signal
-import subprocess
-import sys
 from dataclasses import asdict, replace
 from types import SimpleNamespace
 
@@ -57,38 +52,6 @@ def assert_same_run(one, other):
     pd.testing.assert_frame_equal(first, second)
     first, second = (pd.read_csv(folder / "log.csv") for folder in (one, other))
     pd.testing.assert_frame_equal(first, second)
-
-
-KILLED = """
-import json, os, signal, sys
-from vitreg_lib.train import deit3, loop
-from vitreg_lib.train.config import TrainConfig
-folder, config, where = sys.argv[1], TrainConfig(**json.loads(sys.argv[2])), sys.argv[3]
-kill = lambda: os.kill(os.getpid(), signal.SIGKILL)
-replace, written = os.replace, []
-def replacing(source, target):
-    written.append(str(target).rsplit("/")[-1])
-    if written[-1] == where and written.count(where) == 2:
-        kill()
-    replace(source, target)
-os.replace = replacing
-loop.train(config, deit3, folder, "cpu", False, lambda step, loss: kill() if where == f"step {step}" else None)
-"""
-
-
-@pytest.mark.parametrize("where", ["step 2", "step 6", "state.safetensors", "log.csv"])
-def test_a_killed_run_resumes_bit_for_bit(straight, tmp_path, where):
-    """Killed after a step, before and after the first state, and in the middle of saving the second."""
-    arguments = [str(tmp_path), json.dumps(asdict(TINY)), where]
-    done = subprocess.run([sys.executable, "-c", KILLED, *arguments], env=os.environ, timeout=300)
-    assert done.returncode == -signal.SIGKILL
-    assert not (tmp_path / "result.json").exists()
-    kept = "previous" if where == "state.safetensors" else "state"  # the new one was about to take its name
-    assert (tmp_path / f"{kept}.safetensors").exists() == (where != "step 2")
-    steps = []
-    train(tmp_path, on_step=lambda step, loss: steps.append(step))
-    assert steps == list(range(0 if where == "step 2" else 4, 10))
-    assert_same_run(straight, tmp_path)
 
 
 def test_a_finished_run_has_nothing_left_to_do(straight):

@@ -28,8 +28,8 @@ def main(arguments: list[str] | None = None) -> int:
         if chosen.debug:
             raise
         print(f"vitreg: {error}", file=sys.stderr)
-    except KeyboardInterrupt:
-        print("vitreg: stopped; what was finished is kept", file=sys.stderr)
+    except KeyboardInterrupt as stop:
+        print(f"vitreg: {str(stop) or 'stopped; what was finished is kept'}", file=sys.stderr)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except Exception as error:

@@ -97,7 +97,7 @@ def train(
                     on_step(step, numbers["loss"])
             except KeyboardInterrupt:
                 stop = 1.0
-            if stop:
+            if stop or (parallel.world() == 1 and asked()):
                 state.save(folder, run)
                 raise KeyboardInterrupt(
                     f"stopped after step {run.step} of {config.steps}; go on with: vitreg train --resume {folder}"
