@@ -15,6 +15,10 @@ __version__ = "0.1.0"
 _SHORT = {"start": "record", "load": "models.zoo"}  # functions at hand without their module's name
 _NESTED = {  # modules at hand by their last name
     "images": "data.images",
+    "registry": "data.registry",
+    "tasks": "data.tasks",
+    "token_claims": "probes.token_claims",
+    "tokens": "probes.tokens",
     "scenes": "data.scenes",
     "telemetry": "train.telemetry",
     "zoo": "models.zoo",

@@ -223,7 +223,9 @@ class Run:
 
     def trace(self, about: dict[str, dict]) -> None:
         """Put descriptions of cached features into the record by fingerprint: model's sha256, images, options."""
-        self._features |= {key: {k: v for k, v in told.items() if k != "code"} for key, told in about.items()}
+        for key, told in about.items():
+            infinite = {k: None for k, v in told.items() if v == float("inf")}  # JSON has no such number
+            self._features[key] = {k: v for k, v in told.items() if k != "code"} | infinite
 
     def measure_table(self, table, paper: dict | None = None) -> None:
         """`measure` every cell of a DataFrame whose index is models' labels; empty cells are recorded as null."""

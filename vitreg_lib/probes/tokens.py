@@ -263,3 +263,11 @@ def over_tasks(gap) -> tuple[float, float, float]:
         return mean, float("nan"), float("nan")
     half = float(stats.t.ppf(0.975, n - 1) * values.std() / n**0.5)
     return mean, mean - half, mean + half
+
+
+def reported_gaps(paper):
+    """The paper's outlier less normal token in points, as `gaps` gives ours: a DataFrame by task with gap and sd."""
+    import pandas as pd
+
+    score, sd = (100 * paper[c].unstack("token", sort=False) for c in ("score", "sd"))
+    return pd.DataFrame({"gap": score.outlier - score.normal, "sd": sd[["outlier", "normal"]].max(axis=1)})
