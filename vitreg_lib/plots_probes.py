@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import matplotlib
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
@@ -155,4 +156,52 @@ def register_changes(fair, as_paper) -> Figure:
     axes[0].set_yticks(range(len(fair)), fair.index)
     axes[0].set_ylim(len(fair) - 0.5, -0.8)
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=4)
+    return figure
+
+
+TASKS = {"accuracy": ("top-1 (%)", 100), "miou": ("mIoU (%)", 100), "rmse": ("depth RMSE", 1)}
+
+
+@styled
+def task_scores(table, change, paper: dict[tuple[str, str], float] | None = None) -> Figure:
+    """Table 2a as dots: above, every model's score (bar: standard deviation over seeds); below, what registers change.
+
+    table, change: DataFrames of `probes.scores.table` and `changes` (bar: the middle 95 % of a bootstrap). paper:
+    {(model with registers, task): change that the paper reports for its family}, drawn as triangles.
+    """
+    tasks = [task for task in TASKS if task in table]
+    pairs = list(change.index.unique("model"))
+    heights = [0.24 * len(table) + 0.3] + ([0.24 * len(pairs) + 0.3] if pairs else [])
+    size = (2.5 * len(tasks) + 1.6, sum(heights) + 1.5)
+    figure, axes = plt.subplots(len(heights), len(tasks), figsize=size, squeeze=False, height_ratios=heights)
+    for column, task in enumerate(tasks):
+        (label, factor), axis = TASKS[task], axes[0, column]
+        y = np.arange(len(table))
+        axis.errorbar(
+            factor * table[task], y, xerr=factor * table[f"{task}_sd"], fmt="o", ms=4, lw=1.2, color=PALETTE[0]
+        )
+        axis.set(
+            yticks=y, ylim=(len(table) - 0.5, -0.5), xlabel=label + (", lower is better" if task == "rmse" else "")
+        )
+        axis.set_yticklabels(table.index if column == 0 else [])
+        if not pairs:
+            continue
+        axis, part = axes[1, column], change.xs(task, level="task").reindex(pairs)
+        y = np.arange(len(pairs))
+        ends = factor * np.array([part.change - part.low, part.high - part.change]).clip(min=0)
+        axis.axvline(0, color=PAPER, lw=1)
+        axis.errorbar(factor * part.change, y, xerr=ends, fmt="D", ms=4, lw=1.2, color=PALETTE[1], label="ours")
+        known = [
+            (factor * (paper or {})[name, task], i) for i, name in enumerate(pairs) if (name, task) in (paper or {})
+        ]
+        if known:
+            axis.plot(*zip(*known, strict=True), "v", color=PAPER, ms=5, label="the paper's, for its own models")
+        axis.set(yticks=y, ylim=(len(pairs) - 0.5, -0.5), xlabel="change of the " + label.replace("(%)", "(points)"))
+        axis.set_yticklabels(pairs if column == 0 else [])
+    for axis in axes.flat:
+        axis.grid(axis="y", visible=False)
+        axis.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(nbins=5))
+    if pairs:
+        handles = [axis.get_legend_handles_labels() for axis in axes[1]]
+        figure.legend(*max(handles, key=lambda h: len(h[1])), loc="outside upper center", ncols=2)
     return figure

@@ -22,6 +22,12 @@ from .tokens import held_out
 TASKS = {"accuracy": "classification", "miou": "segmentation", "rmse": "depth"}
 LOWER_IS_BETTER = ("rmse",)
 STRENGTHS = (1e-3, 1e-2, 1e-1, 1.0, 10.0)
+TOLERANCE = {"accuracy": 0.2, "miou": 0.2, "rmse": 0.002}  # of the claims of Table 2a: points, points, unit of depth
+CLAIMS = {
+    (family, task): f"C{85 + 3 * i + j:03d}"
+    for i, task in enumerate(TASKS)
+    for j, family in enumerate(("deit3", "clip", "dinov2"))
+}
 
 
 @dataclass
@@ -225,6 +231,35 @@ def changes(found: dict[str, Scores], pairs: dict[str, str], draws: int = 1000, 
     return frame.sort_index(level="task", key=lambda t: t.map(order), sort_remaining=False).sort_index(
         level="model", key=lambda m: m.map({n: i for i, n in enumerate(pairs)}), sort_remaining=False, kind="stable"
     )
+
+
+def class_iou(found: Scores) -> Tensor:
+    """(classes,) IoU of every class, mean over seeds; NaN where a class is neither predicted nor labelled."""
+    inter, union = found.parts["miou"].sum((0, 1)).chunk(2, -1)
+    return inter / union
+
+
+def reported(registers: bool) -> dict[tuple[str, str], float]:
+    """The paper's Table 2a: {(family, task): score}, shares from 0 to 1, for the models without or with registers."""
+    import csv
+
+    from ..paths import DATA
+
+    families = {"DeiT-III ViT-B": "deit3", "OpenCLIP ViT-B/16": "clip", "DINOv2 ViT-L": "dinov2"}
+    metrics = {"top-1": ("accuracy", 100), "mIoU": ("miou", 100), "rmse": ("rmse", 1)}
+    with open(DATA / "reported" / "table2a.csv", newline="") as f:
+        rows = [row for row in csv.DictReader(f) if (row["registers"] != "0") == registers]
+    found = {}
+    for row in rows:
+        task, scale = metrics[row["metric"]]
+        found[families[row["model"]], task] = float(row["value"]) / scale
+    return found
+
+
+def family(name: str) -> str:
+    """The paper's training method that a model stands for: "deit3", "clip", "dinov2", or "" for others."""
+    plain = name.removeprefix("mini-")
+    return next((f for f in ("deit3", "clip", "dinov2") if plain.startswith(f)), "")
 
 
 def judge(change, task: str, tolerance: float) -> tuple[bool | None, str]:

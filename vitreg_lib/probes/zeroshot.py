@@ -146,3 +146,16 @@ def evaluate(models, pictures: dict, labels: Tensor | None = None):
     columns = ["accuracy", "low", "high", "chance", "classes"]
     index = pd.MultiIndex.from_tuples(rows, names=["model", "question"])
     return pd.DataFrame(list(rows.values()), index=index, columns=columns), hits
+
+
+def change(hits: dict, without: str, name: str) -> tuple[float, float, float]:
+    """(points, low, high): zero-shot accuracy of `name` less that of `without`, mean over the questions, paired.
+
+    hits of `evaluate`; the middle 95 % of a bootstrap over images.
+    """
+    from ..lost import gain
+
+    shared = [q for m, q in hits if m == name and (without, q) in hits]
+    if not shared:
+        raise ValueError(f"{without} and {name} were not asked the same questions")
+    return gain(*(torch.stack([hits[m, q] for q in shared]).double().mean(0) for m in (without, name)))
