@@ -56,12 +56,22 @@ class TrainConfig:
         0.0, "decay of a moving average of the weights, which is then what is kept; 0 for none", "optimisation"
     )
 
+    data: str = option("", "folder with train/CLASS/*.jpg and val/CLASS/*.jpg, or the hub's Parquet files", "deit3")
+    layer_scale: float = option(1e-4, "with --data: LayerScale at the start", "deit3")
+    augment: str = option("3a", "with --data: an augmentation of timm's, 3a being 3-Augment", "deit3")
+    crop: str = option("rkrr", "with --data: rkrr (short side to size, then a random crop) or rrc", "deit3")
+    color_jitter: float = option(0.3, "with --data: strength", "deit3")
+    mixup: float = option(0.8, "with --data: alpha of mixup, 0 for none", "deit3")
+    cutmix: float = option(1.0, "with --data: alpha of CutMix, 0 for none", "deit3")
+    smoothing: float = option(0.0, "with --data: label smoothing", "deit3")
+
     eval_images: int = option(1024, "held-out images that the result is measured on", "measurement")
     telemetry_images: int = option(64, "held-out images whose token norms are watched", "measurement")
 
     save_every: int = option(100, "steps between saved states", "machine")
     accumulate: int = option(1, "micro-batches a step, for less memory; the batch stays", "machine")
     compile: bool = option(False, "torch.compile the blocks, where that works", "machine")
+    workers: int = option(8, "with --data: processes that read images", "machine")
     fsdp: bool = option(
         False, "share the model out over the processes of torchrun (FSDP2) instead of copying it", "machine"
     )

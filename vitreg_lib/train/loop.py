@@ -121,14 +121,14 @@ def train(
 
 def configure(recipe: str, **options) -> tuple[TrainConfig, ModuleType]:
     """The configuration of a recipe by name, `options` over its own defaults, and its module."""
-    module = importlib.import_module(f".{recipe}", __package__)
-    config = TrainConfig(recipe=recipe, **{**getattr(module, "DEFAULTS", {}), **options})
-    return config, recipe_of(config)
+    config = TrainConfig(recipe=recipe, **options)
+    module = recipe_of(config)
+    return TrainConfig(recipe=recipe, **{**getattr(module, "DEFAULTS", {}), **options}), module
 
 
 def recipe_of(config: TrainConfig) -> ModuleType:
-    """The module that a configuration is for."""
-    return importlib.import_module(f".{config.recipe}", __package__)
+    """The module that a configuration is for: that of the recipe, or for labelled images in a folder `folder`."""
+    return importlib.import_module(".folder" if config.data else f".{config.recipe}", __package__)
 
 
 def learning_rate(config: TrainConfig, step: int) -> float:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+from collections.abc import Iterator
 
 import torch
 import torch.distributed as dist
@@ -41,6 +42,17 @@ def batch_range(config, step: int) -> range:
     first = step * config.batch_size + rank() * share
     part, parts = _part
     return range(first + part * share // parts, first + (part + 1) * share // parts)
+
+
+def following(config, step: int) -> Iterator[range]:
+    """What `batch_range` gives now and after, micro-batch by micro-batch, to the end of the training."""
+    part, parts = _part
+    while step < config.steps:
+        with micro_batch(part, parts):
+            wanted = batch_range(config, step)
+        yield wanted
+        part = (part + 1) % parts
+        step += part == 0
 
 
 @contextlib.contextmanager
