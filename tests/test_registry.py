@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 from vitreg_lib.data import formats, registry
+from vitreg_lib.data.boxes import load as load_boxes
 from vitreg_lib.errors import UserError
 from vitreg_lib.models import mini, zoo
 
@@ -332,7 +333,7 @@ def test_small_parts_are_found_and_named_for_what_they_are(real, model):
         assert len(registry.load("imagenet-small")) == 100
         _, masks, classes = registry.segmentation("camvid-small", "test", model, 3)
         assert classes == 11 and set(masks.unique().tolist()) <= {*range(11), formats.IGNORE}
-        pictures, boxes = registry.boxes("coco-small", model, 5)
+        pictures, boxes = load_boxes("coco-small", model, 5)
         assert len(boxes) == len(pictures) == 5
     with pytest.raises(UserError, match="coco-small has no mask .its task is boxes.: use one of ade20k, camvid-small"):
         registry.segmentation("coco-small", "train", model)

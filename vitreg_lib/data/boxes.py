@@ -14,6 +14,7 @@ import torch
 
 from ..errors import UserError
 from . import images as image_sets
+from . import registry
 
 LAYOUT = "wanted are images/NAME.jpg and boxes/NAME.txt with lines 'class x y width height', shares of the image"
 
@@ -21,14 +22,16 @@ LAYOUT = "wanted are images/NAME.jpg and boxes/NAME.txt with lines 'class x y wi
 def load(source: str, model, n: int, seed: int = 0) -> tuple[image_sets.Images, list[torch.Tensor]]:
     """(`Images`, boxes): up to n images that have an object, and for each its (objects, 4) boxes.
 
-    source: "scenes" (the visible parts of their objects), a named folder such as "coco", or a path. Boxes are left,
-    top, right, bottom in pixels of the image as the model sees it. Images without a box are left out and counted in
-    `source`. Raises UserError for a folder of another layout, or without any box.
+    source: "scenes" (the visible parts of their objects), a set of the registry (voc2007, voc2012, coco20k), a named
+    folder such as "coco", or a path. Boxes are left, top, right, bottom in pixels of the image as the model sees it.
+    Images without a box are left out and counted in `source`. Raises UserError for another layout, or without any box.
     """
     if source == "scenes":
         images = image_sets.load(source, model, n, seed)
         found = [b[v] for b, v in zip(images.scenes.boxes, images.scenes.visible, strict=True)]
         return images, found
+    if source in registry.entries():
+        return registry.boxes(source, model, n, seed)
     folder = image_sets.named_folder(source) or Path(source).expanduser()
     if not (folder / "images").is_dir() or not (folder / "boxes").is_dir():
         raise UserError(
