@@ -68,3 +68,16 @@ def test_a_batch_that_does_not_split_is_refused(ranks):
     ranks(0, 5)
     with pytest.raises(UserError, match="a batch of 24 does not split over 5 processes"):
         parallel.batch_range(CONFIG, 0)
+
+
+def test_what_follows_is_what_each_step_asks_for():
+    """From the second of three micro-batches of a step on, to the end."""
+    config = replace(CONFIG, steps=3)
+    asked = []
+    for step in (1, 2):
+        for part in range(3):
+            with parallel.micro_batch(part, 3):
+                asked.append(parallel.batch_range(config, step))
+    with parallel.micro_batch(1, 3):
+        told = list(parallel.following(config, 1))
+    assert told == asked[1:]
