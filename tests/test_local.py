@@ -58,3 +58,58 @@ def test_the_gain_pairs_the_images_and_sweep_gives_a_row_a_setting():
     table, found = lost.sweep(features, (3, 4), [torch.tensor([[0, 0, 32, 24]])] * 4, 8, (0.0, 100.0))
     assert table.loc[("k", 100.0), ["corloc", "positive_share", "whole_share"]].tolist() == [1, 1, 1]
     assert set(found) == set(table.index)
+
+
+def planted_tokens(seed, images=40, worse=0.0):
+    """Tokens of 4 x 4 patches that hold place and pixels, `worse` noisier, with two lost ones an image; its mask."""
+    generator = torch.Generator().manual_seed(seed)
+    pixels = torch.randn(images, 16, 3, generator=generator)
+    place = 5 * torch.eye(16).expand(images, -1, -1)
+    tokens = torch.cat([place, pixels], -1)
+    noise = torch.randn(images, 16, 19, generator=generator)
+    outlier = torch.zeros(images, 4, 4, dtype=torch.bool)
+    outlier[:, 0, 0] = outlier[:, 3, 3] = True
+    broken = tokens + worse * noise
+    broken[outlier.flatten(1)] = 10 * noise[outlier.flatten(1)]
+    return tokens, broken, pixels, outlier
+
+
+def test_across_registers_compares_the_same_places():
+    tokens, broken, pixels, outlier = planted_tokens(0)
+    models = {"a": broken, "a-reg4": tokens, "b": tokens}
+    masks = {"a": outlier, "a-reg4": outlier & False, "b": outlier & False}
+    table = local.across_registers(models, dict.fromkeys(models, pixels), masks, seeds=(0, 1), max_tokens=400)
+    assert set(table.index.unique("group")) == {"normal", "shared", "places"}
+    tested = table.xs(("own", 0), level=("fit", "seed")).test
+    assert tested["a-reg4", "normal"] == 8 * 16 and tested["a-reg4", "shared"] == tested["a", "shared"] == 8 * 14
+    assert tested["b", "shared"] == 8 * 16 and tested["b", "places"] == 8 * 2  # borrowed places, all its own are normal
+    change = local.register_changes(table)
+    assert list(change.index) == ["a-reg4"] and change.without["a-reg4"] == "a" and change.readable["a-reg4"]
+    assert change.points["a-reg4"] == 0 and abs(change.l2_ratio["a-reg4"] - 1) < 1e-3
+    moved = local.register_changes(table, "places")
+    assert moved.points["a-reg4"] > 20 and moved.l2_ratio["a-reg4"] < 0.5
+
+
+def test_a_worse_model_is_seen_and_noise_is_not_readable():
+    tokens, _, pixels, outlier = planted_tokens(1)
+    _, noisy, _, _ = planted_tokens(1, worse=3.0)
+    masks = dict.fromkeys(("a", "a+ttr4"), outlier)
+    table = local.across_registers({"a": tokens, "a+ttr4": noisy}, dict.fromkeys(masks, pixels), masks, (0,), 400)
+    change = local.register_changes(table, "normal", "all").loc["a+ttr4"]
+    assert change.points < -10 and change.l2_ratio > 2
+    blind = {name: torch.randn(40, 16, 19, generator=torch.Generator().manual_seed(2)) for name in masks}
+    table = local.across_registers(blind, dict.fromkeys(masks, pixels), masks, (0,), 400)
+    assert not local.register_changes(table).readable["a+ttr4"]
+
+
+def test_same_masks_are_fitted_once_with_the_same_result():
+    from vitreg_lib.probes.position import position_probe
+
+    tokens, _, _, outlier = planted_tokens(3)
+    where, ids = torch.arange(16).repeat(40), torch.arange(40).repeat_interleave(16)
+    everything = torch.ones(640, dtype=torch.bool)
+    few = everything.clone()
+    few[:16] = False  # one image less: fitted anew
+    groups = {"normal": everything, "again": everything.clone(), "few": few}
+    table = position_probe(tokens.flatten(0, 1), where, (4, 4), groups, ids).set_index(["group", "fit"])
+    assert table.loc[("again", "own")].equals(table.loc[("normal", "all")])

@@ -103,3 +103,50 @@ def test_no_task_and_unknown_data_are_refused(model):
         scores.scores(model, "", "", "")
     with pytest.raises(UserError, match="classification set"):
         scores.scores(model, "scnes", "", "")
+
+
+def test_ladders_need_three_numbers_and_go_from_none_to_most():
+    names = ["a", "a-reg16", "a-reg2", "a+ttr1", "a+ttr4", "b", "b-reg4", "c+ttr1", "c+ttr2"]
+    assert scores.ladders(names) == {"a-reg": ["a", "a-reg2", "a-reg16"], "a+ttr": ["a", "a+ttr1", "a+ttr4"]}
+
+
+def test_claims_about_the_number_of_registers_by_hand():
+    import pandas as pd
+
+    table = pd.DataFrame({"accuracy": [0.5, 0.6, 0.7], "miou": [0.1, 0.3, 0.2], "rmse": [1.0, 0.7, 0.5]})
+    found = scores.by_registers(table, [0, 1, 4])
+    assert {claim: holds for claim, (holds, _) in found.items()} == {"C030": True, "C031": True, "C032": True}
+    assert "1 register +0.30, best +0.50 with 4" in found["C030"][1]
+    late = table.assign(rmse=[1.0, 0.9, 0.5])
+    assert scores.by_registers(late, [0, 1, 4])["C030"][0] is False
+    assert scores.by_registers(table, [0, 2, 4])["C030"][0] is None
+    worse = pd.DataFrame({"accuracy": [0.5, 0.6, 0.4], "miou": [0.3, 0.2, 0.1]})
+    found = scores.by_registers(worse, [0, 1, 4])
+    assert [found[c][0] for c in ("C030", "C031", "C032")] == [None, False, False]
+
+
+def test_the_papers_table_is_read_by_family():
+    assert scores.reported(False)["dinov2", "miou"] == pytest.approx(0.466)
+    assert scores.reported(True)["clip", "rmse"] == 0.661
+    assert scores.CLAIMS["dinov2", "rmse"] == "C093" and scores.CLAIMS["deit3", "accuracy"] == "C085"
+    assert [scores.family(n) for n in ("mini-deit3-reg4", "clip-b", "dinov2-l", "planted")] == [
+        "deit3",
+        "clip",
+        "dinov2",
+        "",
+    ]
+
+
+def test_figures_of_scores_are_drawn(model, small):
+    import pandas as pd
+
+    from vitreg_lib import plots_probes
+
+    table = pd.DataFrame({"accuracy": [0.5, 0.6], "miou": [0.1, 0.3]}, index=["a", "a-reg4"])
+    table = table.assign(accuracy_sd=0.1, miou_sd=0.1)
+    index = pd.MultiIndex.from_tuples([("a-reg4", t) for t in ("accuracy", "miou")], names=["model", "task"])
+    change = pd.DataFrame({"change": 0.1, "low": -0.1, "high": 0.2}, index=index)
+    assert len(plots_probes.task_scores(table, change, {("a-reg4", "miou"): 0.013}).axes) == 4
+    assert len(plots_probes.task_scores(table, change.iloc[:0]).axes) == 2
+    ladder = table.assign(registers=[0, 4])
+    assert len(plots_probes.scores_by_registers({"a-reg": ladder, "b+ttr": ladder.assign(registers=[1, 4])}).axes) == 2

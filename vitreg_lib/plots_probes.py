@@ -205,3 +205,24 @@ def task_scores(table, change, paper: dict[tuple[str, str], float] | None = None
         handles = [axis.get_legend_handles_labels() for axis in axes[1]]
         figure.legend(*max(handles, key=lambda h: len(h[1])), loc="outside upper center", ncols=2)
     return figure
+
+
+@styled
+def scores_by_registers(ladders: dict) -> Figure:
+    """Figure 8, below: the three scores by the number of registers; one line a family, bars: spread over seeds.
+
+    ladders: {family: DataFrame of `probes.scores.table` with a column registers}.
+    """
+    tasks = [task for task in TASKS if any(task in table for table in ladders.values())]
+    counts = sorted({int(c) for table in ladders.values() for c in table.registers})
+    figure, axes = plt.subplots(1, len(tasks), figsize=(2.6 * len(tasks) + 0.2, 2.7), squeeze=False)
+    for axis, task in zip(axes[0], tasks, strict=True):
+        label, factor = TASKS[task]
+        for number, (name, table) in enumerate(ladders.items()):
+            x = np.array([counts.index(int(c)) for c in table.registers]) + 0.06 * (number - (len(ladders) - 1) / 2)
+            spread = factor * table[f"{task}_sd"]
+            axis.errorbar(x, factor * table[task], spread, marker="o", ms=4, lw=1.2, color=PALETTE[number], label=name)
+        axis.set_xticks(range(len(counts)), counts)
+        axis.set(xlabel="registers", ylabel=label + ("\n(lower is better)" if task == "rmse" else ""))
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=3)
+    return figure

@@ -233,6 +233,63 @@ def changes(found: dict[str, Scores], pairs: dict[str, str], draws: int = 1000, 
     )
 
 
+def ladders(names) -> dict[str, list[str]]:
+    """{family: names by number of registers, from none} of the models of which at least three numbers are here."""
+    from ..outliers import without_registers
+
+    def count(name):
+        rest = name.removeprefix(without_registers(name))
+        return int(rest.removeprefix("-reg").removeprefix("+ttr") or 0)
+
+    kinds = [(without_registers(n), kind) for n in names for kind in ("-reg", "+ttr") if kind in n]
+    found = {}
+    for base, kind in dict.fromkeys(kinds):
+        members = [n for n in names if n == base or (without_registers(n) == base and kind in n)]
+        if base in names and len(members) >= 3:
+            found[base + kind] = sorted(members, key=count)
+    return found
+
+
+def by_registers(table, counts) -> dict[str, tuple[bool | None, str]]:
+    """{"C030", "C031", "C032": (verdict, what was measured)}: the claims of Figure 8 about the three tasks.
+
+    table: rows of `table` for one ladder, with counts their numbers of registers, from 0. C030: one register has more
+    than half of the best gain in masks and depth; C031: their best number is not 0; C032: the class gains with more
+    (most registers above none, rank correlation above 0). None where a number or a gain is missing that it needs.
+    """
+    from scipy.stats import spearmanr
+
+    gains = {}
+    for task in (t for t in TASKS if t in table):
+        sign, factor = (-1, 1) if task in LOWER_IS_BETTER else (1, 100)
+        gains[task] = dict(zip(counts, factor * sign * (table[task] - table[task].iloc[0]), strict=True))
+    unit = {task: "" if task in LOWER_IS_BETTER else " points" for task in TASKS}
+    dense = {task: gain for task, gain in gains.items() if task != "accuracy"}
+    best = {task: max(gain, key=gain.get) for task, gain in dense.items()}
+    told = {
+        t: f"{t}: 1 register {g.get(1, float('nan')):+.2f}, best {g[best[t]]:+.2f}{unit[t]} with {best[t]}"
+        for t, g in dense.items()
+    }
+    result = {}
+    if dense:
+        enough = {0, 1} <= set(counts) and all(g[best[t]] > 0 for t, g in dense.items())
+        first = all(g.get(1, 0) > g[best[t]] / 2 for t, g in dense.items())
+        none = "" if enough else "; no gain, or no model with one register, to take the share of"
+        result["C030"] = (bool(first) if enough else None, "; ".join(told.values()) + none)
+        numbers = ", ".join(f"{t} {b}" for t, b in best.items())
+        by_chance = f"; by chance alone another than 0 is the best of {len(counts)} in {1 - 1 / len(counts):.0%}"
+        result["C031"] = (all(b != 0 for b in best.values()), f"best number: {numbers}{by_chance}")
+    if "accuracy" in gains:
+        gain = gains["accuracy"]
+        rank = float(spearmanr(list(gain), list(gain.values())).statistic)
+        most = max(gain)
+        result["C032"] = (
+            bool(gain[most] > 0 and rank > 0),
+            f"{most} registers {gain[most]:+.1f} points, rank correlation {rank:.2f}",
+        )
+    return result
+
+
 def class_iou(found: Scores) -> Tensor:
     """(classes,) IoU of every class, mean over seeds; NaN where a class is neither predicted nor labelled."""
     inter, union = found.parts["miou"].sum((0, 1)).chunk(2, -1)

@@ -118,15 +118,16 @@ def questions(pictures, labels: Tensor | None = None) -> list[Question]:
     return [Question("ImageNet", tuple(IMAGENET_CLASSNAMES), tuple(OPENAI_IMAGENET_TEMPLATES), labels)]
 
 
-def evaluate(models, pictures: dict, labels: Tensor | None = None):
+def evaluate(models, load):
     """(DataFrame, hits): zero-shot accuracy of every model that has a text tower, others are left out.
 
-    pictures: `Images` by model's label, the same images for all. Index (model, question); columns accuracy, low, high
+    load(model) gives the `Images` to ask about, the same for all. Index (model, question); columns accuracy, low, high
     (the middle 95 % of a bootstrap over images), chance (of always naming the commonest class), classes. hits: {(model,
     question): (images,) bool}.
     """
     import pandas as pd
 
+    from ..data.images import labels
     from ..discovery import interval
 
     rows, hits = {}, {}
@@ -135,8 +136,9 @@ def evaluate(models, pictures: dict, labels: Tensor | None = None):
             encode_text, tokenize = text_tower(model)
         except UserError:
             continue
-        images = image_embeddings(model, pictures[model.label].x)
-        for question in questions(pictures[model.label], labels):
+        pictures = load(model)
+        images = image_embeddings(model, pictures.x)
+        for question in questions(pictures, None if pictures.scenes is not None else labels(pictures)):
             classes = class_embeddings(encode_text, tokenize, question.classes, question.templates)
             key = (model.label, question.name)
             hits[key] = predict(images, classes) == question.labels
