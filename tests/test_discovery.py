@@ -134,6 +134,7 @@ def test_the_grid_is_lost_setting_by_setting(swept):
         result = lost.lost(lost.features(seen, site, layer), seen.grid, bias=bias, normalize=normalised)
         score = lost.corloc(lost.to_pixels(result.boxes, 8), truth)
         row = table.loc[(layer, site, normalised, bias)]
+        assert row.low <= row.corloc <= row.high
         assert row.corloc == score.value and torch.equal(hits[layer, site, normalised, bias], score.hits)
         assert (
             abs(row.positive_share - result.positive_share.mean().item()) < 1e-4

@@ -34,7 +34,8 @@ def grid(
 
     truth: boxes in pixels; layers from the end, or from 0; valid (images, patches): patches that take part. The index
     is `FACTORS` (layer from 0); columns corloc, positive_share (of Gram entries), tied_share (of images with several
-    patches of lowest degree), whole_share (of images whose box is the whole grid). hits: {setting: (images,) bool}.
+    patches of lowest degree), whole_share (of images whose box is the whole grid), low and high (the middle 95 % of a
+    bootstrap of corloc over images). hits: {setting: (images,) bool}.
     Features that are not normalised are divided by the root of their mean squared length in the image, so that a bias
     means the same; at bias 0 this changes nothing.
     """
@@ -61,7 +62,8 @@ def grid(
             }
     table = pd.DataFrame.from_dict(rows, orient="index")
     table.index = pd.MultiIndex.from_tuples(rows, names=FACTORS)
-    return table, hits
+    ends = pd.DataFrame([interval(found, 500) for found in hits.values()], index=table.index)[["low", "high"]]
+    return table.join(ends), hits
 
 
 def effects(table):
