@@ -101,7 +101,7 @@ def test_trained_features_beat_fresh_ones(small):
 def test_no_task_and_unknown_data_are_refused(model):
     with pytest.raises(UserError, match="no task is left"):
         scores.scores(model, "", "", "")
-    with pytest.raises(UserError, match="two classes at least are needed, so raise n_train"):
+    with pytest.raises(UserError, match="at least two are needed, so raise n_train"):
         scores.scores(model, dense="", depths="", n_train=2, n_test=2, seeds=(0,))
     with pytest.raises(UserError, match="classification set"):
         scores.scores(model, "scnes", "", "")

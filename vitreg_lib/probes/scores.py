@@ -149,8 +149,8 @@ def _class_scores(train: _Part, test: _Part, seed: int, steps, bins, stride) -> 
     known = (train.truth.bincount() >= 2).nonzero()[:, 0]  # one to fit and one to choose by; others are never answered
     if len(known) < 2:
         raise UserError(
-            f"{train.title}: {len(known)} of the classes have two training images among {len(train.truth)}: two classes "
-            "at least are needed, so raise n_train"
+            f"{train.title}: {len(known)} of the classes have two training images among {len(train.truth)}: at least "
+            "two are needed, so raise n_train"
         )
     rows = torch.isin(train.truth, known)
     x, x_test = linear.scale(_pooled(train)[rows], _pooled(test))
