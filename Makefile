@@ -63,8 +63,7 @@ lab: $(READY) ## JupyterLab in the environment, opened at the notebooks
 	@$(BIN)/jupyter lab --notebook-dir=$(CURDIR) notebooks
 
 workshop: $(READY) ## the course of 90 minutes in five notebooks: docs/workshop.md
-	@$(BIN)/python workflow/workshop.py --ready
-	@$(BIN)/jupyter lab --notebook-dir=$(CURDIR) notebooks/workshop
+	@$(BIN)/python workflow/workshop.py --open
 
 wheelhouse: $(READY) ## all packages as files in wheelhouse/, to set up laptops without a network
 	@$(BIN)/python workflow/wheelhouse.py

@@ -314,6 +314,12 @@ def test_the_workshop_is_ready_offline(no_models):
     assert "without ViT-Ti (optional" in told
 
 
+def test_jupyterlab_opens_at_the_first_notebook():
+    command = notebooks.lab()
+    assert command[1:3] == ["-m", "jupyterlab"]
+    assert command[-1].endswith("/lab/tree/notebooks/workshop/1_tokens_and_norms.ipynb")
+
+
 def test_what_the_workshop_lacks_is_named(monkeypatch):
     monkeypatch.setattr(notebooks, "NEEDS", ("torch", "jupyterlabz"))
     with pytest.raises(UserError, match="needs jupyterlabz: run `make setup`"):

@@ -55,10 +55,10 @@ Copy the repository with this folder inside to the laptop, open a terminal in it
 Linux, macOS    make workshop PYTHON=python{version}
  without make   python{version} -m venv .venv
                 .venv/bin/python {install}
-                .venv/bin/jupyter lab notebooks/workshop
+                .venv/bin/python workflow/workshop.py --open
 Windows         py -{version} -m venv .venv
                 .venv\\Scripts\\python {install}
-                .venv\\Scripts\\jupyter lab notebooks\\workshop
+                .venv\\Scripts\\python workflow\\workshop.py --open
 """
 
 

@@ -1,7 +1,7 @@
 """The workshop's solution notebooks are the exercise notebooks with the answers filled in; ready for `make workshop`?
 
     python workflow/workshop.py             # write notebooks/workshop/solutions/*.ipynb anew where they differ
-    python workflow/workshop.py --ready     # is all there that the workshop needs? One line, or what is missing
+    python workflow/workshop.py --open      # says in one line that all is there, or what is missing; opens JupyterLab
 
 The exercises are the only copy of the text. A cell tagged `answer:NAME` is what students fill in; the section
 `# %% NAME` of solutions/answers.py takes its place.
@@ -10,12 +10,13 @@ The exercises are the only copy of the text. A cell tagged `answer:NAME` is what
 from __future__ import annotations
 
 import copy
+import os
 import sys
 from pathlib import Path
 
 import nbformat
 
-from vitreg_lib.paths import NOTEBOOKS, shown
+from vitreg_lib.paths import NOTEBOOKS, ROOT, shown
 
 EXERCISES = NOTEBOOKS / "workshop"
 SOLUTIONS = EXERCISES / "solutions"
@@ -100,12 +101,25 @@ def ready() -> str:
     return f"workshop: ready, offline. {len(exercises())} notebooks, 4 mini models, {len(photos)} photos, {told}"
 
 
+def lab() -> list[str]:
+    """The command that opens JupyterLab at the first notebook; the whole repository can be reached, for the links."""
+    first = exercises()[0].relative_to(ROOT).as_posix()
+    return [
+        sys.executable,
+        "-m",
+        "jupyterlab",
+        f"--ServerApp.root_dir={ROOT}",
+        f"--LabApp.default_url=/lab/tree/{first}",
+    ]
+
+
 if __name__ == "__main__":
     from vitreg_lib.errors import UserError
 
     try:
-        if "--ready" in sys.argv:
+        if "--open" in sys.argv:
             print(ready(), flush=True)
+            os.execv(sys.executable, lab())  # in this process's place, so that Ctrl-C reaches JupyterLab alone
         else:
             print(*(f"{shown(path)}: answers filled in" for path in write()), sep="\n")
     except UserError as error:
