@@ -117,18 +117,18 @@ class Page:
         owner.store.busy = self.busy
 
         def control(kind, label, **options):
-            return kind(description=label, style={"description_width": "82px"}, layout={"width": "auto"}, **options)
+            return kind(description=label, style={"description_width": "54px"}, layout={"width": "auto"}, **options)
 
         deferred = {"continuous_update": False}
         self.source, self.image = control(w.Dropdown, "Images"), control(w.Dropdown, "Image")
-        self.first, self.second = control(w.Dropdown, "Model"), control(w.Dropdown, "Beside it")
+        self.first, self.second = control(w.Dropdown, "Model"), control(w.Dropdown, "Beside")
         self.layer, self.query = control(w.IntSlider, "Layer"), control(w.Dropdown, "Query")
         self.heads = w.Box().add_class("vr-heads")
         self.opacity = control(w.FloatSlider, "Overlay", min=0, max=1, step=0.05, value=0.7)
-        self.component = control(w.Dropdown, "Components")
-        self.component.options = [("1 to 3 as colours", 0), ("1", 1), ("2", 2), ("3", 3)]
+        self.component = control(w.Dropdown, "PCA")
+        self.component.options = [("1 to 3 as RGB", 0)] + [(f"component {n}", n) for n in (1, 2, 3)]
         self.shared = w.Checkbox(description="One colour scale for both", indent=False)
-        self.path = control(w.Text, "Images from", placeholder="path of a folder or an image", **deferred)
+        self.path = control(w.Text, "Path", placeholder="path of a folder or an image", **deferred)
         self.named = control(w.Text, "Models", placeholder="timm:NAME, file:PATH; one or two", **deferred)
         self.upload = w.FileUpload(accept="image/*", multiple=False, description="Upload an image")
         self.rule = w.Button(description="Cutoff by rule", tooltip="Let the default rule choose the cutoffs again")
