@@ -21,7 +21,7 @@ onset = int(norms.amax((0, 2)).diff().argmax()) + 1  # where the largest norm ju
 
 
 def cutoff(norms):
-    return 3 * norms.median()
+    return 4 * norms.median()  # outliers are said to have ten times the norm of others
 
 
 # %% attention_row
