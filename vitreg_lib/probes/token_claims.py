@@ -79,7 +79,7 @@ def of_table1(found: tokens.Classified, models) -> Iterator[tuple]:
         if task is None or name is None:
             yield f"C{66 + number:03d}", None, f"needs {titles[column]} and a trained model with outliers"
         else:
-            yield f"C{66 + number:03d}", fair.gap[name, task] > 0, f"{name}: {_told(fair, plain, name, task)}"
+            yield f"C{66 + number:03d}", bool(fair.gap[name, task] > 0), f"{name}: {_told(fair, plain, name, task)}"
     if name is None:
         why = "no trained model here has outliers; the controls are judged below"
         yield from ((claim, None, why) for claim in ("C080", "C082", "C083"))

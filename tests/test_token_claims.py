@@ -1,0 +1,129 @@
+"""Verdicts of Tables 1, 4 and 6 on scores that the test makes up, and the paper's own numbers."""
+
+from __future__ import annotations
+
+import csv
+from types import SimpleNamespace
+
+import pandas as pd
+import pytest
+
+from vitreg_lib import plots_tables
+from vitreg_lib.paths import DATA
+from vitreg_lib.probes import token_claims, tokens
+
+
+def model(label, role="trained"):
+    return SimpleNamespace(label=label, name=label, role=role, is_control="control" in role)
+
+
+def classified(scores: dict, owner: dict, paper: dict | None = None) -> tokens.Classified:
+    """scores: {(model, task, token): score in %}; all with a spread of 1 point."""
+    rows = [
+        {"model": m, "task": t, "token": k, "score": v / 100, "sd": None if k == "cls" else 0.01, "draws": 3}
+        | {"paper": (paper or {}).get(t, ""), "metric": "accuracy", "features": "f", "chance": 0.1}
+        for (m, t, k), v in scores.items()
+    ]
+    table = pd.DataFrame(rows).set_index(["model", "task", "token"]).astype({"sd": float})
+    return tokens.Classified(
+        table, owner=owner, cutoffs={m: 10.0 for m in owner}, shares={(m, "s"): 0.02 for m in owner}
+    )
+
+
+def row(name, task, **scores):
+    return {(name, task, token): value for token, value in scores.items()}
+
+
+def test_the_papers_numbers_are_those_of_its_tables():
+    paper = token_claims.reported()
+    assert list(paper.index.unique("task")) == token_claims.COLUMNS and len(paper) == 3 * 14
+    with open(DATA / "reported" / "table1.csv", newline="") as f:
+        for line in csv.DictReader(f):
+            token, task = (part.partition("=")[2] for part in line["setting"].split(";"))
+            assert 100 * paper.score[task, token.strip("[]").lower()] == pytest.approx(float(line["value"]))
+    assert token_claims.reported_by_registers() == {"cls": {0: 84.6, 1: 85.2}}
+    gaps = tokens.reported_gaps(paper)
+    assert gaps.gap["Cars"] == pytest.approx(74.4) and gaps.sd.max() == pytest.approx(2.1)
+
+
+def test_table_1_rests_on_the_matched_token_of_the_first_trained_model_with_outliers():
+    scores = row("a", "x", cls=90, normal=30, matched=50, outlier=80) | row(
+        "a", "y", cls=90, normal=30, matched=80, outlier=70
+    )
+    found = classified(scores, {"a": "a", "p": "p"}, {"x": "Airc.", "y": "CF10"})
+    judged = {
+        claim: (holds, told)
+        for claim, holds, told in token_claims.of_table1(found, [model("p", "planted control"), model("a")])
+    }
+    assert len(judged) == 18
+    assert judged["C068"][0] and "+30 points to matched, +50 to a random" in judged["C068"][1]
+    assert judged["C069"][0] is False  # better than a random normal token, worse than its neighbour
+    assert judged["C066"] == (None, "needs ImageNet-1k (ILSVRC 2012) and a trained model with outliers")
+    assert judged["C080"][0] is False and "1 of 2 sets run" in judged["C080"][1]
+    assert judged["C082"][0] is False and judged["C083"][0] is None and judged["C081"][0]
+
+
+def test_without_a_model_with_outliers_nothing_of_the_paper_is_judged_but_cls():
+    found = classified(row("a", "x", cls=90, normal=95), {}, {"x": "Airc."})
+    judged = {claim: holds for claim, holds, _ in token_claims.of_table1(found, [model("a")])}
+    assert {judged[c] for c in judged if c != "C081"} == {None} and judged["C081"] is False
+    assert next(token_claims.of_table6(found, [model("a")]))[1] is None
+
+
+def test_the_spread_is_compared_with_the_gap():
+    near = classified(row("a", "x", normal=30, matched=50, outlier=50.5), {"a": "a"})
+    far = classified(row("a", "x", normal=30, matched=50, outlier=55), {"a": "a"})
+    assert [next(token_claims.of_table6(f, [model("a")]))[1] for f in (near, far)] == [False, True]
+
+
+def test_controls_and_mended_models():
+    scores = {}
+    for i, task in enumerate("wxyz"):
+        scores |= row("p", task, cls=90, normal=30, matched=40, outlier=40 + 10 * i, planted=41 + 10 * i)
+        scores |= row("r", task, cls=20, normal=20 + i, matched=21, outlier=20 + 2 * (i % 2))
+        scores |= row("p+ttr1", task, cls=90, normal=30, matched=40, outlier=35, register=60)
+    found = classified(scores, {"p": "p", "r": "p", "p+ttr1": "p"})
+    models = [model("p", "planted control"), model("r", "random control"), model("p+ttr1", "mended")]
+    judged = {claim: (holds, told) for claim, holds, told, _ in token_claims.of_controls(found, models)}
+    assert judged["control-p-planted"][0] and judged["control-r"][0]
+    assert judged["moved-p+ttr1"][0] and judged["registers-p+ttr1"][0]
+    assert judged["control-p"][0] is None  # no intervals in made-up scores: no task is known to tell more
+
+
+def test_table_4_is_judged_on_the_trained_pair_and_ours_on_the_others():
+    scores = row("a", "k", cls=60, normal=20) | row("a-reg1", "k", cls=61, normal=26, register=40)
+    scores |= row("p", "k", cls=50, normal=20, outlier=45) | row("p+ttr1", "k", cls=52, normal=21, register=19)
+    models = [model("a"), model("a-reg1"), model("p", "planted control"), model("p+ttr1", "mended")]
+    pairs = {"a-reg1": "a", "p+ttr1": "p"}
+    judged = {
+        claim: holds for claim, holds, *_ in token_claims.of_table4(classified(scores, {"p": "p"}), models, pairs)
+    }
+    assert [judged[c] for c in ("C108", "C109", "C110")] == [True, True, False]
+    assert [judged[f"{c}-p+ttr1"] for c in ("C108", "C109", "C110")] == [False, False, True]
+    alone = {c: h for c, h, *_ in token_claims.of_table4(classified(scores, {"p": "p"}), models[2:], {"p+ttr1": "p"})}
+    assert alone["C108"] is None
+
+
+def test_every_number_names_its_features():
+    found = classified(row("a", "x", cls=90, normal=30, matched=50, outlier=80), {"a": "a"}, {"x": "Airc."})
+    found.about = {"f" * 64: {"model_sha256": "0" * 64}}
+    measured, traced = [], {}
+    run = SimpleNamespace(models=[model("a")], trace=traced.update)
+    run.measure = lambda name, value, model="", unit="", paper=None, features="": measured.append(
+        (name, paper, features)
+    )
+    token_claims.measure(run, found)
+    scored = [m for m in measured if m[0].startswith("accuracy")]
+    assert len(scored) == 4 and all(m[2] == "f" for m in scored) and traced == found.about
+    assert dict((m[0], m[1]) for m in scored)["accuracy, x, outlier token"] == pytest.approx(0.791)
+
+
+def test_figures_take_what_there_is():
+    import matplotlib.pyplot as plt
+
+    found = classified(row("a", "x", cls=90, normal=30, matched=50, outlier=80), {"a": "a"})
+    table = found.table.xs("a", level="model")
+    plots_tables.by_task({"a": table, "paper": token_claims.reported()})
+    plots_tables.gaps_by_task({"a": {t: tokens.gaps(found, "outlier", t).loc["a"] for t in ("normal", "matched")}})
+    plots_tables.by_registers(found.table.xs("x", level="task"), {"a": {"a": 0}}, "%", {"cls": {0: 84.6, 1: 85.2}})
+    plt.close("all")
