@@ -113,11 +113,21 @@ def content(model, cls: torch.Tensor) -> torch.Tensor:
 
 
 def _measure(base, layer: int) -> dict:
-    """Typical token sizes before and in block `layer`, median norm after it, and the cls token's components."""
+    """Sizes that the MLPs of blocks layer-1 and layer find, median norm after the latter, and the cls's components.
+
+    The sizes are those of the quiet patches, which become the outliers: in some models a background token is half as
+    long as the median, and what its neurons write would be twice as long.
+    """
     images = base.normalise(scenes.render(range(1 << 41, (1 << 41) + 256)).pixels)
-    seen = capture(base.module, images, ("tokens", "norms"), [layer - 1, layer])
+    entering = []
+    blocks = base.module.blocks[layer - 1 : layer + 1]
+    hooks = [b.norm2.register_forward_pre_hook(lambda _, given: entering.append(given[0])) for b in blocks]
+    seen = capture(base.module, images, ("tokens", "norms"), [layer - 1, layer], batch_size=len(images))
+    for hook in hooks:
+        hook.remove()
     tokens = seen.tokens[layer - 1] - seen.tokens[layer - 1].mean(2, keepdim=True)
-    sizes = seen.patch_norms[:, 0].median().item(), seen.patch_norms[:, 1].median().item()
+    quiet = truth(images)
+    sizes = [(x - x.mean(2, keepdim=True))[:, 1:][quiet].norm(dim=1).median().item() for x in entering]
     wide = math.sqrt(base.anatomy.embed_dim + 2 * _PAIRS)
     cls = tokens[:, 0] / tokens[:, 0].norm(dim=1, keepdim=True) * wide  # as the widened LayerNorm will show it
     components = torch.linalg.svd(cls - cls.mean(0), full_matrices=False)[2][: len(_GLOBAL)]
@@ -125,7 +135,7 @@ def _measure(base, layer: int) -> dict:
     return {
         "before": sizes[0] / wide,  # root mean square of the widened token
         "in": sizes[1] / wide,
-        "norm": sizes[1],
+        "norm": seen.patch_norms[:, 1].median().item(),
         "components": components,
         "centre": cls.mean(0) @ components.T,
         "spread": projected.std(0),
