@@ -110,7 +110,7 @@ def watching(config: TrainConfig, device: str) -> None:
 if __name__ == "__main__":
     device = "cuda" if torch.cuda.is_available() else "cpu"
     print(f"torch {torch.__version__}, {device}, {torch.get_num_threads()} threads")
-    main(TrainConfig(size="m", batch_size=64), device, steps=2, rounds=7)
+    main(TrainConfig(size="s", batch_size=64), device, steps=1, rounds=7)
     watching(TrainConfig(), device)
     if device == "cuda":
         config = TrainConfig(size="b/16", image_size=224, batch_size=256)

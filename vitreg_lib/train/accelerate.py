@@ -41,6 +41,8 @@ def compile_blocks(module: nn.Module, device: str) -> bool:
     A trial on the first block, forward and backward, shows whether this machine can.
     """
     found = blocks(module)
+    # blocks differ in their rate of stochastic depth alone, and are called with and without gradient
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 4 * len(found))
     for block in found:
         block.compile(dynamic=False)
     dim = next(p.shape[0] for name, p in found[0].named_parameters() if name.endswith("norm1.weight"))
@@ -55,6 +57,11 @@ def compile_blocks(module: nn.Module, device: str) -> bool:
     finally:
         module.zero_grad(set_to_none=True)
     return True
+
+
+def eager(config):
+    """Inside, nothing runs compiled: hooks see every block, and other shapes compile nothing anew."""
+    return torch.compiler.set_stance("force_eager") if config.compile else contextlib.nullcontext()
 
 
 def shard(loss: nn.Module) -> None:

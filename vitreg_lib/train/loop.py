@@ -72,7 +72,8 @@ def train(
 
     def measure():
         if (whole := accelerate.whole(run.module, recipe, config, device)) is not None:
-            run.norms.append(telemetry.measure(recipe.backbone(whole), watched, run.step))
+            with accelerate.eager(config):
+                run.norms.append(telemetry.measure(recipe.backbone(whole), watched, run.step))
 
     start, began = run.step, time.perf_counter()
     measured_at = set(telemetry.log_steps(config.steps))
@@ -107,8 +108,10 @@ def train(
     whole = accelerate.whole(run.ema.module if run.ema else run.module, recipe, config, device)
     result = {}
     if whole is not None:
+        with accelerate.eager(config):
+            found = recipe.evaluate(whole, config, device)
         result = {
-            **recipe.evaluate(whole, config, device),
+            **found,
             "steps": config.steps,
             "images": config.steps * config.batch_size,
             "parameters": sum(p.numel() for p in whole.parameters()),
