@@ -124,13 +124,14 @@ def train(
 
 def configure(recipe: str, **options) -> tuple[TrainConfig, ModuleType]:
     """The configuration of a recipe by name, `options` over its own defaults, and its module."""
-    config = TrainConfig(recipe=recipe, **options)
-    module = recipe_of(config)
-    return TrainConfig(recipe=recipe, **{**getattr(module, "DEFAULTS", {}), **options}), module
+    module = recipe_of(TrainConfig(**{**options, "recipe": recipe}))
+    return TrainConfig(**{**getattr(module, "DEFAULTS", {}), **options, "recipe": recipe}), module
 
 
 def recipe_of(config: TrainConfig) -> ModuleType:
     """The module that a configuration is for: that of the recipe, or for labelled images in a folder `folder`."""
+    if config.data and config.recipe != "deit3":
+        raise UserError(f"data={config.data!r}: only deit3 trains on a folder of images, {config.recipe} on scenes")
     return importlib.import_module(".folder" if config.data else f".{config.recipe}", __package__)
 
 
