@@ -21,6 +21,11 @@ from .tokens import held_out
 
 TASKS = {"accuracy": "classification", "miou": "segmentation", "rmse": "depth"}
 LOWER_IS_BETTER = ("rmse",)
+ASKED = {  # the claims of Figure 8 in this module's words
+    "C030": "one register brings more than half of the best gain in masks and in depth",
+    "C031": "the best number of registers is not 0 for masks nor for depth",
+    "C032": "the class gains with more registers",
+}
 STRENGTHS = (1e-3, 1e-2, 1e-1, 1.0, 10.0)
 TOLERANCE = {"accuracy": 0.2, "miou": 0.2, "rmse": 0.002}  # of the claims of Table 2a: points, points, unit of depth
 CLAIMS = {
