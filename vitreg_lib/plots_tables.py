@@ -62,14 +62,14 @@ def by_task(tables: dict, label: str = "right (%)") -> Figure:
 
 
 @styled
-def gaps_by_task(tables: dict[str, dict], label: str = "outlier less other token (points)") -> Figure:
+def gaps_by_task(tables: dict[str, dict], label: str = "outlier less other (points)") -> Figure:
     """Gaps with ± one standard deviation over draws: a panel a title, a row a task, a colour the token compared with.
 
     tables: {title: {token compared with: DataFrame by task with gap and sd, in points}}.
     """
     counts = [max(len(t) for t in found.values()) for found in tables.values()]
     height = 0.21 * max(counts) + 1.2
-    figure, axes = plt.subplots(1, len(tables), figsize=(2.35 * len(tables) + 0.6, height), squeeze=False)
+    figure, axes = plt.subplots(1, len(tables), figsize=(2.35 * len(tables) + 0.6, height), squeeze=False, sharex=True)
     drawn = {}
     for axis, (title, found) in zip(axes[0], tables.items(), strict=True):
         for number, (token, table) in enumerate(found.items()):

@@ -189,11 +189,9 @@ def _of_moved(found: tokens.Classified, name: str, lender: str) -> Iterator[tupl
 
 def of_table4(found: tokens.Classified, models, pairs: dict[str, str]) -> Iterator[tuple]:
     """C108 to C110 on the pairs {model with registers: without} of trained models; ours on every pair that is here."""
-    scores = found.table.score.to_dict()
     roles = {m.label: m.role for m in models}
-    task = next(iter(found.table.index.get_level_values("task")))
-    trained = next(((w, b) for w, b in pairs.items() if roles[w] == roles[b] == "trained"), None)
-    for claim in ("C108", "C109", "C110"):
+    trained = next((pair for pair in pairs.items() if roles[pair[0]] == roles[pair[1]] == "trained"), None)
+    for claim in _TABLE4:
         if trained is None:
             yield (
                 claim,
@@ -201,12 +199,15 @@ def of_table4(found: tokens.Classified, models, pairs: dict[str, str]) -> Iterat
                 "needs one model trained with and without registers; test-time registers are judged below",
             )
         else:
-            yield claim, *_register_verdict(claim, scores, task, *trained)
-    for with_registers, base in pairs.items():
-        if (with_registers, base) != trained:
+            yield claim, *_register_verdict(claim, found, *trained)
+    for pair in pairs.items():
+        if pair != trained:
             for claim, text in _TABLE4.items():
-                judged = _register_verdict(claim, scores, task, with_registers, base)
-                yield f"{claim}-{with_registers}", *judged, f"ours, as {claim}: {with_registers}: {text}"
+                yield (
+                    f"{claim}-{pair[0]}",
+                    *_register_verdict(claim, found, *pair),
+                    f"ours, as {claim}: {pair[0]}: {text}",
+                )
 
 
 _TABLE4 = {
@@ -216,18 +217,25 @@ _TABLE4 = {
 }
 
 
-def _register_verdict(claim: str, scores: dict, task: str, name: str, base: str) -> tuple[bool, str]:
+def _register_verdict(claim: str, found: tokens.Classified, name: str, base: str) -> tuple[bool, str]:
+    scores, task = found.table.score.to_dict(), found.table.index.get_level_values("task")[0]
+
     def points(model, token):
         return 100 * scores[model, task, token]
 
     if claim == "C109":
         told = f"{name}, {task}: register {points(name, 'register'):.0f}, normal patch {points(name, 'normal'):.0f}"
-        if (base, task, "outlier") in scores:
+        if found.owner.get(base) == base:
             told += f"; outlier of {base} {points(base, 'outlier'):.0f}"
         return points(name, "register") > points(name, "normal"), told
     token, limit = ("cls", 1.5) if claim == "C108" else ("normal", 3)
     before, after = points(base, token), points(name, token)
-    return abs(after - before) <= limit, f"{task}, {token}: {base} {before:.1f}, {name} {after:.1f}"
+    low, high = tokens.interval(found.right.get((name, task, token)), found.right.get((base, task, token)))
+    interval = f" ({low:+.0f} to {high:+.0f})" if low == low else ""
+    told = (
+        f"{task}, {token}: {base} {before:.0f}, {name} {after:.0f}, difference {after - before:+.0f}{interval} points"
+    )
+    return abs(after - before) <= limit, told
 
 
 def _told(fair, plain, name: str, task: str) -> str:

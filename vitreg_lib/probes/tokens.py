@@ -12,6 +12,7 @@ For the planted control `planted` is what was put into its outliers, a part of c
 """
 
 import hashlib
+import inspect
 import json
 from dataclasses import dataclass, field
 
@@ -113,7 +114,8 @@ def _about(problem, parts: list, strengths, seed: int) -> dict:
         "features": [p.fingerprint for p in parts],
         "labels": hashlib.sha256(json.dumps(labels).encode()).hexdigest(),
         "options": [list(strengths), seed],
-        "code": feature_cache.source_sha256(__file__, linear.__file__, _lbfgs.__file__, sgd.__file__),
+        "code": [hashlib.sha256(inspect.getsource(f).encode()).hexdigest() for f in _COMPUTE]
+        + [feature_cache.source_sha256(linear.__file__, _lbfgs.__file__, sgd.__file__)],
     }
 
 
@@ -228,6 +230,9 @@ def chance(y: Tensor, metric: str) -> float:
     return float(y.bincount().max() / len(y))
 
 
+_COMPUTE = (_model_on, _column, usable, one, held_out, chance)  # what scores follow from, besides the solvers
+
+
 def gaps(found: Classified, a: str = "outlier", b: str = "matched", draws: int = 1000, seed: int = 0):
     """Score of token `a` less that of `b` in points: a DataFrame indexed by (model, task) with gap, low, high, sd.
 
@@ -241,16 +246,23 @@ def gaps(found: Classified, a: str = "outlier", b: str = "matched", draws: int =
         part = part.droplevel(["model", "task"])
         if not {a, b} <= set(part.index):
             continue
-        low = high = float("nan")
-        if (model, task, a) in found.right:
-            both = [found.right[model, task, token].mean(0) for token in (a, b)]
-            difference, generator = both[0] - both[1], torch.Generator().manual_seed(seed)
-            chosen = torch.randint(len(difference), (draws, len(difference)), generator=generator)
-            low, high = (100 * difference[chosen].mean(1)).quantile(torch.tensor([0.025, 0.975]).double()).tolist()
+        low, high = interval(*(found.right.get((model, task, token)) for token in (a, b)), draws, seed)
         gap = 100 * (part.score[a] - part.score[b])
         rows[model, task] = {"gap": gap, "low": low, "high": high, "sd": 100 * part.sd[[a, b]].max()}
     index = pd.MultiIndex.from_tuples(rows, names=["model", "task"])
     return pd.DataFrame(list(rows.values()), index=index, columns=["gap", "low", "high", "sd"])
+
+
+def interval(a: Tensor | None, b: Tensor | None, draws: int = 1000, seed: int = 0) -> tuple[float, float]:
+    """(low, high) in points: the middle 95 % of the difference of right answers (draws, images) over test images.
+
+    A bootstrap; NaN where either is missing, or where they are not of the same images.
+    """
+    if a is None or b is None or a.shape[1] != b.shape[1]:
+        return float("nan"), float("nan")
+    difference, generator = a.mean(0) - b.mean(0), torch.Generator().manual_seed(seed)
+    chosen = torch.randint(len(difference), (draws, len(difference)), generator=generator)
+    return tuple((100 * difference[chosen].mean(1)).quantile(torch.tensor([0.025, 0.975]).double()).tolist())
 
 
 def over_tasks(gap) -> tuple[float, float, float]:
