@@ -135,7 +135,7 @@ class Page:
         self.saved = w.Button(description="Save figure", icon="save", tooltip="PNG and SVG under results/explorer")
         self.copied = w.Button(description="Copy batch commands", icon="copy", layout={"width": "auto"})
         self.status = w.HTML().add_class("vr-status")
-        self.command = w.Textarea(layout={"width": "100%", "display": "none"}, rows=2, disabled=True)
+        self.command = w.Textarea(layout={"width": "auto", "display": "none"}, rows=2, disabled=True)
         self.command.add_class("vr-command")
         self.canvases = [PatchCanvas(), PatchCanvas()]
 

@@ -229,7 +229,7 @@ function render({ model, el }) {
     const count = [...view.norms].filter((norm, i) => isOutlier(i)).length;
     const how = dragged !== null || !view.by_rule ? "by hand" : "by rule";
     const text = cutoff() === null ? "cutoff: none by rule" : `cutoff ${short(cutoff())} ${how}`;
-    page.parts.above.textContent = `${count} of ${view.norms.length} patches above the cutoff (${percent(count / view.norms.length)})`;
+    page.parts.above.textContent = `outliers: ${count} of ${view.norms.length} (${percent(count / view.norms.length)})`;
     page.panels.histogram.title.textContent = text;
     page.panels.histogram.title.dataset.name = "cutoff";
     for (const [key, value] of [["valuemin", 0], ["valuemax", short(high)], ["valuenow", short(at)], ["valuetext", text]])

@@ -22,11 +22,16 @@ def explorer(views: list[View], shared: bool = True, component: int = 0) -> Figu
     for both models. `component`: 1 to 3, or 0 for the three as red, green and blue.
     """
     figure, axes = plt.subplots(
-        len(views), 6, figsize=(12.2, 2.55 * len(views) + 0.1), squeeze=False, width_ratios=[1, 1, 1, 1, 1, 1.35]
+        len(views), 6, figsize=(12.2, 2.75 * len(views)), squeeze=False, width_ratios=[1, 1, 1, 1, 1, 1.35]
     )
     for row, view, ranges in zip(axes, views, scales(views, shared), strict=True):
         _row(figure, row, view, ranges, component)
     return figure
+
+
+def _bar(figure: Figure, axis, image, label: str) -> None:
+    """A colour bar below a panel, inside its margin, so that the panels stay aligned."""
+    figure.colorbar(image, cax=axis.inset_axes([0, -0.1, 1, 0.055]), orientation="horizontal").set_label(label, size=8)
 
 
 def _row(figure: Figure, row, view: View, ranges: dict, component: int) -> None:
@@ -41,6 +46,7 @@ def _row(figure: Figure, row, view: View, ranges: dict, component: int) -> None:
         row[0].plot(x * side[1] / view.grid[1], y * side[0] / view.grid[0], "P", color="white", mec="black", ms=8)
     row[0].set_ylabel(f"{view.label}\n({view.role})", fontsize=9)
     row[0].set_title(view.image_name)
+    row[0].set_xlabel("\n".join(view.title.split(" · ")[:2]), fontsize=8)
     drawn = (
         ("attention", f"attention of {view.query}", ATTENTION, "× even"),
         ("norms", "norm", NORMS, "L2 norm"),
@@ -49,11 +55,11 @@ def _row(figure: Figure, row, view: View, ranges: dict, component: int) -> None:
     for axis, (name, title, cmap, unit) in zip((row[1], row[2], row[4]), drawn, strict=True):
         low, high = ranges[name]
         image = axis.imshow(getattr(view, name), cmap=cmap, vmin=low, vmax=high, interpolation="nearest")
-        figure.colorbar(image, ax=axis, location="bottom", label=unit, fraction=0.06, pad=0.03)
+        _bar(figure, axis, image, unit)
         axis.set_title(title)
     if component:
         image = row[3].imshow(view.components[..., component - 1], cmap=COMPONENT, vmin=-3, vmax=3)
-        figure.colorbar(image, ax=row[3], location="bottom", label="σ", fraction=0.06, pad=0.03)
+        _bar(figure, row[3], image, "σ")
         row[3].set_title(f"component {component}")
     else:
         row[3].imshow(view.components / 6 + 0.5, interpolation="nearest")
@@ -76,7 +82,7 @@ def _histogram(axis, view: View) -> None:
     if torch.isfinite(torch.tensor(view.cutoff)):
         how = "by rule" if view.by_rule else "by hand"
         axis.axvline(view.cutoff, color=PALETTE[1], label=f"cutoff {view.cutoff:.3g}, {how}")
-    axis.set_title(f"{view.title.split(' · ')[0]}: {view.outlier_share:.1%} outliers")
+    axis.set_title(f"outliers: {view.outlier_share:.1%} of patches")
     axis.legend(loc="upper right", fontsize=7)
 
 

@@ -10,6 +10,7 @@ import os
 import re
 import statistics
 import subprocess
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from vitreg_lib.explorer import State
 from vitreg_lib.paths import NOTEBOOKS, ROOT
 
 pytestmark = pytest.mark.slow
+PATIENCE = 60  # seconds for a page on a busy machine; it answers in a tenth of one
 DEFAULT = State(models=("planted", "mini-deit3-reg4"), images="scenes")
 COLOURS = """([place, panel]) => {  // the colour at the centre of every patch of one panel
   const card = document.querySelectorAll('.vr-card')[place];
@@ -81,48 +83,69 @@ def number(page, place: int, name: str) -> str:
     return page.locator(".vr-card").nth(place).locator(f"[data-name='{name}']").inner_text()
 
 
-def assert_shows(page, state: State, store, panels=("attention", "norms", "components", "similarity")) -> list:
-    """Both cards show the pictures and numbers of the state; the library's views are returned."""
+def assert_shows(page, state: State, store) -> list:
+    """Both cards come to show the pictures and numbers of the state; the library's views are returned."""
+    views, until = explorer.look(state, store), time.monotonic() + PATIENCE
+    while True:
+        try:
+            for place, (view, scales) in enumerate(zip(views, explorer.scales(views, state.shared), strict=True)):
+                compare(page, place, view, scales, state.component)
+            return views
+        except AssertionError:  # what was asked before may still be on its way
+            if time.monotonic() > until:
+                raise
+            time.sleep(0.2)
+
+
+def compare(page, place: int, view: explorer.View, scales: dict, component: int) -> None:
+    """One card against one view: the colour of every patch of every panel, and the numbers."""
     from vitreg_lib.patch_canvas import message, palette
 
-    views = explorer.look(state, store)
-    for place, (view, scales) in enumerate(zip(views, explorer.scales(views, state.shared), strict=True)):
-        sent = message(view, scales, state.component, 0)
-        assert number(page, place, "label") == view.label
-        assert number(page, place, "title") == view.title
-        for panel in panels:
-            shown = np.array(page.evaluate(COLOURS, [place, panel]), dtype=int)
-            if panel == "components":
-                wanted = np.frombuffer(sent["components"], np.uint8).reshape(-1, 3)
-            else:
-                low, high = scales[panel]
-                steps = (255 * (getattr(view, panel).flatten().numpy() - low) / (high - low)).round().clip(0, 255)
-                name = sent["scales"][panel]["palette"]
-                wanted = np.frombuffer(palette(name), np.uint8).reshape(-1, 3)[steps.astype(int)]
-            gap = np.abs(shown - wanted).max()  # a step of a palette, where a value lies between two
-            assert gap <= 6, f"{view.label}, {panel}: colours differ by up to {gap} of 255"
-        count = int(view.is_outlier.sum())
-        assert number(page, place, "above").startswith(f"{count} of {view.norms.numel()} patches above the cutoff")
-        for name, share in view.budget.items():
-            assert number(page, place, f"on-{name}") == f"{100 * share:.1f} %"
-        if view.patch:
-            row, col = view.patch
-            assert number(page, place, "patch") == f"Patch ({row}, {col})"
-            assert number(page, place, "rank") == f"{view.ranks[row, col]} of {view.norms.numel()}"
-            assert float(number(page, place, "norm")) == pytest.approx(view.norms[row, col].item(), rel=6e-3)
-            share = float(number(page, place, "attention").split()[0])
-            assert share == pytest.approx(100 * view.attention_share[row, col].item(), rel=6e-3)
-    return views
+    sent = message(view, scales, component, 0)
+    assert number(page, place, "label") == view.label
+    assert number(page, place, "title") == view.title
+    for panel in ("attention", "norms", "components", "similarity"):
+        shown = np.array(page.evaluate(COLOURS, [place, panel]), dtype=int)
+        if panel == "components":
+            wanted = np.frombuffer(sent["components"], np.uint8).reshape(-1, 3)
+        else:
+            low, high = scales[panel]
+            steps = (255 * (getattr(view, panel).flatten().numpy() - low) / (high - low)).round().clip(0, 255)
+            name = sent["scales"][panel]["palette"]
+            wanted = np.frombuffer(palette(name), np.uint8).reshape(-1, 3)[steps.astype(int)]
+        gap = np.abs(shown - wanted).max()  # a step of a palette, where a value lies between two
+        assert gap <= 6, f"{view.label}, {panel}: colours differ by up to {gap} of 255"
+    count = int(view.is_outlier.sum())
+    assert number(page, place, "above").startswith(f"outliers: {count} of {view.norms.numel()} (")
+    for name, share in view.budget.items():
+        assert number(page, place, f"on-{name}") == f"{100 * share:.1f} %"
+    if view.patch:
+        row, col = view.patch
+        assert number(page, place, "patch") == f"Patch ({row}, {col})"
+        assert number(page, place, "rank") == f"{view.ranks[row, col]} of {view.norms.numel()}"
+        assert float(number(page, place, "norm")) == pytest.approx(view.norms[row, col].item(), rel=6e-3)
+        share = float(number(page, place, "attention").split()[0])
+        assert share == pytest.approx(100 * view.attention_share[row, col].item(), rel=6e-3)
 
 
-def picture(page, name: str, tmp_path: Path) -> Path:
-    """A screenshot of the explorer, into docs/gallery/ where it is asked for."""
+def picture(page, name: str, tmp_path: Path) -> None:
+    """A screenshot of the explorer as a reader sees it, the map over the image; docs/gallery/ where it is asked for."""
     folder = ROOT / "docs" / "gallery" if os.environ.get("VITREG_GALLERY") else tmp_path
+    overlay(page, 14)
     page.mouse.move(1, 1)
+    page.evaluate("document.activeElement.blur()")
     path = folder / f"{name}.png"
     page.locator(".vr-explorer").screenshot(path=path)
+    overlay(page, 20)
     assert 10_000 < path.stat().st_size < 300_000
-    return path
+
+
+def overlay(page, steps: int) -> None:
+    """Move the slider of the attention's opacity to so many steps of 20."""
+    handle = slider(page, "Overlay")
+    handle.press("Home")
+    for _ in range(steps):
+        handle.press("ArrowRight")
 
 
 def click_patch(page, place: int, panel: str, row: int, col: int) -> None:
@@ -132,28 +155,25 @@ def click_patch(page, place: int, panel: str, row: int, col: int) -> None:
     page.mouse.move(1, 1)
 
 
-def reset(page) -> None:
-    """Layer 7, mean of heads, cls, cutoffs by rule."""
+def reset(page, store) -> None:
+    """Layer 7, mean of heads, cls, cutoffs by rule: the notebook's own state."""
+    slider(page, "Overlay").press("End")
     slider(page, "Layer").press("End")
     page.get_by_role("button", name="mean", exact=True).click()
     control(page, "Query").select_option("cls")
-    after(page, page.get_by_role("button", name="Cutoff by rule").click)
-    page.wait_for_timeout(300)
+    page.get_by_role("button", name="Cutoff by rule").click()
+    assert_shows(page, DEFAULT, store)
 
 
 def test_it_opens_with_the_state_of_the_notebook(ready, store, tmp_path):
     assert_shows(ready.page, DEFAULT, store)
     assert not ready.page.locator(".vr-error").count()
-    slider(ready.page, "Overlay").press("Home")
-    for _ in range(14):
-        slider(ready.page, "Overlay").press("ArrowRight")
     picture(ready.page, "explorer", tmp_path)
-    slider(ready.page, "Overlay").press("End")
 
 
 def test_layer_head_and_register_are_followed_by_both_models(ready, store, tmp_path):
     page = ready.page
-    reset(page)
+    reset(page, store)
     cell = page.locator(".jp-Notebook .jp-mod-active").get_attribute("data-windowed-list-index")
     after(page, lambda: slider(page, "Layer").press("ArrowLeft"))
     after(page, lambda: slider(page, "Layer").press("ArrowLeft"))
@@ -177,7 +197,7 @@ def test_layer_head_and_register_are_followed_by_both_models(ready, store, tmp_p
 
 def test_a_patch_is_asked_by_click_and_by_arrow_keys(ready, store, tmp_path):
     page = ready.page
-    reset(page)
+    reset(page, store)
     after(page, lambda: click_patch(page, 0, "norms", 3, 4))
     assert_shows(page, replace(DEFAULT, query="patch (3, 4)"), store)
     maps = page.locator(".vr-maps").first
@@ -187,6 +207,7 @@ def test_a_patch_is_asked_by_click_and_by_arrow_keys(ready, store, tmp_path):
         assert_shows(page, replace(DEFAULT, query=patch), store)
     assert page.evaluate("getComputedStyle(document.activeElement).outlineStyle") == "solid"
     picture(page, "explorer-patch", tmp_path)
+    maps.focus()
     after(page, lambda: page.keyboard.press("Home"))
     assert_shows(page, DEFAULT, store)
     box = page.locator(".vr-card canvas[data-panel=norms]").first.bounding_box()
@@ -199,11 +220,11 @@ def test_a_patch_is_asked_by_click_and_by_arrow_keys(ready, store, tmp_path):
 
 def test_the_cutoff_is_dragged(ready, store, tmp_path):
     page = ready.page
-    reset(page)
+    reset(page, store)
     histogram = page.locator("canvas[data-panel=histogram]").first
     box = histogram.bounding_box()
     high = float(explorer.look(DEFAULT, store)[0].edges[-1])
-    start, end = (0.5 * box["width"], 0.171 * box["width"])
+    start, end = (0.5 * box["width"], 0.24 * box["width"])
     page.mouse.move(box["x"] + start, box["y"] + 60)
     page.mouse.down()
     page.mouse.move(box["x"] + (start + end) / 2, box["y"] + 50, steps=4)
@@ -214,7 +235,7 @@ def test_the_cutoff_is_dragged(ready, store, tmp_path):
     norm = (x - 54) / (400 - 54 - 10) * high
     assert float(number(page, 0, "cutoff").split()[1]) == pytest.approx(norm, rel=0.02)
     views = assert_shows(page, replace(DEFAULT, cutoffs=(norm, None)), store)
-    assert views[0].is_outlier.sum() > 5  # more than those by rule
+    assert 5 < views[0].is_outlier.sum() < 100  # more than those by rule
     ring = page.evaluate(
         """([row, col]) => { const c = document.querySelector('canvas[data-panel=norms]');
         return [...c.getContext('2d').getImageData(col * 24 + 2, row * 24 + 12, 1, 1).data].slice(0, 3); }""",
@@ -232,7 +253,7 @@ def test_the_cutoff_is_dragged(ready, store, tmp_path):
 
 def test_another_image_and_model_say_that_they_take_a_moment(ready, store):
     page = ready.page
-    reset(page)
+    reset(page, store)
     page.evaluate("""() => { window.told = []; new MutationObserver(() =>
         document.querySelectorAll('.vr-spin + span').forEach((e) => told.push(e.textContent))
         ).observe(document.querySelector('.vr-status'), { childList: true, subtree: true }); }""")
@@ -271,7 +292,7 @@ def test_a_dropped_image_is_shown_and_a_damaged_one_refused(ready):
 
 def test_the_batch_commands_are_copied_and_are_the_views_own(ready, store):
     page = ready.page
-    reset(page)
+    reset(page, store)
     after(page, lambda: click_patch(page, 0, "attention", 2, 9))
     page.get_by_role("button", name="Copy batch commands").click()
     page.get_by_text("copied: this view").wait_for()
@@ -319,9 +340,9 @@ def test_the_dark_theme_is_legible(ready, tmp_path):
     page.wait_for_function("document.body.dataset.jpThemeLight === 'true'")
 
 
-def test_two_hundred_changes_leave_the_kernel_as_large_as_before(ready):
+def test_two_hundred_changes_leave_the_kernel_as_large_as_before(ready, store):
     page = ready.page
-    reset(page)
+    reset(page, store)
     page.evaluate("answers.length = 0")
     page.locator(".vr-maps").first.focus()
     steps = ["ArrowRight", "ArrowDown", "ArrowLeft", "ArrowUp"]
@@ -348,12 +369,11 @@ def test_a_real_model_beside_one_without_artifacts(ready, tmp_path):
     after(page, lambda: control(page, "Models").press("Enter"))
     page.get_by_text("Other images and models").click()
     after(page, lambda: control(page, "Images").select_option("photos"))
-    slider(page, "Overlay").press("Home")
-    for _ in range(14):
-        slider(page, "Overlay").press("ArrowRight")
-    page.wait_for_function("document.querySelector('.vr-title').textContent.includes('of 0 to 11')")
-    slider(page, "Layer").press("End")
-    page.wait_for_function("document.querySelector('.vr-title').textContent.startsWith('block 11')")
+    title = page.locator(".vr-title").first
+    title.get_by_text("block 7 (of 0 to 11)").wait_for()
+    for layer in range(8, 12):  # End goes to the largest value that the slider once had
+        slider(page, "Layer").press("ArrowRight")
+        title.get_by_text(f"block {layer} (of 0 to 11)").wait_for()
     picture(page, "explorer-vit-ti", tmp_path)
 
 
