@@ -65,6 +65,13 @@ def _parser() -> argparse.ArgumentParser:
         command.set_defaults(function=function)
         return command
 
+    _for_items(add)
+    _for_models(add)
+    _for_training(add)
+    return parser
+
+
+def _for_items(add) -> None:
     run = add(
         "run",
         _run,
@@ -81,6 +88,9 @@ def _parser() -> argparse.ArgumentParser:
     report = add("report", _report, "Show verdicts and figures of finished items, or write a page of all.")
     report.add_argument("item", nargs="?", help="one item; without it results/<profile>/report.html is written")
     _add_parameters(report)
+
+
+def _for_models(add) -> None:
     diagnose = add(
         "diagnose",
         _diagnose,
@@ -104,6 +114,9 @@ def _parser() -> argparse.ArgumentParser:
     mend.add_argument("--images", default="", help="where neurons are searched: a source of `vitreg data` or a folder")
     mend.add_argument("--n-images", type=int, default=10, help="how many of them (default 10)")
     mend.add_argument("--registers", default="0,1,2,4,8", help="numbers of registers to try (default 0,1,2,4,8)")
+
+
+def _for_training(add) -> None:
     data = add("data", _data, "List images and data sets: what is ready on this machine, and how to get the rest.")
     data.add_argument("name", nargs="?", help="all that is known of one data set")
     data.add_argument(
@@ -114,7 +127,6 @@ def _parser() -> argparse.ArgumentParser:
     ship.add_argument("run", help="the run's folder")
     ship.add_argument("name", help="its name in data/models.yaml")
     ship.add_argument("about", help="one sentence")
-    return parser
 
 
 def _add_parameters(command) -> None:
