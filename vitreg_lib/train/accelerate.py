@@ -65,7 +65,11 @@ def eager(config):
 
 
 def shard(loss: nn.Module) -> None:
-    """FSDP2: parameters, gradients and optimiser state shared out over ranks, gathered block by block when needed."""
+    """FSDP2: parameters, gradients and optimiser state shared out over ranks, gathered block by block when needed.
+
+    Tested to train as without it with lamb and sgd. With muon, which works in bfloat16, it nearly does: on two CPUs the
+    loss after a step was 16.2722 instead of 16.2715.
+    """
     from torch.distributed.fsdp import fully_shard
 
     if parallel.world() == 1:
