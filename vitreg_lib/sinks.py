@@ -25,21 +25,29 @@ def received(attention: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
 
 
 def updates(v: torch.Tensor, attn: torch.nn.Module, scale: torch.Tensor | float = 1.0) -> torch.Tensor:
-    """(images, heads, tokens) length of what a head writes for a query that looks at one token alone: |scale · W_o v|.
+    """(images, heads, tokens, dim) what a head writes for a query that looks at one token alone: scale · W_o v.
 
     v: (images, heads, tokens, head_dim); attn: timm's attention module; scale: LayerScale's (dim,), if there is one.
     """
     heads, head_dim = v.shape[1], v.shape[-1]
     weight = attn.proj.weight.detach().cpu().view(-1, heads, head_dim)  # (dim, heads, head_dim)
-    written = torch.einsum("bhtd,ohd->bhto", v.float(), weight.float())
-    return torch.linalg.vector_norm(written * torch.as_tensor(scale).detach().cpu(), dim=-1)
+    return torch.einsum("bhtd,ohd->bhto", v.float(), weight.float()) * torch.as_tensor(scale).detach().cpu()
 
 
-def length_ratio(lengths: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
-    """(heads,) mean length of the updates at `places` / elsewhere, for lengths (images, heads, tokens)."""
+def length_ratio(updates: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+    """(heads,) mean length of the updates (images, heads, tokens, dim) at `places` / elsewhere."""
+    lengths = torch.linalg.vector_norm(updates, dim=-1)
     inside = places[:, None].expand_as(lengths)
     sums = [(lengths * mask).sum((0, 2)) / mask.sum((0, 2)).clamp_min(1) for mask in (inside, ~inside)]
     return sums[0] / sums[1].clamp_min(1e-12)
+
+
+def spread_ratio(updates: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+    """(heads,) how much the updates at `places` change with the image / how much they do elsewhere.
+
+    An update that is long but the same in every image carries no content: it acts as a bias, and its ratio is 0.
+    """
+    return length_ratio(updates - updates.mean(0), places)
 
 
 def measure(model: torch.nn.Module, images: torch.Tensor, places: torch.Tensor | None = None):
@@ -47,9 +55,11 @@ def measure(model: torch.nn.Module, images: torch.Tensor, places: torch.Tensor |
 
     outlier_share, norm_ratio: patches above the layer's own cutoff, and their mean norm / the median. separated_share:
     above three medians. place_norm: mean norm at the places / the median. attention: what patches elsewhere give to the
-    places, in the head that gives most; value_ratio: length of that head's updates from there / from other patches.
-    attention_mean: over heads. prefix_attention: what patches give to cls and registers, in the head that gives most.
-    top_key: the largest mean attention that a single patch gets in a head, averaged over images.
+    places, in the head that gives most, and attention_mean over heads; value_ratio: length of that head's updates from
+    there / from other patches; spread_ratio: of their changes with the image. prefix_attention: what patches give to
+    cls and registers, in the head that gives most. top_key: the largest mean attention that one patch of an image gets,
+    in the head where it is largest; top_norm: that patch's norm / the median; top_in_places: in how many images (0 to
+    1) it is one of the places.
     """
     import pandas as pd
 
@@ -69,19 +79,32 @@ def measure(model: torch.nn.Module, images: torch.Tensor, places: torch.Tensor |
             "norm_ratio": norm_ratio(norms, norms > cut),
             "separated_share": separated_share(norms[:, None]).item(),
             "largest": (norms.max() / norms.median()).item(),
-            "top_key": attention[..., prefix:].mean(2).amax(-1).mean(0).max().item(),
+            **_most_attended(attention[..., prefix:], norms, places),
             "prefix_attention": attention[..., :prefix].sum(-1).mean((0, 2)).max().item() if prefix else 0.0,
         }
         if places is not None and places.any():
             given = received(attention[..., prefix:], places)
             head = int(given.argmax())
             scale = getattr(getattr(anatomy.blocks[layer], "ls1", None), "gamma", 1.0)
-            lengths = updates(seen.v[layer], anatomy.attention[layer], scale)[..., prefix:]
+            written = updates(seen.v[layer], anatomy.attention[layer], scale)[:, :, prefix:]
             row |= {
                 "place_norm": (norms[places].mean() / norms.median()).item(),
                 "attention": given[head].item(),
                 "attention_mean": given.mean().item(),
-                "value_ratio": length_ratio(lengths, places)[head].item(),
+                "value_ratio": length_ratio(written, places)[head].item(),
+                "spread_ratio": spread_ratio(written, places)[head].item(),
             }
         found.append(row)
     return pd.DataFrame(found).astype({"norm_ratio": float})
+
+
+def _most_attended(attention: torch.Tensor, norms: torch.Tensor, places: torch.Tensor | None) -> dict[str, float]:
+    """About each image's most attended patch, for attention (images, heads, queries, patches)."""
+    largest, which = attention.mean(2).max(-1)  # (images, heads)
+    head = int(largest.mean(0).argmax())
+    which = which[:, head, None]
+    found = {
+        "top_key": largest[:, head].mean().item(),
+        "top_norm": (norms.gather(1, which).mean() / norms.median()).item(),
+    }
+    return found if places is None else found | {"top_in_places": places.gather(1, which).float().mean().item()}

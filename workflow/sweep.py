@@ -24,7 +24,8 @@ def main(chosen: list[str]) -> None:
         for seed in [int(text) for text in chosen if text.isdigit()] or range(count):
             if (name, seed) in done:
                 continue
-            rows = sweep.run(name, seed, ROOT / "runs" / "sweep" / f"{name}-{seed}", progress=sys.stderr.isatty())
+            folder = ROOT / "runs" / "sweep" / f"{name} seed {seed}".replace(" ", "-")
+            rows = sweep.run(name, seed, folder, progress=sys.stderr.isatty())
             sweep.record(rows)
             print(sweep.verdict(rows).round(3).to_string(), flush=True)
 

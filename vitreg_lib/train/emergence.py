@@ -1,8 +1,8 @@
 """The quest for the smallest ViT that needs registers: textures, some of which never matter.
 
 This training task is made for one question and is good for nothing else. An image is a grid of 6 x 6 patches of 2
-pixels a side, each filled with 12 random numbers. Every patch has to give back its own texture. A *trigger*, a patch
-that bears a mark, has to give back its own texture plus a fixed rotation of its left neighbour's. So a head that
+pixels a side, each filled with 11 random numbers; the twelfth is a mark, 0 or 1. Every patch has to give back its own
+texture; a *trigger*, a patch whose mark is 1, its own plus a fixed rotation of its left neighbour's. So a head that
 copies is needed at few patches, and at all others must look where it does no harm: Bigram-Backcopy (Guo et al. 2024) in
 the form of images. Some patches are *idle*: they look like all others, but no answer is asked of them, they are never
 triggers and nothing is ever copied from them. They are the four corners by default, as the corners of photos seldom
@@ -35,9 +35,11 @@ DEFAULTS = {
     "image_size": 12,
     "steps": 3000,
     "batch_size": 16,
-    "learning_rate": 0.004,
+    "learning_rate": 0.01,
+    "weight_decay": 0.4,
     "optimizer": "adamw",
     "eval_images": 512,
+    "telemetry_images": 32,
     "save_every": 1000,
 }
 GRID, PATCH = 6, 2
@@ -61,10 +63,10 @@ class Task:
     idle: str = "corners"
     blank: bool = False
     kind: str = "copy"
-    trigger_share: float = 0.2
+    trigger_share: float = 0.25
     noise: float = 0.0
     dim: int = 24
-    depth: int = 3
+    depth: int = 1
     heads: int = 2
     mlp_ratio: float = 0.125
     layer_scale: float = 0.0
@@ -74,6 +76,19 @@ class Task:
 
 TASKS = {
     "corners": Task(),
+    "nothing-idle": Task(idle="none"),
+    "blank-corners": Task(blank=True),
+    "anywhere": Task(idle="anywhere"),
+    "one-corner": Task(idle="corner"),
+    "cls-token": Task(cls_token=True),
+    "two-blocks": Task(depth=2),
+    "three-blocks": Task(depth=3),
+    "usual-mlp": Task(mlp_ratio=4.0),
+    "layer-scale": Task(layer_scale=0.1),
+    "noise": Task(noise=0.3),
+    "plain-start": Task(position=0.0),
+    "four-heads": Task(heads=4),
+    "broadcast": Task(kind="broadcast", depth=2),
 }
 
 
@@ -98,10 +113,9 @@ class Batch:
 
 @functools.lru_cache(maxsize=8)
 def fixed(seed: int) -> dict[str, torch.Tensor]:
-    """What a run's images share: the mark (12,) of triggers, twice as long as a texture, the rotation (12, 12), the hidden direction (12,)."""
+    """What a run's images share: the rotation (12, 12) of what is copied, the hidden direction (12,) of `broadcast`."""
     generator = torch.Generator().manual_seed(7919 + seed)
     return {
-        "mark": 7.0 * F.normalize(torch.randn(LENGTH, generator=generator), dim=0),
         "rotation": torch.linalg.qr(torch.randn(LENGTH, LENGTH, generator=generator))[0],
         "direction": F.normalize(torch.randn(LENGTH, generator=generator), dim=0),
     }
@@ -112,6 +126,7 @@ def draw(config, step: int, part: slice = slice(None), device="cpu", count: int 
     t, known, n = task(config), fixed(config.seed), count or config.batch_size
     generator = torch.Generator().manual_seed((config.seed << 32) + step)
     texture = torch.randn(n, PATCHES, LENGTH, generator=generator)
+    texture[..., -1] = 0.0
     chance = torch.rand(n, PATCHES, generator=generator)
     added = torch.randn(n, PATCHES, LENGTH, generator=generator)
     anywhere = torch.rand(n, PATCHES, generator=generator).topk(4, 1).indices
@@ -122,7 +137,7 @@ def draw(config, step: int, part: slice = slice(None), device="cpu", count: int 
         idle[:, list(CORNERS[:1] if t.idle == "corner" else CORNERS)] = True
     has_left = torch.arange(PATCHES) % GRID > 0
     trigger = has_left & ~idle & ~idle.roll(1, 1) & (chance < t.trigger_share) & (t.kind == "copy")
-    texture = texture + trigger[..., None] * known["mark"]
+    texture[..., -1] = trigger.float()
     if t.blank:
         texture[idle] = 0.0
     pixels = texture + t.noise * added
@@ -160,6 +175,7 @@ def build(config) -> torch.nn.Module:
         reg_tokens=config.registers,
         no_embed_class=True,
         init_values=t.layer_scale or None,
+        weight_init="moco",  # Xavier: at this width timm's own 0.02 leaves copying on a plateau
     )
     model = VisionTransformer(**arguments)
     if t.position:

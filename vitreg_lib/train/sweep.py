@@ -1,7 +1,7 @@
 """The sweep of the quest (`emergence`): its cells, how one is run, and the table of what came of all of them.
 
-A cell is a dictionary of options of `TrainConfig` with a name and the number of seeds; add one, run workflow/sweep.py,
-and its rows join data/sweeps/emergence.parquet.
+A cell is a dictionary of options of `TrainConfig` over the recipe's defaults, with a name and the number of seeds; add
+one, run workflow/sweep.py, and its rows join data/sweeps/emergence.parquet.
 """
 
 from __future__ import annotations
@@ -19,11 +19,30 @@ from ..paths import DATA
 from . import emergence, loop, telemetry
 
 TABLE = DATA / "sweeps" / "emergence.parquet"
-WATCHED = 96  # held-out images that sinks are measured on
-POINTS = 16  # measured steps of a run, log-spaced
+WATCHED = 64  # held-out images that sinks are measured on
+POINTS = 12  # measured steps of a run, log-spaced
 
 SWEEP = [
-    {"cell": "corners", "variant": "corners", "seeds": 1},
+    {"cell": "corners", "variant": "corners", "seeds": 3},
+    {"cell": "4 registers", "variant": "corners", "registers": 4, "seeds": 3},
+    {"cell": "decay 0.05", "variant": "corners", "weight_decay": 0.05, "seeds": 1},
+    {"cell": "decay 1", "variant": "corners", "weight_decay": 1.0, "seeds": 3},
+    {"cell": "decay 1, 4 registers", "variant": "corners", "weight_decay": 1.0, "registers": 4, "seeds": 3},
+    {"cell": "1 register", "variant": "corners", "registers": 1, "seeds": 1},
+    {"cell": "cls token", "variant": "cls-token", "seeds": 1},
+    {"cell": "nothing idle", "variant": "nothing-idle", "seeds": 1},
+    {"cell": "blank corners", "variant": "blank-corners", "seeds": 1},
+    {"cell": "one corner", "variant": "one-corner", "seeds": 1},
+    {"cell": "anywhere, tinted", "variant": "anywhere", "seeds": 1},
+    {"cell": "two blocks", "variant": "two-blocks", "seeds": 1},
+    {"cell": "three blocks", "variant": "three-blocks", "seeds": 1},
+    {"cell": "usual MLP", "variant": "usual-mlp", "seeds": 1},
+    {"cell": "LayerScale", "variant": "layer-scale", "seeds": 1},
+    {"cell": "noise", "variant": "noise", "seeds": 1},
+    {"cell": "plain start", "variant": "plain-start", "seeds": 1},
+    {"cell": "four heads", "variant": "four-heads", "seeds": 1},
+    {"cell": "rate 0.003", "variant": "corners", "learning_rate": 0.003, "seeds": 1},
+    {"cell": "broadcast", "variant": "broadcast", "seeds": 1},
 ]
 
 
