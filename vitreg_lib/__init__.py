@@ -21,6 +21,8 @@ _NESTED = {  # modules at hand by their last name
     "tokens": "probes.tokens",
     "scenes": "data.scenes",
     "telemetry": "train.telemetry",
+    "emergence": "train.emergence",
+    "sweep": "train.sweep",
     "zoo": "models.zoo",
     "planted": "models.planted",
 }

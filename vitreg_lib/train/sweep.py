@@ -17,6 +17,7 @@ from .. import sinks
 from ..errors import unknown
 from ..paths import DATA
 from . import emergence, loop, telemetry
+from .config import TrainConfig
 
 TABLE = DATA / "sweeps" / "emergence.parquet"
 WATCHED = 64  # held-out images that sinks are measured on
@@ -59,6 +60,11 @@ def cell(name: str) -> dict:
     return {k: v for k, v in found[0].items() if k not in ("cell", "seeds")}
 
 
+def configuration(name: str, seed: int = 0, **changes) -> TrainConfig:
+    """The training run of a cell; `changes` are options over the cell's own."""
+    return loop.configure("emergence", **{**cell(name), "seed": seed, **changes})[0]
+
+
 def run(
     name: str,
     seed: int,
@@ -73,7 +79,7 @@ def run(
     """
     folder = Path(folder)
     path = folder / "sinks.parquet"
-    config, _ = loop.configure("emergence", **{**cell(name), "seed": seed, **changes})
+    config = configuration(name, seed, **changes)
     measured_at = set(telemetry.log_steps(config.steps, POINTS)) - {0}
     batch = emergence.held_out(config, WATCHED, part=2)
     places = batch.idle if batch.idle.any() else None
@@ -109,6 +115,15 @@ def record(rows: pd.DataFrame) -> None:
     os.replace(TABLE.with_suffix(".tmp"), TABLE)
 
 
+def course(rows: pd.DataFrame, name: str, seed: int = 0) -> pd.DataFrame:
+    """The rows of one run. Raises UserError where the table has none of it."""
+    found = rows[(rows.cell == name) & (rows.seed == seed)]
+    if found.empty:
+        runs = rows[["cell", "seed"]].itertuples(index=False, name=None)
+        raise unknown("recorded run", f"{name}, seed {seed}", {f"{cell}, seed {number}" for cell, number in runs})
+    return found
+
+
 def verdict(rows: pd.DataFrame, share: float = 0.01, ratio: float = 4.0, drained: float = 0.2) -> pd.DataFrame:
     """A row a cell and seed: the last step's layer with the largest share of outliers, and whether all of it is there.
 
@@ -117,6 +132,56 @@ def verdict(rows: pd.DataFrame, share: float = 0.01, ratio: float = 4.0, drained
     """
     last = rows[rows.step == rows.groupby(["cell", "seed"]).step.transform("max")]
     order = last.sort_values(["outlier_share", "place_norm", "attention"], ascending=False)
-    best = order.groupby(["cell", "seed"], sort=False).head(1).set_index(["cell", "seed"])
+    best = order.groupby(["cell", "seed"], sort=False).head(1)
+    best = best.sort_values(["cell", "seed"], key=lambda v: v.map(names().index) if v.name == "cell" else v)
+    best = best.set_index(["cell", "seed"])
     emerged = (best.outlier_share >= share) & (best.norm_ratio >= ratio) & (best.value_ratio <= drained)
     return best.assign(emerged=emerged)
+
+
+def claims(
+    verdicts: pd.DataFrame, without: str, having: str, seeds: int = 3
+) -> list[tuple[str, bool | None, str, str]]:
+    """(id, whether it holds, what was measured, the claim) for a cell without registers and its control with them.
+
+    What is claimed of all seeds is not testable (None) with fewer than `seeds` of them, unless it fails in one.
+    """
+    plain, control = (verdicts[verdicts.index.get_level_values("cell") == name] for name in (without, having))
+
+    def judged(holds: pd.Series, enough: int) -> bool | None:
+        return False if not holds.all() else (True if enough >= seeds else None)
+
+    def told(table: pd.DataFrame, name: str, percent: bool = False) -> str:
+        values = table[name] * (100 if percent else 1)
+        return ", ".join("none" if pd.isna(v) else f"{v:.0f} %" if percent else f"{v:.1f}" for v in values)
+
+    both = min(len(plain), len(control))
+    gone = (control.outlier_share < 0.01) & (control.attention < 0.5 * plain.attention.mean())
+    of = f"by seed ({len(plain)} of {without!r})"
+    return [
+        (
+            "ours-sinks",
+            judged(plain.attention >= 0.5, len(plain)),
+            f"{told(plain, 'attention', True)} {of}",
+            "patches that never matter take at least half of a head's attention",
+        ),
+        (
+            "ours-norms",
+            judged((plain.outlier_share >= 0.01) & (plain.norm_ratio >= 4), len(plain)),
+            f"{told(plain, 'outlier_share', True)} of the patches at {told(plain, 'norm_ratio')} medians {of}",
+            "at least 1 % of the patches lie above the cutoff, at four medians or more",
+        ),
+        (
+            "ours-drained",
+            judged(plain.value_ratio <= 0.2, len(plain)),
+            f"{told(plain, 'value_ratio')} {of}",
+            "their updates have at most a fifth of the others' length",
+        ),
+        (
+            "ours-registers",
+            judged(gone, both) if both else None,
+            f"{told(control, 'outlier_share', True)} outliers, attention {told(control, 'attention', True)} there and "
+            f"{told(control, 'prefix_attention', True)} on registers, by seed ({len(control)} of {having!r})",
+            "with registers trained in there are no outliers, and less than half of that attention",
+        ),
+    ]
