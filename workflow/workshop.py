@@ -121,6 +121,7 @@ if __name__ == "__main__":
             print(ready(), flush=True)
             os.execv(sys.executable, lab())  # in this process's place, so that Ctrl-C reaches JupyterLab alone
         else:
-            print(*(f"{shown(path)}: answers filled in" for path in write()), sep="\n")
+            for path in write():
+                print(f"{shown(path)}: answers filled in")
     except UserError as error:
         sys.exit(f"workshop: {error}")
