@@ -85,9 +85,18 @@ def test_controls_and_mended_models():
     found = classified(scores, {"p": "p", "r": "p", "p+ttr1": "p"})
     models = [model("p", "planted control"), model("r", "random control"), model("p+ttr1", "mended")]
     judged = {claim: (holds, told) for claim, holds, told, _ in token_claims.of_controls(found, models)}
-    assert judged["control-p-planted"][0] and judged["control-r"][0]
+    assert judged["control-p-planted"][0]
+    assert judged["control-r"] == (None, "points against matched tokens: no interval is known")
     assert judged["moved-p+ttr1"][0] and judged["registers-p+ttr1"][0]
     assert judged["control-p"][0] is None  # no intervals in made-up scores: no task is known to tell more
+
+
+def test_no_gap_is_said_of_tasks_at_large_only_where_there_are_enough():
+    many = pd.DataFrame({"gap": [1.0, -1.0, 2.0, -2.0, 0.5], "low": -1.0, "high": 1.0})
+    assert token_claims._no_gap(many, "told") == (True, "told")
+    assert token_claims._no_gap(many + 5, "told")[0] is False
+    few = pd.DataFrame({"gap": [10.0, 1.0], "low": [5.0, -1.0], "high": [15.0, 3.0]}, index=["x", "y"])
+    assert token_claims._no_gap(few, "") == (False, "points against matched tokens: x +10 (+5 to +15), y +1 (-1 to +3)")
 
 
 def test_table_4_is_judged_on_the_trained_pair_and_ours_on_the_others():

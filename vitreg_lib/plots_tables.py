@@ -54,7 +54,7 @@ def by_task(tables: dict, label: str = "right (%)") -> Figure:
                 100 * known, [place[t] for t in known.index], marker="x", s=14, color=PAPER, lw=1
             )
         axis.set_yticks(list(place.values()), tasks)
-        axis.set(title=title, xlabel=label, ylim=(-max(counts) + 0.4, 0.6))
+        axis.set(title=title, xlabel=label, ylim=(-len(tasks) + 0.4, 0.6))
         axis.set_xlim(0, 102)
         axis.tick_params(axis="y", length=0, labelsize=8)
     figure.legend(drawn.values(), drawn.keys(), loc="outside upper center", ncols=min(len(drawn), 3))
@@ -80,7 +80,7 @@ def gaps_by_task(tables: dict[str, dict], label: str = "outlier less other (poin
             )
         axis.axvline(0, color=PAPER, lw=0.8)
         axis.set_yticks(-np.arange(len(table)), list(table.index))
-        axis.set(title=title, xlabel=label, ylim=(-max(counts) + 0.3, 0.7))
+        axis.set(title=title, xlabel=label, ylim=(-len(table) + 0.3, 0.7))
         axis.tick_params(axis="y", length=0, labelsize=8)
     figure.legend(drawn.values(), drawn.keys(), loc="outside upper center", ncols=2)
     return figure
