@@ -135,7 +135,7 @@ class Page:
         self.saved = w.Button(description="Save figure", icon="save", tooltip="PNG and SVG under results/explorer")
         self.copied = w.Button(description="Copy batch commands", icon="copy", layout={"width": "auto"})
         self.status = w.HTML().add_class("vr-status")
-        self.command = w.Textarea(layout={"width": "auto", "display": "none"}, rows=2, disabled=True)
+        self.command = w.Textarea(layout={"width": "auto", "display": "none"}, rows=3, disabled=True)
         self.command.add_class("vr-command")
         self.canvases = [PatchCanvas(), PatchCanvas()]
 
@@ -211,6 +211,7 @@ class Page:
             self._controls(state)
         finally:
             self.quiet = False
+        self.command.layout.display = "none"  # commands are those of the view that was copied
         self.serial += 1
         for canvas, view, scales in zip(
             self.canvases, owner.views, explorer.scales(owner.views, state.shared), strict=False

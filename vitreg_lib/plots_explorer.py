@@ -74,8 +74,8 @@ def _row(figure: Figure, row, view: View, ranges: dict, component: int) -> None:
 
 
 def _histogram(axis, view: View) -> None:
-    axis.stairs(view.set_counts, view.edges, fill=True, color="#BBBBBB", label="all images")
-    axis.stairs(view.counts, view.edges, color=PALETTE[0], label="this image")
+    axis.stairs(view.set_counts.numpy(), view.edges.numpy(), fill=True, color="#BBBBBB", label="all images")
+    axis.stairs(view.counts.numpy(), view.edges.numpy(), color=PALETTE[0], label="this image")
     axis.set_yscale("function", functions=(lambda v: v.clip(0) ** 0.5, lambda v: v**2))
     axis.set(xlabel="L2 norm", ylim=(0, None), yticks=[0, 0.01, 0.1, 0.3])
     axis.set_yticks([0, 0.01, 0.1, 0.3], ["0", "1 %", "10 %", "30 %"])
