@@ -35,18 +35,20 @@ def birth(cells: dict[str, pd.DataFrame]) -> Figure:
         column[1].axhline(4, color=PALETTE[7], lw=3, alpha=0.6, zorder=0)
         column[3].axhline(0.2, color=PALETTE[7], lw=3, alpha=0.6, zorder=0)
         column[2].axhline(100 * 4 / 36, color="#555555", ls=":", lw=1)
-        column[3].set(xlabel="training step", ylim=(0, None))
+        column[3].set(xlabel="training step")
     for axis, name in zip(
         axes[:, 0],
         (
             "squared error",
-            "norm at idle places\n/ median",
-            "attention they get (%)\n(head with the most)",
-            "length of their update\n/ that of others",
+            "norm at idle\nplaces / median",
+            "attention they\nget (%)",
+            "their update /\nthat of others",
         ),
         strict=True,
     ):
         axis.set_ylabel(name)
+    axes[3, 0].set_ylim(bottom=0)
+    axes[1, 0].set_ylim(top=max(5.0, axes[1, 0].get_ylim()[1]))
     _plain_log(axes[1, 0].yaxis)
     axes[0, 0].legend(loc="lower left")
     figure.legend(*axes[1, 0].get_legend_handles_labels(), loc="outside upper center", ncols=6)
@@ -62,18 +64,19 @@ def cells(verdicts: pd.DataFrame) -> Figure:
     names = list(dict.fromkeys(verdicts.index.get_level_values("cell")))
     panels = {
         "outlier_share": ("patches above\nthe cutoff (%)", 100, 1.0),
-        "largest": ("largest norm\n/ median", 1, 4.0),
+        "norm_ratio": ("norm of those / median\n(hollow: largest, none above)", 1, 4.0),
         "attention": ("attention on\nidle places (%)", 100, None),
         "value_ratio": ("their update\n/ that of others", 1, 0.2),
     }
     figure, axes = plt.subplots(1, len(panels), figsize=(8.2, 0.27 * len(names) + 1.3), sharey=True)
     for axis, (name, (title, factor, wanted)) in zip(axes, panels.items(), strict=True):
         for place, cell in enumerate(names):
-            values = factor * verdicts.loc[[cell], name].to_numpy()
-            emerged = verdicts.loc[[cell], "emerged"].to_numpy()
-            axis.scatter(
-                values, np.full(len(values), place), s=18, color=np.where(emerged, PALETTE[1], PALETTE[0]), zorder=3
-            )
+            part = verdicts.loc[[cell]]
+            values, hollow = part[name], part[name].isna() & (name == "norm_ratio")
+            values = factor * values.mask(hollow, part.largest).to_numpy()
+            edges = np.where(part.emerged, PALETTE[1], PALETTE[0])
+            faces = np.where(hollow, "white", edges)
+            axis.scatter(values, np.full(len(values), place), s=20, c=faces, edgecolors=edges, zorder=3)
         if wanted is not None:
             axis.axvline(wanted, color=PALETTE[7], lw=3, alpha=0.7, zorder=0)
         axis.set_xlabel(title)
