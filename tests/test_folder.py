@@ -113,7 +113,7 @@ def test_micro_batches_are_parts_of_the_batch(painted):
 
 
 def test_every_epoch_has_every_image_in_an_order_of_its_own(painted):
-    orders = [folder._order(30, 1_000_003 * epoch).tolist() for epoch in (0, 1)]
+    orders = [folder.order(30, 1_000_003 * epoch).tolist() for epoch in (0, 1)]
     assert sorted(orders[0]) == sorted(orders[1]) == list(range(30))
     assert orders[0] != orders[1]
 

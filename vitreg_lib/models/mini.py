@@ -25,6 +25,11 @@ FULL = {  # name: (embed_dim, depth, heads, mlp_ratio), written with the patch: 
 }
 
 
+def patch_size(size: str) -> int:
+    """Pixels a side of a size's patches."""
+    return int(size.partition("/")[2] or 8)
+
+
 def build(size: str = "m", registers: int = 0, num_classes: int = 8, image_size: int = 96, **options) -> nn.Module:
     """A fresh ViT: cls token, LayerScale, any image size that patches divide; patches of 8 pixels at mini sizes.
 

@@ -1,10 +1,13 @@
-"""Training on pairs of images and captions, as CLIP (Radford et al. 2021; OpenCLIP): each finds the other in the batch.
+r"""Training on images with captions, as CLIP (Radford et al. 2021; OpenCLIP): each finds the other in the batch.
 
 The image tower is a mini ViT whose head projects the cls token; the text tower, the tokenizer and the loss are
 open_clip's. A scene's caption names its main object (texture, colour, shape), one other and where it is, and the kind
 of background.
 
-    vitreg train clip --size m --registers 4
+    vitreg train clip --registers 4
+    torchrun --nproc-per-node 8 -m vitreg_lib.cli train clip --size b/16 --registers 4 --data PAIRS --image-size 224 \
+        --embed-dim 512 --text-width 512 --text-layers 12 --context 77 --optimizer adamw --learning-rate 1e-3 \
+        --weight-decay 0.2 --batch-size 4096 --steps 500000 --warmup 2000    # not run here
 """
 
 from __future__ import annotations
@@ -20,14 +23,14 @@ from torch import nn
 
 from ..data import scenes
 from ..models import mini
-from . import parallel
-from .deit3 import ATTRIBUTES, HELD_OUT, MEAN, STD, targets, telemetry_images
+from . import parallel, source
+from .deit3 import ATTRIBUTES, HELD_OUT, MEAN, STD, targets
+from .source import telemetry_images
 
 __all__ = ["backbone", "build", "companions", "evaluate", "loss", "telemetry_images"]
 
 DEFAULTS = {"size": "s", "steps": 800, "batch_size": 128}
 SEPARABLE = False  # each image is compared with all captions of the batch
-CONTEXT = 24  # tokens of a caption at most; a scene's has 20 or fewer
 TEMPLATES = {  # what a prompt looks like for each attribute; {} is its value
     "shape": ("a {}", "a red {}", "a striped blue {}", "a {} on a plain background", "a green {} on a soft background"),
     "colour": ("a {} disc", "a {} square", "a {} star", "a striped {} triangle", "a {} cross on a plain background"),
@@ -44,7 +47,7 @@ class Clip(nn.Module):
         self.visual = mini.build(
             config.size, config.registers, config.embed_dim, config.image_size, drop_path_rate=config.drop_path
         )
-        self.text = text_tower(config.text_width, config.text_layers, config.embed_dim)
+        self.text = text_tower(config.text_width, config.text_layers, config.embed_dim, config.context)
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
 
     def encode_image(self, pixels: torch.Tensor) -> torch.Tensor:
@@ -52,24 +55,24 @@ class Clip(nn.Module):
         return F.normalize(self.visual(pixels), dim=1)
 
     def encode_text(self, text: torch.Tensor) -> torch.Tensor:
-        """(n, embed_dim), of length one, of token ids (n, CONTEXT)."""
+        """(n, embed_dim), of length one, of token ids (n, context)."""
         return F.normalize(self.text(text), dim=1)
 
 
-def text_tower(width: int, layers: int, embed_dim: int) -> nn.Module:
-    """open_clip's text transformer over the whole vocabulary of its tokenizer."""
+def text_tower(width: int, layers: int, embed_dim: int, context: int) -> nn.Module:
+    """open_clip's text transformer over the whole vocabulary of its tokenizer; heads of 32 (mini) or 64."""
     from open_clip.transformer import TextTransformer
 
-    heads = max(1, width // 32)
-    return TextTransformer(CONTEXT, width=width, heads=heads, layers=layers, output_dim=embed_dim)
+    heads = width // (64 if width >= 256 else 32)
+    return TextTransformer(context, width=width, heads=heads, layers=layers, output_dim=embed_dim)
 
 
 @functools.cache
-def tokenizer():
-    """open_clip's tokenizer: list of texts → (n, CONTEXT) ids."""
+def tokenizer(context: int = 24):
+    """open_clip's tokenizer: list of texts → (n, context) ids. A scene's caption has 20 or fewer."""
     from open_clip.tokenizer import SimpleTokenizer
 
-    return SimpleTokenizer(context_length=CONTEXT)
+    return SimpleTokenizer(context_length=context)
 
 
 def build(config) -> nn.Module:
@@ -92,7 +95,8 @@ def load_text(path) -> nn.Module:
     with safe_open(path, "pt") as f:
         config = json.loads(f.metadata()["config"])
         state = {name: f.get_tensor(name).float() for name in f.keys()}
-    tower = text_tower(config["text_width"], config["text_layers"], config["embed_dim"])
+    context = len(state["positional_embedding"])
+    tower = text_tower(config["text_width"], config["text_layers"], config["embed_dim"], context)
     tower.load_state_dict(state)
     return tower.eval()
 
@@ -101,10 +105,9 @@ def loss(module, config, step, device):
     """Cross-entropy of finding each image's caption and each caption's image among those of all ranks."""
     from open_clip.loss import ClipLoss
 
-    mine = parallel.batch_range(config, step)
-    batch = scenes.render(mine, config.image_size, config.seed, device)
-    image = parallel.gather(module.encode_image((batch.pixels - MEAN) / STD))
-    text = parallel.gather(module.encode_text(tokenizer()(batch.captions()).to(device)))
+    pixels, captions = source.pairs(config, step, device)
+    image = parallel.gather(module.encode_image((pixels - MEAN) / STD))
+    text = parallel.gather(module.encode_text(tokenizer(config.context)(captions).to(device)))
     scale = module.logit_scale.clamp(max=math.log(100)).exp()
     value = ClipLoss()(image, text, scale)
     with torch.no_grad():
@@ -122,8 +125,18 @@ def class_embeddings(encode_text, attribute: str, device="cpu") -> torch.Tensor:
 
 @torch.no_grad()
 def evaluate(module, config, device) -> dict[str, float]:
-    """Zero-shot accuracy (0 to 1) on held-out scenes by attribute; `zeroshot` is their mean."""
+    """Zero-shot accuracy (0 to 1) on held-out scenes by attribute; `zeroshot` is their mean.
+
+    With pairs of one's own `retrieval`: the share of held-out images whose own caption is the nearest of all.
+    """
     module.eval()
+    if config.data:
+        pixels, captions = source.pairs_held_out(config)
+        images = [module.encode_image((part.to(device) - MEAN) / STD) for part in pixels.split(64)]
+        ids = tokenizer(config.context)(captions).to(device)
+        texts = [module.encode_text(part) for part in ids.split(64)]
+        nearest = (torch.cat(images) @ torch.cat(texts).T).argmax(1).cpu()
+        return {"retrieval": (nearest == torch.arange(len(pixels))).float().mean().item()}
     classes = {name: class_embeddings(module.encode_text, name, device) for name in ATTRIBUTES}
     correct = dict.fromkeys(ATTRIBUTES, 0)
     first = HELD_OUT + config.telemetry_images

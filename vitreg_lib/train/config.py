@@ -49,6 +49,7 @@ class TrainConfig:
     embed_dim: int = option(64, "dimensions in which images and captions meet", "clip")
     text_width: int = option(32, "embed_dim of the text tower", "clip")
     text_layers: int = option(2, "blocks of the text tower", "clip")
+    context: int = option(24, "tokens of a caption at most", "clip")
 
     mask_ratio: float = option(0.75, "share of patches that are hidden", "mae")
 
@@ -56,7 +57,12 @@ class TrainConfig:
         0.0, "decay of a moving average of the weights, which is then what is kept; 0 for none", "optimisation"
     )
 
-    data: str = option("", "folder with train/CLASS/*.jpg and val/CLASS/*.jpg, or the hub's Parquet files", "deit3")
+    data: str = option(
+        "",
+        "a folder instead of scenes: train/CLASS/*.jpg and val/CLASS/*.jpg, or the hub's Parquet files; for clip "
+        "pairs, as Parquet with image and caption or as WebDataset's .tar",
+        "data",
+    )
     layer_scale: float = option(1e-4, "with --data: LayerScale at the start", "deit3")
     augment: str = option("3a", "with --data: an augmentation of timm's, 3a being 3-Augment", "deit3")
     crop: str = option("rkrr", "with --data: rkrr (short side to size, then a random crop) or rrc", "deit3")

@@ -1,10 +1,13 @@
-"""Self-supervised training as in DINOv2 (Oquab et al. 2023): DINO between views, iBOT on masked patches, KoLeo.
+r"""Self-supervised training as in DINOv2 (Oquab et al. 2023): DINO between views, iBOT on masked patches, KoLeo.
 
 A student learns to give the same answer as its teacher, the moving average of itself, for another view of a scene:
 on the cls token for whole and small crops (DINO), on the patch tokens that only the teacher sees (iBOT). Teacher's
 answers are balanced over the prototypes by Sinkhorn-Knopp. Losses, heads, masks and schedules are lightly's.
 
     vitreg train dinov2 --size s --registers 4
+    torchrun --nproc-per-node 8 -m vitreg_lib.cli train dinov2 --size l/14 --registers 4 --data imagenet \
+        --image-size 224 --global-size 224 --local-size 98 --local-crops 8 --prototypes 65536 --batch-size 1024 \
+        --optimizer adamw --learning-rate 1e-3 --steps 625000 --warmup 12500 --drop-path 0.3    # not run here
 
 Position embeddings are resized to a crop's grid with or without antialiasing (`antialias`): the paper's Figure 10
 compares the two.
@@ -19,17 +22,19 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..data import scenes
 from ..models import mini
-from . import parallel, views
-from .deit3 import HELD_OUT, MEAN, STD, targets, telemetry_images
+from . import parallel, source, views
+from .deit3 import MEAN, STD
+from .source import telemetry_images
 
 __all__ = ["after_step", "backbone", "build", "evaluate", "loss", "telemetry_images"]
 
 DEFAULTS = {"size": "s", "steps": 600, "batch_size": 64, "learning_rate": 5e-3, "weight_decay": 0.04, "clip_grad": 3.0}
 SEPARABLE = False  # answers are balanced, and embeddings spread, over the batch
 GLOBAL, LOCAL = (0.4, 1.0), (0.1, 0.4)  # shares of the scene's area in whole and small crops
-HIDDEN, BOTTLENECK = 192, 48  # of the heads; DINOv2 has 2048 and 256 for a thousand times the parameters
+HEAD = {"hidden_dim": 192, "bottleneck_dim": 48}  # of mini ViTs
+FULL_HEAD = {"hidden_dim": 2048, "bottleneck_dim": 256}  # DINOv2's, from sizes ti/16 on, with its LayerScale
+FULL_LAYER_SCALE = 1e-5
 STUDENT_TEMPERATURE = 0.1
 TEACHER_TEMPERATURE = (0.04, 0.07)  # from the first step to three tenths of the training
 KOLEO = 0.1
@@ -43,15 +48,15 @@ class DINOv2(nn.Module):
         from lightly.loss import DINOLoss, IBOTPatchLoss
         from lightly.models.modules import DINOv2ProjectionHead
 
-        self.student = mini.build(config.size, config.registers, 0, config.image_size, drop_path_rate=config.drop_path)
+        self.student = vit(config, drop_path_rate=config.drop_path)
         dim = self.student.embed_dim
-        head = dict(input_dim=dim, hidden_dim=HIDDEN, bottleneck_dim=BOTTLENECK, output_dim=config.prototypes)
+        head = dict(input_dim=dim, output_dim=config.prototypes, **(FULL_HEAD if "/" in config.size else HEAD))
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # lightly's heads use torch's older weight_norm
             self.student_heads = nn.ModuleDict({name: DINOv2ProjectionHead(**head) for name in ("cls", "patch")})
             self.teacher_heads = nn.ModuleDict({name: DINOv2ProjectionHead(**head) for name in ("cls", "patch")})
         self.mask_token = nn.Parameter(torch.zeros(dim))
-        self.teacher = mini.build(config.size, config.registers, 0, config.image_size)
+        self.teacher = vit(config)
         for student, teacher in self.pairs():
             teacher.load_state_dict(student.state_dict())
             teacher.requires_grad_(False)
@@ -63,6 +68,12 @@ class DINOv2(nn.Module):
     def pairs(self):
         """(student's part, teacher's part)."""
         return (self.student, self.teacher), (self.student_heads, self.teacher_heads)
+
+
+def vit(config, **options) -> nn.Module:
+    """A fresh ViT without a head."""
+    scale = {"init_values": FULL_LAYER_SCALE} if "/" in config.size else {}
+    return mini.build(config.size, config.registers, 0, config.image_size, **scale, **options)
 
 
 def build(config) -> nn.Module:
@@ -79,16 +90,15 @@ def loss(module, config, step, device):
     """DINO + iBOT + 0.1 KoLeo on two whole and `local_crops` small crops of each scene."""
     from lightly.loss import KoLeoLoss
 
-    mine = parallel.batch_range(config, step)
-    index = torch.arange(mine.start, mine.stop, device=device)
-    batch = scenes.render(index, config.image_size, config.seed, device).pixels
+    batch, index = source.images(config, step, device)
 
     def view(number, size, scale):
         return (views.crop(batch, index, size, scale, config.seed, number) - MEAN) / STD
 
     whole = torch.cat([view(v, config.global_size, GLOBAL) for v in (0, 1)])
     small = torch.cat([view(2 + v, config.local_size, LOCAL) for v in range(config.local_crops)])
-    mask = masks(config, step)[:, mine.start - step * config.batch_size :][:, : len(index)].flatten(0, 1).to(device)
+    first = int(index[0]) - step * config.batch_size
+    mask = masks(config, step)[:, first : first + len(index)].flatten(0, 1).to(device)
     temperature = teacher_temperature(config, step)
 
     with torch.no_grad():
@@ -150,7 +160,7 @@ def masks(config, step: int) -> torch.Tensor:
     from lightly.models.utils import random_block_mask
 
     random.seed(f"{config.seed} {step}")  # what lightly draws from; the same on every rank and after resuming
-    grid = config.global_size // 8
+    grid = config.global_size // mini.patch_size(config.size)
     return random_block_mask((2 * config.batch_size, grid, grid)).unflatten(0, (2, -1))
 
 
@@ -175,31 +185,30 @@ def after_step(module, config, step) -> None:
 def evaluate(module, config, device) -> dict[str, float]:
     """k-NN accuracy (0 to 1) of the teacher's cls token for each attribute, and of a fresh random model beside it."""
     torch.manual_seed(config.seed)
-    fresh = mini.build(config.size, config.registers, 0, config.image_size).to(device)
+    fresh = vit(config).to(device)
     found = knn(module.teacher, config, device)
     return found | {f"random_{name}": value for name, value in knn(fresh, config, device).items()}
 
 
 @torch.no_grad()
 def knn(vit, config, device, neighbours: int = 20) -> dict[str, float]:
-    """Accuracy of a weighted vote of the 20 nearest of twice `eval_images` other scenes, by cosine of cls tokens.
+    """Accuracy of a weighted vote of the 20 nearest of twice `eval_images` other images, by cosine of cls tokens.
 
     After DINO's evaluation (weights exp(cosine / 0.07)). `knn` is the mean over the attributes.
     """
     vit.eval()
-    first = HELD_OUT + config.telemetry_images
     features, truth = [], []
-    for index in torch.arange(first, first + 3 * config.eval_images).split(256):
-        batch = scenes.render(index, config.image_size, config.seed, device)
-        features.append(F.normalize(vit.forward_features((batch.pixels - MEAN) / STD)[:, 0], dim=1))
-        truth.append(targets(batch))
+    for pixels, labels in source.labelled(config):
+        features.append(F.normalize(vit.forward_features((pixels.to(device) - MEAN) / STD)[:, 0], dim=1).cpu())
+        truth.append(labels)
     features = torch.cat(features)
-    query, bank = features[: config.eval_images], features[config.eval_images :]
+    asking = source.asking(config)
+    query, bank = features[:asking], features[asking:]
     cosine, nearest = (query @ bank.T).topk(min(neighbours, len(bank)))
     weight = (cosine / 0.07).exp()
     found = {}
     for name in truth[0]:
         label = torch.cat([part[name] for part in truth])
-        votes = F.one_hot(label[config.eval_images :][nearest]) * weight[..., None]
-        found[f"knn_{name}"] = (votes.sum(1).argmax(1) == label[: config.eval_images]).float().mean().item()
+        votes = F.one_hot(label[asking:][nearest]) * weight[..., None]
+        found[f"knn_{name}"] = (votes.sum(1).argmax(1) == label[:asking]).float().mean().item()
     return {"knn": sum(found.values()) / len(found), **found}

@@ -96,13 +96,21 @@ class Pictures:
 
 
 class Augmented(Dataset):
-    """Training images by position: (pixels, label, position). Each epoch has an order of its own."""
+    """Training images by position: (pixels, label, position). Each epoch has an order of its own.
 
-    def __init__(self, config):
+    source: what has `read`, `name` and a length; the labelled images of `config.data` if not given. transform: PIL
+    image → pixels; DeiT-III's if not given.
+    """
+
+    def __init__(self, config, source=None, transform=None):
+        self.pictures, self.seed = source or pictures(config.data, "train"), config.seed
+        self.transform = transform or self._deit3(config)
+
+    @staticmethod
+    def _deit3(config):
         from timm.data import create_transform
 
-        self.pictures, self.seed = pictures(config.data, "train"), config.seed
-        self.transform = create_transform(
+        return create_transform(
             config.image_size,
             is_training=True,
             train_crop_mode=config.crop,
@@ -115,9 +123,9 @@ class Augmented(Dataset):
 
     def __getitem__(self, position: int):
         epoch, place = divmod(position, len(self.pictures))
-        order = _order(len(self.pictures), self.seed + 1_000_003 * epoch)
+        places = order(len(self.pictures), self.seed + 1_000_003 * epoch)
         for attempt in range(100):  # an image that cannot be read is replaced by the next one of the epoch
-            index = int(order[(place + attempt) % len(order)])
+            index = int(places[(place + attempt) % len(places)])
             try:
                 image, label = self.pictures.read(index)
             except (OSError, SyntaxError, ValueError) as error:
@@ -131,18 +139,20 @@ class Augmented(Dataset):
 class Stream:
     """Batches by position, read ahead by workers in the order in which the training asks for them."""
 
-    def __init__(self, config, device: str):
-        self.config, self.device, self.data, self.batches = config, device, Augmented(config), None
+    def __init__(self, config, device: str, data: Augmented | None = None):
+        self.config, self.device, self.data, self.batches = config, device, data or Augmented(config), None
 
     def batch(self, step: int):
-        """(pixels, labels) of this process's images of the step, on the device."""
+        """(pixels, labels) of this process's images of the step, on the device; captions as they are."""
         wanted = parallel.batch_range(self.config, step)
         found = None if self.batches is None else next(self.batches, None)
         if found is None or found[2].tolist() != list(wanted):  # at the start, or where micro-batches were halved
             self.batches = iter(self._loader(step))
             found = next(self.batches)
         pixels, labels, _ = found
-        return pixels.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True)
+        if torch.is_tensor(labels):
+            labels = labels.to(self.device, non_blocking=True)
+        return pixels.to(self.device, non_blocking=True), labels
 
     def _loader(self, step: int) -> DataLoader:
         workers = self.config.workers
@@ -224,7 +234,7 @@ def loss(module, config, step, device):
 def telemetry_images(config) -> torch.Tensor:
     """The first held-out images of an order that the seed gives."""
     held_out = pictures(config.data, "val")
-    chosen = _order(len(held_out), config.seed)[: config.telemetry_images].tolist()
+    chosen = order(len(held_out), config.seed)[: config.telemetry_images].tolist()
     return torch.stack([_centred(config)(held_out.read(i)[0]) for i in chosen])
 
 
@@ -234,7 +244,7 @@ def evaluate(module, config, device) -> dict[str, float]:
     stream.cache_clear()  # ends the workers
     module.eval()
     held_out = pictures(config.data, "val")
-    chosen = _order(len(held_out), config.seed)[: config.eval_images]
+    chosen = order(len(held_out), config.seed)[: config.eval_images]
     loader = DataLoader(_Centred(config, chosen), batch_size=64, num_workers=config.workers)
     correct = 0
     for pixels, labels in loader:
@@ -269,7 +279,8 @@ def _mixup(config, num_classes: int):
 
 
 @functools.lru_cache(maxsize=2)
-def _order(count: int, seed: int) -> torch.Tensor:
+def order(count: int, seed: int) -> torch.Tensor:
+    """A permutation of `count` places that follows from the seed."""
     return torch.randperm(count, generator=torch.Generator().manual_seed(seed))
 
 

@@ -130,9 +130,10 @@ def configure(recipe: str, **options) -> tuple[TrainConfig, ModuleType]:
 
 def recipe_of(config: TrainConfig) -> ModuleType:
     """The module that a configuration is for: that of the recipe, or for labelled images in a folder `folder`."""
-    if config.data and config.recipe != "deit3":
-        raise UserError(f"data={config.data!r}: only deit3 trains on a folder of images, {config.recipe} on scenes")
-    return importlib.import_module(".folder" if config.data else f".{config.recipe}", __package__)
+    if config.data and config.recipe == "emergence":
+        raise UserError(f"data={config.data!r}: emergence makes its own images")
+    labelled = config.data and config.recipe == "deit3"
+    return importlib.import_module(".folder" if labelled else f".{config.recipe}", __package__)
 
 
 def learning_rate(config: TrainConfig, step: int) -> float:

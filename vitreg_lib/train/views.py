@@ -15,15 +15,22 @@ RATIO = (3 / 4, 4 / 3)  # width to height of a crop, as torchvision's RandomResi
 
 
 def crop(
-    pixels: torch.Tensor, index: torch.Tensor, size: int, scale: tuple[float, float], seed: int, view: int
+    pixels: torch.Tensor,
+    index: torch.Tensor,
+    size: int,
+    scale: tuple[float, float],
+    seed: int,
+    view: int,
+    lit: bool = True,
 ) -> torch.Tensor:
     """View number `view` (n, 3, size, size) of images (n, 3, h, w) in [0, 1] with the given `index` (n,).
 
     A box of `scale` (smallest, largest) of the image's area, resized bilinearly and flipped half of the time;
-    brightness, contrast and each channel's gain change by at most 20 %, as far as colours stay themselves.
+    brightness, contrast and each channel's gain change by at most 20 % (`lit`), as far as colours stay themselves.
     """
     u = uniform(index, 10, seed * 1009 + view + 1)
-    return light(_resize(pixels, *boxes(u, scale), size), u[:, 5:])
+    cropped = _resize(pixels, *boxes(u, scale), size)
+    return light(cropped, u[:, 5:]) if lit else cropped
 
 
 def boxes(u: torch.Tensor, scale: tuple[float, float]) -> tuple[torch.Tensor, torch.Tensor]:
