@@ -124,7 +124,7 @@ def fixed(seed: int) -> dict[str, torch.Tensor]:
 def draw(config, step: int, part: slice = slice(None), device="cpu", count: int = 0) -> Batch:
     """The images of a step, or a `part` of them; `count` of them, by default `config.batch_size`."""
     t, known, n = task(config), fixed(config.seed), count or config.batch_size
-    generator = torch.Generator().manual_seed((config.seed << 32) + step)
+    generator = torch.Generator().manual_seed((config.seed * 2654435761 + step) % 2**32)  # the CPU's takes 32 bits
     texture = torch.randn(n, PATCHES, LENGTH, generator=generator)
     texture[..., -1] = 0.0
     chance = torch.rand(n, PATCHES, generator=generator)
