@@ -168,8 +168,8 @@ def test_a_sink_made_by_hand_is_measured():
     assert (found.place_norm > 10).all()
     assert found.outlier_share.tolist() == pytest.approx([4 / 36] * len(found))
     assert (found.prefix_attention == 0).all()
-    assert sweep.verdict(found.assign(cell="made", seed=0, step=1, value_ratio=0.1)).emerged.all()
-    assert not sweep.verdict(found.assign(cell="made", seed=0, step=1, value_ratio=0.5)).emerged.any()
+    assert sweep.verdict(found.assign(cell="corners", seed=0, step=1, value_ratio=0.1)).emerged.all()
+    assert not sweep.verdict(found.assign(cell="corners", seed=0, step=1, value_ratio=0.5)).emerged.any()
 
 
 def test_attention_of_a_register_is_measured():
