@@ -228,8 +228,11 @@ def _gradients(run: Run, loss, config, step: int, device, asked) -> dict[str, fl
 
 
 def _seed(config: TrainConfig, step: int, stream: int) -> int:
-    """Of the random state of a step; processes and micro-batches differ."""
-    return ((config.seed << 32) + step + stream * 0x9E3779B97F4A7C15) % 2**64
+    """Of the random state of a step; seeds, processes and micro-batches differ.
+
+    All in the lower half: the CPU's generator takes only 32 bits.
+    """
+    return (config.seed * 0x9E3779B1 + step + stream * 0x7F4A7C15) % 2**32
 
 
 def _halve(run: Run, recipe, config: TrainConfig, step: int, reason: str) -> None:
