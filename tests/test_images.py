@@ -114,7 +114,10 @@ def test_pictures_without_three_channels_are_read(tmp_path):
 def test_an_empty_folder_and_a_missing_one_are_refused(tmp_path, no_models):
     with pytest.raises(UserError, match="holds no images"):
         images.load(str(tmp_path), any_model(), 1)
-    with pytest.raises(UserError, match="no images at 'nowhere': write scenes, photos, or the path of a folder"):
+    with pytest.raises(
+        UserError,
+        match="no images at 'nowhere': write scenes, photos, or the path of an image or of a folder of images",
+    ):
         images.load("nowhere", any_model(), 1)
     with pytest.raises(UserError, match="VITREG_DATA"):
         images.load("imagenet", any_model(), 1)

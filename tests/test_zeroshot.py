@@ -94,7 +94,7 @@ def shipped(tmp_path, monkeypatch):
     from vitreg_lib.train import clip
 
     torch.manual_seed(0)
-    tower = clip.text_tower(32, 1, 24)
+    tower = clip.text_tower(32, 1, 24, 24)
     config = json.dumps({"text_width": 32, "text_layers": 1, "embed_dim": 24})
     save_file(tower.state_dict(), tmp_path / "mini-clip.text.safetensors", {"config": config})
     monkeypatch.setattr(paths, "CHECKPOINTS", tmp_path)

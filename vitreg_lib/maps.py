@@ -184,37 +184,10 @@ def pairwise_correlation(maps: torch.Tensor, grid: Grid | None = None) -> torch.
     return _gram(_centred(_flat(maps, grid)))
 
 
-def pairwise_cosine(maps: torch.Tensor, grid: Grid | None = None) -> torch.Tensor:
-    """Cosine similarity between each two of K maps, (..., K, rows, cols) -> (..., K, K).
-
-    Non-negative maps that share a broad background score high; `pairwise_correlation` takes that off.
-    """
-    return _gram(_flat(maps, grid))
-
-
 def off_diagonal_mean(matrix: torch.Tensor) -> torch.Tensor:
     """Mean of the entries off the diagonal, (..., K, K) -> (...); NaN for K = 1."""
     k = matrix.shape[-1]
     return (matrix.sum((-1, -2)) - matrix.diagonal(dim1=-2, dim2=-1).sum(-1)) / (k * (k - 1) or math.nan)
-
-
-def mask_iou(
-    maps: torch.Tensor, mask: torch.Tensor, quantile: float | None = 0.8, grid: Grid | None = None
-) -> torch.Tensor:
-    """Intersection over union of a mask with the patches above the map's `quantile`, 0 to 1, (...) (ours, on scenes).
-
-    `mask`: bool on the patch grid, of the map's shape or broadcast to it. The quantile interpolates linearly and is
-    exclusive: a constant map is nowhere above. None takes as many patches as the mask has (ties by position). NaN
-    where both are empty.
-    """
-    x, truth = torch.broadcast_tensors(_flat(maps, grid), _flat(mask, grid).bool())
-    if quantile is None:
-        above = _rank(x) < truth.sum(-1, keepdim=True)
-    elif 0 <= quantile <= 1:
-        above = x > _quantile(x, quantile)[..., None]
-    else:
-        raise ValueError(f"quantile {quantile} out of range: 0 to 1, or None for the mask's own area")
-    return (above & truth).sum(-1) / (above | truth).sum(-1)
 
 
 def neighbour_similarity(tokens: torch.Tensor, grid: Grid) -> torch.Tensor:

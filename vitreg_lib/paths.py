@@ -23,7 +23,7 @@ def shown(path: Path) -> str:
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Write to a temporary name beside `path`, then rename."""
-    temporary = path.with_name(path.name + ".tmp")
+    """Write to a temporary name beside `path`, then rename; several processes may write the same at once."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     temporary.write_bytes(content)
     os.replace(temporary, path)

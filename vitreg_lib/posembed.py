@@ -10,8 +10,6 @@ size (checked in dinov2/models/vision_transformer.py, `interpolate_pos_encoding`
 resizes by size. Plain bicubic has the coefficient a = -0.75, antialiased a = -0.5, as in PyTorch.
 """
 
-import math
-
 import torch
 import torch.nn.functional as F
 
@@ -179,30 +177,6 @@ def stripe_ratio(maps: torch.Tensor, border: int = 0) -> torch.Tensor:
     """
     row_means, col_means = axis_profiles(maps, border)
     return col_means.var(-1, correction=0) / row_means.var(-1, correction=0)
-
-
-def profile_match(profile: torch.Tensor, template: torch.Tensor) -> torch.Tensor:
-    """Pearson correlation of profiles (..., cells) with a template (cells,) -> (...), from -1 to 1 (ours, for Fig. 10).
-
-    The template is a profile of `unit_gradient`: does an outlier-share map stripe where the gradient map does?
-    NaN where either is constant.
-    """
-    x = profile - profile.mean(-1, keepdim=True)
-    t = (template - template.mean()).to(x)
-    return (x * t).sum(-1) / (x.norm(dim=-1) * t.norm())
-
-
-def stripe_power(profile: torch.Tensor, period: float = 16 / 7) -> torch.Tensor:
-    """Share of a profile's variance that oscillates with `period` cells, (..., cells) -> (...), 0 to 1 (Fig. 10).
-
-    Least-squares fit of a sine and a cosine of that period after the mean is taken off; the default is the spacing
-    of the samples of 16 -> 7. By chance about 2 / (cells - 1). NaN for a constant profile.
-    """
-    x = profile.double() - profile.double().mean(-1, keepdim=True)
-    phase = 2 * math.pi * torch.arange(x.shape[-1], dtype=torch.float64, device=x.device) / period
-    waves = torch.stack([phase.cos(), phase.sin()], dim=-1)
-    q, _ = torch.linalg.qr(waves - waves.mean(0))
-    return ((x @ q).square().sum(-1) / x.square().sum(-1)).to(profile.dtype)
 
 
 def _interpolate(x: torch.Tensor, grid_out: tuple[int, int], antialias: bool, offset: float | None) -> torch.Tensor:

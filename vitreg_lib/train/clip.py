@@ -63,7 +63,7 @@ def text_tower(width: int, layers: int, embed_dim: int, context: int) -> nn.Modu
     """open_clip's text transformer over the whole vocabulary of its tokenizer; heads of 32 (mini) or 64."""
     from open_clip.transformer import TextTransformer
 
-    heads = width // (64 if width >= 256 else 32)
+    heads = max(1, width // (64 if width >= 256 else 32))
     return TextTransformer(context, width=width, heads=heads, layers=layers, output_dim=embed_dim)
 
 
