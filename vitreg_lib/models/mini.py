@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import nn
 
 from ..errors import UserError
@@ -28,6 +29,12 @@ FULL = {  # name: (embed_dim, depth, heads, mlp_ratio), written with the patch: 
 def patch_size(size: str) -> int:
     """Pixels a side of a size's patches."""
     return int(size.partition("/")[2] or 8)
+
+
+def with_prefix(vit: nn.Module, patches):
+    """(n, prefix + patches, dim): a ViT's cls token and registers before patch tokens (n, patches, dim)."""
+    prefix = [vit.cls_token] + ([vit.reg_token] if vit.reg_token is not None else [])
+    return torch.cat([*(p.expand(len(patches), -1, -1) for p in prefix), patches], 1)
 
 
 def build(size: str = "m", registers: int = 0, num_classes: int = 8, image_size: int = 96, **options) -> nn.Module:

@@ -23,6 +23,7 @@ from torch import nn
 
 from ..data import scenes
 from ..models import mini
+from ..probes import zeroshot
 from . import parallel, source
 from .deit3 import ATTRIBUTES, HELD_OUT, MEAN, STD, targets
 from .source import telemetry_images
@@ -117,10 +118,9 @@ def loss(module, config, step, device):
 
 def class_embeddings(encode_text, attribute: str, device="cpu") -> torch.Tensor:
     """(classes, embed_dim): the mean of the prompts of each value of an attribute, of length one again."""
-    names = ATTRIBUTES[attribute]
-    texts = [template.format(name) for name in names for template in TEMPLATES[attribute]]
-    embedded = encode_text(tokenizer()(texts).to(device)).unflatten(0, (len(names), -1))
-    return F.normalize(embedded.mean(1), dim=1)
+    return zeroshot.class_embeddings(
+        encode_text, tokenizer(), ATTRIBUTES[attribute], TEMPLATES[attribute], device=device
+    )
 
 
 @torch.no_grad()

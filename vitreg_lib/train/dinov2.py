@@ -145,9 +145,7 @@ def tokens(vit, pixels, mask=None, mask_token=None, antialias: bool = True) -> t
     if mask is not None:
         x = torch.where(mask[..., None], mask_token.to(x.dtype), x)
     places = resample_abs_pos_embed(vit.pos_embed, list(x.shape[1:3]), num_prefix_tokens=0, antialias=antialias)
-    prefix = [vit.cls_token] + ([vit.reg_token] if vit.reg_token is not None else [])
-    x = torch.cat([*(p.expand(len(x), -1, -1) for p in prefix), x.flatten(1, 2) + places], 1)
-    return vit.norm(vit.blocks(vit.norm_pre(x)))
+    return vit.norm(vit.blocks(vit.norm_pre(mini.with_prefix(vit, x.flatten(1, 2) + places))))
 
 
 def patches(vit, tokens: torch.Tensor) -> torch.Tensor:

@@ -50,9 +50,7 @@ class MaskedAutoencoder(nn.Module):
         vit = self.encoder
         x = vit.patch_embed(images).flatten(1, 2) + vit.pos_embed
         x = x.gather(1, visible[..., None].expand(-1, -1, x.shape[2]))
-        prefix = [vit.cls_token] + ([vit.reg_token] if vit.reg_token is not None else [])
-        x = torch.cat([*(p.expand(len(x), -1, -1) for p in prefix), x], 1)
-        x = vit.norm(vit.blocks(vit.norm_pre(x)))[:, vit.num_prefix_tokens :]
+        x = vit.norm(vit.blocks(vit.norm_pre(mini.with_prefix(vit, x))))[:, vit.num_prefix_tokens :]
         x = self.enter(x)
         full = self.mask_token.to(x.dtype).expand(len(x), self.places.shape[1], -1)
         full = full.scatter(1, visible[..., None].expand_as(x), x) + self.places
