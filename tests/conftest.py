@@ -72,3 +72,23 @@ def tiny():
         return timm.create_model(name, **defaults | options).eval()
 
     return build
+
+
+@pytest.fixture(scope="session")
+def assert_same_run():
+    """A function: two folders hold the same run, weights, optimiser, telemetry and log, to the bit."""
+    import pandas as pd
+    import torch
+    from safetensors.torch import load_file
+
+    def compare(one, other):
+        for name in ("model.safetensors", "state.safetensors"):
+            first, second = load_file(one / name), load_file(other / name)
+            assert first.keys() == second.keys()
+            assert all(torch.equal(first[k], second[k]) for k in first), name
+        first, second = (pd.read_parquet(folder / "telemetry.parquet") for folder in (one, other))
+        pd.testing.assert_frame_equal(first, second)
+        first, second = (pd.read_csv(folder / "log.csv") for folder in (one, other))
+        pd.testing.assert_frame_equal(first, second)
+
+    return compare

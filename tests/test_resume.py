@@ -10,10 +10,8 @@ import signal
 import warnings
 from dataclasses import replace
 
-import pandas as pd
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from vitreg_lib import cli
 from vitreg_lib.errors import UserError
@@ -54,17 +52,6 @@ def straight(tmp_path_factory):
     return run
 
 
-def assert_same_run(one, other):
-    for name in ("model.safetensors", "state.safetensors"):
-        first, second = load_file(one / name), load_file(other / name)
-        assert first.keys() == second.keys()
-        assert all(torch.equal(first[k], second[k]) for k in first), name
-    first, second = (pd.read_parquet(folder / "telemetry.parquet") for folder in (one, other))
-    pd.testing.assert_frame_equal(first, second)
-    first, second = (pd.read_csv(folder / "log.csv") for folder in (one, other))
-    pd.testing.assert_frame_equal(first, second)
-
-
 def killed(folder, name, where):
     """Train, and die by SIGKILL after a step, or where a file would take its name for the second time."""
     torch.set_num_threads(1)
@@ -89,7 +76,7 @@ POINTS += [(name, where) for name in RECIPES for where in ("step 3", "state.safe
 
 
 @pytest.mark.parametrize(("name", "where"), POINTS)
-def test_a_killed_run_resumes_bit_for_bit(straight, tmp_path, name, where):
+def test_a_killed_run_resumes_bit_for_bit(straight, tmp_path, name, where, assert_same_run):
     """Killed after a step, before and after the first state, and in the middle of saving the second."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["vitreg_lib.train.loop", "timm.models", "torch.distributed.fsdp"])
@@ -134,7 +121,7 @@ def flip(path):
 
 
 @pytest.mark.parametrize("harm", [cut, empty, flip])
-def test_a_corrupt_state_is_named_and_the_one_before_it_taken(straight, tmp_path, harm):
+def test_a_corrupt_state_is_named_and_the_one_before_it_taken(straight, tmp_path, harm, assert_same_run):
     harm(half_way(tmp_path) / "state.safetensors")
     steps = []
     with pytest.warns(UserWarning, match=r"state.safetensors cannot be read .*: going on from .* of step 3"):
@@ -173,7 +160,7 @@ def test_a_state_of_another_model_is_refused(tmp_path, straight):
 
 
 @pytest.mark.parametrize("failing", ["save_file", "write_atomically"])
-def test_a_full_disk_keeps_the_last_good_state(straight, tmp_path, monkeypatch, failing):
+def test_a_full_disk_keeps_the_last_good_state(straight, tmp_path, monkeypatch, failing, assert_same_run):
     """Simulated: the second state is half written when there is no room left."""
     calls, real = [], getattr(state, failing)
 
@@ -201,7 +188,7 @@ def press_stop(step, loss):
 
 
 @pytest.mark.parametrize("way", [press_stop, signal.SIGINT, signal.SIGTERM])
-def test_the_stop_button_lets_the_step_end_and_says_how_to_go_on(straight, tmp_path, way):
+def test_the_stop_button_lets_the_step_end_and_says_how_to_go_on(straight, tmp_path, way, assert_same_run):
     """In the picture that `on_step` draws, or anywhere else."""
     handlers = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
 
@@ -218,7 +205,7 @@ def test_the_stop_button_lets_the_step_end_and_says_how_to_go_on(straight, tmp_p
     assert_same_run(straight("deit3"), tmp_path)
 
 
-def test_resuming_by_the_command(straight, tmp_path, capsys, monkeypatch):
+def test_resuming_by_the_command(straight, tmp_path, capsys, monkeypatch, assert_same_run):
     """By the run's own configuration; only how it is computed may be told anew."""
     with pytest.raises(KeyboardInterrupt):
         train(tmp_path, on_step=press_stop)

@@ -43,17 +43,6 @@ def straight(tmp_path_factory):
     return folder
 
 
-def assert_same_run(one, other):
-    for name in ("model.safetensors", "state.safetensors"):
-        first, second = load_file(one / name), load_file(other / name)
-        assert first.keys() == second.keys()
-        assert all(torch.equal(first[k], second[k]) for k in first), name
-    first, second = (pd.read_parquet(folder / "telemetry.parquet") for folder in (one, other))
-    pd.testing.assert_frame_equal(first, second)
-    first, second = (pd.read_csv(folder / "log.csv") for folder in (one, other))
-    pd.testing.assert_frame_equal(first, second)
-
-
 def test_a_finished_run_has_nothing_left_to_do(straight):
     before = load_file(straight / "model.safetensors")
     result = train(straight, on_step=lambda step, loss: pytest.fail("a step was taken"))
@@ -88,7 +77,7 @@ def failing_at(step):
     return SimpleNamespace(loss=loss, **{name: getattr(deit3, name) for name in names})
 
 
-def test_a_loss_that_is_no_number_keeps_the_last_good_state(straight, tmp_path):
+def test_a_loss_that_is_no_number_keeps_the_last_good_state(straight, tmp_path, assert_same_run):
     with pytest.raises(FloatingPointError, match="loss is nan at step 7; the last good state is kept"):
         train(tmp_path, recipe=failing_at(7))
     assert all(v.isfinite().all() for v in load_file(tmp_path / "state.safetensors").values())
