@@ -161,6 +161,23 @@ def test_out_of_memory_halves_the_batch_and_the_step_is_the_same(tmp_path):
     assert (run.step, run.accumulate) == (4, 4)  # a resumed run does not have to find out again
 
 
+def short_on_one_rank(folder, limit):
+    """Train where one process alone has less memory; how many micro-batches a step had in the end."""
+    config, recipe = tiny("deit3")
+    loop.train(config, short_of_memory(recipe, limit) if parallel.rank() else recipe, folder, progress=False)
+    run = loop._prepare(recipe.build(config), recipe, config, "cpu")[0]
+    state.load(folder, run)
+    return {"accumulate": torch.tensor(run.accumulate)}
+
+
+def test_all_processes_halve_where_one_is_out_of_memory(together, tmp_path):
+    """Before the first step, without which the others would wait for ever; the training is that of one process."""
+    first, second = together(short_on_one_rank, tmp_path / "two", 2)
+    assert first["accumulate"] == second["accumulate"] == 2  # of a share of four images
+    loop.train(*tiny("deit3"), tmp_path / "one", progress=False)
+    assert_same(*(load_file(tmp_path / name / "state.safetensors") for name in ("one", "two")))
+
+
 def test_out_of_memory_where_nothing_can_be_halved_is_told(tmp_path):
     config, recipe = tiny("deit3")
     with pytest.warns(UserWarning), pytest.raises(UserError, match="out of memory at step 0 with one image"):

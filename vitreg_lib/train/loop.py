@@ -68,6 +68,7 @@ def train(
     run, loss = _prepare(module, recipe, config, device)
     state.load(folder, run)
     loss = accelerate.distribute(loss, config)
+    _fit(run, loss, recipe, config, device)
     watched = recipe.telemetry_images(config)
 
     def measure():
@@ -105,19 +106,7 @@ def train(
                 )
     measure()
     state.save(folder, run)
-    whole = accelerate.whole(run.ema.module if run.ema else run.module, recipe, config, device)
-    result = {}
-    if whole is not None:
-        with accelerate.eager(config):
-            found = recipe.evaluate(whole, config, device)
-        result = {
-            **found,
-            "steps": config.steps,
-            "images": config.steps * config.batch_size,
-            "parameters": sum(p.numel() for p in whole.parameters()),
-            "seconds_of_last_session": round(time.perf_counter() - began),
-        }
-        _finish(folder, whole, recipe, config, result)
+    result = _finish(folder, run, recipe, config, device, began)
     parallel.barrier()
     return result
 
@@ -193,6 +182,9 @@ def _step(run: Run, loss, recipe, config, step: int, device, asked=lambda: False
         except torch.OutOfMemoryError as error:
             reason = str(error).splitlines()[0]
         if numbers is None:  # outside of the handler, which would keep the failed step's tensors alive
+            if parallel.world() > 1:  # the other processes are waiting for this one's gradients
+                more = f"go on with --resume and --accumulate {2 * run.accumulate}" if _separable(recipe) else ""
+                raise UserError(f"out of memory at step {step} ({reason}): {more or 'use more processes'}")
             _halve(run, recipe, config, step, reason)
     if not math.isfinite(numbers["loss"]):
         return numbers
@@ -235,6 +227,28 @@ def _seed(config: TrainConfig, step: int, stream: int) -> int:
     return (config.seed * 0x9E3779B1 + step + stream * 0x7F4A7C15) % 2**32
 
 
+def _fit(run: Run, loss, recipe, config: TrainConfig, device) -> None:
+    """Under DDP: halve the micro-batches until one fits on every rank.
+
+    A rank that runs out of memory in a step leaves the others waiting for its gradients. So the first micro-batch is
+    tried before the training without an exchange of gradients, and all ranks halve where one of them has to.
+    """
+    if parallel.world() == 1 or config.fsdp or not _separable(recipe):
+        return
+    run.module.train()
+    while True:
+        reason = ""
+        try:
+            with parallel.micro_batch(0, run.accumulate), accelerate.without_sync(loss, last=False):
+                loss(run.step)[0].backward()
+        except torch.OutOfMemoryError as error:
+            reason = str(error).splitlines()[0]
+        run.optimizer.zero_grad(set_to_none=True)
+        if not parallel.all_reduce_sum(torch.tensor(float(bool(reason)), device=device)):
+            return
+        _halve(run, recipe, config, run.step, reason or "on another process")
+
+
 def _halve(run: Run, recipe, config: TrainConfig, step: int, reason: str) -> None:
     """Twice as many micro-batches, half as large. Raises UserError where that cannot help or would change the loss."""
     run.optimizer.zero_grad(set_to_none=True)
@@ -245,11 +259,7 @@ def _halve(run: Run, recipe, config: TrainConfig, step: int, reason: str) -> Non
             f"out of memory at step {step} ({reason}), and {config.recipe} needs its whole batch at once: "
             "use more processes (torchrun), a smaller --batch-size or --size"
         )
-    if parallel.world() > 1:  # the other processes are waiting for this one's gradients
-        raise UserError(
-            f"out of memory at step {step} ({reason}): go on with --resume and --accumulate {2 * run.accumulate}"
-        )
-    if 2 * run.accumulate > config.batch_size:
+    if 2 * run.accumulate > config.batch_size // parallel.world():
         raise UserError(f"out of memory at step {step} with one image ({reason}): choose a smaller --size")
     run.accumulate *= 2
     warnings.warn(
@@ -282,10 +292,24 @@ def _stop_button():
             signal.signal(number, handler or signal.SIG_DFL)
 
 
-def _finish(folder: Path, whole, recipe, config: TrainConfig, result: dict) -> None:
+def _finish(folder: Path, run: Run, recipe, config: TrainConfig, device, began: float) -> dict:
+    """Measure the trained module (its moving average, if there is one) and write weights and result; the result."""
+    whole = accelerate.whole(run.ema.module if run.ema else run.module, recipe, config, device)
+    if whole is None:
+        return {}
+    with accelerate.eager(config):
+        found = recipe.evaluate(whole, config, device)
+    result = {
+        **found,
+        "steps": config.steps,
+        "images": config.steps * config.batch_size,
+        "parameters": sum(p.numel() for p in whole.parameters()),
+        "seconds_of_last_session": round(time.perf_counter() - began),
+    }
     settings = {"config": json.dumps(asdict(config))}
     state.save_weights(folder / "model.safetensors", recipe.backbone(whole), settings)
     for name, tensors in recipe.companions(whole).items() if hasattr(recipe, "companions") else ():
         half = {k: v.half() for k, v in tensors.items()}
         state.save_tensors(folder / f"model.{name}.safetensors", half, settings)
     write_atomically(folder / "result.json", json.dumps(result, indent=1).encode())
+    return result
