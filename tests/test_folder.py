@@ -62,6 +62,7 @@ def test_the_protocol_of_deit3_is_the_default():
     assert recipe is folder
     assert (config.size, config.image_size, config.optimizer, config.batch_size) == ("b/16", 224, "lamb", 2048)
     assert (config.augment, config.mixup, config.cutmix, config.layer_scale) == ("3a", 0.8, 1.0, 1e-4)
+    assert (config.crop, config.loss, config.smoothing) == ("rrc", "bce", 0.0)
 
 
 def test_colours_are_learnt(painted, tmp_path):
@@ -174,6 +175,37 @@ def test_a_wrong_folder_is_told_before_anything_is_made(tmp_path, capsys, make, 
     assert cli.main(["train", "deit3", "--data", str(tmp_path / "data"), "--size", "xxs", "--out", str(run)]) == 1
     assert re.search(told, capsys.readouterr().err)
     assert not run.exists()
+
+
+@pytest.mark.parametrize(("name", "smoothing", "cutmix"), [("bce", 0.0, 1.0), ("ce", 0.1, 1.0), ("ce", 0.1, 0.0)])
+def test_the_loss_is_the_formula(painted, name, smoothing, cutmix):
+    """Against sums written out, on the pixels and the mixed labels that the model is really given."""
+    config = configured(painted, loss=name, smoothing=smoothing, mixup=0.0, cutmix=cutmix)
+    model, given = folder.build(config).eval(), []
+    model.register_forward_hook(lambda module, arguments, output: given.append((arguments[0], output)))
+    value, _ = folder.loss(model, config, 0, "cpu")
+    (pixels, logits), classes = given[0], len(COLOURS)
+    folder.stream.cache_clear()
+    plain, labels = folder.stream(config, "cpu").batch(0)
+    flipped = labels.flip(0)  # timm mixes the batch with itself in reverse
+    kept = (pixels == plain).all(1).float().mean((1, 2))  # share of each image that is its own
+    if not cutmix:
+        assert kept.eq(1).all()
+    same = (pixels == plain.flip(0)).all(1).all(2).all(1)
+    share = torch.where(same, 0.0, kept)[:, None]
+    one_hot = torch.eye(classes) * (1 - smoothing) + smoothing / classes
+    target = share * one_hot[labels] + (1 - share) * one_hot[flipped]
+    if name == "ce":
+        expected = -(target * logits.log_softmax(1)).sum(1).mean()
+    else:
+        present, p = (target > 0).float(), logits.sigmoid()
+        expected = -(present * p.log() + (1 - present) * (1 - p).log()).mean()
+    assert value.item() == pytest.approx(expected.item(), rel=1e-4)
+
+
+def test_an_unknown_loss_is_told(painted):
+    with pytest.raises(UserError, match="bce"):
+        folder.build(configured(painted, loss="bec"))
 
 
 def test_odd_batches_cannot_be_mixed(painted):

@@ -8,9 +8,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field, fields
 
 
-def option(default, help: str, group: str = "recipe", choices: tuple = ()):
+def option(default, help: str, group: str = "recipe"):
     """A field with what `vitreg train --help` says about it, and under which heading."""
-    return field(default=default, metadata={"help": help, "group": group, "choices": choices})
+    return field(default=default, metadata={"help": help, "group": group})
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,8 @@ class TrainConfig:
     )
     layer_scale: float = option(1e-4, "with --data: LayerScale at the start", "deit3")
     augment: str = option("3a", "with --data: an augmentation of timm's, 3a being 3-Augment", "deit3")
-    crop: str = option("rkrr", "with --data: rkrr (short side to size, then a random crop) or rrc", "deit3")
+    loss: str = option("bce", "with --data: bce, or ce (softmax cross-entropy)", "deit3")
+    crop: str = option("rrc", "with --data: rrc, or rkrr (short side to size, then a random crop)", "deit3")
     color_jitter: float = option(0.3, "with --data: strength", "deit3")
     mixup: float = option(0.8, "with --data: alpha of mixup, 0 for none", "deit3")
     cutmix: float = option(1.0, "with --data: alpha of CutMix, 0 for none", "deit3")

@@ -50,7 +50,7 @@ class DINOv2(nn.Module):
 
         self.student = vit(config, drop_path_rate=config.drop_path)
         dim = self.student.embed_dim
-        head = dict(input_dim=dim, output_dim=config.prototypes, **(FULL_HEAD if "/" in config.size else HEAD))
+        head = dict(input_dim=dim, output_dim=config.prototypes, **(HEAD if config.size in mini.SIZES else FULL_HEAD))
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # lightly's heads use torch's older weight_norm
             self.student_heads = nn.ModuleDict({name: DINOv2ProjectionHead(**head) for name in ("cls", "patch")})
@@ -72,7 +72,7 @@ class DINOv2(nn.Module):
 
 def vit(config, **options) -> nn.Module:
     """A fresh ViT without a head."""
-    scale = {"init_values": FULL_LAYER_SCALE} if "/" in config.size else {}
+    scale = {} if config.size in mini.SIZES else {"init_values": FULL_LAYER_SCALE}
     return mini.build(config.size, config.registers, 0, config.image_size, **scale, **options)
 
 

@@ -36,7 +36,7 @@ class MaskedAutoencoder(nn.Module):
 
         self.encoder = mini.build(config.size, config.registers, 0, config.image_size, drop_path_rate=config.drop_path)
         self.patch_size = mini.patch_size(config.size)
-        decoder = FULL_DECODER if "/" in config.size else DECODER
+        decoder = DECODER if config.size in mini.SIZES else FULL_DECODER
         dim, heads = decoder["dim"], decoder["heads"]
         self.enter = nn.Linear(self.encoder.embed_dim, dim)
         self.mask_token = nn.Parameter(torch.zeros(dim))
