@@ -12,11 +12,11 @@ from vitreg_lib import sinks
 from vitreg_lib.errors import UserError
 from vitreg_lib.train import emergence, loop, parallel, sweep
 
-VARIANTS = sorted(emergence.TASKS)
+VARIANTS = [*sorted(emergence.CHANGES), "decay+dropout+blank-corners"]
 
 
 def configuration(**options):
-    return loop.configure("emergence", **{"batch_size": 8, **options})[0]
+    return loop.configure("emergence", **{"variant": "corners", "batch_size": 8, **options})[0]
 
 
 def patches(pixels):

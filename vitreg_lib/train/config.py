@@ -21,7 +21,7 @@ class TrainConfig:
     """
 
     recipe: str = option("deit3", "what is learnt")
-    variant: str = option("", "a cell of the sweep", "emergence")
+    variant: str = option("", "names of CHANGES joined by +", "emergence")
 
     size: str = option("m", "xxs, xs, s, m, l (patch 8), or ti/16, s/16, b/16, l/16, l/14 …", "model")
     registers: int = option(0, "how many", "model")

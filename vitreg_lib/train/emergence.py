@@ -11,11 +11,17 @@ matter. There is no plain background and, by default, no cls token; nothing in t
 In the task `broadcast` (the two-layer toy of Fesser et al. 2026) every patch gives back its own texture plus a fixed
 rotation of the texture of the patch that scores highest on a hidden direction.
 
-`TASKS` has the variants, workflow/sweep.py the runs, data/sweeps/emergence.parquet what came of them and the notebook
+Two ordinary settings of training decide what becomes of the idle patches. Where weight decay acts on position
+embeddings too, as in DINOv2, a long vector must be worth its price, and with registers it no longer is. Where attention
+is dropped out, what a head reads from a sink is missing now and then, so that even a constant does harm and values
+drain.
+
+`CHANGES` has the variants, workflow/sweep.py the runs, data/sweeps/emergence.parquet what came of them and the notebook
 beyond/emergence.ipynb the pictures.
 
-    vitreg train emergence --variant corners                # one CPU core: about a minute
-    vitreg train emergence --variant corners --registers 4
+    vitreg train emergence                      # one CPU core: about a minute
+    vitreg train emergence --registers 4
+    vitreg train emergence --variant decay+dropout+blank-corners
 """
 
 from __future__ import annotations
@@ -31,9 +37,9 @@ from ..errors import unknown
 from . import parallel
 
 DEFAULTS = {
-    "variant": "corners",
+    "variant": "decay+dropout",
     "image_size": 12,
-    "steps": 3000,
+    "steps": 6000,
     "batch_size": 16,
     "learning_rate": 0.01,
     "weight_decay": 0.4,
@@ -58,6 +64,7 @@ class Task:
     kind: "copy" or "broadcast". trigger_share: of the patches that may be triggers.
     noise: standard deviation of what is added to the pixels; textures have 1.
     position: amplitude of the waves that position embeddings start from; all of them are learnt. 0: timm's own start.
+    position_decay: weight decay acts on them too. attention_dropout: share of attention weights that are dropped.
     """
 
     idle: str = "corners"
@@ -71,32 +78,39 @@ class Task:
     mlp_ratio: float = 0.125
     layer_scale: float = 0.0
     position: float = 1.0
+    position_decay: bool = False
+    attention_dropout: float = 0.0
     cls_token: bool = False
 
 
-TASKS = {
-    "corners": Task(),
-    "nothing-idle": Task(idle="none"),
-    "blank-corners": Task(blank=True),
-    "anywhere": Task(idle="anywhere"),
-    "one-corner": Task(idle="corner"),
-    "cls-token": Task(cls_token=True),
-    "two-blocks": Task(depth=2),
-    "three-blocks": Task(depth=3),
-    "usual-mlp": Task(mlp_ratio=4.0),
-    "layer-scale": Task(layer_scale=0.1),
-    "noise": Task(noise=0.3),
-    "plain-start": Task(position=0.0),
-    "four-heads": Task(heads=4),
-    "broadcast": Task(kind="broadcast", depth=2),
+CHANGES = {  # what a name in a variant changes
+    "corners": {},
+    "decay": {"position_decay": True},
+    "dropout": {"attention_dropout": 0.1},
+    "nothing-idle": {"idle": "none"},
+    "blank-corners": {"blank": True},
+    "anywhere": {"idle": "anywhere"},
+    "one-corner": {"idle": "corner"},
+    "cls-token": {"cls_token": True},
+    "two-blocks": {"depth": 2},
+    "three-blocks": {"depth": 3},
+    "usual-mlp": {"mlp_ratio": 4.0},
+    "layer-scale": {"layer_scale": 0.1},
+    "noise": {"noise": 0.3},
+    "plain-start": {"position": 0.0},
+    "four-heads": {"heads": 4},
+    "broadcast": {"kind": "broadcast", "depth": 2},
 }
 
 
 def task(config) -> Task:
-    """The `Task` that `config.variant` names. Raises UserError for an unknown one."""
-    if config.variant not in TASKS:
-        raise unknown("variant of emergence", config.variant, TASKS)
-    return TASKS[config.variant]
+    """The `Task` of `config.variant`: names of `CHANGES` joined by "+". Raises UserError for an unknown one."""
+    changes = {}
+    for name in config.variant.split("+"):
+        if name not in CHANGES:
+            raise unknown("variant of emergence", name, CHANGES)
+        changes |= CHANGES[name]
+    return Task(**changes)
 
 
 @dataclass
@@ -175,11 +189,14 @@ def build(config) -> torch.nn.Module:
         reg_tokens=config.registers,
         no_embed_class=True,
         init_values=t.layer_scale or None,
+        attn_drop_rate=t.attention_dropout,
         weight_init="moco",  # Xavier: at this width timm's own 0.02 leaves copying on a plateau
     )
     model = VisionTransformer(**arguments)
     if t.position:
         model.pos_embed.data.copy_(t.position * waves(t.dim))
+    if t.position_decay:
+        model.no_weight_decay = set  # timm's class names position embeddings, cls and registers
     model.vit_arguments = arguments
     return model
 
