@@ -172,6 +172,14 @@ def test_a_sink_made_by_hand_is_measured():
     assert not sweep.verdict(found.assign(cell="corners", seed=0, step=1, value_ratio=0.5)).emerged.any()
 
 
+def test_without_idle_places_there_is_a_verdict_too():
+    config = configuration(variant="nothing-idle")
+    model = emergence.build(config).eval()
+    found = sinks.measure(model, emergence.held_out(config, 4).pixels)
+    assert found[["place_norm", "attention", "value_ratio", "top_in_places"]].isna().to_numpy().all()
+    assert not sweep.verdict(found.assign(cell="nothing idle", seed=0, step=1)).emerged.any()
+
+
 def test_attention_of_a_register_is_measured():
     config = configuration(registers=1)
     torch.manual_seed(0)

@@ -12,6 +12,7 @@ from timm.data import create_transform, resolve_model_data_config
 from vitreg_lib.data import images
 from vitreg_lib.errors import UserError
 from vitreg_lib.models import zoo
+from vitreg_lib.train import loop, state
 
 
 def any_model(**options) -> zoo.Model:
@@ -73,6 +74,21 @@ def test_scenes_come_with_their_truth_and_are_held_out():
     assert not set(other.scenes.index.tolist()) & set(loaded.scenes.index.tolist())
 
 
+def test_textures_are_what_the_task_holds_out(tmp_path):
+    """As the model was trained to see them, not normalised; another seed has others; another size is refused."""
+    config, recipe = loop.configure("emergence")
+    state.save_weights(tmp_path / "tiny.safetensors", recipe.build(config), {})
+    model = zoo.load(f"file:{tmp_path / 'tiny.safetensors'}")
+    found = images.load("textures", model, 4)
+    assert found.x.shape == (4, 3, 12, 12)
+    assert found.x.std().item() == pytest.approx(1.0, abs=0.2)
+    assert torch.equal(found.x[:2], images.load("textures", model, 2).x)
+    assert not torch.equal(found.x, images.load("textures", model, 4, seed=1).x)
+    assert (found.pixels.min() >= 0) & (found.pixels.max() <= 1)
+    with pytest.raises(UserError, match="textures have 12 pixels a side, this model wants 96; try mini-corners"):
+        images.load("textures", zoo.load("mini-random"), 2)
+
+
 def test_a_folder_is_searched_below_and_drawn_from_by_seed(folder):
     everything = images.load(str(folder), any_model(), 100)
     assert everything.names == ["a", "b", "c", "d", "e", "f"]
@@ -116,7 +132,7 @@ def test_an_empty_folder_and_a_missing_one_are_refused(tmp_path, no_models):
         images.load(str(tmp_path), any_model(), 1)
     with pytest.raises(
         UserError,
-        match="no images at 'nowhere': write scenes, photos, or the path of an image",
+        match="no images at 'nowhere': write scenes, textures, photos, or the path of an image",
     ):
         images.load("nowhere", any_model(), 1)
     with pytest.raises(UserError, match="VITREG_DATA"):

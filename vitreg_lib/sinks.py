@@ -8,6 +8,8 @@ what they write into the tokens that look there, and is their norm set apart? Af
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 from .capture import capture
@@ -51,7 +53,7 @@ def spread_ratio(updates: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
 
 
 def measure(model: torch.nn.Module, images: torch.Tensor, places: torch.Tensor | None = None):
-    """A DataFrame, one row a layer, of patch norms and, where `places` (images, patches) are given, of sinks there.
+    """A DataFrame, one row a layer, of patch norms and of sinks at `places` (images, patches), NaN without them.
 
     outlier_share, norm_ratio: patches above the layer's own cutoff, and their mean norm / the median. separated_share:
     above three medians. place_norm: mean norm at the places / the median. attention: what patches elsewhere give to the
@@ -81,6 +83,7 @@ def measure(model: torch.nn.Module, images: torch.Tensor, places: torch.Tensor |
             "largest": (norms.max() / norms.median()).item(),
             **_most_attended(attention[..., prefix:], norms, places),
             "prefix_attention": attention[..., :prefix].sum(-1).mean((0, 2)).max().item() if prefix else 0.0,
+            **dict.fromkeys(("place_norm", "attention", "attention_mean", "value_ratio", "spread_ratio"), math.nan),
         }
         if places is not None and places.any():
             given = received(attention[..., prefix:], places)
@@ -107,4 +110,5 @@ def _most_attended(attention: torch.Tensor, norms: torch.Tensor, places: torch.T
         "top_key": largest[:, head].mean().item(),
         "top_norm": (norms.gather(1, which).mean() / norms.median()).item(),
     }
-    return found if places is None else found | {"top_in_places": places.gather(1, which).float().mean().item()}
+    inside = math.nan if places is None else places.gather(1, which).float().mean().item()
+    return found | {"top_in_places": inside}

@@ -1,4 +1,4 @@
-"""A set of images, prepared for a model: scenes, the photos that ship with scikit-image and scikit-learn, a folder.
+"""A set of images, prepared for a model: scenes, textures, photos that ship with other packages, a folder.
 
 `load` turns the name of a source into an `Images` set. Photos go through the model's own preprocessing: resize by its
 own interpolation and crop, centre crop, its own mean and standard deviation.
@@ -53,7 +53,8 @@ class Images:
 def load(source: str, model, n: int, seed: int = 0, size: int | None = None) -> Images:
     """`n` images of `source` for a `zoo.Model`, at its own input size or `size` pixels a side.
 
-    source: "scenes"; "photos"; "imagenet" (a folder of that name in VITREG_DATA, or in data/ of VITREG_MODELS); or the
+    source: "scenes"; "textures" (what `mini-corners` learns from, see `train.emergence`); "photos" (those that ship with
+    scikit-image and scikit-learn); "imagenet" (a folder of that name in VITREG_DATA, or in data/ of VITREG_MODELS); or the
     path of an image or of a folder, searched below. Where a folder holds more than n images, `seed` draws among them;
     the same seed gives the same images for every model. An image that cannot be read is named in a warning and left
     out.
@@ -65,6 +66,8 @@ def load(source: str, model, n: int, seed: int = 0, size: int | None = None) -> 
         batch = scenes.render(range(first, first + n), size)
         names = [f"scene {i}" for i in range(n)]
         return Images(model.normalise(batch.pixels), batch.pixels, names, f"scenes, {n} held-out images", batch)
+    if source == "textures":
+        return _textures(n, seed, size)
     paths, title = find(source)
     order = torch.randperm(len(paths), generator=torch.Generator().manual_seed(seed)).tolist()
     chosen = [paths[i] for i in (sorted(order[:n]) if source != "photos" else range(min(n, len(paths))))]
@@ -72,6 +75,19 @@ def load(source: str, model, n: int, seed: int = 0, size: int | None = None) -> 
     if not names:
         raise UserError(f"none of the {len(chosen)} images in {source} could be read")
     return Images(model.normalise(pixels), pixels, names, f"{title}, {len(names)} of {len(paths)} images")
+
+
+def _textures(n: int, seed: int, size: int) -> Images:
+    """Held-out images of the task `emergence`. They are normal numbers, which the model sees as they are."""
+    from ..train import emergence, loop
+
+    config, _ = loop.configure("emergence")
+    if size != config.image_size:
+        raise UserError(f"textures have {config.image_size} pixels a side, this model wants {size}; try mini-corners")
+    first = emergence.TO_LOOK_AT + 1000 * seed
+    x = torch.cat([emergence.held_out(config, 64, part=first + i).pixels for i in range(-(-n // 64))])[:n]
+    names = [f"textures {i}" for i in range(n)]
+    return Images(x, (x / 6 + 0.5).clamp(0, 1), names, f"textures, {n} held-out images")
 
 
 def labels(images: Images) -> torch.Tensor | None:
@@ -97,7 +113,7 @@ def find(source: str) -> tuple[list[Path], str]:
         return [folder], folder.name
     if not folder.is_dir():
         raise UserError(
-            f"no images at {source!r}: write scenes, photos, or the path of an image or of a folder of images"
+            f"no images at {source!r}: write scenes, textures, photos, or the path of an image or of a folder of images"
             + (" (imagenet: put such a folder into one named by VITREG_DATA)" if source == "imagenet" else "")
         )
     paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES)

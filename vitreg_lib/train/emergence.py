@@ -51,6 +51,7 @@ DEFAULTS = {
 GRID, PATCH = 6, 2
 PATCHES, LENGTH = GRID * GRID, 3 * PATCH * PATCH
 HELD_OUT = 1 << 30  # batches from this step on are never trained on
+TO_LOOK_AT = 100  # of these, from this part on: images for notebooks
 CORNERS = (0, GRID - 1, PATCHES - GRID, PATCHES - 1)
 
 

@@ -21,7 +21,7 @@ from .config import TrainConfig
 
 TABLE = DATA / "sweeps" / "emergence.parquet"
 WATCHED = 64  # held-out images that sinks are measured on
-POINTS = 12  # measured steps of a run, log-spaced
+POINTS = 12  # measured steps of a run: so many log-spaced, so many evenly spaced
 
 
 FIRST = {"variant": "corners", "steps": 3000}  # weight decay spares position embeddings, no dropout
@@ -104,13 +104,15 @@ def run(
     folder = Path(folder)
     path = folder / "sinks.parquet"
     config = configuration(name, seed, **changes)
-    measured_at = set(telemetry.log_steps(config.steps, POINTS)) - {0}
+    even = (round(config.steps * (i + 1) / POINTS) for i in range(POINTS))
+    measured_at = {*telemetry.log_steps(config.steps, POINTS), *even} - {0}
     batch = emergence.held_out(config, WATCHED, part=2)
     places = batch.idle if batch.idle.any() else None
 
     def after_step(module, config, step):
         if step + 1 not in measured_at:
             return
+        module.eval()  # without dropout; the loop's next step sets it back
         error = emergence.told(emergence.errors(module, batch).detach(), batch)
         rows = sinks.measure(module, batch.pixels, places).assign(cell=name, seed=seed, step=step + 1, **error)
         before = pd.read_parquet(path) if path.exists() else rows.iloc[:0]
