@@ -102,7 +102,7 @@ def watching(config: TrainConfig, device: str) -> None:
     """Share of the training time that telemetry takes at this size, over a run of the default length."""
     model, images = deit3.build(config).to(device), deit3.telemetry_images(config)
     taken = taking_turns(lambda: telemetry.measure(model, images, 0), ours(config, device, 1), 5)
-    count = len(telemetry.log_steps(config.steps))
+    count = len(telemetry.measured_steps(config.steps))
     share = count * taken[0] / (config.steps * taken[1])
     print(f"telemetry: {count} measurements in {config.steps} steps take {share:.2%} of the time  (goal: below 1 %)")
 

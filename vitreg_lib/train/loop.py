@@ -77,7 +77,7 @@ def train(
                 run.norms.append(telemetry.measure(recipe.backbone(whole), watched, run.step))
 
     start, began = run.step, time.perf_counter()
-    measured_at = set(telemetry.log_steps(config.steps))
+    measured_at = set(telemetry.measured_steps(config.steps))
     hidden = not progress or parallel.rank() > 0
     with _stop_button() as asked:
         for step in tqdm(range(start, config.steps), initial=start, total=config.steps, disable=hidden, desc="steps"):

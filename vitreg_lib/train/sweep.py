@@ -104,8 +104,7 @@ def run(
     folder = Path(folder)
     path = folder / "sinks.parquet"
     config = configuration(name, seed, **changes)
-    even = (round(config.steps * (i + 1) / POINTS) for i in range(POINTS))
-    measured_at = {*telemetry.log_steps(config.steps, POINTS), *even} - {0}
+    measured_at = set(telemetry.measured_steps(config.steps, POINTS, POINTS)) - {0}
     batch = emergence.held_out(config, WATCHED, part=2)
     places = batch.idle if batch.idle.any() else None
 

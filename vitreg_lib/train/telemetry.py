@@ -1,7 +1,7 @@
-"""What the norms do while a model trains: quantiles and outlier shares of every layer at log-spaced steps.
+"""What the norms do while a model trains: quantiles and outlier shares of every layer at log-spaced steps and some
+evenly spaced ones.
 
-Figure 4(b) is drawn from this. A measurement is one capture of the same held-out scenes; the steps are spaced
-so that early training, where things change fast, is seen well and the whole costs little.
+Figure 4(b) is drawn from this. A measurement is one capture of the same held-out images.
 """
 
 from __future__ import annotations
@@ -15,10 +15,13 @@ from ..outliers import separated_share
 QUANTILES = (0.0, 0.01, 0.25, 0.5, 0.75, 0.99, 0.999, 1.0)
 
 
-def log_steps(total: int, count: int = 40) -> list[int]:
-    """About `count` steps from 0 to `total`, spaced evenly in the logarithm, both ends included."""
-    inner = torch.logspace(0, torch.tensor(float(max(total, 1))).log10().item(), count).round().long().tolist()
-    return sorted({0, *inner, total})
+def measured_steps(total: int, logarithmic: int = 40, even: int = 20) -> list[int]:
+    """Steps from 0 to `total`, both included: so many spaced evenly in the logarithm, so many evenly.
+
+    The former see early training, where things change fast; the latter what begins late.
+    """
+    inner = torch.logspace(0, torch.tensor(float(max(total, 1))).log10().item(), logarithmic).round().long().tolist()
+    return sorted({0, *inner, *(round(total * (i + 1) / even) for i in range(even)), total})
 
 
 def measure(model: torch.nn.Module, images: torch.Tensor, step: int) -> pd.DataFrame:
