@@ -221,3 +221,31 @@ def test_the_table_knows_only_cells_of_the_sweep():
         assert set(sweep.table().cell) <= set(sweep.names())
     for name in sweep.names():
         emergence.task(loop.configure("emergence", **sweep.cell(name))[0])
+
+
+def test_the_criterion_asks_for_three_seeds_and_the_control():
+    """Four of five seeds have all of it; registers leave none, or one."""
+    names = ("outlier_share", "norm_ratio", "attention", "value_ratio", "prefix_attention")
+    plain = pd.DataFrame([(0.11, 5.0, 0.8, 0.1, 0.0)] * 4 + [(0.11, 7.0, 0.8, 0.3, 0.0)], columns=names)
+    control = pd.DataFrame([(0.0, float("nan"), 0.1, 1.0, 0.9)] * 5, columns=names)
+
+    def judged(plain, control):
+        table = pd.concat([plain.assign(cell="with"), control.assign(cell="without")])
+        table = table.assign(seed=table.groupby("cell").cumcount(), emerged=table.value_ratio <= 0.2)
+        found = sweep.claims(table.set_index(["cell", "seed"]), "with", "without")
+        return {claim: holds for claim, holds, *_ in found}, found
+
+    verdicts, found = judged(plain, control)
+    assert verdicts == {
+        "ours-emerged": True,
+        "ours-sinks": True,
+        "ours-norms": True,
+        "ours-drained": False,
+        "ours-registers": True,
+    }
+    assert "4 of 5 seeds" in found[0][2]
+    assert judged(plain[2:], control)[0]["ours-emerged"] is False  # two of three
+    assert judged(plain[:2], control)[0]["ours-norms"] is None  # too few
+    control.loc[0, "outlier_share"] = 0.11
+    verdicts, _ = judged(plain, control)
+    assert (verdicts["ours-emerged"], verdicts["ours-registers"]) == (False, False)
