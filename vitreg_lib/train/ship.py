@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from dataclasses import fields
 from pathlib import Path
 
 import yaml
@@ -13,7 +14,7 @@ from ..errors import UserError
 from ..models import zoo
 from ..paths import CHECKPOINTS, DATA, write_atomically
 from . import loop
-from .config import MACHINE
+from .config import MACHINE, TrainConfig
 
 
 def ship(folder: str | Path, name: str, about: str) -> Path:
@@ -54,13 +55,14 @@ def ship(folder: str | Path, name: str, about: str) -> Path:
 
 
 def command(config: dict) -> str:
-    """The `vitreg train` line that makes this run again: what differs from the recipe's defaults."""
+    """The `vitreg train` line that makes this run again: what differs from the recipe's defaults and matters to it."""
     default, _ = loop.configure(config["recipe"])
-    options = []
-    for name, value in config.items():
-        if name not in MACHINE and value != getattr(default, name, value):
-            flag = name.replace("_", "-")
-            options.append(
-                {True: f"--{flag}", False: f"--no-{flag}"}[value] if type(value) is bool else f"--{flag} {value}"
-            )
-    return " ".join(["vitreg train", config["recipe"], *options])
+    told = ["vitreg train", config["recipe"]]
+    for field in fields(TrainConfig):
+        name, value = field.name, config.get(field.name)
+        idle = field.metadata["help"].startswith("with --data") and not config.get("data")
+        if name in MACHINE or name not in config or idle or value == getattr(default, name):
+            continue
+        flag = name.replace("_", "-")
+        told.append({True: f"--{flag}", False: f"--no-{flag}"}[value] if type(value) is bool else f"--{flag} {value}")
+    return " ".join(told)
