@@ -64,8 +64,9 @@ class Task:
     blank: idle patches hold zeros instead of a texture.
     kind: "copy" or "broadcast". trigger_share: of the patches that may be triggers.
     noise: standard deviation of what is added to the pixels; textures have 1.
-    position: amplitude of the waves that position embeddings start from; all of them are learnt. 0: timm's own start.
-    position_decay: weight decay acts on them too. attention_dropout: share of attention weights that are dropped.
+    position: amplitude of the waves that position embeddings start from; 0: timm's own start. position_fixed: they stay
+    so, as in MAE, instead of being learnt; position_decay: weight decay acts on them.
+    attention_dropout: share of attention weights that are dropped.
     """
 
     idle: str = "corners"
@@ -79,6 +80,7 @@ class Task:
     mlp_ratio: float = 0.125
     layer_scale: float = 0.0
     position: float = 1.0
+    position_fixed: bool = False
     position_decay: bool = False
     attention_dropout: float = 0.0
     cls_token: bool = False
@@ -86,6 +88,7 @@ class Task:
 
 CHANGES = {  # what a name in a variant changes
     "corners": {},
+    "fixed": {"position_fixed": True},
     "decay": {"position_decay": True},
     "dropout": {"attention_dropout": 0.1},
     "nothing-idle": {"idle": "none"},
@@ -95,6 +98,7 @@ CHANGES = {  # what a name in a variant changes
     "cls-token": {"cls_token": True},
     "two-blocks": {"depth": 2},
     "three-blocks": {"depth": 3},
+    "half-mlp": {"mlp_ratio": 0.5},
     "usual-mlp": {"mlp_ratio": 4.0},
     "layer-scale": {"layer_scale": 0.1},
     "noise": {"noise": 0.3},
@@ -196,6 +200,7 @@ def build(config) -> torch.nn.Module:
     model = VisionTransformer(**arguments)
     if t.position:
         model.pos_embed.data.copy_(t.position * waves(t.dim))
+    model.pos_embed.requires_grad_(not t.position_fixed)
     if t.position_decay:
         model.no_weight_decay = set  # timm's class names position embeddings, cls and registers
     model.vit_arguments = arguments

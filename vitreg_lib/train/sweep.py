@@ -24,8 +24,15 @@ WATCHED = 64  # held-out images that sinks are measured on
 POINTS = 12  # measured steps of a run: so many log-spaced, so many evenly spaced
 
 
+FIXED = "fixed+dropout+two-blocks+half-mlp"
+DECAY = "decay+dropout"
 FIRST = {"variant": "corners", "steps": 3000}  # weight decay spares position embeddings, no dropout
 SWEEP = [
+    {"cell": "fixed positions", "variant": FIXED, "seeds": 5},
+    {"cell": "fixed positions, 4 registers", "variant": FIXED, "registers": 4, "seeds": 5},
+    {"cell": "fixed positions, nothing idle", "variant": f"{FIXED}+nothing-idle", "seeds": 3},
+    {"cell": "fixed positions, blank corners", "variant": f"{FIXED}+blank-corners", "seeds": 3},
+    {"cell": "fixed positions, no dropout", "variant": "fixed+two-blocks+half-mlp", "seeds": 3},
     {"cell": "decay + dropout", "seeds": 5},
     {"cell": "decay + dropout, 4 registers", "registers": 4, "seeds": 5},
     {"cell": "decay + dropout, 1 register", "registers": 1, "seeds": 3},
@@ -150,18 +157,18 @@ def course(rows: pd.DataFrame, name: str, seed: int = 0) -> pd.DataFrame:
 
 
 def verdict(rows: pd.DataFrame, share: float = 0.01, ratio: float = 4.0, drained: float = 0.2) -> pd.DataFrame:
-    """A row a cell and seed: the last step's layer with the largest share of outliers, and whether all of it is there.
+    """A row a cell and seed: at the last step a layer where all of it is there, else that with most outliers.
 
     emerged: at least `share` of the patches above the layer's cutoff, with at least `ratio` medians, and values of at
     most `drained` of the others' length (a NOP by Fesser et al.).
     """
     last = rows[rows.step == rows.groupby(["cell", "seed"]).step.transform("max")]
-    order = last.sort_values(["outlier_share", "place_norm", "attention"], ascending=False)
-    best = order.groupby(["cell", "seed"], sort=False).head(1)
+    emerged = (last.outlier_share >= share) & (last.norm_ratio >= ratio) & (last.value_ratio <= drained)
+    order = ["emerged", "outlier_share", "place_norm", "attention"]
+    best = last.assign(emerged=emerged).sort_values(order, ascending=False)
+    best = best.groupby(["cell", "seed"], sort=False).head(1)
     best = best.sort_values(["cell", "seed"], key=lambda v: v.map(names().index) if v.name == "cell" else v)
-    best = best.set_index(["cell", "seed"])
-    emerged = (best.outlier_share >= share) & (best.norm_ratio >= ratio) & (best.value_ratio <= drained)
-    return best.assign(emerged=emerged)
+    return best.set_index(["cell", "seed"])
 
 
 def claims(
