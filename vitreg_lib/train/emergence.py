@@ -8,20 +8,19 @@ the form of images. Some patches are *idle*: they look like all others, but no a
 triggers and nothing is ever copied from them. They are the four corners by default, as the corners of photos seldom
 matter. There is no plain background and, by default, no cls token; nothing in the loss mentions norms or attention.
 
+The ViT is timm's, small: three blocks with the usual MLP, fixed position embeddings of sines and cosines (as in MAE)
+and dropout of attention. Dropout decides whether values drain: what a head reads from a sink is missing now and then,
+so that even a constant does harm. Where positions are learnt, they take the long norm themselves.
+
 In the task `broadcast` (the two-layer toy of Fesser et al. 2026) every patch gives back its own texture plus a fixed
 rotation of the texture of the patch that scores highest on a hidden direction.
-
-Two ordinary settings of training decide what becomes of the idle patches. Where weight decay acts on position
-embeddings too, as in DINOv2, a long vector must be worth its price, and with registers it no longer is. Where attention
-is dropped out, what a head reads from a sink is missing now and then, so that even a constant does harm and values
-drain.
 
 `CHANGES` has the variants, workflow/sweep.py the runs, data/sweeps/emergence.parquet what came of them and the notebook
 beyond/emergence.ipynb the pictures.
 
-    vitreg train emergence                      # one CPU core: about a minute
+    vitreg train emergence                      # one CPU core: a minute or two
     vitreg train emergence --registers 4
-    vitreg train emergence --variant decay+dropout+blank-corners
+    vitreg train emergence --variant fixed+three-blocks+usual-mlp      # without dropout
 """
 
 from __future__ import annotations
@@ -37,7 +36,7 @@ from ..errors import unknown
 from . import parallel
 
 DEFAULTS = {
-    "variant": "decay+dropout",
+    "variant": "fixed+dropout+three-blocks+usual-mlp",
     "image_size": 12,
     "steps": 6000,
     "batch_size": 16,
