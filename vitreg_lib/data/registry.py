@@ -92,8 +92,7 @@ def load(name: str, split: str = "train") -> Part:
         data = _hub(name, known, split)
     else:
         raise UserError(f"{name} ({known['title']}) is not here: {how(name)}")
-    _check(name, data)
-    classes = f", {_seen(data)} of {known['classes']} classes" if "label" in data.features else ""
+    classes = f", {_classes(name, data)} of {known['classes']} classes" if "label" in data.features else ""
     return Part(data, name, f"{known['title']}{classes}, {split} {len(data)} images", known)
 
 
@@ -109,19 +108,12 @@ def _parquet(place: Path, known: dict, split: str):
 def _hub(name: str, known: dict, split: str):
     from datasets import load_dataset
 
-    from ..models.zoo import hub_client
+    from ..models import zoo
 
-    hub = known["hub"]
-    try:
-        with hub_client():
-            return _renamed(load_dataset(hub["id"], hub.get("config"), split=hub["splits"][split]), hub)
-    except UserError:
-        raise
-    except Exception as error:  # the hub raises many kinds; each means that the data cannot be had
-        raise UserError(
-            f"{name} ({known['title']}) is not here and cannot be had from the hub ({type(error).__name__}: no network "
-            f"or no access): {how(name)}"
-        ) from error
+    there = known["hub"]
+    with zoo.hub(f"{name} ({known['title']})", how(name)):
+        data = load_dataset(there["id"], there.get("config"), split=there["splits"][split])
+    return _renamed(data, there)
 
 
 def _renamed(data, hub: dict):
@@ -133,19 +125,14 @@ def _renamed(data, hub: dict):
     return data.select_columns(["image", "label"])
 
 
-def _check(name: str, data) -> None:
-    """Refuses a split without labels (a hidden test set) or of one class."""
-    if "label" not in data.features:
-        return
+def _classes(name: str, data) -> int:
+    """How many classes the labels hold; refuses a split without labels (a hidden test set) or of one class."""
     labels = set(data.with_format("numpy")["label"][:].tolist())
     if -1 in labels:
         raise UserError(f"{name}: some images have no label (-1), as in a test set whose labels are hidden")
     if len(labels) < 2:
         raise UserError(f"{name} has one class only: nothing to classify")
-
-
-def _seen(data) -> int:
-    return len(set(data.with_format("numpy")["label"][:].tolist()))
+    return len(labels)
 
 
 def chosen(part: Part, n: int | None, seed: int = 0) -> list[int]:
