@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from pathlib import Path
 
@@ -115,6 +116,18 @@ def test_the_original_is_left_as_it_was(found, control, pictures):
     assert torch.equal(control.module(pictures[:2]), before) and zoo.weights_sha256(control.module) == digest
     assert control.module.num_prefix_tokens == prefix and type(control.module) is kind
     assert not any(m._forward_pre_hooks for m in control.module.modules())
+
+
+def test_a_model_in_training_with_a_frozen_part_is_left_so(control, pictures):
+    module = copy.deepcopy(control.module).train()
+    module.blocks[2].eval()
+    modes = [m.training for m in module.modules()]
+    is_outlier = torch.zeros(4, 144, dtype=torch.bool)
+    is_outlier[:, 14] = True
+    table = mend.rank(module, pictures[:4], is_outlier, [1, 2])
+    assert [m.training for m in module.modules()] == modes
+    assert table.columns.tolist() == ["block", "neuron", "at_outliers", "elsewhere", "writes"]
+    assert table.writes.is_monotonic_decreasing and set(table.block) == {1, 2}
 
 
 def test_zero_registers_only_silence_the_neurons(found, control, pictures):
