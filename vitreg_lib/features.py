@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -167,15 +168,14 @@ def described(model, digest: str, images: int) -> dict:
     }
 
 
-def mapped(rows, extract, about: dict, progress: bool = False, batch_size: int = 32) -> Features:
+def mapped(rows, extract, about: dict, progress: bool = False) -> Features:
     """The `Features` described by `about`: read from the cache, or extracted batch by batch by `datasets.map`.
 
     extract(batch of columns, row numbers (batch,)) gives {name: (batch, …)} of float32 or bool.
     """
     from datasets import Dataset
 
-    fingerprint = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
-    folder = cache()
+    fingerprint, folder = _fingerprint(about), cache()
     path, beside = folder / f"{fingerprint}.arrow", folder / f"{fingerprint}.json"
     shapes: dict[str, list[int]] = {}
 
@@ -191,7 +191,7 @@ def mapped(rows, extract, about: dict, progress: bool = False, batch_size: int =
                 flat,
                 with_indices=True,
                 batched=True,
-                batch_size=batch_size,
+                batch_size=32,
                 remove_columns=rows.column_names,
                 cache_file_name=str(path),
                 load_from_cache_file=False,
@@ -207,8 +207,7 @@ def mapped(rows, extract, about: dict, progress: bool = False, batch_size: int =
 
 def remembered(about: dict, compute):
     """What `compute()` gives (anything that JSON holds), kept under the fingerprint of `about`."""
-    fingerprint = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
-    path = cache() / f"{fingerprint}.result.json"
+    path = cache() / f"{_fingerprint(about)}.result.json"
     try:
         told = json.loads(path.read_text())
         if told["about"] == json.loads(json.dumps(about)):
@@ -219,6 +218,10 @@ def remembered(about: dict, compute):
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, json.dumps({"about": about, "result": result}).encode())
     return json.loads(json.dumps(result))
+
+
+def _fingerprint(about: dict) -> str:
+    return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
 
 
 def _is_whole(path: Path, beside: Path, rows: int) -> bool:
@@ -254,19 +257,14 @@ def source_sha256(*files: str) -> str:
     return found.hexdigest()
 
 
-class _bars:
+@contextmanager
+def _bars(on: bool):
     """`datasets`' progress bars on or off for a while."""
+    from datasets.utils import logging
 
-    def __init__(self, on: bool):
-        self.on = on
-
-    def __enter__(self):
-        from datasets.utils import logging
-
-        self.before = logging.is_progress_bar_enabled()
-        (logging.enable_progress_bar if self.on else logging.disable_progress_bar)()
-
-    def __exit__(self, *error):
-        from datasets.utils import logging
-
-        (logging.enable_progress_bar if self.before else logging.disable_progress_bar)()
+    before = logging.is_progress_bar_enabled()
+    (logging.enable_progress_bar if on else logging.disable_progress_bar)()
+    try:
+        yield
+    finally:
+        (logging.enable_progress_bar if before else logging.disable_progress_bar)()

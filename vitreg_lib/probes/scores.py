@@ -194,9 +194,7 @@ def _depth_scores(train: _Part, test: _Part, seed: int, steps: int, bins: int, s
     options = dict(max_depth=train.most, upsample=2)
     head = depth.fit_depth(x, train.grid, coarse, bins=bins, steps=steps, lr=1e-2, seed=seed, **options)
     guess = depth.predict_depth(head, x_test, test.grid, tuple(test.truth.shape[1:]), **options)
-    valid = (test.truth > 0) & (test.truth <= train.most)
-    squared = torch.where(valid, (guess - test.truth).double().square(), 0).sum((1, 2))
-    return (squared / valid.sum((1, 2))).sqrt()[:, None]  # 0 / 0 is NaN: an image without a valid pixel
+    return depth.image_rmse(guess, test.truth, train.most)[:, None]
 
 
 _SCORED = {"accuracy": _class_scores, "miou": _mask_scores, "rmse": _depth_scores}
@@ -222,10 +220,11 @@ def changes(found: dict[str, Scores], pairs: dict[str, str], draws: int = 1000, 
     """
     import pandas as pd
 
-    rows, generator = {}, torch.Generator().manual_seed(seed)
+    rows = {}
     for name, base in pairs.items():
-        for task in found[name].parts.keys() & found[base].parts.keys():
+        for task in (t for t in TASKS if t in found[name].parts and t in found[base].parts):
             one, other = found[name].parts[task], found[base].parts[task]
+            generator = torch.Generator().manual_seed(seed)
             seeds, images = one.shape[:2]
             drawn = torch.empty(draws, dtype=torch.float64)
             for i in range(draws):
@@ -236,11 +235,7 @@ def changes(found: dict[str, Scores], pairs: dict[str, str], draws: int = 1000, 
             change = (SCORE[task](one) - SCORE[task](other)).mean().item()
             rows[name, task] = {"without": base, "change": change, "low": low, "high": high}
     index = pd.MultiIndex.from_tuples(rows, names=["model", "task"])
-    frame = pd.DataFrame(list(rows.values()), index=index, columns=["without", "change", "low", "high"])
-    order = {task: i for i, task in enumerate(TASKS)}
-    return frame.sort_index(level="task", key=lambda t: t.map(order), sort_remaining=False).sort_index(
-        level="model", key=lambda m: m.map({n: i for i, n in enumerate(pairs)}), sort_remaining=False, kind="stable"
-    )
+    return pd.DataFrame(list(rows.values()), index=index, columns=["without", "change", "low", "high"])
 
 
 def ladders(names) -> dict[str, list[str]]:
