@@ -116,6 +116,12 @@ def test_no_task_and_unknown_data_are_refused(model):
         scores.scores(model, "scnes", "", "")
 
 
+def test_images_that_take_no_part_in_a_task_are_left_out(model):
+    """Of lone objects nobody can say on which side of the next one they are: their label is -1."""
+    found = scores.scores(model, "scenes:relation", "", "", n_train=40, n_test=30, seeds=(0,))
+    assert 0 < found.parts["accuracy"].shape[1] < 30
+
+
 def test_ladders_need_three_numbers_and_go_from_none_to_most():
     names = ["a", "a-reg16", "a-reg2", "a+ttr1", "a+ttr4", "b", "b-reg4", "c+ttr1", "c+ttr2"]
     assert scores.ladders(names) == {"a-reg": ["a", "a-reg2", "a-reg16"], "a+ttr": ["a", "a+ttr1", "a+ttr4"]}

@@ -44,19 +44,20 @@ def measure(model, images, is_outlier: torch.Tensor, found: mend.Found, labels=N
 
     outlier_share: patch tokens above the untouched model's cutoff. largest_patch_norm. register_norm: mean of the
     registers, NaN without. attention_on_outliers: cls in the last block, share of its attention on the *places* of the
-    untouched model's outliers. accuracy and cross_entropy where labels are known; on scenes those of the main object's
-    colour, which the mini ViTs learn best. corloc: LOST on the last block's keys, L2-normalised, on scenes (the
-    published rule: IoU of 0.5 with any object).
+    untouched model's outliers, NaN without cls. accuracy and cross_entropy where labels are known; on scenes those of
+    the main object's colour, which the mini ViTs learn best. corloc: LOST on the last block's keys, L2-normalised, on
+    scenes (the published rule: IoU of 0.5 with any object).
     """
     layers = sorted({found.layer, model.anatomy.depth - 1})
     seen = model.capture(images, ("norms", "attention", "k"), layers=layers, queries=[0])
     at = seen.layers.index(found.layer)
-    rows = seen.patches(seen.attention[layers[-1]][:, :, 0].mean(1))
+    of_cls = seen.patches(seen.attention[layers[-1]][:, :, 0].mean(1))
+    on_outliers = maps.attention_on(of_cls, is_outlier, seen.grid, renormalise=False).mean().item()
     result = {
         "outlier_share": (seen.patch_norms[:, at] > found.cutoff).float().mean().item(),
         "largest_patch_norm": seen.patch_norms[:, at].max().item(),
         "register_norm": seen.register_norms[:, at].mean().item() if seen.num_registers else float("nan"),
-        "attention_on_outliers": maps.attention_on(rows, is_outlier, seen.grid, renormalise=False).mean().item(),
+        "attention_on_outliers": on_outliers if seen.has_cls else float("nan"),
     }
     if images.scenes is not None:
         result["corloc"] = _corloc(seen, images, layers[-1])

@@ -26,7 +26,7 @@ import torch
 from torch import nn
 
 from . import outliers
-from .anatomy import Anatomy, dissect
+from .anatomy import Anatomy, dissect, layer_scale
 from .capture import evaluating, hooks, second_linear
 from .errors import UserError
 
@@ -310,10 +310,9 @@ def _mean_activations(module, x, is_there: torch.Tensor, layers) -> dict:
 
 def _output_length(anatomy: Anatomy, layer: int) -> torch.Tensor:
     """(hidden,) length of what a neuron of activation 1 adds to the residual stream, LayerScale included."""
-    block, weight = anatomy.blocks[layer], second_linear(anatomy.mlp[layer]).weight.detach().float()
-    gamma = getattr(getattr(block, "ls2", None), "gamma", None)
-    gamma = getattr(block, "gamma_2", None) if gamma is None else gamma
-    return torch.linalg.vector_norm(weight if gamma is None else weight * gamma.detach()[:, None], dim=0)
+    weight = second_linear(anatomy.mlp[layer]).weight.detach().float()
+    scale = layer_scale(anatomy.blocks[layer], 2)
+    return torch.linalg.vector_norm(weight if scale is None else weight * scale.detach()[:, None], dim=0)
 
 
 def _share_above(module: nn.Module, x, layer: int, cutoff: float) -> float:

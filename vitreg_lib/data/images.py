@@ -69,8 +69,10 @@ def load(source: str, model, n: int, seed: int = 0, size: int | None = None) -> 
     if source == "textures":
         return _textures(n, seed, size)
     paths, title = find(source)
-    order = torch.randperm(len(paths), generator=torch.Generator().manual_seed(seed)).tolist()
-    chosen = [paths[i] for i in (sorted(order[:n]) if source != "photos" else range(min(n, len(paths))))]
+    chosen = paths[:n]
+    if source != "photos":
+        order = torch.randperm(len(paths), generator=torch.Generator().manual_seed(seed)).tolist()
+        chosen = [paths[i] for i in sorted(order[:n])]
     pixels, names = _read(chosen, model, size)
     if not names:
         raise UserError(f"none of the {len(chosen)} images in {source} could be read")

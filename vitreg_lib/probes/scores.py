@@ -16,6 +16,8 @@ from torch import Tensor
 
 from ..data import registry, tasks
 from ..errors import UserError
+from ..outliers import without_registers
+from ..paths import DATA
 from . import depth, linear, segmentation
 from .tokens import held_out
 
@@ -138,7 +140,8 @@ def _load(task: str, source: str, split: str, model, n: int, seed: int, cache: d
         if labels.ndim != 1:
             raise UserError(f"{source} has several labels an image: choose a data set of one")
         pixels = torch.cat([part.pixels(part.rows[i : i + 64], model) for i in range(0, len(part), 64)])
-        return _Part(part.title, *_features(model, model.normalise(pixels)), labels, problem.tasks[0].classes)
+        whole = _Part(part.title, *_features(model, model.normalise(pixels)), labels, problem.tasks[0].classes)
+        return whole.take(labels != tasks.LEFT_OUT)
     load = registry.segmentation if task == "miou" else registry.depth
     pictures, truth, most = load(source, split, model, n, seed)
     return _Part(pictures.source, *_features(model, pictures.x), truth, most)
@@ -240,7 +243,6 @@ def changes(found: dict[str, Scores], pairs: dict[str, str], draws: int = 1000, 
 
 def ladders(names) -> dict[str, list[str]]:
     """{family: names by number of registers, from none} of the models of which at least three numbers are here."""
-    from ..outliers import without_registers
 
     def count(name):
         rest = name.removeprefix(without_registers(name))
@@ -303,18 +305,15 @@ def class_iou(found: Scores) -> Tensor:
 
 def reported(registers: bool) -> dict[tuple[str, str], float]:
     """The paper's Table 2a: {(family, task): score}, shares from 0 to 1, for the models without or with registers."""
-    import csv
-
-    from ..paths import DATA
+    import pandas as pd
 
     families = {"DeiT-III ViT-B": "deit3", "OpenCLIP ViT-B/16": "clip", "DINOv2 ViT-L": "dinov2"}
     metrics = {"top-1": ("accuracy", 100), "mIoU": ("miou", 100), "rmse": ("rmse", 1)}
-    with open(DATA / "reported" / "table2a.csv", newline="") as f:
-        rows = [row for row in csv.DictReader(f) if (row["registers"] != "0") == registers]
+    rows = pd.read_csv(DATA / "reported" / "table2a.csv")
     found = {}
-    for row in rows:
-        task, scale = metrics[row["metric"]]
-        found[families[row["model"]], task] = float(row["value"]) / scale
+    for row in rows[(rows.registers > 0) == registers].itertuples():
+        task, scale = metrics[row.metric]
+        found[families[row.model], task] = row.value / scale
     return found
 
 
