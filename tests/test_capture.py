@@ -125,6 +125,14 @@ def test_final_is_after_the_final_norm():
     torch.testing.assert_close(seen.final_patch_norms, expected[:, 5:].norm(dim=-1))
 
 
+@pytest.mark.parametrize("dynamic", [True, False])
+def test_the_embedding_is_the_patches_row_by_row(tiny, dynamic):
+    model = tiny(img_size=(32, 48), dynamic_img_size=dynamic)
+    x = torch.randn(2, 3, 32, 48)
+    expected = model.patch_embed.proj(x).flatten(2).transpose(1, 2)  # (images, 6 patches, dim)
+    torch.testing.assert_close(capture(model, x, "embedding").embedding, expected.detach())
+
+
 def test_norms_are_float32_in_a_half_precision_model():
     model = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=2).eval().to(torch.bfloat16)
     x = torch.randn(2, 3, 32, 32)  # images as they are loaded: the weights say in what precision they go in

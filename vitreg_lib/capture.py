@@ -11,7 +11,7 @@ What can be kept:
     q, k, v     {layer: (images, heads, tokens, head_dim)}
     attention   {layer: (images, heads, queries, keys)}  softmax rows of the chosen query tokens
     mlp         {layer: (images, tokens, hidden)}        activations that enter the MLP's second linear
-    embedding   (images, tokens or patches, dim)         right after the patch embedding, no position added
+    embedding   (images, patches, dim)                   right after the patch embedding, no position added
     final       (images, tokens, dim)                    after the final LayerNorm
 
 Fused attention stays on: rows are recomputed from q and k for the chosen queries alone, in memory
@@ -203,8 +203,11 @@ def _one(model: nn.Module, anatomy: Anatomy, images, keep, layers, queries) -> d
 
         return hook
 
-    def single(site):
-        return lambda module, inputs, output: found[site].__setitem__(0, output.detach())
+    def after_patch_embedding(module, inputs, output):
+        found["embedding"][0] = output.detach().flatten(1, -2)  # models of any image size give (batch, rows, cols, dim)
+
+    def after_final_norm(module, inputs, output):
+        found["final"][0] = output.detach()
 
     def before_second_linear(layer):
         return lambda module, inputs: found["mlp"].__setitem__(layer, inputs[0].detach())
@@ -213,9 +216,9 @@ def _one(model: nn.Module, anatomy: Anatomy, images, keep, layers, queries) -> d
     if "mlp" in keep:
         pairs += [(second_linear(anatomy.mlp[i]).register_forward_pre_hook, before_second_linear(i)) for i in layers]
     if "embedding" in keep:
-        pairs.append((anatomy.patch_embed.register_forward_hook, single("embedding")))
+        pairs.append((anatomy.patch_embed.register_forward_hook, after_patch_embedding))
     if "final" in keep:
-        pairs.append((anatomy.norm.register_forward_hook, single("final")))
+        pairs.append((anatomy.norm.register_forward_hook, after_final_norm))
     attention_sites = {"q", "k", "v", "attention"} & set(keep)
     with evaluating(model), hooks(*pairs), ExitStack() as stack:
         if attention_sites:

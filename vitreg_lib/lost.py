@@ -142,9 +142,8 @@ def _lost(f, valid, grid, k, biases, strict, no_self, ties, intermediates):
         edges.diagonal(dim1=1, dim2=2).fill_(False)
     degrees = edges.sum(2, dtype=torch.int32).long().masked_fill(~valid, patches + 1)
     rank = torch.arange(patches, device=f.device)
-    key = degrees * patches + (
-        rank if ties == "lowest" else rank.flip(0)
-    )  # one integer: degree first, then the tie rule
+    rank = rank if ties == "lowest" else rank.flip(0)
+    key = degrees * patches + rank  # one integer: degree first, then the tie rule
     pool = key.argsort(1)[:, :k]
     seeds = pool[:, 0]
     similarity = gram[here, seeds] + biases[1]

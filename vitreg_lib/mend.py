@@ -47,8 +47,7 @@ class Found:
 
     layer: the block after which outliers were looked for; onset: the first from which on they are there; cutoff: a
     norm. share_before, share_after: of patch tokens above the cutoff after `layer`, on the images searched, without and
-    with one register. table: the strongest candidates, a DataFrame with block, neuron, at_outliers and elsewhere (mean
-    |activation|), writes (the norm that it adds to an outlier).
+    with one register. table: the strongest candidates, the first rows of `rank`.
     """
 
     neurons: tuple[tuple[int, int], ...]

@@ -59,9 +59,8 @@ def classify(
     found, result = [], Classified(None)
     result.cutoffs = {m.label: feature_cache.cutoff_of(m, problems[0].train, progress) for m in models}
     result.owner = lenders(models, result.cutoffs)
-    ordered = sorted(
-        models, key=lambda m: result.owner.get(m.label) != m.label
-    )  # owners first: others borrow from them
+    # owners first: others borrow from them
+    ordered = sorted(models, key=lambda m: result.owner.get(m.label) != m.label)
     work = [(problem, model) for problem in problems for model in ordered]
     own = {}
     for problem, model in tqdm(work, desc="models and data sets", disable=not progress, leave=False):
