@@ -99,21 +99,16 @@ def kurtosis(maps: torch.Tensor, grid: Grid | None = None) -> torch.Tensor:
     return z.pow(4).mean(-1) / variance.square() - 3
 
 
-def total_variation(maps: torch.Tensor, grid: Grid | None = None, scale: str = "std") -> torch.Tensor:
-    """Mean absolute difference of adjacent patches, in units of `scale`, (...): 0 is flat, a checkerboard gives 2.
+def total_variation(maps: torch.Tensor, grid: Grid | None = None) -> torch.Tensor:
+    """Mean absolute difference of adjacent patches over the map's standard deviation, (...): a checkerboard gives 2.
 
-    Each horizontal and vertical pair inside the grid counts once; nothing wraps round an edge. `scale`: "std" of the
-    map, so that brightness and contrast do not matter; "range" (max - min; what a min-max picture shows); or "none".
-    A constant map gives 0; a single patch NaN.
+    Each horizontal and vertical pair inside the grid counts once; nothing wraps round an edge. Brightness and contrast
+    do not matter. A constant map gives 0; a single patch NaN.
     """
     x = _flat(maps, grid)
-    scales = {"std": lambda: x.std(-1, correction=0), "range": lambda: x.amax(-1) - x.amin(-1), "none": lambda: 1.0}
-    if scale not in scales:
-        raise ValueError(f"unknown scale {scale!r}: one of {', '.join(scales)}")
     down, right = _pairs(x.unflatten(-1, _grid_of(maps, grid)).unsqueeze(-1))
-    differences = torch.cat([(a - b).abs().flatten(-3) for a, b in (down, right)], dim=-1)
-    mean = differences.mean(-1)
-    return torch.where(mean == 0, mean, mean / scales[scale]())
+    mean = torch.cat([(a - b).abs().flatten(-3) for a, b in (down, right)], dim=-1).mean(-1)
+    return torch.where(mean == 0, mean, mean / x.std(-1, correction=0))
 
 
 def moran_i(maps: torch.Tensor, grid: Grid | None = None) -> torch.Tensor:

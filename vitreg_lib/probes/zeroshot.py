@@ -91,7 +91,7 @@ def text_tower(model):
         arch, _, tag = entry["open_clip"].partition("/")
         with zoo.hub(f"{name}: open_clip's {entry['open_clip']}", "mini-clip has its text tower here"):
             tower = open_clip.create_model(arch, pretrained=tag).eval()
-        return tower.encode_text, open_clip.get_tokenizer(arch)
+            return tower.encode_text, open_clip.get_tokenizer(arch)
     raise UserError(f"{model.label} has no text tower here: nothing to ask it in words")
 
 
