@@ -178,7 +178,7 @@ def _run(model, images, batch_size, progress, function) -> list:
         while done < len(images):
             batch = images[done : done + batch_size]
             try:
-                results.append(function(batch.to(weights)))
+                results.append(function(batch.to(weights.device, weights.dtype)))
                 done += len(batch)
                 bar.update(len(batch))
             except torch.OutOfMemoryError:
