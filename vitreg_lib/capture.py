@@ -32,6 +32,7 @@ from torch.overrides import TorchFunctionMode
 from .anatomy import Anatomy, dissect
 
 SITES = ("norms", "tokens", "q", "k", "v", "attention", "mlp", "embedding", "final")
+WHOLE = ("norms", "embedding", "final")  # sites of one tensor; the others have one for each layer
 
 
 @dataclass

@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 
 from . import outliers
-from .capture import SITES, Capture
+from .capture import SITES, WHOLE, Capture
 from .paths import results, write_atomically
 
 GROUPS = ("normal", "outlier", "matched")
@@ -131,27 +131,24 @@ def captured(model, images, keep=("norms",), layers=None, progress: bool = False
     from datasets import Dataset
 
     keep = (keep,) if isinstance(keep, str) else tuple(keep)
-    if bad := [site for site in keep if site not in SITES or site == "attention"]:
-        raise ValueError(
-            f"site {bad[0]!r} is not kept on disk; known are {', '.join(s for s in SITES if s != 'attention')}"
-        )
+    known = [site for site in SITES if site != "attention"]
+    if bad := [site for site in keep if site not in known]:
+        raise ValueError(f"site {bad[0]!r} is not kept on disk; known are {', '.join(known)}")
     layers = model.anatomy.layers(layers)
     digest = hashlib.sha256(images.x.contiguous().numpy().tobytes()).hexdigest()
     about = described(model, digest, len(images)) | {"kind": "capture", "keep": sorted(keep), "layers": list(layers)}
-    single = ("norms", "embedding", "final")
 
     def extract(batch, rows):
         seen = model.capture(images.x[rows], keep, layers=layers)
-        found = {site: getattr(seen, site).float() for site in keep if site in single}
-        found |= {f"{s}.{i}": getattr(seen, s)[i].float() for s in keep if s not in single for i in layers}
-        return found
+        found = {site: getattr(seen, site).float() for site in keep if site in WHOLE}
+        return found | {f"{s}.{i}": getattr(seen, s)[i].float() for s in keep if s not in WHOLE for i in layers}
 
     features = mapped(Dataset.from_dict({"row": list(range(len(images)))}), extract, about, progress)
     anatomy = model.anatomy
     seen = Capture(layers, anatomy.grid(images.x), anatomy.has_cls, anatomy.num_registers)
     for site in keep:
-        one = site in single
-        setattr(seen, site, features.column(site) if one else {i: features.column(f"{site}.{i}") for i in layers})
+        whole = site in WHOLE
+        setattr(seen, site, features.column(site) if whole else {i: features.column(f"{site}.{i}") for i in layers})
     return seen
 
 
