@@ -37,7 +37,7 @@ def position_probe(
     """
     if len(positions) and not 0 <= int(positions.min()) <= int(positions.max()) < grid[0] * grid[1]:
         raise ValueError(f"positions must lie in 0…{grid[0] * grid[1] - 1} for grid {grid[0]}x{grid[1]}")
-    positions = positions.long()
+    positions = positions.long().to(tokens.device)
 
     def fit(train, val):
         places = positions[train].unique()  # the classes: places seen in training
@@ -79,7 +79,7 @@ def three_fits(tokens, groups, image_ids, normal, fit, score, columns, max_token
     import pandas as pd
 
     groups = _check_groups(tokens, groups, image_ids, normal)
-    part = split_by_image(image_ids, seed=seed)
+    part = split_by_image(image_ids, seed=seed).to(tokens.device)
     everything = torch.stack(list(groups.values())).any(0)
     fits: list = []  # (mask, fit): where masks are the same, one fit serves both
 

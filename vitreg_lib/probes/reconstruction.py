@@ -34,7 +34,7 @@ def reconstruction_probe(
     """
     if len(pixels) != len(tokens):
         raise ValueError(f"there are {len(tokens)} tokens, but {len(pixels)} patches of pixels")
-    pixels = pixels.flatten(1).float()
+    pixels = pixels.flatten(1).float().to(tokens.device)
 
     def fit(train, val):
         if int(train.sum()) < 2:
