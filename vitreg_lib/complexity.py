@@ -262,7 +262,10 @@ class _LiveBytes(TorchDispatchMode):
 
 
 def _seconds(model: torch.nn.Module, images: torch.Tensor) -> float:
-    wait = torch.cuda.synchronize if images.device.type == "cuda" else lambda: None
+    def wait():
+        if images.device.type == "cuda":
+            torch.cuda.synchronize(images.device)
+
     with torch.no_grad():
         wait()
         start = time.perf_counter()

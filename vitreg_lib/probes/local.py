@@ -178,7 +178,7 @@ def likeness(similarity: Tensor, is_outlier: Tensor, draws: int = 500, seed: int
     (ties count half), each with _low and _high, the middle 95 % of a bootstrap that draws whole images. Without
     outliers all but the medians of the groups that exist are NaN.
     """
-    masks = groups(is_outlier)
+    similarity, masks = similarity.cpu(), groups(is_outlier.cpu())
     result = {f"median_{k}": similarity[m].median().item() if m.any() else float("nan") for k, m in masks.items()}
     images = torch.arange(len(similarity))[:, None].expand_as(similarity)
     generator = torch.Generator().manual_seed(seed)
