@@ -73,7 +73,9 @@ def test_every_way_to_import_is_seen(depends, tmp_path):
     source = "import torch\nimport vitreg_lib.lost\nfrom vitreg_lib.probes import local\nfrom vitreg_lib import maps"
     assert depends._imports(source) == ["lost", "probes", "probes.local", "maps"]
     notebook = tmp_path / "some.ipynb"
-    notebook.write_text('{"cells": [{"cell_type": "code", "source": ["vr.data.images.load()"]}]}')
+    notebook.write_text(
+        '{"cells": [{"cell_type": "code", "source": ["%matplotlib inline\\n", "vr.data.images.load()"]}]}'
+    )
     assert ROOT / "vitreg_lib/data/images.py" in depends.modules(notebook)
 
 

@@ -44,6 +44,7 @@ def modules(notebook: Path) -> set[Path]:
     """The library's files that a notebook reaches: what it names as `vr.NAME` or imports, and all that those import."""
     cells = json.loads(notebook.read_text())["cells"]
     source = "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code")
+    source = re.sub(r"^[%!].*", "", source, flags=re.MULTILINE)  # lines for IPython or the shell
     short = {**vitreg_lib._SHORT, **vitreg_lib._NESTED}
     waiting = [*ALWAYS, *_imports(source)]
     for name, below in re.findall(r"\bvr\.(\w+)(?:\.(\w+))?", source):
