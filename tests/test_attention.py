@@ -114,18 +114,6 @@ def test_upsampling_keeps_a_constant_and_nearest_keeps_values():
     assert big.shape == (30, 40) and big.sum() == 100 and big[10:20, 20:30].min() == 1
 
 
-def test_rollout_rows_sum_to_one_and_equal_the_product_of_matrices():
-    seen = seen_of(queries=range(149))
-    rolled = attention.rollout(seen)
-    assert torch.allclose(rolled.sum(-1), torch.ones(3, 5), atol=1e-4)
-    product = torch.eye(149).expand(3, -1, -1)
-    for block in range(4):
-        product = (0.5 * torch.eye(149) + 0.5 * seen.attention[block].mean(1)) @ product
-    assert torch.allclose(rolled, product[:, :5], atol=1e-5)
-    with pytest.raises(ValueError, match="all 149 tokens"):
-        attention.rollout(seen_of())
-
-
 def test_map_of_a_model_without_cls_is_the_mean_over_its_patches():
     from vitreg_lib.models.zoo import Model
 
@@ -135,3 +123,22 @@ def test_map_of_a_model_without_cls_is_the_mean_over_its_patches():
     one, seen = attention.cls_or_mean(model, x)
     everything = explicit_attention(module, x, 1).mean((1, 2)).unflatten(-1, (4, 4))
     assert torch.allclose(one, everything, atol=1e-5) and seen.queries == tuple(range(16))
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_value_gain_is_the_length_of_the_values_over_that_of_the_input(fused):
+    """Of an attention with one matrix for q, k and v, and of one with a matrix each (Eva has both names)."""
+    from vitreg_lib.models.zoo import Model
+
+    torch.manual_seed(0)
+    options = {"img_size": 56, "depth": 2, "embed_dim": 48, "num_heads": 3, "qkv_fused": fused}
+    module = timm.create_model("eva02_tiny_patch14_224", **options).eval()
+    model, x = Model("eva", module, "0" * 64), image(module)
+    given = []
+    handle = module.blocks[1].attn.register_forward_pre_hook(lambda m, inputs: given.append(inputs[0]))
+    gain = attention.value_gain(model, x)
+    handle.remove()
+    attn = module.blocks[1].attn
+    weight = attn.qkv.weight[96:] if fused else attn.v_proj.weight
+    expected = (given[0] @ weight.T).norm(dim=-1) / given[0].norm(dim=-1)
+    torch.testing.assert_close(gain, expected[:, 1:].detach())

@@ -125,11 +125,19 @@ def test_final_is_after_the_final_norm():
     torch.testing.assert_close(seen.final_patch_norms, expected[:, 5:].norm(dim=-1))
 
 
+@pytest.mark.parametrize("dynamic", [True, False])
+def test_the_embedding_is_the_patches_row_by_row(tiny, dynamic):
+    model = tiny(img_size=(32, 48), dynamic_img_size=dynamic)
+    x = torch.randn(2, 3, 32, 48)
+    expected = model.patch_embed.proj(x).flatten(2).transpose(1, 2)  # (images, 6 patches, dim)
+    torch.testing.assert_close(capture(model, x, "embedding").embedding, expected.detach())
+
+
 def test_norms_are_float32_in_a_half_precision_model():
     model = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=2).eval().to(torch.bfloat16)
-    x = torch.randn(2, 3, 32, 32).to(torch.bfloat16)
+    x = torch.randn(2, 3, 32, 32)  # images as they are loaded: the weights say in what precision they go in
     seen = capture(model, x, ("norms", "tokens"))
-    assert seen.norms.dtype == torch.float32
+    assert seen.norms.dtype == torch.float32 and seen.tokens[1].dtype == torch.bfloat16
     torch.testing.assert_close(seen.norms[:, 1], seen.tokens[1].float().norm(dim=-1))
 
 
@@ -240,8 +248,8 @@ def test_out_of_memory_halves_the_batch_and_goes_on(tiny):
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
         seen = capture(model, x, batch_size=8)
-    assert [str(w.message).split(": ")[1] for w in told] == [f"going on with {n} images a batch" for n in (4, 2)]
-    assert sizes == [2, 2, 2, 1]
+    assert [str(w.message).split(": ")[1] for w in told] == ["going on with 3 images a batch"]  # of 7, not of 8
+    assert sizes == [3, 3, 1]
     torch.testing.assert_close(seen.norms, expected)
 
 
@@ -250,4 +258,22 @@ def test_out_of_memory_with_one_image_is_an_error(tiny):
     limited(model, 0)
     with pytest.warns(UserWarning, match="1 images a batch"), pytest.raises(torch.OutOfMemoryError):
         capture(model, torch.randn(2, 3, 32, 32), batch_size=2)
+    with warnings.catch_warnings(), pytest.raises(torch.OutOfMemoryError):
+        warnings.simplefilter("error")  # a single image cannot be halved: nothing is promised
+        capture(model, torch.randn(1, 3, 32, 32))
     assert hooks_left(model) == 0
+
+
+def test_a_layer_is_found_among_those_captured(tiny):
+    seen = capture(tiny(depth=5), torch.randn(1, 3, 32, 32), layers=[1, -1])
+    assert [seen.block(layer) for layer in (1, 4, -1, -2)] == [1, 4, 4, 1]
+    assert torch.equal(seen.norms_by_kind(1)["cls"], seen.norms[:, 0, 0])
+    for layer in (0, -3):
+        with pytest.raises(ValueError, match=f"layer {layer} was not captured; captured are 1, 4"):
+            seen.block(layer)
+
+
+def test_attention_without_prefix_tokens_needs_queries(tiny):
+    model = tiny(class_token=False, global_pool="avg")
+    with pytest.raises(ValueError, match="say which tokens' attention"):
+        capture(model, torch.randn(1, 3, 32, 32), "attention")

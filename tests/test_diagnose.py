@@ -26,6 +26,14 @@ def test_attention_on_planted_outliers_exceeds_their_share(planted):
     assert found.numbers["attention_on_outliers"] > 3 * found.numbers["outlier_share"]
 
 
+def test_attention_on_outliers_is_the_mean_over_images(planted):
+    model, images, found = planted
+    rows = model.capture(images, "attention", layers=-1, queries=[0]).attention[7].mean(1)[:, 0, 1:]
+    is_outlier = found.captured.patch_norms[:, found.layer] > found.numbers["cutoff"]
+    share = (rows * is_outlier).sum(1) / rows.sum(1)
+    assert found.numbers["attention_on_outliers"] == pytest.approx(share.mean().item(), rel=1e-5)
+
+
 def test_places_are_those_of_the_truth(planted):
     model, images, found = planted
     truth = model.truth(images).float().mean(0).view(12, 12)

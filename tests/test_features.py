@@ -17,7 +17,7 @@ from vitreg_lib import features
 from vitreg_lib.data import images, tasks
 from vitreg_lib.models import mini, zoo
 from vitreg_lib.paths import ROOT
-from vitreg_lib.probes import local, sgd
+from vitreg_lib.probes import local
 
 
 @pytest.fixture(autouse=True)
@@ -214,15 +214,3 @@ def test_descriptions_hold_no_path(model, source, cache):
     features.classification_tokens(model, source, 1.0)
     told = json.loads(next(cache.glob("*.json")).read_text())
     assert "/" not in json.dumps(told["about"]) and told["rows"] == 40
-
-
-def test_batches_from_the_cache_hold_every_row_once_an_epoch_with_its_own_label(model, source):
-    found = features.classification_tokens(model, source, 1.0)
-    y = torch.arange(40) % 4
-    y[5] = -1
-    wanted = torch.cat([found.column("cls"), found.column("mean")], 1)
-    stream = sgd.from_cache(found, ("cls", "mean"), y, batch_size=13, chunk=1)
-    x, labels = (torch.cat(v) for v in zip(*(next(stream) for _ in range(3)), strict=True))
-    rows = (x[:, None] - wanted).abs().amax(2).argmin(1)
-    assert torch.equal(y[rows], labels) and sorted(rows.tolist()) == [i for i in range(40) if i != 5]
-    assert rows.tolist() != sorted(rows.tolist())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import timm
 import torch
 
 from vitreg_lib import mend
+from vitreg_lib.anatomy import layer_scale
 from vitreg_lib.capture import capture
 from vitreg_lib.data import scenes
 from vitreg_lib.errors import UserError
@@ -117,6 +119,18 @@ def test_the_original_is_left_as_it_was(found, control, pictures):
     assert not any(m._forward_pre_hooks for m in control.module.modules())
 
 
+def test_a_model_in_training_with_a_frozen_part_is_left_so(control, pictures):
+    module = copy.deepcopy(control.module).train()
+    module.blocks[2].eval()
+    modes = [m.training for m in module.modules()]
+    is_outlier = torch.zeros(4, 144, dtype=torch.bool)
+    is_outlier[:, 14] = True
+    table = mend.rank(module, pictures[:4], is_outlier, [1, 2])
+    assert [m.training for m in module.modules()] == modes
+    assert table.columns.tolist() == ["block", "neuron", "at_outliers", "elsewhere", "writes"]
+    assert table.writes.is_monotonic_decreasing and set(table.block) == {1, 2}
+
+
 def test_zero_registers_only_silence_the_neurons(found, control, pictures):
     silenced = mend.with_test_time_registers(control, 0, found.neurons)
     assert silenced.anatomy.num_registers == 0 and silenced.name.endswith("+ttr0")
@@ -154,6 +168,17 @@ def test_attention_bias_by_pairs_of_places_is_refused():
 def test_neurons_that_do_not_exist_are_refused(neurons, named):
     with pytest.raises(ValueError, match=named):
         mend.add_registers(mini.build("xs"), neurons, 1)
+
+
+def test_layer_scale_is_found_under_both_names():
+    options = {"img_size": 64, "depth": 1, "embed_dim": 48, "num_heads": 3}
+    vit, eva, plain = (
+        timm.create_model(name, **options).blocks[0]
+        for name in ("deit3_small_patch16_224", "vit_small_patch16_dinov3", "vit_tiny_patch16_224")
+    )
+    assert layer_scale(vit, 1) is vit.ls1.gamma and layer_scale(vit, 2) is vit.ls2.gamma
+    assert layer_scale(eva, 1) is eva.gamma_1 and layer_scale(eva, 2) is eva.gamma_2
+    assert layer_scale(plain, 1) is layer_scale(plain, 2) is None
 
 
 @pytest.mark.parametrize("name", ["eva02_tiny_patch14_224", "vit_small_patch16_dinov3"])

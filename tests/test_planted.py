@@ -32,6 +32,18 @@ def stirred(**options) -> zoo.Model:
     return zoo.Model("stirred", module, "", input_size=options.get("image_size", 96))
 
 
+def test_a_base_that_fails_keeps_no_hook():
+    base = stirred()
+
+    def fails(x):
+        raise RuntimeError("in the middle")
+
+    base.module.blocks[4].mlp.forward = fails
+    with pytest.raises(RuntimeError, match="in the middle"):
+        planted.plant(base)
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in base.module.modules())
+
+
 def gap(one, other, x) -> float:
     """Largest difference of the logits, as a share of the largest logit."""
     with torch.no_grad():

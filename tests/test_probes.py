@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vitreg_lib.probes import _lbfgs, depth, linear, position, reconstruction, segmentation
+from vitreg_lib.probes import _lbfgs, depth, linear, position, reconstruction, scores, segmentation
 
 SKLEARN = {"solver": "newton-cholesky", "tol": 1e-10, "max_iter": 1000}
 
@@ -355,6 +355,10 @@ def dense_scene(images=12, grid=(4, 6), classes=3, seed=0):
     return tokens, label, masks
 
 
+def mean_iou(predicted, masks, num_classes):
+    return scores.SCORE["miou"](scores.iou_parts(predicted, masks, num_classes)[None]).item()
+
+
 def test_segmentation_reads_the_class_of_patches():
     tokens, label, masks = dense_scene()
     head = segmentation.fit_segmentation(tokens[:8], (4, 6), masks[:8], 3, steps=80, lr=0.05)
@@ -362,7 +366,7 @@ def test_segmentation_reads_the_class_of_patches():
     low = segmentation.predict_segmentation(head, tokens[8:], (4, 6), (4, 6))
     assert (low.flatten(1) == label[8:]).float().mean() > 0.98
     full = segmentation.predict_segmentation(head, tokens[8:], (4, 6), (16, 24))
-    assert segmentation.mean_iou(full, masks[8:], 3) > 0.7
+    assert mean_iou(full, masks[8:], 3) > 0.7
     again = segmentation.fit_segmentation(tokens[:8], (4, 6), masks[:8], 3, steps=80, lr=0.05)
     assert torch.equal(head.linear.weight, again.linear.weight)
 
@@ -375,7 +379,7 @@ def test_pixels_without_label_do_not_count():
     assert torch.isfinite(clean.linear.weight).all()
     predicted = masks.clone()
     predicted[:, :4] = 2
-    assert segmentation.mean_iou(predicted, wrong, 3) == 1.0
+    assert mean_iou(predicted, wrong, 3) == 1.0
     empty = torch.full_like(masks, 255)
     empty[0] = masks[0]  # batches without any label must not give NaN
     assert torch.isfinite(
@@ -386,12 +390,10 @@ def test_pixels_without_label_do_not_count():
 def test_mean_iou_by_hand():
     masks = torch.tensor([[[0, 0, 1, 1]]])
     predicted = torch.tensor([[[0, 1, 1, 1]]])
-    assert segmentation.mean_iou(predicted, masks, 2) == pytest.approx((1 / 2 + 2 / 3) / 2)
-    assert segmentation.mean_iou(predicted, masks, 7) == pytest.approx(
-        (1 / 2 + 2 / 3) / 2
-    )  # absent classes are left out
+    assert mean_iou(predicted, masks, 2) == pytest.approx((1 / 2 + 2 / 3) / 2)
+    assert mean_iou(predicted, masks, 7) == pytest.approx((1 / 2 + 2 / 3) / 2)  # absent classes are left out
     masks[0, 0, 0] = 255
-    assert segmentation.mean_iou(predicted, masks, 2) == pytest.approx((0 + 2 / 3) / 2)
+    assert mean_iou(predicted, masks, 2) == pytest.approx((0 + 2 / 3) / 2)
 
 
 def test_depth_is_read_from_tokens():
@@ -401,7 +403,8 @@ def test_depth_is_read_from_tokens():
     tokens = torch.cat([depths.reshape(12, 24, 1), torch.randn(12, 24, 3, generator=generator) * 0.1], 2)
     head = depth.fit_depth(tokens[:8], (4, 6), smooth[:8], steps=120, lr=0.05)
     found = depth.predict_depth(head, tokens[8:], (4, 6), (16, 24))
-    error, flat = (depth.depth_rmse(p, smooth[8:]) for p in (found, smooth[:8].mean().expand(4, 16, 24)))
+    guesses = found, smooth[:8].mean().expand(4, 16, 24)
+    error, flat = (depth.image_rmse(guess, smooth[8:]).mean() for guess in guesses)
     assert found.shape == (4, 16, 24) and error < 0.5 * flat, f"RMSE {error:.3f}, of a constant {flat:.3f}"
 
 
@@ -419,10 +422,11 @@ def test_depth_loss_by_hand():
     assert twice == pytest.approx(0.15**0.5 * np.log(2), rel=1e-4)  # a wrong scale costs only the mean's share
 
 
-def test_rmse_is_the_mean_over_images_of_valid_pixels():
+def test_rmse_is_of_the_valid_pixels_of_each_image():
     depths = torch.tensor([[[1.0, 0.0]], [[2.0, 2.0]], [[0.0, float("nan")]]])
     predicted = torch.tensor([[[3.0, 9.0]], [[2.0, 2.0]], [[1.0, 1.0]]])
-    assert depth.depth_rmse(predicted, depths) == 1.0  # 2 and 0; the third has no depth
+    error = depth.image_rmse(predicted, depths)
+    assert error[:2].tolist() == [2.0, 0.0] and error[2].isnan()  # the third has no depth
 
 
 def test_cls_stands_beside_every_patch():
@@ -442,8 +446,5 @@ def test_dense_probes_refuse_what_they_cannot_fit():
         segmentation.fit_segmentation(tokens * float("nan"), (4, 6), masks, 3)
     with pytest.raises(ValueError, match="labels must be"):
         segmentation.fit_segmentation(tokens, (4, 6), masks[:3], 3)
-    with pytest.raises(ValueError, match="mIoU is not defined"):
-        segmentation.mean_iou(masks, torch.full_like(masks, 255), 3)
-    for action in (depth.fit_depth, lambda t, g, d: depth.depth_rmse(d, d)):
-        with pytest.raises(ValueError, match="check the unit of the depths"):
-            action(tokens, (4, 6), torch.zeros(12, 16, 24))
+    with pytest.raises(ValueError, match="check the unit of the depths"):
+        depth.fit_depth(tokens, (4, 6), torch.zeros(12, 16, 24))

@@ -54,11 +54,29 @@ def test_settings_hold_the_entries_of_the_items_own_models_alone(depends):
     assert "mini-deit3-reg4" not in told
 
 
-def test_every_relative_import_is_seen(depends):
-    library = ROOT / "vitreg_lib"
-    assert {"capture", "data.scenes", "zoo"} & set(depends._imports(library / "models/planted.py"))
-    assert "models.zoo" in depends._imports(library / "models/planted.py")
-    assert "data.images" in depends._imports(library / "record.py")
+def test_a_notebook_depends_on_the_modules_that_it_imports_by_name(depends):
+    for item, names in {
+        "fig05": ("probes/local", "probes/position", "probes/reconstruction", "probes/linear"),
+        "tab02": ("probes/scores", "probes/zeroshot", "probes/depth"),
+        "tab03": ("data/boxes", "lost"),
+    }.items():
+        assert {f"vitreg_lib/{name}.py" for name in names} <= set(inputs(depends, item)), item
+
+
+def test_a_notebook_depends_on_the_text_towers_of_its_models(depends):
+    assert "data/checkpoints/mini-clip.text.safetensors" in inputs(depends, "tab02", models="mini-clip")
+
+
+def test_every_way_to_import_is_seen(depends, tmp_path):
+    planted = (ROOT / "vitreg_lib/models/planted.py").read_text()
+    assert {"capture", "data.scenes", "models.zoo"} <= set(depends._imports(planted, ("models",)))
+    source = "import torch\nimport vitreg_lib.lost\nfrom vitreg_lib.probes import local\nfrom vitreg_lib import maps"
+    assert depends._imports(source) == ["lost", "probes", "probes.local", "maps"]
+    notebook = tmp_path / "some.ipynb"
+    notebook.write_text(
+        '{"cells": [{"cell_type": "code", "source": ["%matplotlib inline\\n", "vr.data.images.load()"]}]}'
+    )
+    assert ROOT / "vitreg_lib/data/images.py" in depends.modules(notebook)
 
 
 @pytest.fixture

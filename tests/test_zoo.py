@@ -141,6 +141,47 @@ def test_file_reads_every_kind(tmp_path, tiny, suffix, wrapped):
     assert loaded.sha256 == zoo.file_sha256(path)
 
 
+def test_a_file_of_other_classes_and_size_is_read(tmp_path):
+    """A model trained on ten classes, asked for at another size: its position embeddings are interpolated."""
+    torch.manual_seed(1)
+    model = timm.create_model("vit_tiny_patch16_224", img_size=32, num_classes=10, depth=2).eval()
+    save_file(model.state_dict(), tmp_path / "ten.safetensors")
+    name = f"file:{tmp_path / 'ten.safetensors'}#vit_tiny_patch16_224"
+    with pytest.raises(UserError, match="do not fit"):  # twelve blocks are wanted
+        zoo.load(name, "cpu", image_size=64)
+    whole = timm.create_model("vit_tiny_patch16_224", img_size=32, num_classes=10).eval()
+    save_file(whole.state_dict(), tmp_path / "ten.safetensors")
+    loaded = zoo.load(name, "cpu", image_size=64)
+    assert loaded.module(torch.randn(1, 3, 64, 64)).shape == (1, 10)
+    assert torch.equal(loaded.module.pos_embed[:, 0], whole.pos_embed[:, 0])  # cls is no place of the grid
+    assert loaded.capture(torch.randn(1, 3, 64, 64)).grid == (4, 4)
+
+
+def test_teachers_weights_lose_every_prefix(tmp_path, tiny):
+    state = {f"module.backbone.{k}": v for k, v in tiny().state_dict().items()}
+    torch.save({"teacher": state}, tmp_path / "dino.pth")
+    assert set(zoo._read_pickle(tmp_path / "dino.pth")) == set(tiny().state_dict())
+
+
+def test_images_go_to_the_device_and_precision_of_the_weights():
+    """On the meta device, where an operation with a tensor of the CPU fails as it does on a GPU."""
+    model = zoo.Model("any", torch.nn.Linear(3, 3).half().to("meta"), "0" * 64)
+    pixels = torch.zeros(2, 3, 4, 6)
+    assert model.normalise(pixels.to("meta")).device.type == "meta"
+    assert model.normalise(pixels.half()).dtype == torch.float16
+    x = pixels.to(model.weights)
+    assert (x.device.type, x.dtype) == ("meta", torch.float16)
+
+
+def test_fresh_weights_leave_the_random_state_alone():
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    zoo.load("mini-random", "cpu")
+    zoo.load("random:vit_tiny_patch16_224", "cpu", image_size=32)
+    assert torch.equal(torch.rand(3), expected)
+
+
 def test_a_file_of_this_projects_own_training_says_its_architecture():
     shipped = zoo.load(SMALLEST, "cpu")
     loaded = zoo.load(f"file:{zoo.CHECKPOINTS / zoo.entries()[SMALLEST]['file']}", "cpu")

@@ -76,8 +76,8 @@ def dissect(model: nn.Module) -> Anatomy:
     Raises TypeError for a model without blocks, patch embedding and prefix tokens in timm's naming, and for
     blocks without one attention and one feed-forward module.
     """
-    missing = [part for part in ("blocks", "patch_embed", "num_prefix_tokens", "embed_dim") if not hasattr(model, part)]
-    if missing:
+    parts = ("blocks", "patch_embed", "norm", "num_prefix_tokens", "embed_dim")
+    if missing := [part for part in parts if not hasattr(model, part)]:
         raise TypeError(f"{type(model).__name__} has no {', '.join(missing)}: not a ViT in timm's layout")
     blocks = tuple(model.blocks)
     for name in ("attn", "mlp"):
@@ -99,3 +99,12 @@ def dissect(model: nn.Module) -> Anatomy:
         head_dim=getattr(attention[0], "head_dim", model.embed_dim // heads),
         patch_size=tuple(model.patch_embed.patch_size),
     )
+
+
+def layer_scale(block: nn.Module, branch: int) -> torch.Tensor | None:
+    """(dim,) LayerScale of a block's attention (branch 1) or MLP (branch 2); None where it has none.
+
+    A parameter of `ls1`, `ls2` in timm's VisionTransformer, and `gamma_1`, `gamma_2` of the block itself in Eva.
+    """
+    scale = getattr(getattr(block, f"ls{branch}", None), "gamma", None)
+    return getattr(block, f"gamma_{branch}", None) if scale is None else scale

@@ -14,7 +14,8 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from .capture import Capture, hooks
+from . import maps as score
+from .capture import Capture, evaluating, hooks
 
 
 def maps(
@@ -25,12 +26,12 @@ def maps(
     `layer` is a captured block, negative from the last captured one; `queries` are token positions among those
     captured, all of them by default. Raises ValueError for a layer, query or head that was not captured.
     """
-    return _choose(seen, layer, queries, heads).mean(1)
+    return on_grid(seen, _rows(seen, layer, queries, heads).mean(1))
 
 
 def head_maps(seen: Capture, layer: int = -1, query: int = 0) -> torch.Tensor:
     """(images, heads, rows, cols) attention of one query token, each head by itself (Fig. 18)."""
-    return _choose(seen, layer, [query], None)[:, :, 0]
+    return on_grid(seen, _rows(seen, layer, [query])[:, :, 0])
 
 
 def query_names(seen: Capture, queries: list[int] | None = None) -> list[str]:
@@ -55,7 +56,7 @@ def patch_token(model, images: torch.Tensor, row: int, col: int) -> int:
     return model.anatomy.num_prefix_tokens + row % rows * cols + col % cols
 
 
-def cls_or_mean(model, images, layer: int = -1, batch_size: int = 32, progress: bool = False):
+def cls_or_mean(model, images, layer: int = -1, progress: bool = False):
     """The usual map of a model, (images, rows, cols), and the `Capture` it came from.
 
     Attention of the cls token at `layer`, mean over heads. A model without cls is asked through its registers, and
@@ -65,9 +66,7 @@ def cls_or_mean(model, images, layer: int = -1, batch_size: int = 32, progress: 
     rows, cols = model.anatomy.grid(x)
     prefix = model.anatomy.num_prefix_tokens
     queries = [0] if model.anatomy.has_cls else list(range(prefix)) or list(range(rows * cols))
-    seen = model.capture(
-        x, ("norms", "attention"), layers=layer, queries=queries, batch_size=batch_size, progress=progress
-    )
+    seen = model.capture(x, ("norms", "attention"), layers=layer, queries=queries, progress=progress)
     return maps(seen).mean(1), seen
 
 
@@ -78,7 +77,7 @@ def budget(seen: Capture, is_outlier: torch.Tensor | None = None, layer: int = -
     """
     import pandas as pd
 
-    row = _row(seen, layer, query)
+    row = _rows(seen, layer, [query])[:, :, 0].mean(1)  # (images, tokens)
     first, prefix = int(seen.has_cls), seen.num_prefix_tokens
     on_patches = row[:, prefix:]
     outliers = torch.zeros_like(on_patches, dtype=torch.bool) if is_outlier is None else is_outlier
@@ -129,8 +128,6 @@ def score_table(
     that falls on `is_outlier` (images, rows, cols), 0 where there is none.
     """
     import pandas as pd
-
-    from . import maps as score
 
     rows = {}
     for name, values in attn.items():
@@ -186,9 +183,10 @@ def value_gain(model, images, layer: int = -1) -> torch.Tensor:
     neither `qkv` nor `v_proj`.
     """
     attention = model.anatomy.attention[model.anatomy.layers(layer)[0]]
-    if hasattr(attention, "v_proj") and not isinstance(attention.v_proj, torch.nn.Identity):
+    # Eva has both names, and None under the one that it does not use
+    if getattr(attention, "v_proj", None) is not None:
         weight = attention.v_proj.weight
-    elif hasattr(attention, "qkv"):
+    elif getattr(attention, "qkv", None) is not None:
         weight = attention.qkv.weight.chunk(3)[2]
     else:
         raise TypeError(f"{type(attention).__name__} has neither qkv nor v_proj: its value projection is not known")
@@ -198,29 +196,10 @@ def value_gain(model, images, layer: int = -1) -> torch.Tensor:
         x = inputs[0].float()
         gains.append(((x @ weight.float().T).norm(dim=-1) / x.norm(dim=-1)).cpu())
 
-    with torch.no_grad(), hooks((attention.register_forward_pre_hook, before)):
+    with evaluating(model.module), hooks((attention.register_forward_pre_hook, before)):
         for batch in getattr(images, "x", images).split(32):
-            model.module.forward_features(batch.to(model.device))
+            model.module.forward_features(batch.to(weight))
     return torch.cat(gains)[:, model.anatomy.num_prefix_tokens :]
-
-
-def rollout(seen: Capture, queries: list[int] | None = None, residual: float = 0.5) -> torch.Tensor:
-    """(images, queries, tokens) attention rolled out over all captured blocks (Abnar and Zuidema 2020; an option).
-
-    Each block's matrix is the mean over heads mixed with the identity, which stands for the residual stream, by
-    `residual`; the product runs from the last block back, for the chosen `queries` alone (the prefix tokens by
-    default). Needs rows of every token at every block: `capture(..., queries=range(tokens))`, memory O(tokens²) a
-    block. Raises ValueError where these were not captured.
-    """
-    tokens = seen.num_prefix_tokens + seen.grid[0] * seen.grid[1]
-    if tuple(seen.queries) != tuple(range(tokens)) or not seen.attention:
-        raise ValueError(f"rollout needs attention rows of all {tokens} tokens; capture with queries=range({tokens})")
-    queries = list(range(seen.num_prefix_tokens)) if queries is None else list(queries)
-    images = len(seen.attention[seen.layers[0]])
-    rows = torch.eye(tokens)[queries].expand(images, -1, -1)
-    for layer in sorted(seen.layers, reverse=True):
-        rows = residual * rows + (1 - residual) * rows @ seen.attention[layer].mean(1)
-    return rows
 
 
 def on_grid(seen: Capture, tokens: torch.Tensor) -> torch.Tensor:
@@ -229,13 +208,11 @@ def on_grid(seen: Capture, tokens: torch.Tensor) -> torch.Tensor:
     return tokens[..., -patches:].unflatten(-1, seen.grid)
 
 
-def _choose(seen: Capture, layer: int, queries, heads) -> torch.Tensor:
-    """(images, heads, queries, rows, cols) of the captured rows."""
+def _rows(seen: Capture, layer: int, queries=None, heads=None) -> torch.Tensor:
+    """(images, heads, queries, tokens): the captured rows of some queries and heads, all by default."""
     if not seen.attention:
         raise ValueError('no attention was captured: ask capture for "attention"')
-    if layer not in seen.layers and not -len(seen.layers) <= layer < 0:
-        raise ValueError(f"layer {layer} was not captured; captured are {', '.join(map(str, seen.layers))}")
-    rows = seen.attention[layer if layer in seen.layers else seen.layers[layer]]
+    rows = seen.attention[seen.block(layer)]
     if queries is not None:
         if unseen := [q for q in queries if q not in seen.queries]:
             known = ", ".join(map(str, seen.queries[:20]))
@@ -245,11 +222,4 @@ def _choose(seen: Capture, layer: int, queries, heads) -> torch.Tensor:
         if unseen := [h for h in heads if not 0 <= h < rows.shape[1]]:
             raise ValueError(f"head {unseen[0]} out of range for {rows.shape[1]} heads (0…{rows.shape[1] - 1})")
         rows = rows[:, list(heads)]
-    return on_grid(seen, rows)
-
-
-def _row(seen: Capture, layer: int, query: int) -> torch.Tensor:
-    """(images, tokens): the whole row of one query, mean over heads."""
-    _choose(seen, layer, [query], None)
-    rows = seen.attention[layer if layer in seen.layers else seen.layers[layer]]
-    return rows[:, :, seen.queries.index(query)].mean(1)
+    return rows

@@ -11,7 +11,7 @@ What can be kept:
     q, k, v     {layer: (images, heads, tokens, head_dim)}
     attention   {layer: (images, heads, queries, keys)}  softmax rows of the chosen query tokens
     mlp         {layer: (images, tokens, hidden)}        activations that enter the MLP's second linear
-    embedding   (images, tokens or patches, dim)         right after the patch embedding, no position added
+    embedding   (images, patches, dim)                   right after the patch embedding, no position added
     final       (images, tokens, dim)                    after the final LayerNorm
 
 Fused attention stays on: rows are recomputed from q and k for the chosen queries alone, in memory
@@ -32,6 +32,7 @@ from torch.overrides import TorchFunctionMode
 from .anatomy import Anatomy, dissect
 
 SITES = ("norms", "tokens", "q", "k", "v", "attention", "mlp", "embedding", "final")
+WHOLE = ("norms", "embedding", "final")  # sites of one tensor; the others have one for each layer
 
 
 @dataclass
@@ -81,9 +82,17 @@ class Capture:
         """(images, rows, cols) norms of patch tokens at the last captured layer."""
         return self.patch_norms[:, -1].unflatten(1, self.grid)
 
+    def block(self, layer: int) -> int:
+        """The number of a captured block; negative ones count from the last captured. Raises ValueError for others."""
+        if layer in self.layers:
+            return layer
+        if not -len(self.layers) <= layer < 0:
+            raise ValueError(f"layer {layer} was not captured; captured are {', '.join(map(str, self.layers))}")
+        return self.layers[layer]
+
     def norms_by_kind(self, layer: int = -1) -> dict[str, torch.Tensor]:
         """Norms at one captured layer, apart: "patches" (images, patches), "cls" and "register 1" … (images,)."""
-        at = self.norms[:, self.layers.index(layer if layer >= 0 else self.layers[layer])]
+        at = self.norms[:, self.layers.index(self.block(layer))]
         kinds = {"patches": at[:, self.num_prefix_tokens :]}
         if self.has_cls:
             kinds["cls"] = at[:, 0]
@@ -114,7 +123,8 @@ def capture(
 
     `queries` are token positions (0 is cls where there is one) for which attention rows are kept; by default
     the prefix tokens. Results are moved to the CPU batch by batch. Images must already be normalised for the
-    model. Out of memory on the device halves the batch and goes on, with a warning.
+    model; they are given to it on the device and in the dtype of its weights. Out of memory on the device halves the
+    batch and goes on, with a warning.
 
     Raises ValueError for an unknown site, layer or query or for no images, and TypeError for a model of unknown
     anatomy, before anything runs; RuntimeError if a site was never reached.
@@ -129,11 +139,11 @@ def capture(
     rows, cols = anatomy.grid(images)
     num_tokens = anatomy.num_prefix_tokens + rows * cols
     queries = tuple(range(anatomy.num_prefix_tokens)) if queries is None else tuple(queries)
-    if "attention" in keep and (bad := [i for i in queries if not 0 <= i < num_tokens] or (not queries and ["none"])):
+    if "attention" in keep and not queries:
+        raise ValueError("no queries: this model has no prefix tokens, so say which tokens' attention is wanted")
+    if "attention" in keep and (bad := [i for i in queries if not 0 <= i < num_tokens]):
         raise ValueError(f"query {bad[0]} out of range for {num_tokens} tokens (0…{num_tokens - 1})")
-    parts = []
-    for batch in _batches(model, images, batch_size, progress):
-        parts.append(batch(lambda x: _one(model, anatomy, x, keep, layers, queries)))
+    parts = _run(model, images, batch_size, progress, lambda x: _one(model, anatomy, x, keep, layers, queries))
     empty = Capture(layers, (rows, cols), anatomy.has_cls, anatomy.num_registers, queries)
     return _join(empty, parts)
 
@@ -147,34 +157,38 @@ def hooks(*pairs):
         yield
 
 
-def _batches(model, images, batch_size, progress):
-    """Callables that run a function on the next batch on the model's device, with fewer images when memory is short."""
+@contextmanager
+def evaluating(model: nn.Module):
+    """Evaluation mode without gradients; on leaving, also after an error, each part of the model is as it was."""
+    was_training = [module for module in model.modules() if module.training]  # parts of a model may be frozen
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module in was_training:
+            module.training = True
+
+
+def _run(model, images, batch_size, progress, function) -> list:
+    """What `function` gives for each batch of images; batches get smaller when the device's memory is short."""
     from tqdm.auto import tqdm
 
-    device = next(model.parameters()).device
-    bar = tqdm(total=len(images), desc="images", disable=not progress, leave=False)
-    done = 0
-    while done < len(images):
-
-        def run(function):
-            nonlocal batch_size, done
-            while True:
-                try:
-                    part = function(images[done : done + batch_size].to(device))
-                except torch.OutOfMemoryError:
-                    if batch_size == 1:
-                        raise
-                    batch_size //= 2
-                    torch.cuda.empty_cache()
-                    warnings.warn(f"out of memory on {device}: going on with {batch_size} images a batch", stacklevel=3)
-                    continue
-                count = min(batch_size, len(images) - done)
-                done += count
-                bar.update(count)
-                return part
-
-        yield run
-    bar.close()
+    weights, results, done = next(model.parameters()), [], 0
+    with tqdm(total=len(images), desc="images", disable=not progress, leave=False) as bar:
+        while done < len(images):
+            batch = images[done : done + batch_size]
+            try:
+                results.append(function(batch.to(weights.device, weights.dtype)))
+                done += len(batch)
+                bar.update(len(batch))
+            except torch.OutOfMemoryError:
+                if len(batch) == 1:
+                    raise
+                batch_size = len(batch) // 2
+                told = f"out of memory on {weights.device}: going on with {batch_size} images a batch"
+                warnings.warn(told, stacklevel=3)
+    return results
 
 
 def _one(model: nn.Module, anatomy: Anatomy, images, keep, layers, queries) -> dict:
@@ -190,8 +204,11 @@ def _one(model: nn.Module, anatomy: Anatomy, images, keep, layers, queries) -> d
 
         return hook
 
-    def single(site):
-        return lambda module, inputs, output: found[site].__setitem__(0, output.detach())
+    def after_patch_embedding(module, inputs, output):
+        found["embedding"][0] = output.detach().flatten(1, -2)  # models of any image size give (batch, rows, cols, dim)
+
+    def after_final_norm(module, inputs, output):
+        found["final"][0] = output.detach()
 
     def before_second_linear(layer):
         return lambda module, inputs: found["mlp"].__setitem__(layer, inputs[0].detach())
@@ -200,21 +217,14 @@ def _one(model: nn.Module, anatomy: Anatomy, images, keep, layers, queries) -> d
     if "mlp" in keep:
         pairs += [(second_linear(anatomy.mlp[i]).register_forward_pre_hook, before_second_linear(i)) for i in layers]
     if "embedding" in keep:
-        pairs.append((anatomy.patch_embed.register_forward_hook, single("embedding")))
+        pairs.append((anatomy.patch_embed.register_forward_hook, after_patch_embedding))
     if "final" in keep:
-        pairs.append((anatomy.norm.register_forward_hook, single("final")))
+        pairs.append((anatomy.norm.register_forward_hook, after_final_norm))
     attention_sites = {"q", "k", "v", "attention"} & set(keep)
-    was_training = [module for module in model.modules() if module.training]  # parts of a model may be frozen
-    model.eval()
-    try:
-        with torch.no_grad(), hooks(*pairs), ExitStack() as stack:
-            if attention_sites:
-                stack.enter_context(_Attention(anatomy, layers, attention_sites, queries, found))
-            forward = getattr(model, "forward_features", model)
-            forward(images)
-    finally:
-        for module in was_training:
-            module.training = True
+    with evaluating(model), hooks(*pairs), ExitStack() as stack:
+        if attention_sites:
+            stack.enter_context(_Attention(anatomy, layers, attention_sites, queries, found))
+        model.forward_features(images)
     return {site: _collect(site, found[site], layers) for site in keep}
 
 

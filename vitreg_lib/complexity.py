@@ -110,9 +110,8 @@ def count_params(arch: str, patch: int, resolution: int, num_registers: int = 0,
 def num_patches(patch: int, resolution: int) -> int:
     """Patches of a square image; raises ValueError where `resolution` is not a positive multiple of `patch`."""
     if patch < 1 or resolution < patch or resolution % patch:
-        raise ValueError(
-            f"resolution {resolution} is not a multiple of patch {patch}; nearest: {_nearest(patch, resolution)}"
-        )
+        nearest = max(patch, round(resolution / max(patch, 1)) * patch)
+        raise ValueError(f"resolution {resolution} is not a multiple of patch {patch}; nearest: {nearest}")
     return (resolution // patch) ** 2
 
 
@@ -199,15 +198,19 @@ def measure_cost(
     peaks = [peak_bytes(model, images) / 2**20 for model in models]  # the unmeasured round
     seconds = torch.tensor([[_seconds(model, images) for model in models] for _ in range(rounds)])
     ratios = (seconds / seconds[:, :1]).quantile(0.5, dim=0)
-    table = pd.DataFrame({"registers": registers, "seconds": seconds.quantile(0.5, dim=0).tolist()})
-    table["seconds_percent"] = (100 * (ratios - 1)).tolist()
-    table["peak_mib"] = peaks
-    table["peak_percent"] = [100 * (peak / peaks[0] - 1) for peak in peaks]
-    for name, value in reversed([("arch", arch), ("patch", patch), ("resolution", resolution)]):
-        table.insert(0, name, value)
-    table.insert(4, "batch_size", batch_size)
-    table.insert(5, "device", str(device))
-    return table
+    columns = {
+        "arch": arch,
+        "patch": patch,
+        "resolution": resolution,
+        "registers": registers,
+        "batch_size": batch_size,
+        "device": str(device),
+        "seconds": seconds.quantile(0.5, dim=0).tolist(),
+        "seconds_percent": (100 * (ratios - 1)).tolist(),
+        "peak_mib": peaks,
+        "peak_percent": [100 * (peak / peaks[0] - 1) for peak in peaks],
+    }
+    return pd.DataFrame(columns)
 
 
 def peak_bytes(model: torch.nn.Module, images: torch.Tensor) -> int:
@@ -259,7 +262,10 @@ class _LiveBytes(TorchDispatchMode):
 
 
 def _seconds(model: torch.nn.Module, images: torch.Tensor) -> float:
-    wait = torch.cuda.synchronize if images.device.type == "cuda" else lambda: None
+    def wait():
+        if images.device.type == "cuda":
+            torch.cuda.synchronize(images.device)
+
     with torch.no_grad():
         wait()
         start = time.perf_counter()
@@ -281,7 +287,3 @@ def _swiglu_hidden(embed_dim: int) -> int:
 def _check_registers(num_registers: int) -> None:
     if num_registers < 0:
         raise ValueError(f"{num_registers} registers: 0 or more")
-
-
-def _nearest(patch: int, resolution: int) -> int:
-    return max(patch, round(resolution / patch) * patch)

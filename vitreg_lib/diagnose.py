@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from . import maps, outliers, plots
+from . import attention, maps, outliers, plots
 from .capture import Capture
 from .models.zoo import Model
 from .paths import results, write_atomically
@@ -41,31 +41,28 @@ class Diagnosis:
 
 def diagnose(model: Model, images, progress: bool = False) -> Diagnosis:
     """The `Diagnosis` of a model from an `Images` set of it; a few photos are enough, twenty are better."""
-    prefix = model.anatomy.num_prefix_tokens
     seen = model.capture(images, "norms", progress=progress)
     norms = seen.patch_norms
-    by_layer = outliers.layer_shares(norms)
-    holding = [layer for layer, share in enumerate(by_layer) if share >= 0.005]
-    layer = holding[-1] if holding else len(by_layer) - 1
+    holding = outliers.layers_with_outliers(norms)
+    layer = holding[-1] if holding else seen.layers[-1]
     cut = outliers.cutoff(norms[:, layer])
     is_outlier = norms[:, layer] > cut
-    share = is_outlier.float().mean().item()
     shares = is_outlier.float().mean(0).unflatten(0, seen.grid)
     numbers = {
-        "outlier_share": share,
+        "outlier_share": is_outlier.float().mean().item(),
         "cutoff": cut if cut < float("inf") else None,
         "norm_ratio": outliers.norm_ratio(norms[:, layer], is_outlier),
         "onset_layer": outliers.onset_layer(norms),
-        "blocks": len(by_layer),
+        "blocks": len(seen.layers),
         "median_norm": norms[:, layer].median().item(),
         "largest_norm": norms[:, layer].max().item(),
         "places_in_half_of_the_images": int((shares >= 0.5).sum()),
         "attention_on_outliers": None,
     }
-    if holding and prefix and model.anatomy.has_cls:
-        rows = model.capture(images, "attention", layers=-1, queries=[0]).attention[len(by_layer) - 1]
-        on_patches = rows.mean(1)[:, 0, prefix:]
-        numbers["attention_on_outliers"] = maps.attention_on(on_patches, is_outlier).nanmean().item()
+    if holding and model.anatomy.has_cls:
+        of_cls, _ = attention.cls_or_mean(model, images)
+        on_outliers = maps.attention_on(of_cls, is_outlier.unflatten(1, seen.grid))
+        numbers["attention_on_outliers"] = on_outliers.nanmean().item()
     return Diagnosis(model, numbers, _verdict(numbers, bool(holding), layer), layer, seen, shares, images.source)
 
 

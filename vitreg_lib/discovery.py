@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from . import lost as L
+from . import paired
 
 FACTORS = ("layer", "site", "normalised", "bias")
 
@@ -33,9 +34,8 @@ def grid(
     """(DataFrame, hits): LOST of a `zoo.Model` for every setting.
 
     truth: boxes in pixels; layers from the end, or from 0; valid (images, patches): patches that take part. The index
-    is `FACTORS` (layer from 0); columns corloc, positive_share (of Gram entries), tied_share (of images with several
-    patches of lowest degree), whole_share (of images whose box is the whole grid), low and high (the middle 95 % of a
-    bootstrap of corloc over images). hits: {setting: (images,) bool}.
+    is `FACTORS` (layer from 0); columns corloc, those of `Lost.shares`, low and high (the middle 95 % of a bootstrap of
+    corloc over images). hits: {setting: (images,) bool}.
     Features that are not normalised are divided by the root of their mean squared length in the image, so that a bias
     means the same; at bias 0 this changes nothing.
     """
@@ -44,7 +44,6 @@ def grid(
 
     seen = model.capture(images, tuple(sites), layers=list(layers))
     size = model.anatomy.patch_size[0]
-    everything = torch.tensor([0, 0, seen.grid[1], seen.grid[0]])
     rows, hits = {}, {}
     pairs = list(itertools.product(seen.layers, sites))
     for layer, site in tqdm(pairs, desc=model.label, disable=not progress, leave=False):
@@ -54,12 +53,7 @@ def grid(
             result = L.lost(x, seen.grid, bias=bias, normalize=unit, valid=valid)
             key = (layer, site, unit, bias)
             hits[key] = L.found(L.to_pixels(result.boxes, size), truth)
-            rows[key] = {
-                "corloc": hits[key].double().mean().item(),
-                "positive_share": result.positive_share.mean().item(),
-                "tied_share": (result.tied_seeds > 1).double().mean().item(),
-                "whole_share": (result.boxes == everything).all(1).double().mean().item(),
-            }
+            rows[key] = {"corloc": hits[key].double().mean().item()} | result.shares(seen.grid)
     table = pd.DataFrame.from_dict(rows, orient="index")
     table.index = pd.MultiIndex.from_tuples(rows, names=FACTORS)
     ends = pd.DataFrame([interval(found, 500) for found in hits.values()], index=table.index)[["low", "high"]]
@@ -133,8 +127,7 @@ def choices(tables: dict):
 
 def interval(hits: Tensor, draws: int = 2000, seed: int = 0) -> dict[str, float]:
     """value, low and high: a share of images and the middle 95 % of a bootstrap over them."""
-    drawn = torch.randint(len(hits), (draws, len(hits)), generator=torch.Generator().manual_seed(seed))
-    low, high = torch.quantile(hits.double()[drawn].mean(1), torch.tensor([0.025, 0.975]).double()).tolist()
+    low, high = paired.interval(hits, draws, seed)
     return {"value": hits.double().mean().item(), "low": low, "high": high}
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from . import explorer
 from .errors import UserError
 from .explorer import State, Store, View
-from .paths import results, shown
+from .paths import results, shown, write_atomically
 
 
 class Explorer:
@@ -62,9 +62,11 @@ class Explorer:
         words = "-".join([*self.state.models, view.image_name, f"block {view.layer}", view.query])
         stem = "".join(c if c.isalnum() or c in "+-" else "_" for c in words) + f"-{_digest(repr(self.state).encode())}"
         figure = self.static()
-        paths = [folder / f"{stem}{suffix}" for suffix in (".png", ".svg")]
+        paths = [folder / f"{stem}.{kind}" for kind in ("png", "svg")]
         for path in paths:
-            figure.savefig(path, bbox_inches="tight", dpi=150)
+            buffer = io.BytesIO()
+            figure.savefig(buffer, format=path.suffix[1:], bbox_inches="tight", dpi=150)
+            write_atomically(path, buffer.getvalue())
         return paths
 
     def _repr_mimebundle_(self, include=None, exclude=None):
@@ -93,7 +95,7 @@ def keep_upload(name: str, content: bytes) -> Path:
     plain = "".join(c if c.isalnum() or c in ".-_" else "_" for c in Path(name).name).lstrip(".") or "image.png"
     path = results() / "uploads" / _digest(content) / plain
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(content)
+    write_atomically(path, content)
     return path
 
 

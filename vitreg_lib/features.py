@@ -13,13 +13,14 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from . import outliers
-from .capture import SITES, Capture
+from .capture import SITES, WHOLE, Capture
 from .paths import results, write_atomically
 
 GROUPS = ("normal", "outlier", "matched")
@@ -130,27 +131,24 @@ def captured(model, images, keep=("norms",), layers=None, progress: bool = False
     from datasets import Dataset
 
     keep = (keep,) if isinstance(keep, str) else tuple(keep)
-    if bad := [site for site in keep if site not in SITES or site == "attention"]:
-        raise ValueError(
-            f"site {bad[0]!r} is not kept on disk; known are {', '.join(s for s in SITES if s != 'attention')}"
-        )
+    known = [site for site in SITES if site != "attention"]
+    if bad := [site for site in keep if site not in known]:
+        raise ValueError(f"site {bad[0]!r} is not kept on disk; known are {', '.join(known)}")
     layers = model.anatomy.layers(layers)
     digest = hashlib.sha256(images.x.contiguous().numpy().tobytes()).hexdigest()
     about = described(model, digest, len(images)) | {"kind": "capture", "keep": sorted(keep), "layers": list(layers)}
-    single = ("norms", "embedding", "final")
 
     def extract(batch, rows):
         seen = model.capture(images.x[rows], keep, layers=layers)
-        found = {site: getattr(seen, site).float() for site in keep if site in single}
-        found |= {f"{s}.{i}": getattr(seen, s)[i].float() for s in keep if s not in single for i in layers}
-        return found
+        found = {site: getattr(seen, site).float() for site in keep if site in WHOLE}
+        return found | {f"{s}.{i}": getattr(seen, s)[i].float() for s in keep if s not in WHOLE for i in layers}
 
     features = mapped(Dataset.from_dict({"row": list(range(len(images)))}), extract, about, progress)
     anatomy = model.anatomy
     seen = Capture(layers, anatomy.grid(images.x), anatomy.has_cls, anatomy.num_registers)
     for site in keep:
-        one = site in single
-        setattr(seen, site, features.column(site) if one else {i: features.column(f"{site}.{i}") for i in layers})
+        whole = site in WHOLE
+        setattr(seen, site, features.column(site) if whole else {i: features.column(f"{site}.{i}") for i in layers})
     return seen
 
 
@@ -167,15 +165,14 @@ def described(model, digest: str, images: int) -> dict:
     }
 
 
-def mapped(rows, extract, about: dict, progress: bool = False, batch_size: int = 32) -> Features:
+def mapped(rows, extract, about: dict, progress: bool = False) -> Features:
     """The `Features` described by `about`: read from the cache, or extracted batch by batch by `datasets.map`.
 
     extract(batch of columns, row numbers (batch,)) gives {name: (batch, …)} of float32 or bool.
     """
     from datasets import Dataset
 
-    fingerprint = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
-    folder = cache()
+    fingerprint, folder = _fingerprint(about), cache()
     path, beside = folder / f"{fingerprint}.arrow", folder / f"{fingerprint}.json"
     shapes: dict[str, list[int]] = {}
 
@@ -191,7 +188,7 @@ def mapped(rows, extract, about: dict, progress: bool = False, batch_size: int =
                 flat,
                 with_indices=True,
                 batched=True,
-                batch_size=batch_size,
+                batch_size=32,
                 remove_columns=rows.column_names,
                 cache_file_name=str(path),
                 load_from_cache_file=False,
@@ -207,8 +204,7 @@ def mapped(rows, extract, about: dict, progress: bool = False, batch_size: int =
 
 def remembered(about: dict, compute):
     """What `compute()` gives (anything that JSON holds), kept under the fingerprint of `about`."""
-    fingerprint = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
-    path = cache() / f"{fingerprint}.result.json"
+    path = cache() / f"{_fingerprint(about)}.result.json"
     try:
         told = json.loads(path.read_text())
         if told["about"] == json.loads(json.dumps(about)):
@@ -219,6 +215,10 @@ def remembered(about: dict, compute):
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, json.dumps({"about": about, "result": result}).encode())
     return json.loads(json.dumps(result))
+
+
+def _fingerprint(about: dict) -> str:
+    return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
 
 
 def _is_whole(path: Path, beside: Path, rows: int) -> bool:
@@ -254,19 +254,14 @@ def source_sha256(*files: str) -> str:
     return found.hexdigest()
 
 
-class _bars:
+@contextmanager
+def _bars(on: bool):
     """`datasets`' progress bars on or off for a while."""
+    from datasets.utils import logging
 
-    def __init__(self, on: bool):
-        self.on = on
-
-    def __enter__(self):
-        from datasets.utils import logging
-
-        self.before = logging.is_progress_bar_enabled()
-        (logging.enable_progress_bar if self.on else logging.disable_progress_bar)()
-
-    def __exit__(self, *error):
-        from datasets.utils import logging
-
-        (logging.enable_progress_bar if self.before else logging.disable_progress_bar)()
+    before = logging.is_progress_bar_enabled()
+    (logging.enable_progress_bar if on else logging.disable_progress_bar)()
+    try:
+        yield
+    finally:
+        (logging.enable_progress_bar if before else logging.disable_progress_bar)()

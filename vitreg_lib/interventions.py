@@ -33,12 +33,9 @@ def experiment(model, images, found: mend.Found, counts=(0, 1, 2, 4, 8), labels=
         for count in counts:
             mended = mend.with_test_time_registers(model, count, neurons)
             after, now = measure(mended, images, is_outlier, found, labels)
-            change = (
-                {}
-                if right is None
-                else {"newly_wrong": int((right & ~now).sum()), "newly_right": int((now & ~right).sum())}
-            )
-            rows.append({"kind": kind, "registers": count} | after | change)
+            if right is not None:
+                after |= {"newly_wrong": int((right & ~now).sum()), "newly_right": int((now & ~right).sum())}
+            rows.append({"kind": kind, "registers": count} | after)
     return pd.DataFrame(rows), before
 
 
@@ -47,26 +44,27 @@ def measure(model, images, is_outlier: torch.Tensor, found: mend.Found, labels=N
 
     outlier_share: patch tokens above the untouched model's cutoff. largest_patch_norm. register_norm: mean of the
     registers, NaN without. attention_on_outliers: cls in the last block, share of its attention on the *places* of the
-    untouched model's outliers. accuracy and cross_entropy where labels are known; on scenes those of the main object's
-    colour, which the mini ViTs learn best. corloc: LOST on the last block's
-    keys, L2-normalised, on scenes (the published rule: IoU of 0.5 with any object).
+    untouched model's outliers, NaN without cls. accuracy and cross_entropy where labels are known; on scenes those of
+    the main object's colour, which the mini ViTs learn best. corloc: LOST on the last block's keys, L2-normalised, on
+    scenes (the published rule: IoU of 0.5 with any object).
     """
     layers = sorted({found.layer, model.anatomy.depth - 1})
     seen = model.capture(images, ("norms", "attention", "k"), layers=layers, queries=[0])
     at = seen.layers.index(found.layer)
-    attention = seen.attention[layers[-1]][:, :, 0, seen.num_prefix_tokens :].mean(1)
+    of_cls = seen.patches(seen.attention[layers[-1]][:, :, 0].mean(1))
+    on_outliers = maps.attention_on(of_cls, is_outlier, seen.grid, renormalise=False).mean().item()
     result = {
         "outlier_share": (seen.patch_norms[:, at] > found.cutoff).float().mean().item(),
         "largest_patch_norm": seen.patch_norms[:, at].max().item(),
         "register_norm": seen.register_norms[:, at].mean().item() if seen.num_registers else float("nan"),
-        "attention_on_outliers": maps.attention_on(attention, is_outlier, seen.grid, renormalise=False).mean().item(),
+        "attention_on_outliers": on_outliers if seen.has_cls else float("nan"),
     }
     if images.scenes is not None:
         result["corloc"] = _corloc(seen, images, layers[-1])
     if labels is None:
         return result, None
     with torch.no_grad():
-        logits = torch.cat([model.module(x.to(model.device)).cpu() for x in images.x.split(32)])
+        logits = torch.cat([model.module(x.to(model.weights)).float().cpu() for x in images.x.split(32)])
     if images.scenes is not None:  # mini ViTs have 24 outputs: 8 shapes, 8 colours, 4 textures, 4 backgrounds
         logits, labels = logits[:, 8:16], images.scenes.colour[:, 0]
     right = logits.argmax(1) == labels
@@ -76,8 +74,6 @@ def measure(model, images, is_outlier: torch.Tensor, found: mend.Found, labels=N
 
 
 def _corloc(seen, images, layer: int) -> float:
-    keys = seen.k[layer][:, :, seen.num_prefix_tokens :].transpose(1, 2).flatten(2)  # (images, patches, dim)
-    found = lost.lost(keys, seen.grid, normalize=True)
+    found = lost.lost(lost.features(seen, "k", layer), seen.grid, normalize=True)
     boxes = lost.to_pixels(found.boxes, images.x.shape[-1] // seen.grid[1])
-    truth = [b[v] for b, v in zip(images.scenes.boxes, images.scenes.visible, strict=True)]
-    return lost.corloc(boxes, truth).value
+    return lost.corloc(boxes, images.scenes.visible_boxes).value

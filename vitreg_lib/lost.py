@@ -15,6 +15,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .paired import interval
+
 CODE_DIFFERENCES = {
     "strict": "all three comparisons are > 0 instead of >= 0",
     "no_self": "a patch's similarity to itself is left out of its degree",
@@ -32,13 +34,26 @@ class Lost:
     seeds: Tensor  # (batch,) patch index
     tied_seeds: Tensor  # (batch,) number of patches that share the lowest degree, 1 when the seed is unique
     seed_in_mask: Tensor  # (batch,) False: the mask misses the seed, the box is the seed's patch alone
-    positive_share: Tensor  # (batch,) share of Gram entries >= 0, bias included
+    positive_share: Tensor  # (batch,) share of Gram entries >= 0, bias included; near 1 the mask is the whole image
     degrees: Tensor | None = None
     seed_similarity: Tensor | None = None
     expansion: Tensor | None = None  # sum over S of the similarities, before the comparison with 0
     selected: Tensor | None = None  # S
     mask: Tensor | None = None
     component: Tensor | None = None
+
+    def shares(self, grid: tuple[int, int]) -> dict[str, float]:
+        """What tells a box that was found from one that had to come out, means over the images.
+
+        positive_share; tied_share: of images whose seed is not the only patch of lowest degree; whole_share: of images
+        whose box is the whole grid.
+        """
+        whole = self.boxes == self.boxes.new_tensor([0, 0, grid[1], grid[0]])
+        return {
+            "positive_share": self.positive_share.mean().item(),
+            "tied_share": (self.tied_seeds > 1).double().mean().item(),
+            "whole_share": whole.all(1).double().mean().item(),
+        }
 
 
 def lost(
@@ -81,10 +96,8 @@ def lost(
     return Lost(*(torch.cat(field) if field[0] is not None else None for field in zip(*parts, strict=True)))
 
 
-def tokencut(
-    features: Tensor, grid: tuple[int, int], tau: float = 0.2, eps: float = 1e-5, intermediates: bool = False
-) -> tuple[Tensor, Tensor | None]:
-    """(boxes (batch, 4), second eigenvectors (batch, rows, cols) or None) of TokenCut (Wang et al. 2022).
+def tokencut(features: Tensor, grid: tuple[int, int], tau: float = 0.2, eps: float = 1e-5) -> tuple[Tensor, Tensor]:
+    """(boxes (batch, 4), second eigenvectors (batch, rows, cols)) of TokenCut (Wang et al. 2022).
 
     Edges are 1 where the cosine is above `tau`, else `eps`; of (D - A) v = lambda D v the second vector is split at its
     mean, the side of the largest |v| is the object (and made positive), its component around that patch gives the box.
@@ -100,12 +113,7 @@ def tokencut(
         component = _component(side.reshape(1, rows, cols), peak[None])
         boxes.append(mask_boxes(component))
         vectors.append(v.reshape(1, rows, cols))
-    return torch.cat(boxes), torch.cat(vectors) if intermediates else None
-
-
-def positive_share(features: Tensor, bias: float = 0.0, normalize: bool = False) -> Tensor:
-    """Share (batch,) of Gram entries >= 0: near 1, LOST's mask is the whole image whatever it shows."""
-    return torch.stack([((f @ f.T + bias) >= 0).double().mean() for f in _prepare(features, normalize)])
+    return torch.cat(boxes), torch.cat(vectors)
 
 
 def mask_boxes(mask: Tensor) -> Tensor:
@@ -118,13 +126,9 @@ def mask_boxes(mask: Tensor) -> Tensor:
     return torch.stack([left, top, right, bottom], 1)
 
 
-def to_pixels(boxes: Tensor, patch_size: int, image_size: tuple[int, int] | None = None) -> Tensor:
-    """Patch boxes in pixels, cut at image_size = (height, width) where the image was padded to whole patches."""
-    boxes = boxes * patch_size
-    if image_size is None:
-        return boxes
-    height, width = image_size
-    return torch.minimum(boxes, boxes.new_tensor([width, height, width, height]))
+def to_pixels(boxes: Tensor, patch_size: int) -> Tensor:
+    """Patch boxes in pixels."""
+    return boxes * patch_size
 
 
 def _lost(f, valid, grid, k, biases, strict, no_self, ties, intermediates):
@@ -138,9 +142,8 @@ def _lost(f, valid, grid, k, biases, strict, no_self, ties, intermediates):
         edges.diagonal(dim1=1, dim2=2).fill_(False)
     degrees = edges.sum(2, dtype=torch.int32).long().masked_fill(~valid, patches + 1)
     rank = torch.arange(patches, device=f.device)
-    key = degrees * patches + (
-        rank if ties == "lowest" else rank.flip(0)
-    )  # one integer: degree first, then the tie rule
+    rank = rank if ties == "lowest" else rank.flip(0)
+    key = degrees * patches + rank  # one integer: degree first, then the tie rule
     pool = key.argsort(1)[:, :k]
     seeds = pool[:, 0]
     similarity = gram[here, seeds] + biases[1]
@@ -220,7 +223,7 @@ def _check(features: Tensor, grid) -> tuple[int, int]:
 
 def features(seen, site: str, layer: int = -1) -> Tensor:
     """Features (images, patches, dim) for `lost` from a `Capture` of q, k or v: heads joined, no prefix tokens."""
-    per_head = getattr(seen, site)[layer if layer >= 0 else seen.layers[layer]]  # (images, heads, tokens, head_dim)
+    per_head = getattr(seen, site)[seen.block(layer)]  # (images, heads, tokens, head_dim)
     return seen.patches(per_head.transpose(1, 2).flatten(2))
 
 
@@ -229,18 +232,16 @@ def paper_site(name: str) -> str:
     return "k" if "dinov2" in name else "v"
 
 
-def steps(model, images, site: str = "", bias: float = 0.0, layer: int = -1, normalize: bool = True, **options) -> Lost:
-    """`lost` with its intermediate maps on one block's q, k or v of a `zoo.Model`; site "" is `paper_site`.
+def steps(model, images, site: str = "", bias: float = 0.0, layer: int = -1, progress: bool = False) -> Lost:
+    """`lost` with its intermediate maps on one block's q, k or v of a `zoo.Model`, L2-normalised; "" is `paper_site`.
 
-    options: progress goes to the capture, others to `lost`. Raises ValueError for another site.
+    Raises ValueError for another site.
     """
     site = site or paper_site(model.name)
     if site not in ("q", "k", "v"):
         raise ValueError(f"unknown features {site!r}: choose 'q', 'k' or 'v'")
-    seen = model.capture(images, site, layers=layer, progress=options.pop("progress", False))
-    return lost(
-        features(seen, site, seen.layers[0]), seen.grid, bias=bias, normalize=normalize, intermediates=True, **options
-    )
+    seen = model.capture(images, site, layers=layer, progress=progress)
+    return lost(features(seen, site), seen.grid, bias=bias, normalize=True, intermediates=True)
 
 
 def expansions(model, images, bias: float = 0.0, layer: int = -1, progress: bool = False) -> dict[str, Tensor]:
@@ -248,7 +249,7 @@ def expansions(model, images, bias: float = 0.0, layer: int = -1, progress: bool
     seen = model.capture(images, ("q", "k", "v"), layers=layer, progress=progress)
     kinds = {"queries": "q", "keys": "k", "values": "v"}
     options = dict(bias=bias, normalize=True, intermediates=True)
-    return {k: lost(features(seen, s, seen.layers[0]), seen.grid, **options).expansion for k, s in kinds.items()}
+    return {kind: lost(features(seen, site), seen.grid, **options).expansion for kind, site in kinds.items()}
 
 
 def sweep(
@@ -256,28 +257,19 @@ def sweep(
 ):
     """(DataFrame, hits): CorLoc of LOST for every feature and bias, and {(feature, bias): (images,) bool}.
 
-    truth: boxes in pixels; options go to `lost`. Columns: corloc, low, high (`corloc`), positive_share (of Gram
-    entries, bias included), whole_share (of images where the box is the whole grid), tied_share (of images whose seed
-    is not the only patch of lowest degree). A patch that the image's size cuts is not cut here.
+    truth: boxes in pixels; options go to `lost`. Columns: corloc, low, high (`corloc`), and those of `Lost.shares`.
     """
     import pandas as pd
 
     rows, hits = {}, {}
-    everything = torch.tensor([0, 0, grid[1], grid[0]])
     for name, x in features.items():
         for bias in biases:
             result = lost(x, grid, bias=bias, **options)
             score = corloc(to_pixels(result.boxes, patch_size), truth)
             hits[name, bias] = score.hits
-            rows[name, bias] = {
-                "corloc": score.value,
-                "low": score.low,
-                "high": score.high,
-                "positive_share": result.positive_share.mean().item(),
-                "whole_share": (result.boxes == everything).all(1).double().mean().item(),
-                "tied_share": (result.tied_seeds > 1).double().mean().item(),
-            }
-    table = pd.DataFrame.from_dict(rows, orient="index")
+            rows[name, bias] = {"corloc": score.value, "low": score.low, "high": score.high} | result.shares(grid)
+    columns = ["corloc", "low", "high", "positive_share", "whole_share", "tied_share"]
+    table = pd.DataFrame(list(rows.values()), columns=columns)
     table.index = pd.MultiIndex.from_tuples(rows, names=["feature", "bias"])
     return table, hits
 
@@ -292,11 +284,11 @@ class CorLoc:
     hits: Tensor
 
 
-def corloc(boxes: Tensor, truth: list[Tensor], level: float = 0.95, draws: int = 2000, seed: int = 0) -> CorLoc:
+def corloc(boxes: Tensor, truth: list[Tensor]) -> CorLoc:
     """CorLoc by LOST's rule: a hit is IoU >= 0.5 with any box of the image, difficult and truncated ones included.
 
     boxes (images, 4) and truth, one (n, 4) for each image, as left, top, right, bottom in the same unit. The interval
-    is the percentile bootstrap over images. Raises ValueError for an image without boxes: leave it out, as LOST does.
+    is that of `paired.interval`. Raises ValueError for an image without boxes: leave it out, as LOST does.
     """
     if len(boxes) != len(truth) or not len(truth):
         raise ValueError(f"{len(boxes)} predicted boxes for {len(truth)} images")
@@ -304,37 +296,24 @@ def corloc(boxes: Tensor, truth: list[Tensor], level: float = 0.95, draws: int =
     if empty:
         raise ValueError(f"{len(empty)} images have no box (first: {empty[:5]}): leave them out of CorLoc")
     hits = found(boxes, truth)
-    generator = torch.Generator().manual_seed(seed)
-    drawn = torch.randint(len(hits), (draws, len(hits)), generator=generator)
-    means = hits.double()[drawn].mean(1)
-    low, high = torch.quantile(means, means.new_tensor([(1 - level) / 2, (1 + level) / 2])).tolist()
-    return CorLoc(float(hits.double().mean()), low, high, hits)
+    return CorLoc(hits.double().mean().item(), *interval(hits), hits)
 
 
 def found(boxes: Tensor, truth: list[Tensor]) -> Tensor:
-    """(images,) bool: is the IoU of the box (images, 4) with any true box, (n, 4) for each image, at least 0.5?"""
-    padded = torch.nn.utils.rnn.pad_sequence([t.double() for t in truth], batch_first=True).to(boxes.device)
-    b = boxes.double()[:, None]
-    overlap = (torch.minimum(b[..., 2:], padded[..., 2:]) - torch.maximum(b[..., :2], padded[..., :2])).clamp_min(0)
-    areas = [(box[..., 2:] - box[..., :2]).clamp_min(0).prod(-1) for box in (b, padded)]
-    overlap = overlap.prod(-1)
-    return (overlap / (areas[0] + areas[1] - overlap).clamp_min(1e-12) >= 0.5).any(1)
+    """(images,) bool, on the CPU: is the IoU of the box (images, 4) with any true box (n, 4) at least 0.5?"""
+    padded = torch.nn.utils.rnn.pad_sequence(truth, batch_first=True)  # (images, most boxes, 4), empty ones added
+    return (box_iou(boxes[:, None], padded) >= 0.5).any(1).cpu()
 
 
-def gain(without: Tensor, hits: Tensor, draws: int = 2000, seed: int = 0) -> tuple[float, float, float]:
-    """Difference of CorLoc in points, hits (images,) minus those of another way on the same images, with interval.
-
-    The middle 95 % of a bootstrap over images, pairs kept together.
-    """
+def gain(without: Tensor, hits: Tensor) -> tuple[float, float, float]:
+    """Difference of CorLoc in points, hits (images,) minus those of another way on the same images, with interval."""
     difference = 100 * (hits.double() - without.double())
-    drawn = torch.randint(len(hits), (draws, len(hits)), generator=torch.Generator().manual_seed(seed))
-    low, high = torch.quantile(difference[drawn].mean(1), torch.tensor([0.025, 0.975]).double()).tolist()
-    return difference.mean().item(), low, high
+    return difference.mean().item(), *interval(difference)
 
 
 def box_iou(a: Tensor, b: Tensor) -> Tensor:
-    """Intersection over union (n, m) of boxes (n, 4) and (m, 4); 0 where both are empty."""
-    a, b = a.double()[:, None], b.double().to(a.device)[None]
+    """Intersection over union (...) of boxes (..., 4), broadcast against each other; 0 where both are empty."""
+    a, b = a.double(), b.double().to(a.device)
     overlap = (torch.minimum(a[..., 2:], b[..., 2:]) - torch.maximum(a[..., :2], b[..., :2])).clamp_min(0).prod(-1)
     areas = [(box[..., 2:] - box[..., :2]).clamp_min(0).prod(-1) for box in (a, b)]
     return overlap / (areas[0] + areas[1] - overlap).clamp_min(1e-12)

@@ -99,21 +99,16 @@ def kurtosis(maps: torch.Tensor, grid: Grid | None = None) -> torch.Tensor:
     return z.pow(4).mean(-1) / variance.square() - 3
 
 
-def total_variation(maps: torch.Tensor, grid: Grid | None = None, scale: str = "std") -> torch.Tensor:
-    """Mean absolute difference of adjacent patches, in units of `scale`, (...): 0 is flat, a checkerboard gives 2.
+def total_variation(maps: torch.Tensor, grid: Grid | None = None) -> torch.Tensor:
+    """Mean absolute difference of adjacent patches over the map's standard deviation, (...): a checkerboard gives 2.
 
-    Each horizontal and vertical pair inside the grid counts once; nothing wraps round an edge. `scale`: "std" of the
-    map, so that brightness and contrast do not matter; "range" (max - min; what a min-max picture shows); or "none".
-    A constant map gives 0; a single patch NaN.
+    Each horizontal and vertical pair inside the grid counts once; nothing wraps round an edge. Brightness and contrast
+    do not matter. A constant map gives 0; a single patch NaN.
     """
     x = _flat(maps, grid)
-    scales = {"std": lambda: x.std(-1, correction=0), "range": lambda: x.amax(-1) - x.amin(-1), "none": lambda: 1.0}
-    if scale not in scales:
-        raise ValueError(f"unknown scale {scale!r}: one of {', '.join(scales)}")
     down, right = _pairs(x.unflatten(-1, _grid_of(maps, grid)).unsqueeze(-1))
-    differences = torch.cat([(a - b).abs().flatten(-3) for a, b in (down, right)], dim=-1)
-    mean = differences.mean(-1)
-    return torch.where(mean == 0, mean, mean / scales[scale]())
+    mean = torch.cat([(a - b).abs().flatten(-3) for a, b in (down, right)], dim=-1).mean(-1)
+    return torch.where(mean == 0, mean, mean / x.std(-1, correction=0))
 
 
 def moran_i(maps: torch.Tensor, grid: Grid | None = None) -> torch.Tensor:
@@ -162,20 +157,22 @@ def top_overlap(
     total of all maps, permuted independently. The null knows no space: smooth or position-locked maps overlap more
     than it says; compare with maps of other images then. Ties are broken by position.
     """
+    import numpy as np
+    from scipy.stats import hypergeom
+
     a, b = torch.broadcast_tensors(_flat(map_a, grid), _flat(map_b, grid))
     patches = a.shape[-1]
     k = torch.as_tensor(k, device=a.device).expand(a.shape[:-1])
     if ((k < 0) | (k > patches)).any():
         raise ValueError(f"k from {k.min().item()} to {k.max().item()} out of range for {patches} patches")
     in_both = (_rank(a) < k[..., None]) & (_rank(b) < k[..., None])
-    common = in_both.sum(-1)
-    pmf = _hypergeometric(k, patches)  # (..., patches + 1)
-    counts = torch.arange(patches + 1, device=a.device)
-    p_value = (pmf * (counts >= common[..., None])).sum(-1).clamp(max=1)
-    total = torch.ones(1, dtype=pmf.dtype, device=a.device)
-    for row, most in zip(pmf.reshape(-1, patches + 1), k.reshape(-1).tolist(), strict=True):
-        total = _convolve(total, row[: most + 1])
-    pooled_p = total[int(common.sum()) :].sum().clamp(max=1)
+    common, sizes = in_both.sum(-1), k.cpu().numpy()
+    p_value = hypergeom.sf(common.cpu().numpy() - 1, patches, sizes, sizes)
+    total = np.ones(1)  # the distribution of the sum over maps
+    for size in sizes.flat:
+        total = np.convolve(total, hypergeom.pmf(np.arange(size + 1), patches, size, size))
+    pooled_p = min(total[int(common.sum()) :].sum(), 1.0)
+    p_value, pooled_p = (torch.as_tensor(p, dtype=torch.float64, device=a.device) for p in (p_value, pooled_p))
     return TopOverlap(common / k, torch.where(k > 0, k / patches, math.nan), p_value, pooled_p)
 
 
@@ -332,29 +329,7 @@ def _rank(x: torch.Tensor) -> torch.Tensor:
     return x.sort(dim=-1, descending=True, stable=True).indices.argsort(-1)
 
 
-def _quantile(x: torch.Tensor, q: float) -> torch.Tensor:
-    # torch.quantile refuses more than 16 million values
-    ordered = x.sort(-1).values
-    place = q * (x.shape[-1] - 1)
-    return ordered[..., math.floor(place)].lerp(ordered[..., math.ceil(place)], place - math.floor(place))
-
-
 def _median(x: torch.Tensor) -> torch.Tensor:
-    return _quantile(x, 0.5)
-
-
-def _hypergeometric(k: torch.Tensor, patches: int) -> torch.Tensor:
-    """P(c in common) of two random sets of k of the patches, c = 0 to patches, (..., patches + 1), float64."""
-    c, k = torch.arange(patches + 1, device=k.device).double(), k[..., None].double()
-
-    def log_choose(n, m):
-        inside = (m >= 0) & (m <= n)
-        m = torch.where(inside, m, 0)
-        return torch.where(inside, torch.lgamma(n + 1) - torch.lgamma(m + 1) - torch.lgamma(n - m + 1), -math.inf)
-
-    total = torch.full_like(k, patches)
-    return (log_choose(k, c) + log_choose(total - k, k - c) - log_choose(total, k)).exp()
-
-
-def _convolve(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    return F.conv1d(a[None, None], b.flip(0)[None, None], padding=len(b) - 1)[0, 0]
+    # torch.median takes the lower of two middle values, and torch.quantile refuses more than 16 million
+    ordered, last = x.sort(-1).values, x.shape[-1] - 1
+    return ordered[..., last // 2].lerp(ordered[..., (last + 1) // 2], 0.5)

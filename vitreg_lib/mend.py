@@ -19,14 +19,15 @@ from __future__ import annotations
 import copy
 import dataclasses
 import hashlib
+import math
 from collections.abc import Sequence
 
 import torch
 from torch import nn
 
 from . import outliers
-from .anatomy import Anatomy, dissect
-from .capture import hooks, second_linear
+from .anatomy import Anatomy, dissect, layer_scale
+from .capture import evaluating, hooks, second_linear
 from .errors import UserError
 
 Neurons = Sequence[tuple[int, int]]  # (block, neuron)
@@ -34,7 +35,6 @@ Neurons = Sequence[tuple[int, int]]  # (block, neuron)
 COUNTS = (1, 2, 3, 5, 7, 10, 15, 20, 30, 50)  # how many neurons are tried, fewest first
 REMAINING = 0.1  # the fewest neurons that leave less than this share of the outliers are enough
 MENDED = 0.5  # more than this share of the outliers left, with the best choice of neurons: not mended
-MIN_SHARE = 0.005  # of patch tokens: from here on a block holds outliers (as in Fig. 4)
 
 
 class NothingToMend(UserError):
@@ -47,8 +47,7 @@ class Found:
 
     layer: the block after which outliers were looked for; onset: the first from which on they are there; cutoff: a
     norm. share_before, share_after: of patch tokens above the cutoff after `layer`, on the images searched, without and
-    with one register. table: the strongest candidates, a DataFrame with block, neuron, at_outliers and elsewhere (mean
-    |activation|), writes (the norm that it adds to an outlier).
+    with one register. table: the strongest candidates, the first rows of `rank`.
     """
 
     neurons: tuple[tuple[int, int], ...]
@@ -60,29 +59,27 @@ class Found:
     table: object
 
 
-def find(model, images=None, max_neurons: int = 50, by: str = "writes") -> Found:
+def find(model, images=None, max_neurons: int = 50) -> Found:
     """The MLP neurons that mark a `zoo.Model`'s outlier tokens, searched on `images` (see `handful`).
 
-    Candidates are the neurons of the blocks up to the onset, ranked by what they do at outliers more than elsewhere:
-    `by` "writes", the norm they add (mean |activation| x length of their output weights, ours), or "activation", as
-    published. From the top, the fewest of 1, 2, 3, 5 … `max_neurons` that leave less than a tenth of the outliers
-    are taken; if none does, those that leave fewest. Raises NothingToMend (a UserError) for a model without outliers.
+    Candidates are the neurons of the blocks up to the onset, ranked by the norm that they add at outliers more than
+    elsewhere (see `rank`). From the top, the fewest of 1, 2, 3, 5 … `max_neurons` that leave less than a tenth of the
+    outliers are taken; if none does, those that leave fewest. Raises NothingToMend (a UserError) for a model without
+    outliers.
     """
-    if by not in ("writes", "activation"):
-        raise ValueError(f"unknown ranking {by!r}; known are writes, activation")
     x = _pixels(handful(model) if images is None else images)
     norms = model.capture(x).patch_norms  # (images, layers, patches)
-    holds = [layer for layer, share in enumerate(outliers.layer_shares(norms)) if share >= MIN_SHARE]
+    holds = outliers.layers_with_outliers(norms)
     if not holds:
         raise NothingToMend(
-            f"{model.name} has nothing to mend: after no block are {MIN_SHARE:.1%} of the patch tokens outliers by "
-            "the rule of `outliers.cutoff`"
+            f"{model.name} has nothing to mend: after no block are {outliers.MIN_SHARE:.1%} of the patch tokens "
+            "outliers by the rule of `outliers.cutoff`"
         )
     layer = holds[-1]
-    onset = outliers.onset_layer(norms[:, : layer + 1], MIN_SHARE)
+    onset = outliers.onset_layer(norms[:, : layer + 1])
     cutoff = outliers.cutoff(norms[:, layer])
     is_outlier = norms[:, layer] > cutoff
-    table = rank(model.module, x, is_outlier, range(onset + 1), by).head(max(max_neurons, 10))
+    table = rank(model.module, x, is_outlier, range(onset + 1)).head(max(max_neurons, 10))
     ranked = list(zip(table.block, table.neuron, strict=True))
     before, best = is_outlier.float().mean().item(), None
     for count in [c for c in COUNTS if c <= max_neurons]:
@@ -134,7 +131,7 @@ def random_neurons(model, neurons: Neurons, images=None, seed: int = 0) -> tuple
     """
     x = _pixels(handful(model) if images is None else images)
     blocks = sorted({block for block, _ in neurons})
-    everywhere = torch.ones(len(x), _patches(dissect(model.module), x), dtype=torch.bool)
+    everywhere = torch.ones(len(x), math.prod(model.anatomy.grid(x)), dtype=torch.bool)
     means = {b: m[0] for b, m in _mean_activations(model.module, x, everywhere, blocks).items()}
     generator = torch.Generator().manual_seed(seed)
     taken, drawn = set(neurons), []
@@ -179,27 +176,22 @@ def handful(model):
     return images.load("scenes", model, 32, seed=7) if is_mini else images.load("photos", model, 10)
 
 
-def rank(module: nn.Module, x: torch.Tensor, is_outlier: torch.Tensor, layers, by: str = "writes"):
-    """Neurons of `layers` by what they do at outliers more than at other patches: a DataFrame, strongest first.
+def rank(module: nn.Module, x: torch.Tensor, is_outlier: torch.Tensor, layers):
+    """Neurons of `layers` by the norm they add at outliers more than at other patches: a DataFrame, strongest first.
 
-    Columns: block, neuron, at_outliers and elsewhere (mean |activation|), writes (norm added at outliers over that
-    added elsewhere: their difference x the length of the neuron's output weights, LayerScale included).
+    Columns: block, neuron, at_outliers and elsewhere (mean |activation|), writes (their difference x the length of the
+    neuron's output weights, LayerScale included). The published ranking takes the activations alone.
     """
     import pandas as pd
 
     anatomy = dissect(module)
     tables = []
-    for layer, (there, elsewhere) in _mean_activations(module, x, is_outlier, layers).items():
-        more = (there - elsewhere).cpu()
-        writes = more * _output_length(anatomy, layer).cpu()
-        columns = {"at_outliers": there.cpu(), "elsewhere": elsewhere.cpu(), "writes": writes}
-        columns |= {"more": more}
-        table = pd.DataFrame({name: value.double().numpy() for name, value in columns.items()})
-        table.insert(0, "neuron", range(len(more)))
-        table.insert(0, "block", layer)
-        tables.append(table)
-    key = "writes" if by == "writes" else "more"
-    return pd.concat(tables).sort_values(key, ascending=False, kind="stable").drop(columns="more")
+    for layer, means in _mean_activations(module, x, is_outlier, layers).items():
+        writes = (means[0] - means[1]) * _output_length(anatomy, layer)
+        there, elsewhere, writes = torch.stack([*means, writes]).double().cpu().numpy()
+        columns = {"neuron": range(len(writes)), "at_outliers": there, "elsewhere": elsewhere, "writes": writes}
+        tables.append(pd.DataFrame({"block": layer, **columns}))
+    return pd.concat(tables).sort_values("writes", ascending=False, kind="stable")
 
 
 def add_registers(module: nn.Module, neurons: Neurons, n: int) -> nn.Module:
@@ -292,10 +284,10 @@ def _check(anatomy: Anatomy, neurons: Neurons, n: int) -> None:
         )
 
 
-def _mean_activations(module, x, is_there: torch.Tensor, layers, batch_size: int = 16) -> dict:
+def _mean_activations(module, x, is_there: torch.Tensor, layers) -> dict:
     """{block: (2, hidden)}: mean |activation| at the patches where `is_there` (images, patches), and at the others."""
     anatomy = dissect(module)
-    prefix, device = anatomy.num_prefix_tokens, next(module.parameters()).device
+    prefix, weights = anatomy.num_prefix_tokens, next(module.parameters())
     sums, mask = {}, None
 
     def hook(layer):
@@ -307,36 +299,25 @@ def _mean_activations(module, x, is_there: torch.Tensor, layers, batch_size: int
         return keep
 
     pairs = [(second_linear(anatomy.mlp[layer]).register_forward_pre_hook, hook(layer)) for layer in layers]
-    was_training = module.training
-    module.eval()
-    try:
-        with torch.no_grad(), hooks(*pairs):
-            for images, there in zip(x.split(batch_size), is_there.split(batch_size), strict=True):
-                mask = there.to(device)
-                getattr(module, "forward_features", module)(images.to(device))
-    finally:
-        module.train(was_training)
-    counts = torch.stack([is_there.sum(), (~is_there).sum()]).clamp(min=1).to(device)
+    with evaluating(module), hooks(*pairs):
+        for images, there in zip(x.split(16), is_there.split(16), strict=True):
+            mask = there.to(weights.device)
+            module.forward_features(images.to(weights))
+    counts = torch.stack([is_there.sum(), (~is_there).sum()]).clamp(min=1).to(weights.device)
     return {layer: total / counts[:, None] for layer, total in sums.items()}
 
 
 def _output_length(anatomy: Anatomy, layer: int) -> torch.Tensor:
     """(hidden,) length of what a neuron of activation 1 adds to the residual stream, LayerScale included."""
-    block, weight = anatomy.blocks[layer], second_linear(anatomy.mlp[layer]).weight.detach().float()
-    gamma = getattr(getattr(block, "ls2", None), "gamma", None)
-    gamma = getattr(block, "gamma_2", None) if gamma is None else gamma
-    return torch.linalg.vector_norm(weight if gamma is None else weight * gamma.detach()[:, None], dim=0)
+    weight = second_linear(anatomy.mlp[layer]).weight.detach().float()
+    scale = layer_scale(anatomy.blocks[layer], 2)
+    return torch.linalg.vector_norm(weight if scale is None else weight * scale.detach()[:, None], dim=0)
 
 
 def _share_above(module: nn.Module, x, layer: int, cutoff: float) -> float:
     from .capture import capture
 
     return (capture(module, x, layers=layer).patch_norms > cutoff).float().mean().item()
-
-
-def _patches(anatomy: Anatomy, x: torch.Tensor) -> int:
-    rows, cols = anatomy.grid(x)
-    return rows * cols
 
 
 def _pixels(images) -> torch.Tensor:

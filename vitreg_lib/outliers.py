@@ -11,12 +11,16 @@ Norms are of patch tokens, before the final LayerNorm, in any shape.
 from __future__ import annotations
 
 import math
+import os
+import re
+from pathlib import Path
 
 import torch
 
 DEFAULT_RULE = "antimode"
 SEPARATED = 3.0  # times the median, for `separated_share`
 TWO_POPULATIONS = 2.0  # times the median: modes closer than this are kinds of content, not outliers
+MIN_SHARE = 0.005  # of patch tokens: from here on a layer holds outliers (Fig. 4 protocol)
 
 
 def cutoff_3x_median(norms: torch.Tensor) -> float:
@@ -66,7 +70,7 @@ def cutoff_mixture(norms: torch.Tensor, seed: int = 0) -> float:
     """Where two Gaussians fitted to the log norms are equally likely; infinite where one fits as well (BIC)."""
     from sklearn.mixture import GaussianMixture
 
-    log = norms.float().clamp_min(1e-12).log().flatten()[:, None].double().numpy()
+    log = norms.float().clamp_min(1e-12).log().flatten()[:, None].double().cpu().numpy()
     one, two = (GaussianMixture(n, random_state=seed, n_init=n).fit(log) for n in (1, 2))
     if two.bic(log) >= one.bic(log):
         return float("inf")
@@ -117,7 +121,12 @@ def layer_shares(norms: torch.Tensor, rule: str = DEFAULT_RULE) -> list[float]:
     return [outlier_share(layer, cutoff(layer, rule)) for layer in norms.unbind(1)]
 
 
-def onset_layer(norms: torch.Tensor, share: float = 0.005, rule: str = DEFAULT_RULE) -> int | None:
+def layers_with_outliers(norms: torch.Tensor, share: float = MIN_SHARE) -> list[int]:
+    """The layers whose outlier share by their own cutoff is at least `share`, for norms (images, layers, patches)."""
+    return [layer for layer, above in enumerate(layer_shares(norms)) if above >= share]
+
+
+def onset_layer(norms: torch.Tensor, share: float = MIN_SHARE) -> int | None:
     """The first layer with outliers that the next one has too (or that is the last); None where there is none.
 
     A layer has outliers when at least `share` of its patch tokens exceed its own cutoff (Fig. 4 protocol) and at least
@@ -126,8 +135,8 @@ def onset_layer(norms: torch.Tensor, share: float = 0.005, rule: str = DEFAULT_R
     alone those just before the onset, in which future outliers are set apart at 2 to 3 medians, in some samples.
     """
     apart = separated_share(norms).tolist()
-    holds = [min(both) >= share for both in zip(layer_shares(norms, rule), apart, strict=True)]
-    return next((i for i, here in enumerate(holds) if here and all(holds[i : i + 2])), None)
+    holds = [layer for layer in layers_with_outliers(norms, share) if apart[layer] >= share]
+    return next((i for i in holds if i + 1 in holds or i == len(apart) - 1), None)
 
 
 def score(found: torch.Tensor, truth: torch.Tensor) -> dict[str, float]:
@@ -184,13 +193,9 @@ def before_and_after_norm(before: dict[str, torch.Tensor], after: dict[str, torc
     """Largest norm / median norm before and after the final LayerNorm: a DataFrame, one row a model."""
     import pandas as pd
 
-    ratio = {
-        name: {"before": before[name].max() / before[name].median(), "after": after[name].max() / after[name].median()}
-        for name in before
-    }
-    return pd.DataFrame.from_dict(
-        {name: {k: v.item() for k, v in row.items()} for name, row in ratio.items()}, orient="index"
-    )
+    sides = {"before": before, "after": after}
+    ratios = {side: {k: (v.max() / v.median()).item() for k, v in norms.items()} for side, norms in sides.items()}
+    return pd.DataFrame(ratios)
 
 
 def pairs(names: list[str]) -> dict[str, str]:
@@ -201,8 +206,6 @@ def pairs(names: list[str]) -> dict[str, str]:
 
 def without_registers(name: str) -> str:
     """The name of the same model without registers: NAME of NAME-regN and of NAME+ttrN; other names as they are."""
-    import re
-
     return re.sub(r"(-reg|\+ttr)\d+$", "", name)
 
 
@@ -235,9 +238,6 @@ def published_registers() -> dict[str, torch.Tensor]:
 
     Read from a folder `dinov2_registers` of VITREG_MODELS: one file a size, {block: mean registers (4, dim)}.
     """
-    import os
-    from pathlib import Path
-
     folder = Path(os.environ.get("VITREG_MODELS") or "nowhere") / "dinov2_registers"
     found = {}
     for size in ("small", "base", "large", "giant"):

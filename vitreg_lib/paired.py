@@ -1,4 +1,4 @@
-"""Without against with registers on the same images: paired scores and verdicts (Fig. 1, 19 to 21).
+"""Without against with registers on the same images: intervals, paired scores and verdicts (Fig. 1, 19 to 21).
 
 A pair is a model and the same with registers, told by name: NAME and NAME-regN (trained so) or NAME+ttrN (added at test
 time). A score is one number an image, the lower the cleaner.
@@ -9,6 +9,14 @@ from __future__ import annotations
 import torch
 
 from .outliers import pairs
+
+
+def interval(values: torch.Tensor, draws: int = 2000, seed: int = 0) -> tuple[float, float]:
+    """(low, high): the middle 95 % of the mean of values (images,) when the images are drawn anew, a bootstrap."""
+    values = values.double().cpu()
+    drawn = torch.randint(len(values), (draws, len(values)), generator=torch.Generator().manual_seed(seed))
+    low, high = values[drawn].mean(1).quantile(torch.tensor([0.025, 0.975]).double()).tolist()
+    return low, high
 
 
 def sign_test(without: torch.Tensor, with_registers: torch.Tensor) -> tuple[float, float]:

@@ -68,10 +68,9 @@ def tests(model, images: torch.Tensor, cutoff: float, count: int = 4, layer: int
         raise ValueError(f"{model.label} has no outliers above {cutoff:.3g}: nothing to test")
     rows, cols = share.shape
     often = share.flatten().argsort(descending=True, stable=True)[:count]
-    inner = torch.full_like(share, 2.0)
-    inner[rows // 4 : rows - rows // 4, cols // 4 : cols - cols // 4] = share[
-        rows // 4 : rows - rows // 4, cols // 4 : cols - cols // 4
-    ]
+    middle = slice(rows // 4, rows - rows // 4), slice(cols // 4, cols - cols // 4)
+    inner = torch.full_like(share, 2.0)  # above any share: not to be chosen
+    inner[middle] = share[middle]
     inner.view(-1)[often] = 2.0
     seldom = inner.flatten().argsort(stable=True)[:count]
     found = {}

@@ -10,6 +10,9 @@ size (checked in dinov2/models/vision_transformer.py, `interpolate_pos_encoding`
 resizes by size. Plain bicubic has the coefficient a = -0.75, antialiased a = -0.5, as in PyTorch.
 """
 
+import copy
+import dataclasses
+
 import torch
 import torch.nn.functional as F
 
@@ -112,9 +115,6 @@ def at_size(model, size: int, antialias: bool = True, offset: float | None = Non
 
     Raises ValueError for a model without a learnt embedding for each place, or for `size` that patches do not divide.
     """
-    import copy
-    import dataclasses
-
     module, patch = copy.deepcopy(model.module), model.anatomy.patch_size
     if getattr(module, "pos_embed", None) is None or size % patch[0] or size % patch[1]:
         raise ValueError(

@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 import torch
 
-from .capture import hooks
+from .capture import evaluating, hooks
 
 
 def entering(model, images: torch.Tensor, edit: Callable | None = None) -> tuple[torch.Tensor, torch.Tensor]:
@@ -29,8 +29,8 @@ def entering(model, images: torch.Tensor, edit: Callable | None = None) -> tuple
 
     blocks = model.anatomy.blocks
     first = (blocks[0].register_forward_pre_hook, before, {"with_kwargs": True})
-    with torch.no_grad(), hooks(first, (blocks[-1].register_forward_hook, after)):
-        model.module.forward_features(getattr(images, "x", images).to(model.device))
+    with evaluating(model.module), hooks(first, (blocks[-1].register_forward_hook, after)):
+        model.module.forward_features(getattr(images, "x", images).to(model.weights))
     return found["in"].cpu(), found["out"].cpu()
 
 
@@ -39,12 +39,13 @@ def flow(model, images: torch.Tensor) -> dict[str, int]:
     anatomy = model.anatomy
     rows, cols = anatomy.grid(getattr(images, "x", images))
     inside, _ = entering(model, images)
+    trained = getattr(model.module, "reg_token", None)
     return {
         "patches": rows * cols,
         "registers": anatomy.num_registers,
         "tokens_in": inside.shape[1],
         "tokens_returned": rows * cols + int(anatomy.has_cls),
-        "parameters_of_registers": getattr(getattr(model.module, "reg_token", None), "numel", int)(),
+        "parameters_of_registers": 0 if trained is None else trained.numel(),
     }
 
 

@@ -12,6 +12,7 @@ import math
 
 import torch
 
+from .anatomy import dissect, layer_scale
 from .capture import capture
 from .outliers import cutoff, norm_ratio, outlier_share, separated_share
 
@@ -26,14 +27,15 @@ def received(attention: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
     return (given * outside).sum((0, 2)) / outside.sum()
 
 
-def updates(v: torch.Tensor, attn: torch.nn.Module, scale: torch.Tensor | float = 1.0) -> torch.Tensor:
+def updates(v: torch.Tensor, attn: torch.nn.Module, scale: torch.Tensor | None = None) -> torch.Tensor:
     """(images, heads, tokens, dim) what a head writes for a query that looks at one token alone: scale · W_o v.
 
     v: (images, heads, tokens, head_dim); attn: timm's attention module; scale: LayerScale's (dim,), if there is one.
     """
     heads, head_dim = v.shape[1], v.shape[-1]
     weight = attn.proj.weight.detach().cpu().view(-1, heads, head_dim)  # (dim, heads, head_dim)
-    return torch.einsum("bhtd,ohd->bhto", v.float(), weight.float()) * torch.as_tensor(scale).detach().cpu()
+    written = torch.einsum("bhtd,ohd->bhto", v.float(), weight.float())
+    return written if scale is None else written * scale.detach().cpu()
 
 
 def length_ratio(updates: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
@@ -65,8 +67,6 @@ def measure(model: torch.nn.Module, images: torch.Tensor, places: torch.Tensor |
     """
     import pandas as pd
 
-    from .anatomy import dissect
-
     anatomy = dissect(model)
     rows, cols = anatomy.grid(images)
     prefix = anatomy.num_prefix_tokens
@@ -88,7 +88,7 @@ def measure(model: torch.nn.Module, images: torch.Tensor, places: torch.Tensor |
         if places is not None and places.any():
             given = received(attention[..., prefix:], places)
             head = int(given.argmax())
-            scale = getattr(getattr(anatomy.blocks[layer], "ls1", None), "gamma", 1.0)
+            scale = layer_scale(anatomy.blocks[layer], 1)
             written = updates(seen.v[layer], anatomy.attention[layer], scale)[:, :, prefix:]
             row |= {
                 "place_norm": (norms[places].mean() / norms.median()).item(),

@@ -344,7 +344,7 @@ def check_iou(function) -> str:
     }
     for name, (a, b) in pairs.items():
         a, b = torch.tensor(a).float(), torch.tensor(b).float()
-        truth = box_iou(a[None], b[None]).item()
+        truth = box_iou(a, b).item()
         found = number(call(function, a, b))
         width, height = (torch.minimum(a[2:], b[2:]) - torch.maximum(a[:2], b[:2])).tolist()
         overlap = max(width, 0) * max(height, 0)

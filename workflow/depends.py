@@ -32,25 +32,29 @@ def settings(item: str, parameters: dict) -> str:
 
 
 def checkpoints(item: str, parameters: dict) -> list[Path]:
-    """The shipped weights and telemetry of the models that the item loads."""
+    """The shipped weights, text towers and telemetry of the models that the item loads."""
     names = _bases(item, parameters)
     names |= {e[k] for n in names if (e := zoo.entries().get(n)) for k in ("planted", "random") if k in e}
-    files = [CHECKPOINTS / f"{n}{suffix}" for n in sorted(names) for suffix in (".safetensors", ".telemetry.parquet")]
+    suffixes = (".safetensors", ".text.safetensors", ".telemetry.parquet")
+    files = [CHECKPOINTS / f"{n}{suffix}" for n in sorted(names) for suffix in suffixes]
     return [path for path in files if path.exists()]
 
 
 def modules(notebook: Path) -> set[Path]:
-    """The library's files that a notebook reaches: the modules it names as `vr.NAME` and all that those import."""
+    """The library's files that a notebook reaches: what it names as `vr.NAME` or imports, and all that those import."""
     cells = json.loads(notebook.read_text())["cells"]
     source = "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code")
+    source = re.sub(r"^[%!].*", "", source, flags=re.MULTILINE)  # lines for IPython or the shell
     short = {**vitreg_lib._SHORT, **vitreg_lib._NESTED}
-    waiting = [*ALWAYS, *(short.get(name, name) for name in re.findall(r"\bvr\.(\w+)", source))]
+    waiting = [*ALWAYS, *_imports(source)]
+    for name, below in re.findall(r"\bvr\.(\w+)(?:\.(\w+))?", source):
+        waiting += [short.get(name, name), f"{name}.{below}"]
     found: set[Path] = {LIBRARY / "__init__.py"}
     while waiting:
         path = _file(waiting.pop())
         if path and path not in found:
             found.add(path)
-            waiting += _imports(path)
+            waiting += _imports(path.read_text(), path.relative_to(LIBRARY).parent.parts)
     return found
 
 
@@ -68,13 +72,17 @@ def _file(module: str) -> Path | None:
     return path / "__init__.py" if (path / "__init__.py").exists() else None
 
 
-def _imports(path: Path) -> list[str]:
-    """The library's modules that a file imports, at its top or inside functions, as names below vitreg_lib."""
-    package = path.relative_to(LIBRARY).parent.parts
+def _imports(source: str, package: tuple[str, ...] = ()) -> list[str]:
+    """What a source imports of the library, at its top or inside functions, as names below vitreg_lib.
+
+    `package` is where the source lies, for its relative imports.
+    """
     names = []
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.ImportFrom) and node.level:
-            base = [*package[: len(package) - node.level + 1], *(node.module.split(".") if node.module else [])]
-            names.append(".".join(base))
-            names += [".".join([*base, alias.name]) for alias in node.names]
-    return [name for name in names if name]
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            above = ["vitreg_lib", *package[: len(package) - node.level + 1]] if node.level else []
+            base = ".".join([*above, *filter(None, [node.module])])
+            names += [base, *(f"{base}.{alias.name}" for alias in node.names)]
+    return [name.removeprefix("vitreg_lib.") for name in names if name.startswith("vitreg_lib.")]

@@ -28,8 +28,7 @@ def load(source: str, model, n: int, seed: int = 0) -> tuple[image_sets.Images, 
     """
     if source == "scenes":
         images = image_sets.load(source, model, n, seed)
-        found = [b[v] for b, v in zip(images.scenes.boxes, images.scenes.visible, strict=True)]
-        return images, found
+        return images, images.scenes.visible_boxes
     if source in registry.entries():
         return registry.boxes(source, model, n, seed)
     folder = image_sets.named_folder(source) or Path(source).expanduser()

@@ -274,16 +274,19 @@ def _dataset(root: Path, columns: dict[str, list], **features):
 
 def _folder(root: Path, name: str, expected: str) -> Path:
     if not (root / name).is_dir():
-        here = ", ".join(sorted(p.name for p in root.iterdir())[:5]) if root.is_dir() else "nothing"
-        raise UserError(f"no folder {name}/ in {root.name}: expected {expected} (there is {here})")
+        raise UserError(f"no folder {name}/ in {root.name}: expected {expected} (there is {_here(root)})")
     return root / name
 
 
 def _file(root: Path, name: str) -> Path:
     if not (root / name).is_file():
-        here = ", ".join(sorted(p.name for p in root.iterdir())[:5]) if root.is_dir() else "nothing"
-        raise UserError(f"no file {name} in {root.name}, which holds {here}")
+        raise UserError(f"no file {name} in {root.name}, which holds {_here(root)}")
     return root / name
+
+
+def _here(root: Path) -> str:
+    """The first things in a folder, in words."""
+    return ", ".join(sorted(p.name for p in root.iterdir())[:5]) if root.is_dir() else "nothing"
 
 
 VOC_CLASSES = (

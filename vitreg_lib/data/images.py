@@ -53,12 +53,11 @@ class Images:
 def load(source: str, model, n: int, seed: int = 0, size: int | None = None) -> Images:
     """`n` images of `source` for a `zoo.Model`, at its own input size or `size` pixels a side.
 
-    source: "scenes"; "textures" (what `mini-corners` learns from, see `train.emergence`); "photos" (those that ship with
-    scikit-image and scikit-learn); "imagenet" (a folder of that name in VITREG_DATA, or in data/ of VITREG_MODELS); or the
-    path of an image or of a folder, searched below. Where a folder holds more than n images, `seed` draws among them;
-    the same seed gives the same images for every model. An image that cannot be read is named in a warning and left
-    out.
-    Raises UserError when a source does not exist or holds no readable image.
+    source: "scenes"; "textures" (what `mini-corners` learns from, see `train.emergence`); "photos" (those that ship
+    with scikit-image and scikit-learn); "imagenet" (a folder of that name in VITREG_DATA, or in data/ of
+    VITREG_MODELS); or the path of an image or of a folder, searched below. Where a folder holds more than n images,
+    `seed` draws among them; the same seed gives the same images for every model. An image that cannot be read is named
+    in a warning and left out. Raises UserError when a source does not exist or holds no readable image.
     """
     size = size or model.input_size
     if source == "scenes":
@@ -69,8 +68,10 @@ def load(source: str, model, n: int, seed: int = 0, size: int | None = None) -> 
     if source == "textures":
         return _textures(n, seed, size)
     paths, title = find(source)
-    order = torch.randperm(len(paths), generator=torch.Generator().manual_seed(seed)).tolist()
-    chosen = [paths[i] for i in (sorted(order[:n]) if source != "photos" else range(min(n, len(paths))))]
+    chosen = paths[:n]
+    if source != "photos":
+        order = torch.randperm(len(paths), generator=torch.Generator().manual_seed(seed)).tolist()
+        chosen = [paths[i] for i in sorted(order[:n])]
     pixels, names = _read(chosen, model, size)
     if not names:
         raise UserError(f"none of the {len(chosen)} images in {source} could be read")

@@ -16,13 +16,15 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 import yaml
 
 from ..errors import UserError, unknown
 from ..paths import DATA
-from . import formats
+from . import formats, images
 from .images import Images, preprocessing
+from .scenes import SHAPES
 
 
 @dataclass
@@ -92,8 +94,7 @@ def load(name: str, split: str = "train") -> Part:
         data = _hub(name, known, split)
     else:
         raise UserError(f"{name} ({known['title']}) is not here: {how(name)}")
-    _check(name, data)
-    classes = f", {_seen(data)} of {known['classes']} classes" if "label" in data.features else ""
+    classes = f", {_classes(name, data)} of {known['classes']} classes" if "label" in data.features else ""
     return Part(data, name, f"{known['title']}{classes}, {split} {len(data)} images", known)
 
 
@@ -109,19 +110,12 @@ def _parquet(place: Path, known: dict, split: str):
 def _hub(name: str, known: dict, split: str):
     from datasets import load_dataset
 
-    from ..models.zoo import hub_client
+    from ..models import zoo
 
-    hub = known["hub"]
-    try:
-        with hub_client():
-            return _renamed(load_dataset(hub["id"], hub.get("config"), split=hub["splits"][split]), hub)
-    except UserError:
-        raise
-    except Exception as error:  # the hub raises many kinds; each means that the data cannot be had
-        raise UserError(
-            f"{name} ({known['title']}) is not here and cannot be had from the hub ({type(error).__name__}: no network "
-            f"or no access): {how(name)}"
-        ) from error
+    there = known["hub"]
+    with zoo.hub(f"{name} ({known['title']})", how(name)):
+        data = load_dataset(there["id"], there.get("config"), split=there["splits"][split])
+    return _renamed(data, there)
 
 
 def _renamed(data, hub: dict):
@@ -133,19 +127,14 @@ def _renamed(data, hub: dict):
     return data.select_columns(["image", "label"])
 
 
-def _check(name: str, data) -> None:
-    """Refuses a split without labels (a hidden test set) or of one class."""
-    if "label" not in data.features:
-        return
+def _classes(name: str, data) -> int:
+    """How many classes the labels hold; refuses a split without labels (a hidden test set) or of one class."""
     labels = set(data.with_format("numpy")["label"][:].tolist())
     if -1 in labels:
         raise UserError(f"{name}: some images have no label (-1), as in a test set whose labels are hidden")
     if len(labels) < 2:
         raise UserError(f"{name} has one class only: nothing to classify")
-
-
-def _seen(data) -> int:
-    return len(set(data.with_format("numpy")["label"][:].tolist()))
+    return len(labels)
 
 
 def chosen(part: Part, n: int | None, seed: int = 0) -> list[int]:
@@ -155,28 +144,26 @@ def chosen(part: Part, n: int | None, seed: int = 0) -> list[int]:
     return sorted(torch.randperm(len(part), generator=torch.Generator().manual_seed(seed))[:n].tolist())
 
 
-def squashed(part: Part, model, rows: list[int], size: int | None = None) -> Images:
+def squashed(part: Part, model, rows: list[int]) -> Images:
     """Rows of a part as the model sees them, squashed to its square with nothing cut off, so that masks fit."""
     model = dataclasses.replace(model, crop=1.0, crop_mode="squash")
-    transform = preprocessing(model, size or model.input_size)
+    transform = preprocessing(model, model.input_size)
     pixels = torch.stack([transform(part.data[i]["image"].convert("RGB")) for i in rows])
     return Images(model.normalise(pixels), pixels, [str(i) for i in rows], f"{part.title}, {len(rows)} taken")
 
 
-def segmentation(name: str, split: str, model, n: int | None = None, seed: int = 0, size: int | None = None):
+def segmentation(name: str, split: str, model, n: int | None = None, seed: int = 0):
     """(`Images`, masks (images, side, side), number of classes) of a segmentation set, or of "scenes".
 
     Masks are class numbers from 0 at the images' own size, resized without mixing; `formats.IGNORE` (255) has no label.
     Splits of scenes are different scenes: class 0 is the background, the others are shapes.
     """
     if name == "scenes":
-        pictures = _scenes(model, split, n, seed, size)
-        from .scenes import SHAPES
-
+        pictures = _scenes(model, split, n, seed)
         return pictures, pictures.scenes.semantic, len(SHAPES) + 1
     part = _of(name, split, "mask", "segmentation")
     rows = chosen(part, n, seed)
-    pictures = squashed(part, model, rows, size)
+    pictures = squashed(part, model, rows)
     side = pictures.x.shape[-1]
     masks = [formats.mask_classes(_plane(part.data[i]["mask"], side), part.entry["folder"]) for i in rows]
     found, classes = torch.stack(masks), part.entry["classes"]
@@ -185,28 +172,28 @@ def segmentation(name: str, split: str, model, n: int | None = None, seed: int =
     return pictures, found, classes
 
 
-def depth(name: str, split: str, model, n: int | None = None, seed: int = 0, size: int | None = None):
+def depth(name: str, split: str, model, n: int | None = None, seed: int = 0):
     """(`Images`, depths (images, side, side), largest depth) of a depth set in metres, or of "scenes" in their unit.
 
     0 where there is no measurement, as `probes.depth` expects it.
     """
     if name == "scenes":
-        pictures = _scenes(model, split, n, seed, size)
+        pictures = _scenes(model, split, n, seed)
         return pictures, pictures.scenes.depth, 10.0
     part = _of(name, split, "depth", "depth")
     rows, spec = chosen(part, n, seed), part.entry["folder"]
-    pictures = squashed(part, model, rows, size)
+    pictures = squashed(part, model, rows)
     side = pictures.x.shape[-1]
     depths = torch.stack([_plane(part.data[i]["depth"], side).float() / spec["unit"] for i in rows])
     return pictures, depths, float(spec["max_depth"])
 
 
-def boxes(name: str, model, n: int | None = None, seed: int = 0, split: str = "train"):
+def boxes(name: str, model, n: int | None = None, seed: int = 0):
     """(`Images`, boxes): those that have an object, and for each its boxes (objects, 4) in the squashed image's pixels.
 
     As `data.boxes.load` gives them; images without a box are left out and counted in `source`.
     """
-    part = _of(name, split, "boxes", "boxes")
+    part = _of(name, "train", "boxes", "boxes")
     rows = chosen(part, n, seed)
     keep = [i for i in rows if part.data[i]["boxes"]]
     if not keep:
@@ -231,7 +218,6 @@ def _of(name: str, split: str, column: str, task: str) -> Part:
 
 def _plane(picture, side: int) -> torch.Tensor:
     """(side, side) numbers of a one-channel picture, resized without mixing them."""
-    import numpy as np
     from PIL import Image
 
     if picture.mode not in ("L", "P", "I", "I;16", "I;16B"):
@@ -239,9 +225,7 @@ def _plane(picture, side: int) -> torch.Tensor:
     return torch.from_numpy(np.array(picture.resize((side, side), Image.NEAREST)).astype(np.int64))
 
 
-def _scenes(model, split: str, n: int | None, seed: int, size: int | None) -> Images:
+def _scenes(model, split: str, n: int | None, seed: int) -> Images:
     """Held-out scenes: even hundred thousands train, odd ones test, so that the splits never share one."""
-    from . import images
-
     first = 2 * seed + (split == "test")
-    return images.load("scenes", model, n or 200, first, size)
+    return images.load("scenes", model, n or 200, first)

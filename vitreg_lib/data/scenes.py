@@ -12,6 +12,7 @@ image's side.
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass, fields
 
@@ -74,6 +75,11 @@ class Scenes:
 
     def __len__(self) -> int:
         return len(self.pixels)
+
+    @property
+    def visible_boxes(self) -> list[torch.Tensor]:
+        """(objects, 4) boxes of the visible objects, for each image."""
+        return [boxes[visible] for boxes, visible in zip(self.boxes, self.visible, strict=True)]
 
     def captions(self) -> list[str]:
         """One sentence an image: the main object, one other with its relation, the background."""
@@ -208,30 +214,26 @@ def _surface(kind, x, y, turn, frequency):
     return 1 - 0.5 * dark
 
 
-_outline_cache: dict[torch.device, torch.Tensor] = {}
-
-
+@functools.cache
 def _outlines(device) -> torch.Tensor:
     """(shapes, angles): the outline's distance from the centre, as a share of the radius."""
-    if device not in _outline_cache:
-        angle = torch.arange(_ANGLES) * (2 * math.pi / _ANGLES)
-        turn = [2 * math.pi * k / 10 for k in range(10)]
-        star = [((1.0 if k % 2 == 0 else 0.45), t) for k, t in enumerate(turn)]
-        arm, w = 1.0, 0.3
-        corners = [(arm, w), (w, w), (w, arm), (-w, arm), (-w, w), (-arm, w)]
-        cross = corners + [(-x, -y) for x, y in corners]
-        table = {
-            "disc": torch.ones(_ANGLES),
-            "square": _polygon([(0.8, 0.8), (-0.8, 0.8), (-0.8, -0.8), (0.8, -0.8)], angle),
-            "triangle": _polygon([(math.cos(t), math.sin(t)) for t in (0, 2 * math.pi / 3, 4 * math.pi / 3)], angle),
-            "star": _polygon([(r * math.cos(t), r * math.sin(t)) for r, t in star], angle),
-            "cross": _polygon(cross, angle),
-            "ring": torch.ones(_ANGLES),
-            "bar": _polygon([(1.0, 0.3), (-1.0, 0.3), (-1.0, -0.3), (1.0, -0.3)], angle),
-            "moon": _half_disc(angle),
-        }
-        _outline_cache[device] = torch.stack([table[name] for name in SHAPES]).to(device)
-    return _outline_cache[device]
+    angle = torch.arange(_ANGLES) * (2 * math.pi / _ANGLES)
+    turn = [2 * math.pi * k / 10 for k in range(10)]
+    star = [((1.0 if k % 2 == 0 else 0.45), t) for k, t in enumerate(turn)]
+    arm, w = 1.0, 0.3
+    corners = [(arm, w), (w, w), (w, arm), (-w, arm), (-w, w), (-arm, w)]
+    cross = corners + [(-x, -y) for x, y in corners]
+    table = {
+        "disc": torch.ones(_ANGLES),
+        "square": _polygon([(0.8, 0.8), (-0.8, 0.8), (-0.8, -0.8), (0.8, -0.8)], angle),
+        "triangle": _polygon([(math.cos(t), math.sin(t)) for t in (0, 2 * math.pi / 3, 4 * math.pi / 3)], angle),
+        "star": _polygon([(r * math.cos(t), r * math.sin(t)) for r, t in star], angle),
+        "cross": _polygon(cross, angle),
+        "ring": torch.ones(_ANGLES),
+        "bar": _polygon([(1.0, 0.3), (-1.0, 0.3), (-1.0, -0.3), (1.0, -0.3)], angle),
+        "moon": _half_disc(angle),
+    }
+    return torch.stack([table[name] for name in SHAPES]).to(device)
 
 
 def _polygon(corners, angle):

@@ -128,9 +128,8 @@ def _count(s: scenes.Scenes):
 
 
 def _size(s: scenes.Scenes):
-    return torch.bucketize(
-        s.radius[:, 0].contiguous(), torch.tensor([0.24, 0.28])
-    )  # thirds of the range of a main object's radius
+    thirds = torch.tensor([0.24, 0.28])  # of the range of a main object's radius
+    return torch.bucketize(s.radius[:, 0].contiguous(), thirds)
 
 
 def _quarter(s: scenes.Scenes):

@@ -26,7 +26,7 @@ import math
 import torch
 from torch import nn
 
-from ..capture import capture
+from ..capture import capture, hooks
 from ..data import scenes
 
 POSITIONS = (14, 21, 40, 67, 92, 105, 117, 130)  # of the 12 x 12 grid, row by row
@@ -93,9 +93,9 @@ def truth(images: torch.Tensor) -> torch.Tensor:
     """(n, 144) bool: which patches of normalised images (n, 3, 96, 96) carry an artifact. From pixels alone."""
     grey = images.mean(1)
     patches = grey.unfold(1, 8, 8).unfold(2, 8, 8)  # (n, 12, 12, 8, 8)
-    responses = torch.einsum("nrchw,fhw->nrcf", patches.double(), filters().double())
+    responses = torch.einsum("nrchw,fhw->nrcf", patches.double(), filters().to(patches).double())
     quiet = (responses.abs() < THRESHOLD).all(-1).flatten(1)
-    chosen = torch.zeros(quiet.shape[1], dtype=torch.bool)
+    chosen = torch.zeros(quiet.shape[1], dtype=torch.bool, device=quiet.device)
     chosen[list(POSITIONS)] = True
     return quiet & chosen
 
@@ -120,11 +120,13 @@ def _measure(base, layer: int) -> dict:
     """
     images = base.normalise(scenes.render(range(1 << 41, (1 << 41) + 256)).pixels)
     entering = []
+
+    def keep(norm, inputs):
+        entering.append(inputs[0].cpu())
+
     blocks = base.module.blocks[layer - 1 : layer + 1]
-    hooks = [b.norm2.register_forward_pre_hook(lambda _, given: entering.append(given[0])) for b in blocks]
-    seen = capture(base.module, images, ("tokens", "norms"), [layer - 1, layer], batch_size=len(images))
-    for hook in hooks:
-        hook.remove()
+    with hooks(*((block.norm2.register_forward_pre_hook, keep) for block in blocks)):
+        seen = capture(base.module, images, ("tokens", "norms"), [layer - 1, layer], batch_size=len(images))
     tokens = seen.tokens[layer - 1] - seen.tokens[layer - 1].mean(2, keepdim=True)
     quiet = truth(images)
     sizes = [(x - x.mean(2, keepdim=True))[:, 1:][quiet].norm(dim=1).median().item() for x in entering]

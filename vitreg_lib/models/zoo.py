@@ -62,8 +62,13 @@ class Model:
         return dissect(self.module)
 
     @property
+    def weights(self) -> torch.Tensor:
+        """One of the weights: `x.to(model.weights)` has the device and the precision that the model wants."""
+        return next(self.module.parameters())
+
+    @property
     def device(self) -> torch.device:
-        return next(self.module.parameters()).device
+        return self.weights.device
 
     @property
     def is_control(self) -> bool:
@@ -71,8 +76,8 @@ class Model:
 
     def normalise(self, pixels: torch.Tensor) -> torch.Tensor:
         """Pixels in [0, 1] (n, 3, height, width) as the model wants them."""
-        shape = (1, 3, 1, 1)
-        return (pixels - torch.tensor(self.mean).view(shape)) / torch.tensor(self.std).view(shape)
+        mean, std = (torch.tensor(values).view(1, 3, 1, 1).to(pixels) for values in (self.mean, self.std))
+        return (pixels - mean) / std
 
     def capture(self, images: torch.Tensor, keep="norms", **options) -> _capture.Capture:
         """`capture.capture` of this model; `images` are normalised, or an `Images` set."""
@@ -158,7 +163,7 @@ def available(name: str) -> str:
 
 
 def _register_count(name: str, text: str) -> int:
-    if not text.isdigit() or not 0 <= int(text) <= 64:
+    if not text.isdecimal() or int(text) > 64:
         raise UserError(f"{name!r}: write +ttrN with N from 0 to 64, for instance {name.partition('+')[0]}+ttr4")
     return int(text)
 
@@ -208,15 +213,15 @@ def _mini_file(name, path, about="", image_size=None):
 
 def _random(name: str, image_size: int | None) -> Model:
     inner = name.removeprefix("random:")
-    torch.manual_seed(0)
-    if inner in entries() and "file" in entries()[inner]:
-        reference = _entry(inner, image_size)
-        reference.module.init_weights("")
-        return Model(
-            name, reference.module, weights_sha256(reference.module), "random control", input_size=reference.input_size
-        )
-    architecture = entries().get(inner, {}).get("timm", inner.removeprefix("timm:"))
-    module = _create(architecture, image_size, pretrained=False)
+    with torch.random.fork_rng(devices=[]):  # the CPU's state alone: torch.manual_seed would reach into CUDA
+        torch.default_generator.manual_seed(0)
+        if "file" in entries().get(inner, {}):
+            model = _entry(inner, image_size)
+            model.module.init_weights("")
+            sha256 = weights_sha256(model.module)
+            return Model(name, model.module, sha256, "random control", input_size=model.input_size)
+        architecture = entries().get(inner, {}).get("timm", inner.removeprefix("timm:"))
+        module = _create(architecture, image_size, pretrained=False)
     return _with_config(name, module, weights_sha256(module), image_size, role="random control")
 
 
@@ -275,23 +280,21 @@ def _timm(name: str, timm_name: str, image_size: int | None) -> Model:
     folder = _folder(timm_name)
     if folder:
         return _hub_folder(timm_name, folder, image_size)
-    try:
-        with hub_client():
-            module = _create(timm_name, image_size, pretrained=True)
-    except UserError:
-        raise
-    except Exception as error:  # the hub raises many kinds; each means that the weights cannot be had
-        raise UserError(
-            f"{name}: its weights cannot be had ({type(error).__name__}: no network, or no such weights). Put a folder "
-            f"with config.json and model.safetensors from the hub's timm/{timm_name} into a folder named by "
-            "VITREG_MODELS, or use --profile mini, which works offline"
-        ) from error
+    instead = (
+        f"put a folder with config.json and model.safetensors from the hub's timm/{timm_name} into a folder named by "
+        "VITREG_MODELS, or use --profile mini, which works offline"
+    )
+    with hub(f"{name}: its weights", instead):
+        module = _create(timm_name, image_size, pretrained=True)
     return _with_config(timm_name, module, weights_sha256(module), image_size)
 
 
 @contextmanager
-def hub_client():
-    """The hub's client; it keeps to its cache where the hub's address cannot be found, or it would try for a minute."""
+def hub(what: str, instead: str):
+    """The hub's client; whatever fails in it is told as a UserError: `what` cannot be had, and what to do `instead`.
+
+    It keeps to its cache where the hub's address cannot be found, or it would try for a minute.
+    """
     from huggingface_hub import constants
 
     before = constants.HF_HUB_OFFLINE
@@ -302,6 +305,11 @@ def hub_client():
         constants.HF_HUB_OFFLINE = True
     try:
         yield
+    except UserError:
+        raise
+    except Exception as error:  # the hub raises many kinds
+        why = f"{type(error).__name__}: no network, no access, or no such thing there"
+        raise UserError(f"{what} cannot be had from the hub ({why}): {instead}") from error
     finally:
         constants.HF_HUB_OFFLINE = before
 
@@ -339,8 +347,10 @@ def _file(name: str, image_size: int | None) -> Model:
         raise UserError(
             f"{name}: the file does not say its architecture; write file:{location}#ARCH with a name of timm's"
         )
-    module = _create(architecture, image_size, pretrained=False)
-    _fill(name, module, tensors)
+    head = tensors.get("head.weight")
+    options = {} if head is None else {"num_classes": len(head)}
+    module = _create(architecture, image_size, pretrained=False, **options)
+    _fill(name, module, _at_size(module, tensors) if image_size else tensors)
     return _with_config(name, module, file_sha256(path), image_size)
 
 
@@ -364,7 +374,19 @@ def _read_pickle(path: Path) -> dict[str, torch.Tensor]:
             content = content[key]
     if not isinstance(content, dict):
         raise UserError(f"{path.name} holds no weights by name, but a {type(content).__name__}")
-    return {re.sub(r"^(module|backbone)\.", "", k): v for k, v in content.items() if torch.is_tensor(v)}
+    return {re.sub(r"^(module\.|backbone\.)+", "", k): v for k, v in content.items() if torch.is_tensor(v)}
+
+
+def _at_size(module: nn.Module, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Weights whose position embeddings, of a square grid, are interpolated to the module's grid."""
+    from timm.layers import resample_abs_pos_embed
+
+    stored, own = tensors.get("pos_embed"), getattr(module, "pos_embed", None)
+    if stored is None or own is None or stored.shape[1] == own.shape[1]:
+        return tensors
+    prefix = own.shape[1] - module.patch_embed.num_patches
+    resized = resample_abs_pos_embed(stored, module.patch_embed.grid_size, num_prefix_tokens=prefix)
+    return tensors | {"pos_embed": resized}
 
 
 def _fill(name: str, module: nn.Module, tensors: dict[str, torch.Tensor]) -> None:

@@ -68,13 +68,20 @@ def local_probes(tokens: Tensor, pixels: Tensor, is_outlier: Tensor, max_tokens:
     tokens (images, patches, dim), pixels (images, patches, values). Columns: test (tokens scored), accuracy, distance
     (grid cells), chance, l2 (in the unit of the pixels), relative (l2 over that of the best constant patch).
     """
+    return _both_probes(tokens, pixels, is_outlier.shape[1:], groups(is_outlier), max_tokens, seed)
+
+
+def _both_probes(tokens: Tensor, pixels: Tensor, grid, masks: dict[str, Tensor], max_tokens: int, seed: int):
+    """The table of `local_probes` for groups given as masks (images, patches)."""
     n, patches, _ = tokens.shape
-    flat = {name: mask.flatten() for name, mask in groups(is_outlier).items()}
-    ids = torch.arange(n).repeat_interleave(patches)
-    options = dict(groups=flat, image_ids=ids, max_tokens=max_tokens, seed=seed)
-    places = torch.arange(patches).repeat(n)
-    x = tokens.flatten(0, 1)
-    found = position_probe(x, places, tuple(is_outlier.shape[1:]), **options).set_index(["group", "fit"])
+    options = dict(
+        groups={name: mask.flatten() for name, mask in masks.items()},
+        image_ids=torch.arange(n).repeat_interleave(patches),
+        max_tokens=max_tokens,
+        seed=seed,
+    )
+    x, places = tokens.flatten(0, 1), torch.arange(patches).repeat(n)
+    found = position_probe(x, places, tuple(grid), **options).set_index(["group", "fit"])
     drawn = reconstruction_probe(x, pixels.flatten(0, 1), **options).set_index(["group", "fit"])
     return found[["test", "accuracy", "distance", "chance"]].join(drawn[["l2", "relative"]])
 
@@ -97,19 +104,11 @@ def across_registers(
     borrowed = same_places(union)
     rows = {}
     for name, x in tokens.items():
-        n, patches, _ = x.shape
-        shape = tuple(masks[name].shape[1:])
-        places = union[borrowed.get(name, name)].flatten()
-        flat = {"normal": ~masks[name].flatten(), "shared": ~union[name].flatten()} | (
-            {"places": places} if places.any() else {}
-        )
-        ids, where = torch.arange(n).repeat_interleave(patches), torch.arange(patches).repeat(n)
+        parts = {"normal": ~masks[name], "shared": ~union[name]}
+        if (places := union[borrowed.get(name, name)]).any():
+            parts["places"] = places
         for seed in seeds:
-            options = dict(groups=flat, image_ids=ids, max_tokens=max_tokens, seed=seed)
-            found = position_probe(x.flatten(0, 1), where, shape, **options).set_index(["group", "fit"])
-            drawn = reconstruction_probe(x.flatten(0, 1), pixels[name].flatten(0, 1), **options)
-            columns = ["test", "accuracy", "distance", "chance"]
-            rows[name, seed] = found[columns].join(drawn.set_index(["group", "fit"])[["l2", "relative"]])
+            rows[name, seed] = _both_probes(x, pixels[name], masks[name].shape[1:], parts, max_tokens, seed)
     return pd.concat(rows, names=["model", "seed"]).reorder_levels(["model", "group", "fit", "seed"])
 
 
@@ -179,7 +178,7 @@ def likeness(similarity: Tensor, is_outlier: Tensor, draws: int = 500, seed: int
     (ties count half), each with _low and _high, the middle 95 % of a bootstrap that draws whole images. Without
     outliers all but the medians of the groups that exist are NaN.
     """
-    masks = groups(is_outlier)
+    similarity, masks = similarity.cpu(), groups(is_outlier.cpu())
     result = {f"median_{k}": similarity[m].median().item() if m.any() else float("nan") for k, m in masks.items()}
     images = torch.arange(len(similarity))[:, None].expand_as(similarity)
     generator = torch.Generator().manual_seed(seed)

@@ -37,7 +37,7 @@ def position_probe(
     """
     if len(positions) and not 0 <= int(positions.min()) <= int(positions.max()) < grid[0] * grid[1]:
         raise ValueError(f"positions must lie in 0…{grid[0] * grid[1] - 1} for grid {grid[0]}x{grid[1]}")
-    positions = positions.long()
+    positions = positions.long().to(tokens.device)
 
     def fit(train, val):
         places = positions[train].unique()  # the classes: places seen in training
@@ -79,21 +79,22 @@ def three_fits(tokens, groups, image_ids, normal, fit, score, columns, max_token
     import pandas as pd
 
     groups = _check_groups(tokens, groups, image_ids, normal)
-    part = split_by_image(image_ids, seed=seed)
+    part = split_by_image(image_ids, seed=seed).to(tokens.device)
     everything = torch.stack(list(groups.values())).any(0)
-    shared = {
-        normal: _fit(fit, groups[normal], part, max_tokens, seed)
-    }  # where masks are the same, one fit serves both
-    alike = torch.equal(everything, groups[normal])
-    shared["all"] = shared[normal] if alike else _fit(fit, everything, part, max_tokens, seed)
+    fits: list = []  # (mask, fit): where masks are the same, one fit serves both
+
+    def fitted(mask):
+        for other, known in fits:
+            if torch.equal(mask, other):
+                return known
+        fits.append((mask, _fit(fit, mask, part, max_tokens, seed)))
+        return fits[-1][1]
+
     rows = []
     for name, mask in groups.items():
-        same = next(
-            (k for k, other in ((normal, groups[normal]), ("all", everything)) if torch.equal(mask, other)), None
-        )
-        own = shared[same] if same else _fit(fit, mask, part, max_tokens, seed)
         test = mask & (part == 2)
-        for label, (result, train) in (("normal", shared[normal]), ("all", shared["all"]), ("own", own)):
+        for label, trained_on in (("normal", groups[normal]), ("all", everything), ("own", mask)):
+            result, train = fitted(trained_on)
             row = {"group": name, "fit": label, "train": int(train.sum()), "test": int(test.sum())}
             scored = score(result, test, mask & (part == 0)) if test.any() else {}
             rows.append(row | {column: scored.get(column, float("nan")) for column in columns})

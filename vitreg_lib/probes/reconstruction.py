@@ -34,7 +34,7 @@ def reconstruction_probe(
     """
     if len(pixels) != len(tokens):
         raise ValueError(f"there are {len(tokens)} tokens, but {len(pixels)} patches of pixels")
-    pixels = pixels.flatten(1).float()
+    pixels = pixels.flatten(1).float().to(tokens.device)
 
     def fit(train, val):
         if int(train.sum()) < 2:
@@ -49,19 +49,13 @@ def reconstruction_probe(
         if result is None:
             return {}
         draw, mean, strength = result
-        error, flat = draw(test) - pixels[test], _l2(mean - pixels[test])
+        error = draw(test) - pixels[test]
+        l2, flat = _l2(error), _l2(mean - pixels[test])
         rmse = float(error.double().square().mean().sqrt())
-        return {
-            "l2": _l2(error),
-            "rmse": rmse,
-            "flat": flat,
-            "relative": _l2(error) / max(flat, 1e-12),
-            "strength": strength,
-        }
+        return {"l2": l2, "rmse": rmse, "flat": flat, "relative": l2 / max(flat, 1e-12), "strength": strength}
 
-    return three_fits(
-        tokens, groups, image_ids, normal, fit, score, ["l2", "rmse", "flat", "relative", "strength"], max_tokens, seed
-    )
+    columns = ["l2", "rmse", "flat", "relative", "strength"]
+    return three_fits(tokens, groups, image_ids, normal, fit, score, columns, max_tokens, seed)
 
 
 def patch_pixels(images: Tensor, patch_size: int) -> Tensor:

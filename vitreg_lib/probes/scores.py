@@ -16,6 +16,8 @@ from torch import Tensor
 
 from ..data import registry, tasks
 from ..errors import UserError
+from ..outliers import without_registers
+from ..paths import DATA
 from . import depth, linear, segmentation
 from .tokens import held_out
 
@@ -138,7 +140,8 @@ def _load(task: str, source: str, split: str, model, n: int, seed: int, cache: d
         if labels.ndim != 1:
             raise UserError(f"{source} has several labels an image: choose a data set of one")
         pixels = torch.cat([part.pixels(part.rows[i : i + 64], model) for i in range(0, len(part), 64)])
-        return _Part(part.title, *_features(model, model.normalise(pixels)), labels, problem.tasks[0].classes)
+        whole = _Part(part.title, *_features(model, model.normalise(pixels)), labels, problem.tasks[0].classes)
+        return whole.take(labels != tasks.LEFT_OUT)
     load = registry.segmentation if task == "miou" else registry.depth
     pictures, truth, most = load(source, split, model, n, seed)
     return _Part(pictures.source, *_features(model, pictures.x), truth, most)
@@ -194,9 +197,7 @@ def _depth_scores(train: _Part, test: _Part, seed: int, steps: int, bins: int, s
     options = dict(max_depth=train.most, upsample=2)
     head = depth.fit_depth(x, train.grid, coarse, bins=bins, steps=steps, lr=1e-2, seed=seed, **options)
     guess = depth.predict_depth(head, x_test, test.grid, tuple(test.truth.shape[1:]), **options)
-    valid = (test.truth > 0) & (test.truth <= train.most)
-    squared = torch.where(valid, (guess - test.truth).double().square(), 0).sum((1, 2))
-    return (squared / valid.sum((1, 2))).sqrt()[:, None]  # 0 / 0 is NaN: an image without a valid pixel
+    return depth.image_rmse(guess, test.truth, train.most)[:, None]
 
 
 _SCORED = {"accuracy": _class_scores, "miou": _mask_scores, "rmse": _depth_scores}
@@ -222,10 +223,11 @@ def changes(found: dict[str, Scores], pairs: dict[str, str], draws: int = 1000, 
     """
     import pandas as pd
 
-    rows, generator = {}, torch.Generator().manual_seed(seed)
+    rows = {}
     for name, base in pairs.items():
-        for task in found[name].parts.keys() & found[base].parts.keys():
+        for task in (t for t in TASKS if t in found[name].parts and t in found[base].parts):
             one, other = found[name].parts[task], found[base].parts[task]
+            generator = torch.Generator().manual_seed(seed)
             seeds, images = one.shape[:2]
             drawn = torch.empty(draws, dtype=torch.float64)
             for i in range(draws):
@@ -236,16 +238,11 @@ def changes(found: dict[str, Scores], pairs: dict[str, str], draws: int = 1000, 
             change = (SCORE[task](one) - SCORE[task](other)).mean().item()
             rows[name, task] = {"without": base, "change": change, "low": low, "high": high}
     index = pd.MultiIndex.from_tuples(rows, names=["model", "task"])
-    frame = pd.DataFrame(list(rows.values()), index=index, columns=["without", "change", "low", "high"])
-    order = {task: i for i, task in enumerate(TASKS)}
-    return frame.sort_index(level="task", key=lambda t: t.map(order), sort_remaining=False).sort_index(
-        level="model", key=lambda m: m.map({n: i for i, n in enumerate(pairs)}), sort_remaining=False, kind="stable"
-    )
+    return pd.DataFrame(list(rows.values()), index=index, columns=["without", "change", "low", "high"])
 
 
 def ladders(names) -> dict[str, list[str]]:
     """{family: names by number of registers, from none} of the models of which at least three numbers are here."""
-    from ..outliers import without_registers
 
     def count(name):
         rest = name.removeprefix(without_registers(name))
@@ -308,18 +305,15 @@ def class_iou(found: Scores) -> Tensor:
 
 def reported(registers: bool) -> dict[tuple[str, str], float]:
     """The paper's Table 2a: {(family, task): score}, shares from 0 to 1, for the models without or with registers."""
-    import csv
-
-    from ..paths import DATA
+    import pandas as pd
 
     families = {"DeiT-III ViT-B": "deit3", "OpenCLIP ViT-B/16": "clip", "DINOv2 ViT-L": "dinov2"}
     metrics = {"top-1": ("accuracy", 100), "mIoU": ("miou", 100), "rmse": ("rmse", 1)}
-    with open(DATA / "reported" / "table2a.csv", newline="") as f:
-        rows = [row for row in csv.DictReader(f) if (row["registers"] != "0") == registers]
+    rows = pd.read_csv(DATA / "reported" / "table2a.csv")
     found = {}
-    for row in rows:
-        task, scale = metrics[row["metric"]]
-        found[families[row["model"]], task] = float(row["value"]) / scale
+    for row in rows[(rows.registers > 0) == registers].itertuples():
+        task, scale = metrics[row.metric]
+        found[families[row.model], task] = row.value / scale
     return found
 
 

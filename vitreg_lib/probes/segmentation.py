@@ -1,4 +1,4 @@
-"""Linear segmentation on frozen patch tokens, scored by mIoU (Table 2a and Fig. 8, ADE20k).
+"""Linear segmentation on frozen patch tokens (Table 2a and Fig. 8, ADE20k).
 
 The protocol of DINOv2 (Oquab et al. 2023): batch norm and one linear layer on the patch tokens, logits up-sampled
 bilinearly to the labels' size, cross-entropy, AdamW at 1e-3 with a short warm-up and linear decay. Ours: the number of
@@ -66,25 +66,10 @@ def predict_segmentation(
     return torch.cat([interpolate(m, size, mode="bilinear", align_corners=False).argmax(1) for m in maps])
 
 
-def mean_iou(predicted: Tensor, masks: Tensor, num_classes: int, ignore_index: int = 255) -> float:
-    """mIoU, 0 to 1, over the pixels of all images, by torchmetrics; classes never predicted nor labelled are left out.
-
-    Raises ValueError when no pixel has a label.
-    """
-    from torchmetrics.functional.classification import multiclass_jaccard_index
-
-    masks = masks.long().to(predicted.device)
-    labelled = masks != ignore_index
-    if not labelled.any():
-        raise ValueError(f"no pixel has a label (all are {ignore_index}): mIoU is not defined")
-    score = multiclass_jaccard_index(predicted[labelled], masks[labelled], num_classes, average="macro")
-    return float(score)
-
-
 def train_head(tokens, grid, outputs, loss, steps, batch_size, lr, seed, weight_decay: float = 1e-4) -> LinearHead:
     """A LinearHead trained to lower `loss(maps, rows)`: batches of images drawn by `seed`, warm-up over a tenth."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with torch.random.fork_rng(devices=[]):  # the CPU's state alone: torch.manual_seed would reach into CUDA
+        torch.default_generator.manual_seed(seed)
         head = LinearHead(tokens.shape[-1], outputs)
     head = head.to(tokens.device).train()
     optimizer = torch.optim.AdamW(head.parameters(), lr=lr, weight_decay=weight_decay)

@@ -3,8 +3,8 @@
 Its evaluation code [recall]: SGD with momentum 0.9, no weight decay, batches of 1024 for 12,500 steps, cosine decay to
 0, 13 learning rates (`LEARNING_RATES`, for 256 images a batch, scaled with the batch), weights drawn with deviation
 0.01; cls of the last one or four blocks with or without the mean patch. The rate is chosen on held-out images (there on
-the validation set itself). Ours: features come from the cache in shuffled chunks, so that no more than a chunk is in
-memory, without the random crops and flips of the original; one pass over the data serves all rates.
+the validation set itself). Ours: features are extracted once, without the random crops and flips of the original; one
+pass over the data serves all rates.
 """
 
 from collections.abc import Iterator
@@ -90,33 +90,6 @@ def batches(x: Tensor, y: Tensor, batch_size: int, seed: int = 0) -> Iterator[tu
         for i in range(0, len(order) - size + 1, size):
             rows = order[i : i + size].to(x.device)
             yield x[rows], y[rows.to(y.device)]
-
-
-def from_cache(
-    part, names: tuple[str, ...], y: Tensor, batch_size: int = 1024, chunk: int = 64, seed: int = 0
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Endless batches of cached `features.Features`: columns `names` side by side, labels y (images,), -1 left out.
-
-    Shuffled by reading 16 stretches of consecutive rows, drawn anew each epoch, and mixing their rows: at most
-    `chunk` batches are in memory. ("cls", "mean") is the original's cls with the mean patch token.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    stretch = max(1, chunk * batch_size // 16)
-    starts = torch.arange(0, len(part), stretch)
-    held = []
-    while True:
-        for group in starts[torch.randperm(len(starts), generator=generator)].split(16):
-            rows = torch.cat([torch.arange(int(s), min(int(s) + stretch, len(part))) for s in group])
-            rows = rows[y[rows] >= 0]
-            rows = rows[torch.randperm(len(rows), generator=generator)]
-            x = torch.cat([part.column(name, rows).flatten(1) for name in names], 1)
-            held = [
-                (torch.cat([a, b]), torch.cat([c, d])) for (a, c), (b, d) in zip(held, [(x, y[rows])], strict=False)
-            ]
-            held = held or [(x, y[rows])]
-            while len(held[0][0]) >= batch_size:
-                yield held[0][0][:batch_size], held[0][1][:batch_size]
-                held = [(held[0][0][batch_size:], held[0][1][batch_size:])]
 
 
 def fit_selected(

@@ -5,7 +5,6 @@ one; the paper's own comparison stands beside. Each function yields (claim id, h
 for `Run.claim`. Points are percentage points.
 """
 
-import csv
 from collections.abc import Iterator
 
 from ..data import registry
@@ -21,26 +20,21 @@ def reported():
     """The paper's Table 1 with the spread of Table 6: a DataFrame by (task, token), score and sd from 0 to 1."""
     import pandas as pd
 
-    rows: dict = {}
-    with open(DATA / "reported" / "table6.csv", newline="") as f:
-        for row in csv.DictReader(f):
-            token, task = (part.partition("=")[2] for part in row["setting"].split(";"))
-            found = rows.setdefault((task, token.strip("[]").lower()), {"score": float("nan"), "sd": float("nan")})
-            found["sd" if row["metric"].startswith("std") else "score"] = float(row["value"]) / 100
-    table = pd.DataFrame.from_dict(rows, orient="index")
-    table.index = pd.MultiIndex.from_tuples(rows, names=["task", "token"])
+    rows = pd.read_csv(DATA / "reported" / "table6.csv")
+    named = rows.setting.str.extract(r"token=\[?(?P<token>\w+)\]?;dataset=(?P<task>.+)")
+    rows = rows.assign(token=named.token.str.lower(), task=named.task, share=rows.value / 100)
+    rows["column"] = rows.metric.str.startswith("std").map({True: "sd", False: "score"})
+    table = rows.pivot(index=["task", "token"], columns="column", values="share").rename_axis(columns=None)
     return table.loc[[(task, token) for task in COLUMNS for token in ("cls", "normal", "outlier")]]
 
 
 def reported_by_registers() -> dict[str, dict[int, float]]:
     """The paper's Table 4: {token: {registers: score in %}}, of the columns that can be read."""
-    rows: dict = {}
-    with open(DATA / "reported" / "table4.csv", newline="") as f:
-        for row in csv.DictReader(f):
-            if row["value"]:
-                token = row["setting"].split(";")[0].partition("=")[2].strip("[]").lower()
-                rows.setdefault(token, {})[int(row["registers"])] = float(row["value"])
-    return rows
+    import pandas as pd
+
+    rows = pd.read_csv(DATA / "reported" / "table4.csv").dropna(subset="value")
+    token = rows.setting.str.extract(r"token=\[?([^\];]+)")[0].str.lower()
+    return {t: dict(zip(part.registers, part.value, strict=True)) for t, part in rows.groupby(token, sort=False)}
 
 
 def measure(run, found: tokens.Classified) -> None:

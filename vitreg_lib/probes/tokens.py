@@ -20,13 +20,14 @@ import torch
 from torch import Tensor
 
 from .. import features as feature_cache
-from .. import outliers
+from .. import outliers, paired
 from ..errors import UserError
 from . import _lbfgs, linear, sgd
 
 STRENGTHS = (1e-3, 1e-2, 1e-1, 1.0, 10.0)  # of features scaled to unit size; DINOv2's 45 are in `linear`
-EXACT = 200_000  # training images up to which the optimum is computed; beyond, by SGD from the cache
+EXACT = 200_000  # training images up to which the optimum is computed; beyond, SGD comes near it
 LEAST = 4  # training images that a class must have
+_COLUMN = {"register": "registers"}  # of the features, where it has another name than the kind of token
 
 
 @dataclass
@@ -58,9 +59,8 @@ def classify(
     found, result = [], Classified(None)
     result.cutoffs = {m.label: feature_cache.cutoff_of(m, problems[0].train, progress) for m in models}
     result.owner = lenders(models, result.cutoffs)
-    ordered = sorted(
-        models, key=lambda m: result.owner.get(m.label) != m.label
-    )  # owners first: others borrow from them
+    # owners first: others borrow from them
+    ordered = sorted(models, key=lambda m: result.owner.get(m.label) != m.label)
     work = [(problem, model) for problem in problems for model in ordered]
     own = {}
     for problem, model in tqdm(work, desc="models and data sets", disable=not progress, leave=False):
@@ -130,9 +130,9 @@ def _model_on(model, problem, parts: list, strengths, seed: int) -> tuple[list[d
     for task in problem.tasks:
         keep, y, count = usable(task, has)
         for token in kinds:
-            if {"register": "registers"}.get(token, token) not in parts[0]:
+            if _COLUMN.get(token, token) not in parts[0]:
                 continue
-            x = [_column(p, token, k) for p, k in zip(parts, keep, strict=True)]
+            x = [_drawn_tokens(p, token, k) for p, k in zip(parts, keep, strict=True)]
             scored = [one(*(v[:, d] for v in x), *y, task.metric, strengths, seed) for d in range(x[0].shape[1])]
             scores = torch.tensor([s for s, _ in scored], dtype=torch.float64)
             if scored[0][1] is not None:
@@ -144,10 +144,9 @@ def _model_on(model, problem, parts: list, strengths, seed: int) -> tuple[list[d
     return rows, right
 
 
-def _column(part, token: str, rows: Tensor) -> Tensor:
+def _drawn_tokens(part, token: str, rows: Tensor) -> Tensor:
     """(images, draws, dim) tokens of a kind; each register is a draw of its own."""
-    name = {"register": "registers"}.get(token, token)
-    values = part.column(name, rows)
+    values = part.column(_COLUMN.get(token, token), rows)
     return values[:, None] if values.ndim == 2 else values
 
 
@@ -230,7 +229,7 @@ def chance(y: Tensor, metric: str) -> float:
     return float(y.bincount().max() / len(y))
 
 
-_COMPUTE = (_model_on, _column, usable, one, held_out, chance)  # what scores follow from, besides the solvers
+_COMPUTE = (_model_on, _drawn_tokens, usable, one, held_out, chance)  # what scores follow from, besides the solvers
 
 
 def gaps(found: Classified, a: str = "outlier", b: str = "matched", draws: int = 1000, seed: int = 0):
@@ -260,9 +259,7 @@ def interval(a: Tensor | None, b: Tensor | None, draws: int = 1000, seed: int = 
     """
     if a is None or b is None or a.shape[1] != b.shape[1]:
         return float("nan"), float("nan")
-    difference, generator = a.mean(0) - b.mean(0), torch.Generator().manual_seed(seed)
-    chosen = torch.randint(len(difference), (draws, len(difference)), generator=generator)
-    return tuple((100 * difference[chosen].mean(1)).quantile(torch.tensor([0.025, 0.975]).double()).tolist())
+    return paired.interval(100 * (a.mean(0) - b.mean(0)), draws, seed)
 
 
 def over_tasks(gap) -> tuple[float, float, float]:

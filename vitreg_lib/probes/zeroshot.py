@@ -50,7 +50,7 @@ def class_embeddings(encode_text, tokenize, classes, templates, batch_size: int 
 @torch.no_grad()
 def image_embeddings(model, x: Tensor, batch_size: int = 64) -> Tensor:
     """(images, dim) of length one: the output of a `zoo.Model` whose head projects into the space of the texts."""
-    parts = [model.module(batch.to(model.device)).float().cpu() for batch in x.split(batch_size)]
+    parts = [model.module(batch.to(model.weights)).float().cpu() for batch in x.split(batch_size)]
     return normalize(torch.cat(parts), dim=1)
 
 
@@ -89,14 +89,9 @@ def text_tower(model):
         import open_clip
 
         arch, _, tag = entry["open_clip"].partition("/")
-        try:
-            with zoo.hub_client():
-                tower = open_clip.create_model(arch, pretrained=tag).eval()
-        except Exception as error:  # the hub raises many kinds; each means that the weights cannot be had
-            raise UserError(
-                f"{name}: open_clip's {entry['open_clip']} cannot be had: {type(error).__name__}"
-            ) from error
-        return tower.encode_text, open_clip.get_tokenizer(arch)
+        with zoo.hub(f"{name}: open_clip's {entry['open_clip']}", "mini-clip has its text tower here"):
+            tower = open_clip.create_model(arch, pretrained=tag).eval()
+            return tower.encode_text, open_clip.get_tokenizer(arch)
     raise UserError(f"{model.label} has no text tower here: nothing to ask it in words")
 
 
