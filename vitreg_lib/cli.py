@@ -8,7 +8,7 @@ import os
 import sys
 from pathlib import Path
 
-from . import record, recorded
+from . import record
 from .errors import UserError, unknown
 from .paths import ROOT, shown
 from .train.command import add_arguments as add_training
@@ -226,6 +226,8 @@ def show(item: str, parameters: dict, differences: bool = False) -> None:
     first few), and where its figures and notebook are."""
     from rich.console import Console
     from rich.table import Table
+
+    from . import recorded
 
     found = record.read(item, parameters)
     console = Console(soft_wrap=False)

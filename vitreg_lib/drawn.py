@@ -17,9 +17,10 @@ import warnings
 
 import numpy as np
 
-# Of the range drawn in a panel. What another processor's rounding changes is far below (at most 0.6 % of the range in
-# any figure here, where a probe is trained; mostly below 0.01 %), what a reader would see as another line is above.
-TOLERANCE = 0.03
+# Of the range drawn in a panel. Rounding on another processor moves what is only computed by far less; where a probe
+# is trained it may turn one test image of the 96 or more that these notebooks use, which moves a point by about two
+# per cent of a panel that spans fifty points. A line that a reader would call another one moves by more.
+TOLERANCE = 0.05
 HERE = "this machine"  # gid of what shows the time or memory that something took
 PARTS = 8  # of a sequence; a picture has 4 x 4
 PHOTO = 32  # pixels; a picture with a longer side is a photo

@@ -29,7 +29,6 @@ from types import SimpleNamespace
 
 import yaml
 
-from . import drawn, recorded
 from .errors import UserError, unknown
 from .paths import DATA, NOTEBOOKS, results, write_atomically
 
@@ -274,6 +273,8 @@ class Run:
 
         It stays open for the notebook to show.
         """
+        from . import drawn
+
         self.folder.mkdir(parents=True, exist_ok=True)
         for suffix, options in ((".svg", {"metadata": {"Date": None}}), (".png", {"dpi": 150})):
             temporary = self.folder / f".{name}{suffix}"
@@ -287,6 +288,8 @@ class Run:
         Raises UserError where the run differs from the committed record and `VITREG_CHECK` is set, as by `make test`.
         """
         import pandas as pd
+
+        from . import recorded
 
         path = self.write()
         if is_plain(self.item, self.parameters):

@@ -84,8 +84,8 @@ def check(record: dict) -> None:
 def close(now: float | None, before: float | None, scale: float) -> bool:
     """Whether two numbers agree: within the tolerance that figures have, of the largest number of that name.
 
-    One rule for all: of shares it forgives one image of 35 (a probe trained on another processor, an interval by
-    bootstrap), of differences near zero what is small beside the others; a block, a count or a neuron more is noticed.
+    One rule for all: of shares it forgives a few images of a hundred (a probe trained on another processor, an end of a
+    bootstrap interval), of differences near zero what is small beside the others; a block or a neuron more is noticed.
     """
     if now is None or before is None:
         return now is before
