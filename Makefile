@@ -44,13 +44,13 @@ report: $(READY) ## a page of all results of PROFILE
 
 test: $(READY) ## all tests, the notebooks (by nbval) and the page in a browser among them
 	@sh workflow/chromium.sh >/dev/null || true  # without it the browser test errors and says what is wanted
-	@VITREG_BATCH=1 VITREG_RESULTS=$(CURDIR)/results/test $(BIN)/python -m pytest -q -n $(JOBS) --dist loadscope $(NBVAL) tests notebooks
+	@VITREG_BATCH=1 VITREG_CHECK=1 VITREG_RESULTS=$(CURDIR)/results/test $(BIN)/python -m pytest -q -n $(JOBS) --dist loadscope $(NBVAL) tests notebooks
 
 test-fast: $(READY) ## what to run at every change: no notebooks, nothing marked slow
 	@$(BIN)/python -m pytest -q -n $(JOBS) --dist loadscope -m "not slow" tests
 
 test-notebooks: $(READY) ## the notebooks alone
-	@VITREG_BATCH=1 VITREG_RESULTS=$(CURDIR)/results/test $(BIN)/python -m pytest -q -n $(JOBS) --dist loadscope $(NBVAL) notebooks
+	@VITREG_BATCH=1 VITREG_CHECK=1 VITREG_RESULTS=$(CURDIR)/results/test $(BIN)/python -m pytest -q -n $(JOBS) --dist loadscope $(NBVAL) notebooks
 
 test-browser: $(READY) ## the explorer in JupyterLab and Chromium, which is installed where it is missing
 	@sh workflow/chromium.sh >/dev/null
@@ -74,7 +74,7 @@ bench: $(READY) ## timings, as ratios within one run
 bench-train: $(READY) ## images a second of training, against timm's way, and what registers cost
 	@env -u OMP_NUM_THREADS $(BIN)/python -m tests.bench_train
 
-refresh: $(READY) ## execute all notebooks in place with the profile mini (before a commit)
+refresh: $(READY) ## execute all notebooks (or NOTEBOOKS="fig04 tab02") in place, write data/records/
 	@$(BIN)/python workflow/refresh.py $(NOTEBOOKS)
 
 keep: $(READY) ## copy records and PNG figures of PROFILE under docs/results/, to be committed

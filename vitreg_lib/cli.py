@@ -88,6 +88,7 @@ def _for_items(add) -> None:
     report = add("report", _report, "Show verdicts and figures of finished items, or write a page of all.")
     report.add_argument("item", nargs="?", help="one item; without it results/<profile>/report.html is written")
     _add_parameters(report)
+    report.add_argument("--differences", action="store_true", help="all differences from the item's committed record")
 
 
 def _for_models(add) -> None:
@@ -220,10 +221,13 @@ def execute(item: str, given: dict, progress: bool = True) -> Path:
     return unfinished.replace(finished)
 
 
-def show(item: str, parameters: dict) -> None:
-    """Print the verdicts of a finished item and where its figures and notebook are."""
+def show(item: str, parameters: dict, differences: bool = False) -> None:
+    """Print the verdicts of a finished item, whether it agrees with the committed record (all `differences` or the
+    first few), and where its figures and notebook are."""
     from rich.console import Console
     from rich.table import Table
+
+    from . import recorded
 
     found = record.read(item, parameters)
     console = Console(soft_wrap=False)
@@ -239,6 +243,8 @@ def show(item: str, parameters: dict) -> None:
     console.print(table)
     for missing in found["not_reachable_here"]:
         console.print(f"not reachable here: {missing['name']}")
+    if record.is_plain(item, parameters):
+        print(recorded.verdict(found, differences))
     folder = record.folder(item, parameters)
     for figure in found["figures"]:
         print(f"figure: {shown(folder / figure)}.png")
@@ -248,7 +254,8 @@ def show(item: str, parameters: dict) -> None:
 def _report(chosen) -> None:
     if chosen.item:
         item = record.normal_name(chosen.item)
-        show(item, record.check_parameters(item, given(item, chosen.pairs, chosen.profile)))
+        parameters = record.check_parameters(item, given(item, chosen.pairs, chosen.profile))
+        show(item, parameters, chosen.differences)
         return
     from .report import write
 

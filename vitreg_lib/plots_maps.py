@@ -13,6 +13,7 @@ import pandas as pd
 import torch
 from matplotlib.figure import Figure
 
+from .drawn import HERE
 from .plots import ATTENTION, NORMS, PALETTE, PAPER, picture, styled
 
 COMPONENT = "RdBu_r"  # colour map of signed maps, white at zero
@@ -163,6 +164,7 @@ def cost(table: pd.DataFrame, measured: pd.DataFrame | None = None) -> Figure:
         axes[2].plot(measured.registers, measured.seconds_percent, color=PALETTE[0], marker=".", label="time")
         axes[2].plot(measured.registers, measured.peak_percent, color=PALETTE[1], marker=".", label="peak memory")
         row = measured.iloc[0]
+        axes[2].set_gid(HERE)
         axes[2].axhline(0, color=PAPER, lw=0.8)
         axes[2].set(xlabel="registers", ylabel="measured, added (%)")
         axes[2].set_title(f"this machine ({row.device}):\nViT-{row.arch.capitalize()}/{row.patch}, {row.resolution} px")

@@ -106,6 +106,11 @@ def folder(item: str, parameters: dict) -> Path:
     return results() / parameters["profile"] / name
 
 
+def is_plain(item: str, parameters: dict) -> bool:
+    """Whether a run is of the kind whose record is committed: profile mini, all (checked) parameters as declared."""
+    return parameters == declared_parameters(item) and parameters["profile"] == "mini"
+
+
 def _assigned(source: str) -> dict:
     """Names assigned plain literals in a cell."""
     return {
@@ -151,8 +156,8 @@ class Run:
         }
         self.at = SimpleNamespace(**{k: v for k, v in self.settings.items() if k != "profile"})
         self.folder = folder(item, parameters)
-        self.models, self.not_here, self._measured, self._claims, self._figures = [], [], [], [], []
-        self._features = {}
+        self.models, self.not_here, self._measured, self._claims = [], [], [], []
+        self._features, self._drawn = {}, {}
         self.progress = not os.environ.get("VITREG_BATCH")  # bars are for people, not for committed outputs
         self._began = time.perf_counter()
         print(f"{item}: {self.title}. Profile {self.profile}: {self.settings.get('models', '')}".rstrip(": "))
@@ -264,19 +269,31 @@ class Run:
         )
 
     def save(self, figure, name: str = "figure") -> None:
-        """Write a matplotlib figure as SVG and PNG into the run's folder; it stays open for the notebook to show."""
+        """Write a matplotlib figure as SVG and PNG into the run's folder, and what it draws into the record.
+
+        It stays open for the notebook to show.
+        """
+        from . import drawn
+
         self.folder.mkdir(parents=True, exist_ok=True)
         for suffix, options in ((".svg", {"metadata": {"Date": None}}), (".png", {"dpi": 150})):
             temporary = self.folder / f".{name}{suffix}"
             figure.savefig(temporary, bbox_inches="tight", **options)
             os.replace(temporary, self.folder / f"{name}{suffix}")
-        self._figures.append(name)
+        self._drawn[name] = drawn.summary(figure)
 
     def claims(self):
-        """The verdicts as a table; writes record.json."""
+        """The verdicts as a table; writes record.json.
+
+        Raises UserError where the run differs from the committed record and `VITREG_CHECK` is set, as by `make test`.
+        """
         import pandas as pd
 
-        self.write()
+        from . import recorded
+
+        path = self.write()
+        if is_plain(self.item, self.parameters):
+            recorded.check(json.loads(path.read_text()))
         table = pd.DataFrame(self._claims, columns=["id", "verdict", "text", "measured", "paper"])
         return Verdicts(table)
 
@@ -294,7 +311,8 @@ class Run:
             "models": [{"name": m.name, "sha256": m.sha256, "role": m.role} for m in self.models],
             **({"features": self._features} if self._features else {}),
             "not_reachable_here": self.not_here,
-            "figures": self._figures,
+            "figures": list(self._drawn),
+            "drawn": self._drawn,
             "environment": environment(),
             "seconds": round(time.perf_counter() - self._began, 1),
         }

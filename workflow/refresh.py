@@ -1,11 +1,14 @@
-"""`make refresh`: execute notebooks in place with the profile mini, as they are committed.
+"""`make refresh`: execute notebooks in place with the profile mini, as they are committed, and write their records.
 
-Outputs hold neither progress nor timing, so that two runs on one machine give the same file.
+Outputs hold neither progress nor timing, so that two runs on one machine give the same file. NOTEBOOKS="fig04 tab02"
+names some, by item or path; several such processes may run at once on different notebooks.
 """
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -13,13 +16,19 @@ import nbformat
 import workshop
 from nbconvert.preprocessors import ExecutePreprocessor
 
+from vitreg_lib import record, recorded
 from vitreg_lib.paths import NOTEBOOKS
 
 
 def refresh(path: Path) -> None:
-    """Execute one notebook and write it back, without widget state or execution times."""
+    """Execute one notebook and write it back, without widget state or execution times; then commit its run's record."""
     notebook = nbformat.read(path, as_version=4)
+    item = re.search(r'vr\.start\("(\w+)"', "".join(cell.source for cell in notebook.cells))
+    made = item and record.folder(item[1], record.check_parameters(item[1], {})) / "record.json"
+    if made:
+        made.unlink(missing_ok=True)  # what is written below is from this run
     os.environ["VITREG_BATCH"] = "1"  # no progress bars, and widgets as pictures
+    os.environ.pop("VITREG_CHECK", None)  # the record is written anew, not checked
     runner = ExecutePreprocessor(timeout=1800, record_timing=False)
     runner.preprocess(notebook, {"metadata": {"path": str(path.parent)}})
     notebook.metadata.pop("widgets", None)
@@ -30,10 +39,13 @@ def refresh(path: Path) -> None:
         if cell.cell_type == "code":
             cell["outputs"] = [o for o in cell["outputs"] if o.get("name") != "stderr"]
     nbformat.write(notebook, path)
+    if made:
+        recorded.write(json.loads(made.read_text()))
 
 
 if __name__ == "__main__":
     workshop.write()  # solutions follow their exercises
-    for path in [Path(p) for p in sys.argv[1:]] or sorted(NOTEBOOKS.rglob("*.ipynb")):
+    chosen = [Path(name) if name.endswith(".ipynb") else record.notebook(name) for name in sys.argv[1:]]
+    for path in chosen or sorted(NOTEBOOKS.rglob("*.ipynb")):
         print(f"{path.name} …", flush=True)
         refresh(path)

@@ -11,7 +11,7 @@ import os
 import subprocess
 import sys
 
-from vitreg_lib import cli, record
+from vitreg_lib import cli, record, recorded
 from vitreg_lib.errors import UserError
 from vitreg_lib.paths import NOTEBOOKS, ROOT
 
@@ -45,8 +45,12 @@ def main() -> int:
         return done.returncode
     fresh = [item for item in items if written(item, checked[item]) != before[item]]
     print("all is up to date" if not fresh else f"made: {', '.join(fresh)}")
-    for item in items if len(items) == 1 else []:
-        cli.show(item, checked[item])
+    if len(items) == 1:
+        cli.show(items[0], checked[items[0]])
+    elif chosen.profile == "mini":
+        other = [item for item in items if recorded.differences(record.read(item, checked[item]))]
+        told = f"as recorded: {len(items) - len(other)} of {len(items)} items agree with data/records"
+        print(told + (f"; not {', '.join(other)}: vitreg report ITEM --differences" if other else ""))
     return 0
 
 
