@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vitreg_lib import maps as m
+from vitreg_lib.capture import Capture
 
 sides = st.integers(1, 9)
 seeds = st.integers(0, 2**31 - 1)
@@ -137,6 +138,14 @@ def test_neighbours_do_not_wrap_round_the_edge():
     torch.testing.assert_close(similarity[0, :, 3], torch.tensor([1 / 2, 2 / 3, 1 / 2]))
     with pytest.raises(ValueError, match="13 tokens on a grid"):
         m.neighbour_similarity(torch.zeros(13, 2), (3, 4))
+
+
+def test_an_embedding_is_compared_patch_by_patch_in_both_of_its_layouts():
+    rows = normal(2, 12, 8)
+    wanted = m.neighbour_similarity(rows, (3, 4))
+    for embedding in (rows, rows.unflatten(1, (3, 4))):
+        seen = Capture(layers=(0,), grid=(3, 4), has_cls=True, num_registers=4, embedding=embedding)
+        torch.testing.assert_close(m.embedding_similarity(seen), wanted)
 
 
 def test_moran_is_high_for_a_ramp_and_about_zero_for_noise():

@@ -203,6 +203,15 @@ def neighbour_similarity(tokens: torch.Tensor, grid: Grid) -> torch.Tensor:
     return (total / count).flatten(-2)
 
 
+def embedding_similarity(seen) -> torch.Tensor:
+    """(images, patches) `neighbour_similarity` right after the patch embedding, of a `Capture` that kept it (Fig. 5a).
+
+    timm gives embeddings as (images, patches, dim), or as (images, rows, cols, dim) where image sizes may vary.
+    """
+    patches = seen.grid[0] * seen.grid[1]
+    return neighbour_similarity(seen.embedding.reshape(len(seen.embedding), patches, -1), seen.grid)
+
+
 class Components(NamedTuple):
     """`scores` (..., patches, n); `axes` (n, dim), of length 1; `variance_share` (n,); these two per image if asked."""
 
