@@ -227,15 +227,22 @@ class Run:
             infinite = {k: None for k, v in told.items() if v == float("inf")}  # JSON has no such number
             self._features[key] = {k: v for k, v in told.items() if k != "code"} | infinite
 
-    def measure_table(self, table, paper: dict | None = None) -> None:
-        """`measure` every cell of a DataFrame whose index is models' labels; empty cells are recorded as null."""
+    def measure_table(self, table, paper: dict | None = None, name: str = "{column}") -> None:
+        """`measure` every cell of a DataFrame whose index is models' labels; empty cells are recorded as null.
+
+        Where the index has further levels, `name` says what a number is called by their names, as
+        "{column}, {feature}, bias {bias:g}"; paper: {what it is called: the paper's value}.
+        """
         import pandas as pd
 
         full = {m.label: m.name for m in self.models}
-        for label, row in table.iterrows():
-            model = full.get(label, label)
-            for name, value in row.items():
-                self.measure(name, None if pd.isna(value) else value, model, paper=(paper or {}).get(name))
+        for key, row in table.iterrows():
+            label, *rest = key if isinstance(key, tuple) else (key,)
+            levels = dict(zip(table.index.names[1:], rest, strict=True))
+            for column, value in row.items():
+                called = name.format(column=column, **levels)
+                value = None if pd.isna(value) else value
+                self.measure(called, value, full.get(label, label), paper=(paper or {}).get(called))
 
     def caption(self, images=None) -> str:
         """One line for below a figure: profile, models and images."""
