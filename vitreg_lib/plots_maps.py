@@ -129,7 +129,7 @@ def _range(content: torch.Tensor) -> tuple[float, float]:
 def _wrapped(name: str) -> str:
     """A model's name on two lines where it is long."""
     for mark in ("+ttr", "-reg", ", ", " "):
-        if len(name) > 11 and mark in name:
+        if len(name) > 11 and mark in name and "\n" not in name:
             head, tail = name.split(mark, 1)
             return f"{head},\n{tail}" if mark == ", " else f"{head}\n{mark.strip()}{tail}"
     return name
