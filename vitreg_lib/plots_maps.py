@@ -160,6 +160,7 @@ def grids(maps: dict[str, torch.Tensor], label: str, cmap: str = NORMS, shared: 
             figure.colorbar(drawn, ax=above, fraction=0.046, pad=0.03, label=label)
         below.plot(values.mean(0), color=PALETTE[0], marker=".", ms=3, label="mean of column")
         below.plot(values.mean(1), color=PALETTE[1], ls="--", label="mean of row")
+        below.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(integer=True, nbins=5))
         below.set(xlabel="column or row", ylim=(min(0, float(values.mean(0).min()) * 1.2), None))
     axes[1, 0].set_ylabel("mean")
     figure.legend(*axes[1, 0].get_legend_handles_labels(), loc="outside upper center", ncols=2)
