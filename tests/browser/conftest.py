@@ -1,4 +1,4 @@
-"""JupyterLab on a free port with a token, and Chromium that opens notebooks and runs them."""
+"""JupyterLab on a free port with a token, and Chromium that opens the explorer notebook and runs it."""
 
 from __future__ import annotations
 
@@ -40,15 +40,11 @@ def a_free_port() -> int:
 
 @dataclass
 class Lab:
-    """A running JupyterLab."""
+    """A running JupyterLab. address: of the explorer notebook, token included."""
 
     process: subprocess.Popen
-    port: int
+    address: str
     log: Path
-
-    def address(self, notebook: str) -> str:
-        """Of a notebook such as "explore/explorer.ipynb", token included."""
-        return f"http://127.0.0.1:{self.port}/lab/tree/notebooks/{notebook}?token={TOKEN}"
 
     def kernel_bytes(self) -> int:
         """Resident memory of the notebook's kernel."""
@@ -57,13 +53,12 @@ class Lab:
 
 
 @pytest.fixture(scope="module")
-def lab(tmp_path_factory, request):
-    """JupyterLab over a folder with copies of the notebooks in the test module's SHOWN, with settings of its own."""
+def lab(tmp_path_factory):
+    """JupyterLab over a folder that holds a copy of the explorer notebook, with settings of its own."""
     place = tmp_path_factory.mktemp("lab")
-    for notebook in request.module.SHOWN:
-        target = place / "work" / "notebooks" / notebook
-        target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(NOTEBOOKS / notebook, target)
+    folder = place / "work" / "notebooks" / "explore"
+    folder.mkdir(parents=True)
+    shutil.copy(NOTEBOOKS / "explore" / "explorer.ipynb", folder)
     environment = {k: v for k, v in os.environ.items() if k not in ("VITREG_BATCH", "VITREG_DATA", "VITREG_MODELS")}
     environment |= {
         "JUPYTER_CONFIG_DIR": str(place / "config"),
@@ -85,7 +80,7 @@ def lab(tmp_path_factory, request):
     with open(log, "w") as stream:
         process = subprocess.Popen(command, env=environment, cwd=ROOT, stdout=stream, stderr=stream)
     try:
-        yield Lab(process, port, log)
+        yield Lab(process, f"http://127.0.0.1:{port}/lab/tree/notebooks/explore/explorer.ipynb?token={TOKEN}", log)
     finally:
         process.terminate()
         try:
@@ -96,32 +91,16 @@ def lab(tmp_path_factory, request):
 
 @dataclass
 class Desk:
-    """JupyterLab in the browser. errors: of the console and the page, none of which a test may leave."""
+    """The explorer in the browser. errors: of the console and the page, none of which a test may leave."""
 
     page: object
     lab: Lab
     errors: list[str] = field(default_factory=list)
 
-    def run(self, notebook: str) -> None:
-        """Open a notebook and start all of its cells."""
-        page = self.page
-        _open(page, self.lab, notebook)
-        page.wait_for_selector(".jp-Notebook .jp-Cell")
-        page.wait_for_function("window.jupyterapp")
-        choice = page.get_by_role("button", name="Select", exact=True)  # asked for a kernel where none was ever started
-        kernel = "() => jupyterapp.shell.currentWidget?.sessionContext?.session?.kernel?.status === 'idle'"
-        _until(lambda: page.evaluate(kernel) or (choice.count() and choice.click()), "the kernel did not start", page)
-        page.evaluate("""() => { window.ended = false;
-            jupyterapp.commands.execute('notebook:run-all-cells').then(() => { window.ended = true; }); }""")
-
-    def ended(self) -> None:
-        """Wait until all cells have run, or one has failed."""
-        self.page.wait_for_function("window.ended", timeout=1000 * START)
-
 
 @pytest.fixture(scope="module")
-def browser(lab):
-    """A page of 1280 x 1000 in a browser, with nothing opened in it yet."""
+def desk(lab):
+    """The explorer notebook, opened at 1280 x 1000 and run."""
     from playwright.sync_api import sync_playwright
 
     executable = chromium()
@@ -134,31 +113,35 @@ def browser(lab):
         made = Desk(page, lab)
         page.on("console", lambda message: made.errors.append(message.text) if message.type == "error" else None)
         page.on("pageerror", lambda error: made.errors.append(str(error)))
+        _open(page, lab)
+        _run_all(page)
         yield made
         browser.close()
 
 
-@pytest.fixture(scope="module")
-def desk(browser):
-    """The explorer notebook, opened and run."""
-    browser.run("explore/explorer.ipynb")
-    card = browser.page.locator(".vr-card[data-serial]")
-    _until(card.count, "the explorer did not come", browser.page)
-    browser.page.locator(".vr-explorer").scroll_into_view_if_needed()
-    return browser
-
-
-def _open(page, lab: Lab, notebook: str) -> None:
+def _open(page, lab: Lab) -> None:
     """Go to the notebook as soon as the server answers."""
     until = time.monotonic() + START
     while True:
         try:
-            page.goto(lab.address(notebook))
+            page.goto(lab.address)
             return
         except Exception:
             if lab.process.poll() is not None or time.monotonic() > until:
                 pytest.fail(f"JupyterLab did not start: {lab.log.read_text()[-500:]}", pytrace=False)
             time.sleep(0.3)
+
+
+def _run_all(page) -> None:
+    page.wait_for_selector(".jp-Notebook .jp-Cell")
+    page.wait_for_function("window.jupyterapp")
+    choice = page.get_by_role("button", name="Select", exact=True)  # asked for a kernel where none was ever started
+    kernel = "() => jupyterapp.shell.currentWidget?.sessionContext?.session?.kernel?.status === 'idle'"
+    _until(lambda: page.evaluate(kernel) or (choice.count() and choice.click()), "the kernel did not start", page)
+    page.evaluate("() => { jupyterapp.commands.execute('notebook:run-all-cells'); }")  # its end is not waited for
+    card = page.locator(".vr-card[data-serial]")
+    _until(card.count, "the explorer did not come", page)
+    page.locator(".vr-explorer").scroll_into_view_if_needed()
 
 
 def _until(holds, otherwise: str, page) -> None:
@@ -173,7 +156,7 @@ def _until(holds, otherwise: str, page) -> None:
 def no_console_errors(request):
     """Fail a test that left an error in the browser's console."""
     yield
-    if "browser" in request.fixturenames:
-        desk = request.getfixturevalue("browser")
+    if "desk" in request.fixturenames:
+        desk = request.getfixturevalue("desk")
         found, desk.errors[:] = list(desk.errors), []
         assert not found, found

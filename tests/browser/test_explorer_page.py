@@ -22,7 +22,6 @@ from vitreg_lib.explorer import State
 from vitreg_lib.paths import NOTEBOOKS, ROOT
 
 pytestmark = pytest.mark.slow
-SHOWN = ("explore/explorer.ipynb",)
 PATIENCE = 60  # seconds for a page on a busy machine; it answers in a tenth of one
 DEFAULT = State(models=("planted", "mini-deit3-reg4"), images="scenes")
 COLOURS = """([place, panel]) => {  // the colour at the centre of every patch of one panel
