@@ -204,3 +204,17 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
     write_atomically(path, b"new content")
     assert path.read_bytes() == b"new content"
     assert [p.name for p in tmp_path.iterdir()] == ["record.json"]
+
+
+def test_the_further_levels_of_a_table_are_named(run):
+    import pandas as pd
+
+    index = pd.MultiIndex.from_tuples([("a", "keys", -0.5), ("a", "values", 0.0)], names=["model", "feature", "bias"])
+    run.measure_table(
+        pd.DataFrame({"corloc": [0.5, float("nan")]}, index),
+        {"corloc, keys, bias -0.5": 0.4},
+        "{column}, {feature}, bias {bias:g}",
+    )
+    record = json.loads(run.write().read_text())
+    found = {m["name"]: (m["model"], m["value"], m["paper"]) for m in record["measured"]}
+    assert found == {"corloc, keys, bias -0.5": ("a", 0.5, 0.4), "corloc, values, bias 0": ("a", None, None)}

@@ -33,6 +33,7 @@ STYLE = {
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.grid": True,
+    "axes.axisbelow": True,
     "grid.alpha": 0.25,
     "svg.hashsalt": "vitreg",
     "axes.prop_cycle": matplotlib.cycler(color=PALETTE),
@@ -136,9 +137,14 @@ def _bare(axis) -> None:
         spine.set_visible(False)
 
 
-def _plain_log(axis) -> None:
-    """Ticks of a log axis at 1, 2 and 5 times powers of ten, as plain numbers."""
-    axis.set_major_locator(matplotlib.ticker.LogLocator(subs=(1, 2, 5), numticks=8))
+def _plain_log(axis, most: int = 8) -> None:
+    """Ticks of a log axis as plain numbers: 1, 2 and 5 times powers of ten, or the powers alone if `most` are exceeded.
+
+    Called after the data are drawn, since the number of ticks hangs on the axis' range.
+    """
+    low, high = axis.get_view_interval()
+    few = 3 * np.log10(high / low) > most
+    axis.set_major_locator(matplotlib.ticker.LogLocator(subs=(1,) if few else (1, 2, 5), numticks=most))
     axis.set_major_formatter(matplotlib.ticker.FuncFormatter(lambda v, _: f"{v:g}"))
     axis.set_minor_locator(matplotlib.ticker.NullLocator())
 
@@ -155,16 +161,18 @@ def histograms(
         values, cut = values.flatten().cpu(), cutoffs[name]
         highest = max(float(values.max()), cut if np.isfinite(cut) else 0)
         axis.hist(values.numpy(), bins=np.geomspace(float(values.min()) * 0.95, highest * 1.1, 80), color=PALETTE[0])
-        axis.axvline(float(values.median()), color=PALETTE[2], lw=1.2, ls=":", label="median")
+        axis.axvline(float(values.median()), color=PALETTE[4], lw=1.5, ls=":", label="median")
         told = "one mode: no cutoff"
         if np.isfinite(cut):
             axis.axvline(cut, color=PALETTE[1], lw=1.3, label="cutoff")
             told = f"cutoff {cut:.3g}, {(values > cut).float().mean().item():.2%} above"
         axis.set(xscale="log", yscale="log", title=f"{name}\n{told}", xlabel="L2 norm of patch tokens")
-        _plain_log(axis.xaxis)
+        _plain_log(axis.xaxis, 5)
     for axis in axes[:, 0]:
         axis.set_ylabel("tokens")
-    axes[0, 0].legend(loc="upper right")
+        _plain_log(axis.yaxis)
+    known = {text: line for axis in axes.flat for line, text in zip(*axis.get_legend_handles_labels(), strict=True)}
+    figure.legend(known.values(), known.keys(), loc="outside right upper")
     for axis in axes.flat[len(norms) :]:
         axis.set_visible(False)
     if paper:
@@ -234,9 +242,14 @@ def training(log: pd.DataFrame, telemetry: pd.DataFrame, steps: int, title: str 
     loss.plot(log.step, log.loss, color=PALETTE[0], lw=0.6, alpha=0.35)
     loss.plot(smooth.index, smooth.loss, color=PALETTE[0], lw=1.6)
     loss.set(xlabel="step", ylabel="loss", xlim=(0, steps))
-    for colour, name in zip(PALETTE, [n for n in log.columns if n not in ("step", "loss")], strict=False):
-        numbers.plot(smooth.index, smooth[name], color=colour, label=name)
-        numbers.legend()
+    names = [name for name in log.columns if name not in ("step", "loss")]
+    for colour, name in zip(PALETTE, names, strict=False):
+        numbers.plot(smooth.index, smooth[name], color=colour, label=name.replace("_", " "))
+    if names:
+        numbers.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=len(names))
+        if smooth[names].min().min() > 0 and smooth[names].max().max() > 20 * smooth[names].max().min():
+            numbers.set_yscale("log")  # else the smaller would be a line along the bottom
+            _plain_log(numbers.yaxis)
     numbers.set(xlabel="step", ylabel="on the batch", xlim=(0, steps))
 
     last = telemetry[telemetry.layer == telemetry.layer.max()]

@@ -9,6 +9,7 @@ from matplotlib.figure import Figure
 
 from .plots import PALETTE, _plain_log, styled
 
+WANTED = "#D4AC00"  # a yellow that is seen on white: what would count as emerged
 MARKS = ("o", "s", "^", "D", "v", "P")  # layers are told apart by colour and by mark
 
 
@@ -32,8 +33,8 @@ def birth(cells: dict[str, pd.DataFrame]) -> Figure:
             column[3].plot(part.step, part.value_ratio, **style)
         column[0].set(title=label, xscale="log", yscale="log")
         column[1].set(yscale="log")
-        column[1].axhline(4, color=PALETTE[7], lw=3, alpha=0.6, zorder=0)
-        column[3].axhline(0.2, color=PALETTE[7], lw=3, alpha=0.6, zorder=0)
+        column[1].axhline(4, color=WANTED, lw=3, alpha=0.6, zorder=0)
+        column[3].axhline(0.2, color=WANTED, lw=3, alpha=0.6, zorder=0)
         column[2].axhline(100 * 4 / 36, color="#555555", ls=":", lw=1)
         column[3].set(xlabel="training step")
     for axis, name in zip(
@@ -78,7 +79,7 @@ def cells(verdicts: pd.DataFrame) -> Figure:
             faces = np.where(hollow, "white", edges)
             axis.scatter(values, np.full(len(values), place), s=20, c=faces, edgecolors=edges, zorder=3)
         if wanted is not None:
-            axis.axvline(wanted, color=PALETTE[7], lw=3, alpha=0.7, zorder=0)
+            axis.axvline(wanted, color=WANTED, lw=3, alpha=0.7, zorder=0)
         axis.set_xlabel(title)
     axes[1].set_xscale("log")
     _plain_log(axes[1].xaxis)

@@ -23,7 +23,7 @@ COMPONENT = "RdBu_r"  # colour map of signed maps, white at zero
 def sheet(
     pixels: torch.Tensor | None,
     groups: list[dict[str, torch.Tensor]],
-    cmap: str = ATTENTION,
+    cmap: str | list[str] = ATTENTION,
     label: str = "",
     scale: str = "each",
     limits: tuple[float, float] | None = None,
@@ -34,6 +34,7 @@ def sheet(
     pixels: (n, 3, h, w), or None for no images. groups: {name: (n, rows, cols) or (n, 3, rows, cols) colours}. `scale`
     "each": black to white from the least to the largest value of each map, as in the paper. "group": one scale for all
     maps of a group, with a colour bar of `label`; "image": one for each image in a group. `limits` sets the scale.
+    cmap: a colour map, or one for each group.
     """
     count = len(next(iter(groups[0].values())))
     shape = next(iter(groups[0].values())).shape[-2:]
@@ -52,7 +53,8 @@ def sheet(
         for axis, image in zip(axes[:, 0], pixels, strict=False):
             axis.imshow(picture(image))
     place = first
-    for group in groups:
+    colours = [cmap] * len(groups) if isinstance(cmap, str) else cmap
+    for group, cmap in zip(groups, colours, strict=True):
         place += 1 if place else 0
         columns = axes[:, place : place + len(group)]
         drawn = _group(columns, group, cmap, scale, limits)
@@ -61,6 +63,26 @@ def sheet(
                 drawn, ax=columns.ravel().tolist(), location="bottom", label=label, aspect=18 * len(group), pad=0.02
             )
         place += len(group)
+    return figure
+
+
+@styled
+def query_view(pixels: torch.Tensor, attention: torch.Tensor, norms: torch.Tensor, query: str, title: str) -> Figure:
+    """One image (3, h, w), the attention of one query in multiples of even attention, and the norms, (rows, cols)."""
+    figure, axes = plt.subplots(1, 3, figsize=(6.6, 2.7))
+    for axis in axes:
+        axis.axis("off")
+    axes[0].imshow(picture(pixels))
+    axes[0].set_title("image")
+    for axis, content, cmap, text, unit in (
+        (axes[1], attention, ATTENTION, f"attention of {query}", "× even attention"),
+        (axes[2], norms, NORMS, "norm", "L2 norm"),
+    ):
+        low, high = _range(content)
+        drawn = axis.imshow(content.cpu(), cmap=cmap, vmin=low, vmax=high, interpolation="nearest")
+        axis.set_title(text)
+        figure.colorbar(drawn, ax=axis, location="bottom", label=unit, aspect=18, pad=0.03)
+    figure.suptitle(title, fontsize=9)
     return figure
 
 
@@ -108,7 +130,7 @@ def _range(content: torch.Tensor) -> tuple[float, float]:
 def _wrapped(name: str) -> str:
     """A model's name on two lines where it is long."""
     for mark in ("+ttr", "-reg", ", ", " "):
-        if len(name) > 11 and mark in name:
+        if len(name) > 11 and mark in name and "\n" not in name:
             head, tail = name.split(mark, 1)
             return f"{head},\n{tail}" if mark == ", " else f"{head}\n{mark.strip()}{tail}"
     return name
@@ -118,7 +140,7 @@ def _wrapped(name: str) -> str:
 def grids(maps: dict[str, torch.Tensor], label: str, cmap: str = NORMS, shared: bool = True, low=None) -> Figure:
     """One heat map (rows, cols) a name, side by side, and below it the profiles of its columns and of its rows.
 
-    One colour scale for all where `shared`, from `low` (by default the least value).
+    One colour scale for all where `shared`, from `low` (by default the least value). A map of zeros says "none".
     """
     figure, axes = plt.subplots(
         2, len(maps), figsize=(2.2 * len(maps) + 0.5, 3.4), height_ratios=[2.6, 1], squeeze=False
@@ -133,11 +155,13 @@ def grids(maps: dict[str, torch.Tensor], label: str, cmap: str = NORMS, shared: 
         above.set(xticks=[], yticks=[])
         above.set_title(name.replace(", ", "\n"), fontsize=8)
         above.grid(False)
-        last = name == list(maps)[-1]
-        if last or not shared:
-            figure.colorbar(drawn, ax=above, fraction=0.046, pad=0.03, label=label if last else "")
+        if not values.any():
+            above.text(0.5, 0.5, "none", transform=above.transAxes, color="white", ha="center", va="center")
+        elif name == list(maps)[-1] or not shared:
+            figure.colorbar(drawn, ax=above, fraction=0.046, pad=0.03, label=label)
         below.plot(values.mean(0), color=PALETTE[0], marker=".", ms=3, label="mean of column")
         below.plot(values.mean(1), color=PALETTE[1], ls="--", label="mean of row")
+        below.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(integer=True, nbins=5))
         below.set(xlabel="column or row", ylim=(min(0, float(values.mean(0).min()) * 1.2), None))
     axes[1, 0].set_ylabel("mean")
     figure.legend(*axes[1, 0].get_legend_handles_labels(), loc="outside upper center", ncols=2)
@@ -154,10 +178,7 @@ def cost(table: pd.DataFrame, measured: pd.DataFrame | None = None) -> Figure:
         name, colour = f"ViT-{arch.capitalize()}/{patch}, {resolution} px", PALETTE[number % len(PALETTE)]
         axes[0].plot(part.registers, part.flops_percent, color=colour, marker=".", label=name)
         axes[1].plot(part.registers, part.params_percent, color=colour, marker=".", label=name)
-    for x, y, text, place in ((4, 2, "paper: < 2 %", (6, -9)), (16, 6, "paper: ≤ 6 %", (-2, -14))):
-        axes[0].plot([x], [y], marker="v", color=PAPER, ls="")
-        side = "left" if x == 4 else "right"
-        axes[0].annotate(text, (x, y), xytext=place, textcoords="offset points", fontsize=7, color=PAPER, ha=side)
+    axes[0].plot([4, 16], [2, 6], marker="v", color=PAPER, ls="", label="the paper: < 2 % with 4, ≤ 6 % with 16")
     axes[0].set(xlabel="registers", ylabel="FLOPs added (%)")
     axes[1].set(xlabel="registers", ylabel="parameters added (%)", ylim=(0, None))
     if measured is not None:
@@ -169,7 +190,7 @@ def cost(table: pd.DataFrame, measured: pd.DataFrame | None = None) -> Figure:
         axes[2].set(xlabel="registers", ylabel="measured, added (%)")
         axes[2].set_title(f"this machine ({row.device}):\nViT-{row.arch.capitalize()}/{row.patch}, {row.resolution} px")
         axes[2].legend()
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=3)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=panels)
     return figure
 
 
@@ -205,7 +226,7 @@ def token_flow(grid: tuple[int, int], num_registers: int, has_cls: bool, dim: in
     total = patches + num_registers + int(has_cls)
     for y, text in (
         (0.25, f"… {patches} patches\nin: {total} tokens"),
-        (2.75, f"out: {total - num_registers} tokens,\n{num_registers} registers dropped"),
+        (2.75, f"out: {total - num_registers} tokens,\n{num_registers} register{'s' * (num_registers != 1)} dropped"),
     ):
         axis.text(right + 0.05, y, text, va="center", fontsize=8)
     axis.set(xlim=(0, right + 2.4), ylim=(-0.5, 3.2), title=f"{name}: {grid[0]} × {grid[1]} patches")
@@ -227,7 +248,9 @@ def dose(table: pd.DataFrame, panels: dict[str, str], zero: dict[str, float] | N
         axis.set_visible(False)
     for axis, (measure, text) in zip(axes.flat, panels.items(), strict=False):
         for number, (kind, part) in enumerate(table.groupby("kind", sort=False)):
-            axis.plot(range(len(part)), part[measure], marker="o", ms=4, color=PALETTE[number], label=kind)
+            # curves often coincide: the first are drawn wide, so that the later ones do not hide them
+            style = dict(marker="so^"[number % 3], ms=8 - 2 * number, lw=3.5 - number)
+            axis.plot(range(len(part)), part[measure], color=PALETTE[number], label=kind, **style)
         counts = table.registers.unique()
         axis.set_xticks(range(len(counts)), [f"{c:g}" for c in counts])
         if zero and measure in zero:

@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 from .plots import PALETTE, PAPER, styled
 
 GROUPS = {"normal": PALETTE[0], "outlier": PALETTE[1], "matched": PALETTE[2], "border": PALETTE[5]}
+FITS = {"normal": "trained on normal", "all": "trained on all", "own": "trained on the group"}
 
 
 @styled
@@ -28,10 +29,11 @@ def densities(values: dict[str, dict[str, torch.Tensor]], label: str, titles: di
             x = _stretched(numbers.double().numpy()).clip(edges[0], edges[-1])
             share, _ = np.histogram(x, edges)
             axis.stairs(100 * share / len(x), edges, color=GROUPS[group], label=group, lw=1.5)
-            axis.axvline(np.median(x), color=GROUPS[group], ls=":", lw=1)
+            axis.axvline(np.median(x), color=GROUPS[group], ls=":", lw=1.2)
         axis.set_xticks([_stretched(mark) for mark in marks], [f"{mark:g}" for mark in marks])
         axis.set(title=(titles or {}).get(name, name), xlabel=label)
     axes[0, 0].set_ylabel("tokens of the group (%)")
+    axes[0, 0].plot([], [], color=PAPER, ls=":", lw=1.2, label="median of the group")
     widest = max(axes[0], key=lambda axis: len(axis.get_legend_handles_labels()[1]))
     figure.legend(*widest.get_legend_handles_labels(), loc="outside upper center", ncols=4)
     return figure
@@ -46,7 +48,7 @@ def by_group(tables: dict, columns: dict[str, str], cap: dict[str, float] | None
     """Dots of probe scores: a row a column of the tables, a panel a model, groups along x, a marker for each fit.
 
     tables: {model: DataFrame indexed by (group, fit)}; columns: {column: axis label}; cap: the top of a column's axis,
-    where larger values are drawn with their number.
+    where larger values are drawn with the fit's name and their number.
     """
     size = (2.2 * len(tables) + 1.0, 1.9 * len(columns) + 0.6)
     figure, axes = plt.subplots(len(columns), len(tables), figsize=size, squeeze=False, sharey="row")
@@ -54,12 +56,17 @@ def by_group(tables: dict, columns: dict[str, str], cap: dict[str, float] | None
         top = (cap or {}).get(column, np.inf)
         for axis, (name, table) in zip(axes[number], tables.items(), strict=True):
             groups = [g for g in table.index.get_level_values("group").unique() if table.loc[g, column].notna().any()]
-            for fit, marker, colour in (("normal", "s", PAPER), ("all", "o", PALETTE[4]), ("own", "D", PALETTE[0])):
+            over = dict.fromkeys(groups, 0)  # numbers already written beside a group
+            for (fit, told), marker, colour in zip(FITS.items(), "soD", (PAPER, PALETTE[4], PALETTE[0]), strict=True):
                 values = np.array([table.loc[(group, fit), column] for group in groups])
                 axis.plot(groups, values.clip(max=top), marker, color=colour, ms=5, alpha=0.9)
                 for group, value in zip(groups, values, strict=True):
                     if value > top:
-                        axis.annotate(f"{value:.3g}", (group, top), (5, -3), textcoords="offset points", fontsize=7)
+                        figures = f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+                        text = f"{told.removeprefix('trained on ')}: {figures}"
+                        place = dict(xytext=(-5, -3 - 9 * over[group]), textcoords="offset points", ha="right")
+                        axis.annotate(text, (group, top), fontsize=7, color=PAPER, **place)
+                        over[group] += 1
             axis.margins(x=0.15)
             axis.tick_params(axis="x", labelsize=7)
             if not number:
@@ -67,8 +74,7 @@ def by_group(tables: dict, columns: dict[str, str], cap: dict[str, float] | None
         highest = max(min(float(table[column].max()), top) for table in tables.values())
         axes[number, 0].set_ylim(0, 1.08 * highest)
         axes[number, 0].set_ylabel(label)
-    told = ["trained on normal", "trained on all", "trained on the group"]
-    figure.legend(axes[0, 0].get_lines()[:3], told, loc="outside upper center", ncols=min(3, 1 + len(tables)))
+    figure.legend(axes[0, 0].get_lines()[:3], FITS.values(), loc="outside upper center", ncols=min(3, 1 + len(tables)))
     return figure
 
 
@@ -85,7 +91,8 @@ def scores(table, label: str, lines: dict[str, float]) -> Figure:
         found = table.xs(setting, level=1).reindex(models)
         x = np.arange(len(models)) + (number - (len(settings) - 1) / 2) * 0.16
         ends = [(found["value"] - found["low"]).clip(lower=0), (found["high"] - found["value"]).clip(lower=0)]
-        axis.errorbar(x, found["value"], ends, fmt="o", ms=4, lw=1.2, color=PALETTE[number], label=setting)
+        style = dict(fmt="oDs^"[number % 4], ms=4, lw=1.2, color=PALETTE[number])
+        axis.errorbar(x, found["value"], ends, label=setting, **style)
     for style, (name, value) in zip(("--", ":", "-."), lines.items(), strict=False):
         axis.axhline(value, color=PAPER, ls=style, lw=1, label=f"{name}: {value:.0f}")
     axis.set_xticks(
@@ -114,8 +121,8 @@ def setting_grids(tables: dict, zero: float, label: str = "CorLoc − best basel
             part = found.xs((site, unit), level=("site", "normalised")).unstack("bias")
             part = part[sorted(part.columns, reverse=True)]
             drawn = axis.imshow(part, cmap="RdBu_r", vmin=-most, vmax=most, aspect="auto")
-            axis.set_xticks(range(part.shape[1]), [f"{b:g}" for b in part.columns], fontsize=6, rotation=90)
-            axis.set_yticks(range(part.shape[0]), part.index, fontsize=6)
+            axis.set_xticks(range(part.shape[1]), [f"{b:g}" for b in part.columns], fontsize=7, rotation=90)
+            axis.set_yticks(range(part.shape[0]), part.index, fontsize=7)
             axis.grid(False)
             axis.tick_params(length=0, labelbottom=number == len(kinds) - 1, labelleft=axis is row[0])
             if number == 0:
@@ -190,12 +197,13 @@ def task_scores(table, change, paper: dict[tuple[str, str], float] | None = None
         y = np.arange(len(pairs))
         ends = factor * np.array([part.change - part.low, part.high - part.change]).clip(min=0)
         axis.axvline(0, color=PAPER, lw=1)
-        axis.errorbar(factor * part.change, y, xerr=ends, fmt="D", ms=4, lw=1.2, color=PALETTE[1], label="ours")
+        told = "change with registers"
+        axis.errorbar(factor * part.change, y, xerr=ends, fmt="D", ms=4, lw=1.2, color=PALETTE[1], label=told)
         known = [
             (factor * (paper or {})[name, task], i) for i, name in enumerate(pairs) if (name, task) in (paper or {})
         ]
         if known:
-            axis.plot(*zip(*known, strict=True), "v", color=PAPER, ms=5, label="the paper's, for its own models")
+            axis.plot(*zip(*known, strict=True), "v", color=PAPER, ms=5, label="the paper's change, of its own models")
         axis.set(yticks=y, ylim=(len(pairs) - 0.5, -0.5), xlabel="change of the " + label.replace("(%)", "(points)"))
         axis.set_yticklabels(pairs if column == 0 else [])
     for axis in axes.flat:

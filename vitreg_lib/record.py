@@ -165,21 +165,12 @@ class Run:
     def load(self, names: str | None = None) -> list:
         """The models of this run (or those named, separated by spaces), loaded; what cannot be had is named, left out.
 
-        With models given by hand a missing one is an error, since it was asked for. Models that the item plans for
-        (`planned` in data/items.yaml) are loaded once data/models.yaml has them and are named as missing until then.
+        With models given by hand a missing one is an error, since it was asked for.
         """
         from .models import zoo
 
         loaded = []
         wanted = (names or self.settings["models"]).replace(",", " ").split()
-        if not names and not self.parameters.get("models"):
-            for name in self.settings.get("planned", "").split():
-                if name in zoo.entries():
-                    wanted.append(name)
-                else:
-                    self.not_here.append(
-                        {"name": name, "reason": "not trained yet: data/models.yaml has no such model"}
-                    )
         for name in wanted:
             try:
                 model = zoo.load(name)
@@ -232,15 +223,22 @@ class Run:
             infinite = {k: None for k, v in told.items() if v == float("inf")}  # JSON has no such number
             self._features[key] = {k: v for k, v in told.items() if k != "code"} | infinite
 
-    def measure_table(self, table, paper: dict | None = None) -> None:
-        """`measure` every cell of a DataFrame whose index is models' labels; empty cells are recorded as null."""
+    def measure_table(self, table, paper: dict | None = None, name: str = "{column}") -> None:
+        """`measure` every cell of a DataFrame whose index is models' labels; empty cells are recorded as null.
+
+        Where the index has further levels, `name` says what a number is called by their names, as
+        "{column}, {feature}, bias {bias:g}"; paper: {what it is called: the paper's value}.
+        """
         import pandas as pd
 
         full = {m.label: m.name for m in self.models}
-        for label, row in table.iterrows():
-            model = full.get(label, label)
-            for name, value in row.items():
-                self.measure(name, None if pd.isna(value) else value, model, paper=(paper or {}).get(name))
+        for key, row in table.iterrows():
+            label, *rest = key if isinstance(key, tuple) else (key,)
+            levels = dict(zip(table.index.names[1:], rest, strict=True))
+            for column, value in row.items():
+                called = name.format(column=column, **levels)
+                value = None if pd.isna(value) else value
+                self.measure(called, value, full.get(label, label), paper=(paper or {}).get(called))
 
     def caption(self, images=None) -> str:
         """One line for below a figure: profile, models and images."""

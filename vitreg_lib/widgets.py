@@ -37,10 +37,10 @@ def interact(draw, **controls):
     output = ipywidgets.Output()
 
     def update(change=None):
-        figure = draw(**{name: widget.value for name, widget in made.items()})
-        plt.close(figure)
-        with output:
+        with output:  # an error of `draw` is shown here too: elsewhere JupyterLab would hide it in its log
             output.clear_output(wait=True)
+            figure = draw(**{name: widget.value for name, widget in made.items()})
+            plt.close(figure)
             display(figure)
 
     for widget in made.values():
@@ -49,19 +49,24 @@ def interact(draw, **controls):
     return ipywidgets.VBox([ipywidgets.HBox(list(made.values())), output])
 
 
-def cutoff_slider(images, norms: torch.Tensor, cutoff: float):
-    """Images and norm maps (n, rows, cols) with the tokens above a cutoff ringed; the cutoff slides."""
-    high = float(norms.max())
+def cutoff_slider(images, maps: dict[str, torch.Tensor]):
+    """Images and one model's norm maps (n, rows, cols), the tokens above a multiple of its median norm ringed.
 
-    def draw(cutoff):
-        figure = plots.norm_maps(images.pixels, {"norms": norms}, {"norms": cutoff})
-        figure.suptitle(
-            f"cutoff {cutoff:.3g}: {(norms > cutoff).float().mean().item():.2%} of tokens above", fontsize=9
-        )
+    The multiple slides; it starts at 3, on the model whose largest norm stands out most.
+    """
+    most = {name: (norms.max() / norms.median()).item() for name, norms in maps.items()}
+
+    def draw(model, times):
+        norms, cutoff = maps[model], times * maps[model].median().item()
+        figure = plots.norm_maps(images.pixels, {model: norms}, {model: cutoff})
+        share = (norms > cutoff).float().mean().item()
+        figure.suptitle(f"cutoff {times:g} × median = {cutoff:.3g}: {share:.2%} of these tokens above", fontsize=9)
         return figure
 
     return interact(
-        draw, cutoff=("FloatSlider", {"value": min(cutoff, high), "min": 0.0, "max": high, "step": high / 200})
+        draw,
+        model=("Dropdown", {"value": max(most, key=most.get), "options": list(maps)}),
+        times=("FloatSlider", {"value": 3.0, "min": 0.5, "max": 10.0, "step": 0.1}),
     )
 
 
@@ -92,7 +97,7 @@ def token_kinds(captures: dict):
 def attention_rows(model, images):
     """Attention of one query token at any block and head, on one image: maps and the shares of where it goes.
 
-    Head -1 is the mean over heads; queries are the prefix tokens and the patch at the centre.
+    Queries are the prefix tokens and the patch at the centre.
     """
     from . import attention, plots_maps
 
@@ -100,24 +105,21 @@ def attention_rows(model, images):
     centre = attention.patch_token(model, images.x, rows // 2, cols // 2)
     seen = model.capture(images, ("norms", "attention"), queries=[*range(model.anatomy.num_prefix_tokens), centre])
     names = attention.query_names(seen)
-    deepest = len(seen.layers) - 1
+    deepest, mean = len(seen.layers) - 1, "mean of heads"
 
     def draw(image, layer, head, query):
         token = seen.queries[names.index(query)]
-        heads = None if head < 0 else [head]
-        found = attention.relative(attention.maps(seen, layer, [token], heads)[image])
-        norms = attention.on_grid(seen, seen.norms[image, layer])[None]
-        groups = [{f"attention of {query}": found}, {"norm": norms}]
-        figure = plots_maps.sheet(images.pixels[image : image + 1], groups, cell=1.9)
-        head_text = "mean of heads" if head < 0 else f"head {head}"
-        figure.suptitle(f"{model.label}, block {layer}, {head_text}", fontsize=9)
-        return figure
+        found = attention.relative(attention.maps(seen, layer, [token], None if head == mean else [head])[image, 0])
+        norms = attention.on_grid(seen, seen.norms[image, layer])
+        told = mean if head == mean else f"head {head}"
+        title = f"{model.label}, block {layer}, {told}"
+        return plots_maps.query_view(images.pixels[image], found, norms, query, title)
 
     return interact(
         draw,
         image=("IntSlider", {"value": 0, "min": 0, "max": len(images) - 1}),
         layer=("IntSlider", {"value": deepest, "min": 0, "max": deepest}),
-        head=("IntSlider", {"value": -1, "min": -1, "max": model.anatomy.num_heads - 1}),
+        head=("Dropdown", {"value": mean, "options": [mean, *range(model.anatomy.num_heads)]}),
         query=("Dropdown", {"value": names[0], "options": names}),
     )
 

@@ -11,9 +11,14 @@ from torch import Tensor
 
 from .. import outliers
 from .position import position_probe
-from .reconstruction import reconstruction_probe
+from .reconstruction import patch_pixels, reconstruction_probe
 
 READABLE = 5  # times chance: from there on a position counts as read
+REPORTED = {  # Figure 5b, by the names under which a `local_probes` table is measured
+    f"{column}, {group} tokens, trained on all": value
+    for column, values in {"accuracy": (0.417, 0.228), "distance": (0.79, 5.09), "l2": (18.38, 25.23)}.items()
+    for group, value in zip(("normal", "outlier"), values, strict=True)
+}
 
 
 def matched_normal(is_outlier: Tensor) -> Tensor:
@@ -47,6 +52,18 @@ def same_places(masks: dict[str, Tensor]) -> dict[str, str]:
     own = [name for name, mask in masks.items() if mask.any()]
     lenders = {name: [o for o in own if masks[o].shape == mask.shape] for name, mask in masks.items() if not mask.any()}
     return {name: found[0] for name, found in lenders.items() if found}
+
+
+def titles(masks: dict[str, Tensor], borrowed: dict[str, str]) -> dict[str, str]:
+    """What to write above a model's panel: its share of outliers, or whose places it is looked at in."""
+    told = {name: f"{mask.float().mean():.2%} outliers" for name, mask in masks.items()}
+    told |= {name: f"places of {owner}" for name, owner in borrowed.items()}
+    return {name: f"{name}\n{text}" for name, text in told.items()}
+
+
+def pixels_of(model, images) -> Tensor:
+    """(images, patches, values): the pixels of every patch of an `Images` set as the model sees it, from 0 to 255."""
+    return patch_pixels(255 * images.pixels, model.anatomy.patch_size[0])
 
 
 def groups(is_outlier: Tensor) -> dict[str, Tensor]:
@@ -168,6 +185,33 @@ def verdicts(table, alike) -> dict[str, tuple[bool | None, str]]:
     result = {key: (None if blind and key != "l2" else bool(holds), told[key]) for key, holds in found.items()}
     areas = [f"{alike[k]:.2f} ({alike[k + '_low']:.2f} to {alike[k + '_high']:.2f})" for k in ("auc", "auc_matched")]
     return result | {"auc": (bool(alike["auc_matched_low"] > 0.5), f"AUC {areas[0]}, against matched {areas[1]}")}
+
+
+def claims(models, masks: dict[str, Tensor], borrowed: dict[str, str], tables: dict, alike):
+    """Arguments of `Run.claim` one after the other: C016 to C019 on the first model, then ours on the controls.
+
+    By label: outlier masks, `same_places` of them, `local_probes` tables; alike: `likeness`, one row a model.
+    """
+    judged = {name: verdicts(table, alike.loc[name]) for name, table in tables.items()}
+    first = models[0].label
+    for claim, key in {"C016": "auc", "C017": "accuracy", "C018": "distance", "C019": "l2"}.items():
+        holds, told = judged[first][key] if masks[first].any() else (None, "no outliers")
+        yield claim, holds, f"{first}: {told}"
+    texts = {
+        "trained": "has no outliers; its tokens know their patch where {} has them",
+        "random control": "fresh weights know no less where {} has outliers",
+        "mended": "with the outliers of {} moved to added registers, the tokens at their places know their patch again",
+        "planted control": "its outliers know less of place and pixels than matched tokens, as planted",
+    }
+    for model in (m for m in models if m.label in borrowed or (m.is_control and masks[m.label].any())):
+        name = model.label
+        keys = ("accuracy", "distance", "l2")
+        worse = [judged[name][key][0] for key in keys]
+        told = "; ".join(f"{key} {ratios(tables[name]).loc['own', key]:.2f}" for key in keys)
+        blind = " (position is not readable here)" if None in worse else ""
+        holds = not any(worse) if name in borrowed else all(worse)
+        text = f"ours: {name}: " + texts[model.role].format(borrowed.get(name, name))
+        yield f"control-{name}", holds, f"outlier places / matched: {told}{blind}", text, "none"
 
 
 def likeness(similarity: Tensor, is_outlier: Tensor, draws: int = 500, seed: int = 0) -> dict[str, float]:

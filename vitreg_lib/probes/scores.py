@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ..data import registry, tasks
+from ..data.scenes import SHAPES
 from ..errors import UserError
 from ..outliers import without_registers
 from ..paths import DATA
@@ -297,10 +298,16 @@ def by_registers(table, counts) -> dict[str, tuple[bool | None, str]]:
     return result
 
 
-def class_iou(found: Scores) -> Tensor:
-    """(classes,) IoU of every class, mean over seeds; NaN where a class is neither predicted nor labelled."""
+def class_iou(found: Scores):
+    """A Series: IoU of every class, mean over seeds; NaN where a class is neither predicted nor labelled.
+
+    Classes of scenes go by their names, those of other sets by their numbers.
+    """
+    import pandas as pd
+
     inter, union = found.parts["miou"].sum((0, 1)).chunk(2, -1)
-    return inter / union
+    names = ["background", *SHAPES] if found.sources["miou"].startswith("scenes") else range(len(inter))
+    return pd.Series((inter / union).numpy(), index=names)
 
 
 def reported(registers: bool) -> dict[tuple[str, str], float]:
