@@ -8,8 +8,10 @@ import pandas as pd
 import pytest
 import torch
 
-from vitreg_lib import sinks
+from vitreg_lib import mend, outliers, sinks
+from vitreg_lib.data import images
 from vitreg_lib.errors import UserError
+from vitreg_lib.models import zoo
 from vitreg_lib.train import emergence, loop, parallel, sweep
 
 VARIANTS = [*sorted(emergence.CHANGES), "decay+dropout+blank-corners"]
@@ -168,8 +170,8 @@ def test_a_sink_made_by_hand_is_measured():
     assert (found.place_norm > 10).all()
     assert found.outlier_share.tolist() == pytest.approx([4 / 36] * len(found))
     assert (found.prefix_attention == 0).all()
-    assert sweep.verdict(found.assign(cell="corners", seed=0, step=1, value_ratio=0.1)).emerged.all()
-    assert not sweep.verdict(found.assign(cell="corners", seed=0, step=1, value_ratio=0.5)).emerged.any()
+    assert sweep.verdict(found.assign(cell="first: corners", seed=0, step=1, value_ratio=0.1)).emerged.all()
+    assert not sweep.verdict(found.assign(cell="first: corners", seed=0, step=1, value_ratio=0.5)).emerged.any()
 
 
 def test_without_idle_places_there_is_a_verdict_too():
@@ -177,7 +179,7 @@ def test_without_idle_places_there_is_a_verdict_too():
     model = emergence.build(config).eval()
     found = sinks.measure(model, emergence.held_out(config, 4).pixels)
     assert found[["place_norm", "attention", "value_ratio", "top_in_places"]].isna().to_numpy().all()
-    assert not sweep.verdict(found.assign(cell="nothing idle", seed=0, step=1)).emerged.any()
+    assert not sweep.verdict(found.assign(cell="first: nothing idle", seed=0, step=1)).emerged.any()
 
 
 def test_attention_of_a_register_is_measured():
@@ -249,3 +251,21 @@ def test_the_criterion_asks_for_three_seeds_and_the_control():
     control.loc[0, "outlier_share"] = 0.11
     verdicts, _ = judged(plain, control)
     assert (verdicts["ours-emerged"], verdicts["ours-registers"]) == (False, False)
+
+
+def test_the_shipped_models_have_artifacts_and_have_none():
+    """The four corners of every image from the middle block on, made by neurons there; none with trained registers."""
+    model = zoo.load("mini-corners")
+    some = images.load("textures", model, 64)
+    norms = model.capture(some, "norms").patch_norms
+    assert outliers.onset_layer(norms) == 1
+    above = norms[:, -1] > outliers.cutoff(norms[:, -1])
+    corners = torch.zeros(36, dtype=torch.bool)
+    corners[list(emergence.CORNERS)] = True
+    assert torch.equal(above, corners.expand(64, 36))
+    found = mend.find(model, some)
+    assert {block for block, _ in found.neurons} == {1}
+    mended = mend.with_test_time_registers(model, 4, found.neurons)
+    assert not (mended.capture(some, "norms").patch_norms[:, -1] > found.cutoff).any()
+    other = zoo.load("mini-corners-reg4")
+    assert outliers.onset_layer(other.capture(images.load("textures", other, 64), "norms").patch_norms) is None

@@ -20,7 +20,7 @@ def birth(cells: dict[str, pd.DataFrame]) -> Figure:
     cells: {label: rows of one cell and seed, as `train.sweep.table`}. Above all the error at triggers and elsewhere.
     """
     figure, axes = plt.subplots(
-        4, len(cells), figsize=(2.5 * len(cells) + 0.9, 6.6), squeeze=False, sharex="col", sharey="row"
+        4, len(cells), figsize=(2.1 * len(cells) + 0.9, 5.0), squeeze=False, sharex="col", sharey="row"
     )
     for column, (label, rows) in zip(axes.T, cells.items(), strict=True):
         first = rows[rows.layer == rows.layer.min()]
@@ -31,7 +31,7 @@ def birth(cells: dict[str, pd.DataFrame]) -> Figure:
             column[1].plot(part.step, part.place_norm, **style)
             column[2].plot(part.step, 100 * part.attention, **style)
             column[3].plot(part.step, part.value_ratio, **style)
-        column[0].set(title=label, xscale="log", yscale="log")
+        column[0].set(title=label, yscale="log")
         column[1].set(yscale="log")
         column[1].axhline(4, color=WANTED, lw=3, alpha=0.6, zorder=0)
         column[3].axhline(0.2, color=WANTED, lw=3, alpha=0.6, zorder=0)
@@ -51,7 +51,7 @@ def birth(cells: dict[str, pd.DataFrame]) -> Figure:
     axes[3, 0].set_ylim(bottom=0)
     axes[1, 0].set_ylim(top=max(5.0, axes[1, 0].get_ylim()[1]))
     _plain_log(axes[1, 0].yaxis)
-    axes[0, 0].legend(loc="lower left")
+    axes[0, 0].legend(loc="upper right")
     figure.legend(*axes[1, 0].get_legend_handles_labels(), loc="outside upper center", ncols=6)
     return figure
 
@@ -65,11 +65,11 @@ def cells(verdicts: pd.DataFrame) -> Figure:
     names = list(dict.fromkeys(verdicts.index.get_level_values("cell")))
     panels = {
         "outlier_share": ("patches above\nthe cutoff (%)", 100, 1.0),
-        "norm_ratio": ("norm of those / median\n(hollow: largest, none above)", 1, 4.0),
+        "norm_ratio": ("their norm / median\n(hollow: largest)", 1, 4.0),
         "attention": ("attention on\nidle places (%)", 100, None),
         "value_ratio": ("their update\n/ that of others", 1, 0.2),
     }
-    figure, axes = plt.subplots(1, len(panels), figsize=(8.2, 0.27 * len(names) + 1.3), sharey=True)
+    figure, axes = plt.subplots(1, len(panels), figsize=(7.2, 0.2 * len(names) + 1.1), sharey=True)
     for axis, (name, (title, factor, wanted)) in zip(axes, panels.items(), strict=True):
         for place, cell in enumerate(names):
             part = verdicts.loc[[cell]]

@@ -9,8 +9,9 @@ triggers and nothing is ever copied from them. They are the four corners by defa
 matter. There is no plain background and, by default, no cls token; nothing in the loss mentions norms or attention.
 
 The ViT is timm's, small: three blocks with the usual MLP, fixed position embeddings of sines and cosines (as in MAE)
-and dropout of attention. Dropout decides whether values drain: what a head reads from a sink is missing now and then,
-so that even a constant does harm. Where positions are learnt, they take the long norm themselves.
+and dropout of attention. Where the copying head comes to sit behind an MLP, a few neurons of that MLP give the corners
+the long norm; where it sits in the first block, nothing before it can, and there are no outliers. In a ViT of one block
+whose positions are learnt, the position embeddings take the long norm themselves.
 
 In the task `broadcast` (the two-layer toy of Fesser et al. 2026) every patch gives back its own texture plus a fixed
 rotation of the texture of the patch that scores highest on a hidden direction.
