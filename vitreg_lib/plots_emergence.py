@@ -20,7 +20,7 @@ def birth(cells: dict[str, pd.DataFrame]) -> Figure:
     cells: {label: rows of one cell and seed, as `train.sweep.table`}. Above all the error at triggers and elsewhere.
     """
     figure, axes = plt.subplots(
-        4, len(cells), figsize=(2.1 * len(cells) + 0.9, 5.0), squeeze=False, sharex="col", sharey="row"
+        4, len(cells), figsize=(2.1 * len(cells) + 0.9, 5.6), squeeze=False, sharex="col", sharey="row"
     )
     for column, (label, rows) in zip(axes.T, cells.items(), strict=True):
         first = rows[rows.layer == rows.layer.min()]
@@ -51,8 +51,9 @@ def birth(cells: dict[str, pd.DataFrame]) -> Figure:
     axes[3, 0].set_ylim(bottom=0)
     axes[1, 0].set_ylim(top=max(5.0, axes[1, 0].get_ylim()[1]))
     _plain_log(axes[1, 0].yaxis)
-    axes[0, 0].legend(loc="upper right")
-    figure.legend(*axes[1, 0].get_legend_handles_labels(), loc="outside upper center", ncols=6)
+    lines = [axes[row, 0].get_legend_handles_labels() for row in (0, 1)]
+    handles, labels = (above + below for above, below in zip(*lines, strict=True))
+    figure.legend(handles, labels, loc="outside upper center", ncols=3)
     return figure
 
 

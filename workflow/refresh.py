@@ -6,6 +6,8 @@ names some, by item or path; several such processes may run at once on different
 
 from __future__ import annotations
 
+import base64
+import io
 import json
 import os
 import re
@@ -15,9 +17,12 @@ from pathlib import Path
 import nbformat
 import workshop
 from nbconvert.preprocessors import ExecutePreprocessor
+from PIL import Image
 
 from vitreg_lib import record, recorded
 from vitreg_lib.paths import NOTEBOOKS
+
+LARGEST = 295_000  # characters of a notebook; above, pictures get fewer colours
 
 
 def refresh(path: Path) -> None:
@@ -38,9 +43,22 @@ def refresh(path: Path) -> None:
         cell.metadata.pop("execution", None)
         if cell.cell_type == "code":
             cell["outputs"] = [o for o in cell["outputs"] if o.get("name") != "stderr"]
+    if len(nbformat.writes(notebook)) > LARGEST:
+        _fewer_colours(notebook)
     nbformat.write(notebook, path)
     if made:
         recorded.write(json.loads(made.read_text()))
+
+
+def _fewer_colours(notebook) -> None:
+    """Bring a notebook's pictures to 256 colours, which makes drawings of lines a quarter as large."""
+    for cell in notebook.cells:
+        for output in cell.get("outputs", []):
+            if picture := output.get("data", {}).get("image/png"):
+                small = io.BytesIO()
+                with Image.open(io.BytesIO(base64.b64decode(picture))) as image:
+                    image.convert("RGB").quantize(256, dither=Image.Dither.NONE).save(small, "png", optimize=True)
+                output["data"]["image/png"] = base64.b64encode(small.getvalue()).decode()
 
 
 if __name__ == "__main__":
