@@ -66,7 +66,9 @@ def test_the_protocol_of_deit3_is_the_default():
 
 
 def test_colours_are_learnt(painted, tmp_path):
-    options = dict(steps=40, optimizer="adamw", learning_rate=5e-3, mixup=0, cutmix=0, weight_decay=0.0, drop_path=0.0)
+    options = dict(
+        steps=40, crop="rkrr", optimizer="adamw", learning_rate=5e-3, mixup=0, cutmix=0, weight_decay=0.0, drop_path=0.0
+    )
     result = train(painted, tmp_path, save_every=1000, **options)
     assert result["accuracy"] > 0.9
     assert result["images"] == 320
