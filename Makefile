@@ -7,7 +7,7 @@ BIN     := .venv/bin
 READY   := .venv/.ready
 OFFLINE  = $(if $(wildcard wheelhouse/*.whl),--no-index --find-links wheelhouse)
 PAIRS    = $(foreach p,$(PARAMS),-p $(subst =, ,$(p)))
-NBVAL    = --nbval --nbval-current-env --nbval-kernel-startup-timeout 180 --nbval-cell-timeout 600
+NBVAL    = --nbval --nbval-current-env --nbval-kernel-startup-timeout 180 --nbval-cell-timeout 600 --nbval-sanitize-with tests/nbval.cfg
 export OMP_NUM_THREADS ?= $(if $(filter 1,$(JOBS)),,1)
 
 .DEFAULT_GOAL := help
