@@ -51,7 +51,7 @@ def capturing(name: str, batch: int, **options) -> None:
     """Capture of norms at all layers against timm's plain forward of the same batch."""
     import timm
 
-    from vitreg_lib.capture import capture
+    from vitreg_lib.hooks.capture import capture
 
     model = timm.create_model(name, **options).eval()
     size = model.patch_embed.img_size

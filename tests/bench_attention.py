@@ -9,10 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
+import fig12
 import torch
 
-from vitreg_lib import complexity
-from vitreg_lib.capture import capture, hooks
+from vitreg_lib.hooks.capture import capture, hooks
 
 
 class _As(torch.nn.Module):
@@ -39,16 +39,16 @@ def usual(model, x) -> None:
 
 
 def memory() -> Iterator[str]:
-    model = complexity.build_vit("l", 14, 518, device="cpu")
+    model = fig12.build_vit("l", 14, 518, device="cpu")
     model.blocks = model.blocks[:3]
     x = torch.randn(1, 3, 518, 518, generator=torch.Generator().manual_seed(0))
-    plain = complexity.peak_bytes(model, x)
+    plain = fig12.peak_bytes(model, x)
     ways = {
         "cls attention by capture": lambda m, x: capture(m, x, "attention", layers=-1, queries=[0]),
         "the usual way": usual,
     }
     for name, way in ways.items():
-        ratio = complexity.peak_bytes(_As(model, way), x) / plain
+        ratio = fig12.peak_bytes(_As(model, way), x) / plain
         yield f"memory, ViT-L/14 at 518 px, {name}: {ratio:.2f} of a plain forward"
 
 

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 
 import torch
 
-from vitreg_lib import lost
+from vitreg_lib.measure import objects
 from vitreg_lib.probes import linear
 
 
@@ -56,12 +56,12 @@ def discovery() -> Iterator[str]:
     f = torch.randn(64, 784, 384, generator=generator) * torch.arange(1, 385) ** -0.5
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    lost.lost(f[:8], (28, 28))
+    objects.lost(f[:8], (28, 28))
     start = time.perf_counter()
-    lost.lost(f, (28, 28), intermediates=True)
+    objects.lost(f, (28, 28), intermediates=True)
     yield f"LOST, 28 x 28 patches, one thread: {64 / (time.perf_counter() - start):.0f} images/s (goal: at least 20)"
     start = time.perf_counter()
-    lost.tokencut(f[:8], (28, 28))
+    objects.tokencut(f[:8], (28, 28))
     yield f"TokenCut, 28 x 28 patches, one thread: {8 / (time.perf_counter() - start):.0f} images/s"
     torch.set_num_threads(threads)
 

@@ -20,8 +20,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from tests.bench import taking_turns, told
 from vitreg_lib.data import scenes
-from vitreg_lib.train import accelerate, deit3, loop, parallel, telemetry
+from vitreg_lib.train import loop, parallel, telemetry
 from vitreg_lib.train.config import TrainConfig
+from vitreg_lib.train.recipes import deit3
 from vitreg_lib.train.state import Run
 
 PEAK = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12, "4090": 165e12}  # dense bfloat16
@@ -30,10 +31,10 @@ PEAK = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 12
 def ours(config: TrainConfig, device: str, steps: int):
     """A function that takes `steps` steps of the loop."""
     module = deit3.build(config).to(device)
-    run = Run(module, accelerate.optimizer(module, config, device), accumulate=config.accumulate)
+    run = Run(module, parallel.optimizer(module, config, device), accumulate=config.accumulate)
     if config.compile:
-        accelerate.compile_blocks(module, device)
-    loss = accelerate.Loss(module, deit3, config, device)
+        parallel.compile_blocks(module, device)
+    loss = parallel.Loss(module, deit3, config, device)
 
     def train():
         for step in range(steps):
@@ -55,7 +56,7 @@ def plain(config: TrainConfig, device: str, steps: int):
             index = parallel.batch_range(config, step)
             batch = scenes.render(index, config.image_size, config.seed, device)
             target = torch.cat(
-                [F.one_hot(t, len(deit3.ATTRIBUTES[name])) for name, t in deit3.targets(batch).items()], 1
+                [F.one_hot(t, len(scenes.ATTRIBUTES[name])) for name, t in scenes.targets(batch).items()], 1
             ).float()
             with torch.autocast("cuda", torch.bfloat16, enabled=on_gpu):
                 output = model(batch.pixels * 2 - 1)

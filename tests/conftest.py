@@ -18,7 +18,7 @@ import matplotlib  # noqa: E402
 import pytest  # noqa: E402
 from hypothesis import settings  # noqa: E402
 
-from vitreg_lib.paths import ROOT  # noqa: E402
+from vitreg_lib.base import ROOT  # noqa: E402
 
 matplotlib.use("Agg")  # not by the environment: kernels of notebooks would inherit it and show nothing
 
@@ -61,7 +61,7 @@ def results(tmp_path, monkeypatch) -> Path:
 @pytest.fixture(scope="session")
 def planted():
     """The shipped planted control."""
-    from vitreg_lib.models import zoo
+    from vitreg_lib.model import zoo
 
     return zoo.load("planted", "cpu")
 

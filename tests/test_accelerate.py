@@ -11,9 +11,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from vitreg_lib.errors import UserError
-from vitreg_lib.paths import ROOT
-from vitreg_lib.train import accelerate, clip, deit3, loop
+from vitreg_lib.base import ROOT, UserError
+from vitreg_lib.train import loop, parallel
+from vitreg_lib.train.recipes import clip, deit3
 
 SMALL = dict(size="xxs", image_size=64, steps=4, batch_size=8, warmup=1, eval_images=16, telemetry_images=4)
 
@@ -50,14 +50,14 @@ def test_compiled_blocks_train_as_plain_ones(tmp_path):
 
 def test_blocks_of_all_towers_are_found():
     module = clip.build(loop.configure("clip", size="xs", text_layers=3)[0])
-    found = accelerate.blocks(module)
+    found = parallel.blocks(module)
     assert found == [*module.visual.blocks, *module.text.transformer.resblocks]
 
 
 @pytest.mark.parametrize("name", ["adamw", "lamb", "muon", "sgd"])
 def test_optimisers_of_timm(name):
     config = loop.configure("deit3", size="xxs", optimizer=name)[0]
-    made = accelerate.optimizer(deit3.build(config), config, "cpu")
+    made = parallel.optimizer(deit3.build(config), config, "cpu")
     decayed = {group["weight_decay"] for group in made.param_groups}
     assert decayed == {0.0, config.weight_decay}
 
@@ -65,7 +65,7 @@ def test_optimisers_of_timm(name):
 def test_an_unknown_optimiser_is_told():
     config = loop.configure("deit3", size="xxs", optimizer="adamv")[0]
     with pytest.raises(UserError, match="unknown optimiser 'adamv'"):
-        accelerate.optimizer(deit3.build(config), config, "cpu")
+        parallel.optimizer(deit3.build(config), config, "cpu")
 
 
 @pytest.mark.slow

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import fig14
 import pytest
 import timm
 import torch
 
-from vitreg_lib import attention
-from vitreg_lib.capture import capture
-from vitreg_lib.models import mini
+from vitreg_lib.hooks.capture import capture
+from vitreg_lib.measure import attention
+from vitreg_lib.model import mini
 
 KINDS = {  # what is special about it: timm's name and options that keep it small
     "plain": ("vit_tiny_patch16_224", {}),
@@ -115,7 +116,7 @@ def test_upsampling_keeps_a_constant_and_nearest_keeps_values():
 
 
 def test_map_of_a_model_without_cls_is_the_mean_over_its_patches():
-    from vitreg_lib.models.zoo import Model
+    from vitreg_lib.model.model import Model
 
     module = build("no cls")
     model = Model("no-cls", module, "0" * 64)
@@ -128,7 +129,7 @@ def test_map_of_a_model_without_cls_is_the_mean_over_its_patches():
 @pytest.mark.parametrize("fused", [True, False])
 def test_value_gain_is_the_length_of_the_values_over_that_of_the_input(fused):
     """Of an attention with one matrix for q, k and v, and of one with a matrix each (Eva has both names)."""
-    from vitreg_lib.models.zoo import Model
+    from vitreg_lib.model.model import Model
 
     torch.manual_seed(0)
     options = {"img_size": 56, "depth": 2, "embed_dim": 48, "num_heads": 3, "qkv_fused": fused}
@@ -136,7 +137,7 @@ def test_value_gain_is_the_length_of_the_values_over_that_of_the_input(fused):
     model, x = Model("eva", module, "0" * 64), image(module)
     given = []
     handle = module.blocks[1].attn.register_forward_pre_hook(lambda m, inputs: given.append(inputs[0]))
-    gain = attention.value_gain(model, x)
+    gain = fig14.value_gain(model, x)
     handle.remove()
     attn = module.blocks[1].attn
     weight = attn.qkv.weight[96:] if fused else attn.v_proj.weight

@@ -6,16 +6,17 @@ import pytest
 import torch
 from PIL import Image
 
-from vitreg_lib import lost
-from vitreg_lib.data import boxes
-from vitreg_lib.errors import UserError
-from vitreg_lib.models import mini, zoo
+from vitreg_lib.base import UserError
+from vitreg_lib.data import sets
+from vitreg_lib.measure import objects
+from vitreg_lib.model import mini
+from vitreg_lib.model.model import Model
 
 
 @pytest.fixture(scope="module")
 def model():
     module = mini.build("xxs").eval().requires_grad_(False)
-    return zoo.Model("random-mini", module, "0" * 64, input_size=96, crop=0.9, mean=(0, 0, 0), std=(1, 1, 1))
+    return Model("random-mini", module, "0" * 64, input_size=96, crop=0.9, mean=(0, 0, 0), std=(1, 1, 1))
 
 
 @pytest.fixture
@@ -32,15 +33,15 @@ def folder(tmp_path):
 
 
 def test_boxes_lie_where_the_model_sees_the_objects(folder, model):
-    images, found = boxes.load(str(folder), model, 10)
+    images, found = sets.load_boxes(str(folder), model, 10)
     assert images.names == ["a"] and "1 without left out" in images.source
     torch.testing.assert_close(found[0][0], torch.tensor([24.0, 24.0, 72.0, 72.0]))
     white = (images.pixels[0].mean(0) > 0.5)[None]
-    assert (lost.mask_boxes(white)[0] - found[0][0]).abs().max() <= 1
+    assert (objects.mask_boxes(white)[0] - found[0][0]).abs().max() <= 1
 
 
 def test_scenes_give_the_boxes_of_what_is_visible(model):
-    images, found = boxes.load("scenes", model, 6)
+    images, found = sets.load_boxes("scenes", model, 6)
     assert len(found) == len(images) == 6
     assert all((b[:, 2:] > b[:, :2]).all() and len(b) for b in found)
 
@@ -49,12 +50,12 @@ def test_scenes_give_the_boxes_of_what_is_visible(model):
 def test_a_bad_line_is_named(folder, model, line):
     (folder / "boxes" / "a.txt").write_text(line)
     with pytest.raises(UserError, match="a.txt, line 1"):
-        boxes.load(str(folder), model, 10)
+        sets.load_boxes(str(folder), model, 10)
 
 
 def test_a_folder_of_another_layout_or_without_boxes_is_refused(folder, model, tmp_path):
     with pytest.raises(UserError, match="wanted are images/NAME.jpg"):
-        boxes.load(str(folder / "images"), model, 10)
+        sets.load_boxes(str(folder / "images"), model, 10)
     (folder / "boxes" / "a.txt").unlink()
     with pytest.raises(UserError, match="none of the 2 images"):
-        boxes.load(str(folder), model, 10)
+        sets.load_boxes(str(folder), model, 10)

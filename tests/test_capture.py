@@ -14,8 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from vitreg_lib.anatomy import dissect
-from vitreg_lib.capture import SITES, capture
+from vitreg_lib.hooks.anatomy import dissect
+from vitreg_lib.hooks.capture import SITES, capture
 
 KINDS = {  # what is special about it: timm's name and options that keep it small
     "plain": ("vit_tiny_patch16_224", {}),

@@ -12,9 +12,9 @@ import time
 import nbformat
 import pytest
 
-from vitreg_lib import cli, record
-from vitreg_lib.errors import UserError
-from vitreg_lib.paths import ROOT
+from vitreg_lib import cli
+from vitreg_lib.base import ROOT, UserError
+from vitreg_lib.record import run as record
 
 
 def vitreg(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
@@ -84,7 +84,7 @@ def test_debug_shows_the_traceback(results):
     done = vitreg("--debug", "run", "fig03", "-p", "n_image", "3")
     assert done.returncode == 1
     assert "Traceback" in done.stderr
-    assert done.stderr.splitlines()[-1].startswith("vitreg_lib.errors.UserError: unknown parameter")
+    assert done.stderr.splitlines()[-1].startswith("vitreg_lib.base.UserError: unknown parameter")
 
 
 def test_without_a_command_help_is_shown(capsys):

@@ -3,7 +3,8 @@
 import pytest
 
 import vitreg_lib as vr
-from vitreg_lib import cli, diagnose
+from vitreg_lib import cli
+from vitreg_lib.record import diagnose
 
 
 @pytest.fixture(scope="module")

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 
+import fig14
 import pytest
 import torch
 import torchvision
 
-from vitreg_lib import attention, lost, maps
 from vitreg_lib.data import images
-from vitreg_lib.models import zoo
+from vitreg_lib.measure import objects
+from vitreg_lib.model import zoo
 
 
 def naive_spots(x, height):
@@ -33,14 +34,14 @@ def naive_spots(x, height):
 def test_spots_are_those_of_a_loop_and_a_hill_has_none():
     x = torch.randn(6, 5, 7, generator=torch.Generator().manual_seed(0))
     for height in (0.1, 0.5, 1.0):
-        found = maps.spots(x, height=height)
+        found = fig14.spots(x, height=height)
         assert torch.equal(found, torch.stack([naive_spots(m, height) for m in x]))
-    assert torch.equal(maps.spots(x.flatten(1), grid=(5, 7)), maps.spots(x).flatten(1))
+    assert torch.equal(fig14.spots(x.flatten(1), grid=(5, 7)), fig14.spots(x).flatten(1))
     hill = torch.exp(-((torch.arange(9) - 4.0) ** 2) / 8)
     hill = hill[:, None] * hill
-    assert not maps.spots(hill).any() and not maps.spots(torch.ones(4, 4)).any()
+    assert not fig14.spots(hill).any() and not fig14.spots(torch.ones(4, 4)).any()
     hill[0, 0] += 2
-    assert maps.spots(hill).nonzero().tolist() == [[0, 0]]
+    assert fig14.spots(hill).nonzero().tolist() == [[0, 0]]
 
 
 def test_value_gain_is_the_projection_written_out():
@@ -51,14 +52,14 @@ def test_value_gain_is_the_projection_written_out():
     x = block.norm1(x)[:, model.anatomy.num_prefix_tokens :]
     v = x @ block.attn.qkv.weight.chunk(3)[2].T
     wanted = torch.tensor([[math.dist(a, [0.0] * len(a)) for a in row] for row in v.tolist()]) / x.norm(dim=-1)
-    found = attention.value_gain(model, pictures)
+    found = fig14.value_gain(model, pictures)
     assert torch.allclose(found, wanted, atol=1e-5), f"gap {(found - wanted).abs().max():.2g}"
     assert not block.attn._forward_pre_hooks
 
 
 def test_the_value_projection_of_a_planted_outlier_is_measured_at_its_place(planted):
     pictures = images.load("scenes", planted, 4)
-    gain, truth = attention.value_gain(planted, pictures), planted.truth(pictures)
+    gain, truth = fig14.value_gain(planted, pictures), planted.truth(pictures)
     assert gain.shape == truth.shape and gain[truth].median() < 0.5 * gain[~truth].median()
 
 
@@ -70,13 +71,13 @@ def test_an_attention_without_a_known_value_projection_is_refused():
     del attn.qkv
     try:
         with pytest.raises(TypeError, match="neither qkv nor v_proj"):
-            attention.value_gain(model, pictures)
+            fig14.value_gain(model, pictures)
     finally:
         attn.qkv = qkv
 
 
 def test_steps_take_the_papers_features_and_expansions_are_those_of_steps():
-    assert [lost.paper_site(n) for n in ("dinov2-l-reg4", "deit3-b", "mini-clip", "mini-dinov2")] == [
+    assert [objects.paper_site(n) for n in ("dinov2-l-reg4", "deit3-b", "mini-clip", "mini-dinov2")] == [
         "k",
         "v",
         "v",
@@ -84,26 +85,27 @@ def test_steps_take_the_papers_features_and_expansions_are_those_of_steps():
     ]
     model = zoo.load("mini-deit3-xs", "cpu")
     pictures = images.load("scenes", model, 2)
-    found = lost.expansions(model, pictures, bias=-0.1)
+    found = objects.expansions(model, pictures, bias=-0.1)
     for kind, site in (("queries", "q"), ("keys", "k"), ("values", "v")):
-        assert torch.equal(found[kind], lost.steps(model, pictures, site, -0.1).expansion)
-    assert torch.equal(lost.steps(model, pictures).degrees, lost.steps(model, pictures, "v").degrees)
+        assert torch.equal(found[kind], objects.steps(model, pictures, site, -0.1).expansion)
+    assert torch.equal(objects.steps(model, pictures).degrees, objects.steps(model, pictures, "v").degrees)
     with pytest.raises(ValueError, match="choose 'q', 'k' or 'v'"):
-        lost.steps(model, pictures, "x")
+        objects.steps(model, pictures, "x")
 
 
 def test_figures_have_a_row_a_model_and_panels_an_image():
-    from vitreg_lib import plots_maps
+    import fig13
+    import fig14
 
     model = zoo.load("mini-deit3-xs", "cpu")
     pictures = images.load("scenes", model, 2)
-    steps = {"a": lost.steps(model, pictures), "b": lost.steps(model, pictures, "k")}
+    steps = {"a": objects.steps(model, pictures), "b": objects.steps(model, pictures, "k")}
     truth = [b[v] for b, v in zip(pictures.scenes.boxes, pictures.scenes.visible, strict=True)]
-    figure = plots_maps.discovery(pictures.pixels, steps, {"a": 8, "b": 8}, truth)
+    figure = fig13.discovery(pictures.pixels, steps, {"a": 8, "b": 8}, truth)
     assert len(figure.axes) == 2 * 2 * 5  # four panels and a gap
-    found = lost.expansions(model, pictures)
-    spots = {"a": {kind: maps.spots(m) for kind, m in found.items()}}
-    assert len(plots_maps.expansions(pictures.pixels, {"a": found}, spots).axes) == 2 * 5
+    found = objects.expansions(model, pictures)
+    spots = {"a": {kind: fig14.spots(m) for kind, m in found.items()}}
+    assert len(fig14.expansions(pictures.pixels, {"a": found}, spots).axes) == 2 * 5
 
 
 def test_hits_of_many_boxes_are_those_of_one_by_one():
@@ -113,18 +115,19 @@ def test_hits_of_many_boxes_are_those_of_one_by_one():
     truth = [boxes[torch.randint(200, (1 + i % 4,), generator=generator)] for i in range(200)]
     pairs = zip(boxes.double(), truth, strict=True)
     wanted = [bool((torchvision.ops.box_iou(b[None], t.double()) >= 0.5).any()) for b, t in pairs]
-    assert lost.found(boxes, truth).tolist() == wanted and 0 < sum(wanted) < 200
+    assert objects.found(boxes, truth).tolist() == wanted and 0 < sum(wanted) < 200
 
 
 @pytest.fixture(scope="module")
 def swept():
     """A grid of the smallest mini on a few scenes: (model, pictures, truth, table, hits)."""
-    from vitreg_lib import discovery
-    from vitreg_lib.data import boxes
+    import lost_sweep
+
+    from vitreg_lib.data import sets
 
     model = zoo.load("mini-deit3-xs", "cpu")
-    pictures, truth = boxes.load("scenes", model, 12)
-    return model, pictures, truth, *discovery.grid(model, pictures, truth, (-2, -1), "kv", (0.0, -0.3))
+    pictures, truth = sets.load_boxes("scenes", model, 12)
+    return model, pictures, truth, *lost_sweep.grid(model, pictures, truth, (-2, -1), "kv", (0.0, -0.3))
 
 
 def test_the_grid_is_lost_setting_by_setting(swept):
@@ -133,8 +136,8 @@ def test_the_grid_is_lost_setting_by_setting(swept):
     depth = model.anatomy.depth
     for layer, site, normalised, bias in [(depth - 2, "v", True, -0.3), (depth - 1, "k", False, 0.0)]:
         seen = model.capture(pictures, site, layers=layer)
-        result = lost.lost(lost.features(seen, site, layer), seen.grid, bias=bias, normalize=normalised)
-        score = lost.corloc(lost.to_pixels(result.boxes, 8), truth)
+        result = objects.lost(objects.features(seen, site, layer), seen.grid, bias=bias, normalize=normalised)
+        score = objects.corloc(objects.to_pixels(result.boxes, 8), truth)
         row = table.loc[(layer, site, normalised, bias)]
         assert row.low <= row.corloc <= row.high
         assert row.corloc == score.value and torch.equal(hits[layer, site, normalised, bias], score.hits)
@@ -144,66 +147,66 @@ def test_the_grid_is_lost_setting_by_setting(swept):
 
 
 def test_a_bias_on_unnormalised_features_is_in_units_of_their_mean_square():
-    from vitreg_lib import discovery
+    import lost_sweep
 
     x = torch.randn(1, 12, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     size = x.square().sum(-1).mean().item()
-    scaled = lost.lost(x / size**0.5, (3, 4), bias=-0.25)
-    assert torch.equal(scaled.boxes, lost.lost(x, (3, 4), bias=-0.25 * size).boxes)
-    assert discovery.interval(torch.tensor([True, False]))["value"] == 0.5
+    scaled = objects.lost(x / size**0.5, (3, 4), bias=-0.25)
+    assert torch.equal(scaled.boxes, objects.lost(x, (3, 4), bias=-0.25 * size).boxes)
+    assert lost_sweep.interval(torch.tensor([True, False]))["value"] == 0.5
 
 
 def test_the_best_setting_is_chosen_on_other_images():
-    from vitreg_lib import discovery
+    import lost_sweep
 
     order = torch.randperm(20, generator=torch.Generator().manual_seed(0))
     first, second = order.chunk(2)
     only_first, only_second = (torch.zeros(20, dtype=torch.bool).index_fill_(0, half, True) for half in (first, second))
-    scored, chosen = discovery.honest_best({("a",): only_first, ("b",): only_second})
+    scored, chosen = lost_sweep.honest_best({("a",): only_first, ("b",): only_second})
     assert not scored.any() and chosen == [("a",), ("b",)]  # what shines on one half fails on the other
     always = torch.ones(20, dtype=torch.bool)
-    assert discovery.honest_best({("a",): only_first, ("c",): always})[0].sum() in (10, 20)
+    assert lost_sweep.honest_best({("a",): only_first, ("c",): always})[0].sum() in (10, 20)
     with pytest.raises(ValueError, match="at least two"):
-        discovery.honest_best({("a",): torch.tensor([True])})
+        lost_sweep.honest_best({("a",): torch.tensor([True])})
 
 
 def test_code_differences_are_the_variants_and_leaving_out_oneself_changes_nothing(swept):
-    from vitreg_lib import discovery
+    import lost_sweep
 
     model, pictures, truth, *_ = swept
     seen = model.capture(pictures, "v", layers=-1)
-    x = lost.features(seen, "v")
-    table = discovery.code_differences(x, seen.grid, truth, 8)
-    code = lost.lost(x, seen.grid, variant="code", ties="highest")
-    assert table.corloc["all"] == lost.corloc(lost.to_pixels(code.boxes, 8), truth).value
+    x = objects.features(seen, "v")
+    table = lost_sweep.code_differences(x, seen.grid, truth, 8)
+    code = objects.lost(x, seen.grid, variant="code", ties="highest")
+    assert table.corloc["all"] == objects.corloc(objects.to_pixels(code.boxes, 8), truth).value
     assert table.loc["no_self", ["effect", "boxes_changed"]].tolist() == [0, 0]
     whole = torch.randint(-1, 2, (12, 144, 2), generator=torch.Generator().manual_seed(0)).float()
-    assert discovery.code_differences(whole, (12, 12), truth, 8).boxes_changed["strict"] > 0  # exact zeros and ties
+    assert lost_sweep.code_differences(whole, (12, 12), truth, 8).boxes_changed["strict"] > 0  # exact zeros and ties
 
 
 def test_effects_and_changes_by_hand(swept):
-    from vitreg_lib import discovery
+    import lost_sweep
 
     *_, table, hits = swept
-    found = discovery.effects(table)
+    found = lost_sweep.effects(table)
     at_zero = table.corloc[[key[3] == 0 for key in table.index]].mean()
     assert found.corloc["bias", "0.0"] == pytest.approx(at_zero)
     by_bias = table.corloc.groupby(level="bias").mean()
     assert found.spread["bias", "0.0"] == pytest.approx(by_bias.max() - by_bias.min())
-    assert discovery.compare(hits, hits) == {"median": 0, "worst": 0, "best": 0, "better": 0.5}
+    assert lost_sweep.compare(hits, hits) == {"median": 0, "worst": 0, "best": 0, "better": 0.5}
     nothing = {key: torch.zeros_like(value) for key, value in hits.items()}
     worst = min(100 * value.double().mean().item() for value in hits.values())
-    assert discovery.compare(nothing, hits)["worst"] == pytest.approx(worst)
+    assert lost_sweep.compare(nothing, hits)["worst"] == pytest.approx(worst)
     with pytest.raises(ValueError, match="no setting in common"):
-        discovery.compare(hits, {})
-    choices = discovery.choices({"a": table})
+        lost_sweep.compare(hits, {})
+    choices = lost_sweep.choices({"a": table})
     assert choices.loc["a", "bias"] == pytest.approx(100 * found.spread["bias", "0.0"])
-    assert discovery.told([(7, "k", True, -0.1)] * 2) == "block 7, k, length 1, bias -0.1"
+    assert lost_sweep.told([(7, "k", True, -0.1)] * 2) == "block 7, k, length 1, bias -0.1"
 
 
 def test_the_grid_is_drawn(swept):
-    from vitreg_lib import plots_probes
+    import lost_sweep
 
     *_, table, _ = swept
-    figure = plots_probes.setting_grids({"a": table, "b+ttr4": table}, 0.3)
+    figure = lost_sweep.setting_grids({"a": table, "b+ttr4": table}, 0.3)
     assert len(figure.axes) == 2 * 4 + 1  # kinds x models and a colour bar

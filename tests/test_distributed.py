@@ -15,8 +15,8 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
 
-from vitreg_lib.errors import UserError
-from vitreg_lib.train import accelerate, loop, parallel, state
+from vitreg_lib.base import UserError
+from vitreg_lib.train import loop, parallel, state
 from vitreg_lib.train.config import TrainConfig
 
 RECIPES = ("deit3", "clip", "dinov2", "mae")
@@ -41,7 +41,7 @@ TINY = TrainConfig(
 
 
 def tiny(name: str, **options):
-    recipe = importlib.import_module(f"vitreg_lib.train.{name}")
+    recipe = importlib.import_module(f"vitreg_lib.train.recipes.{name}")
     return replace(TINY, recipe=name, **options), recipe
 
 
@@ -49,18 +49,18 @@ def gradients(config, recipe, steps: int = 2) -> dict[str, torch.Tensor]:
     """Loss and gradients of each of some steps from the start, and the weights after them."""
     torch.manual_seed(config.seed)
     run, loss = loop._prepare(recipe.build(config), recipe, config, "cpu")
-    loss = accelerate.distribute(loss, config)
+    loss = parallel.distribute(loss, config)
     found = {}
     for step in range(steps):
         numbers = loop._gradients(run, loss, config, step, "cpu", lambda: False)
         found |= {f"{step} {name}": torch.tensor(value) for name, value in numbers.items()}
         found |= {
-            f"{step} gradient of {name}": state.full(p.grad).clone()
+            f"{step} gradient of {name}": parallel.full(p.grad).clone()
             for name, p in run.module.named_parameters()
             if p.grad is not None
         }
         loop._step(run, loss, recipe, config, step, "cpu")
-    return found | {name: state.full(p.detach()).clone() for name, p in run.module.state_dict().items()}
+    return found | {name: parallel.full(p.detach()).clone() for name, p in run.module.state_dict().items()}
 
 
 def assert_same(one, other, tolerance=2e-4):

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import emergence
 import pandas as pd
 import pytest
+import sinks
 import torch
 
-from vitreg_lib import mend, outliers, sinks
-from vitreg_lib.data import images
-from vitreg_lib.errors import UserError
-from vitreg_lib.models import zoo
-from vitreg_lib.train import emergence, loop, parallel, sweep
+from vitreg_lib.base import UserError
+from vitreg_lib.data import images, textures
+from vitreg_lib.measure import outliers
+from vitreg_lib.model import mend, zoo
+from vitreg_lib.train import loop, parallel
+from vitreg_lib.train.recipes import emergence as recipe
 
-VARIANTS = [*sorted(emergence.CHANGES), "decay+dropout+blank-corners"]
+VARIANTS = [*sorted(textures.CHANGES), "decay+dropout+blank-corners"]
 
 
 def configuration(**options):
@@ -33,7 +36,7 @@ def patches(pixels):
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_answers_are_what_a_plain_loop_gives(variant):
     config = configuration(variant=variant)
-    batch, task, known = emergence.draw(config, 3), emergence.task(config), emergence.fixed(config.seed)
+    batch, task, known = textures.draw(config, 3), textures.task(config), textures.fixed(config.seed)
     for n in range(8):
         asked = [i for i in range(36) if batch.asked[n, i]]
         best = max(asked, key=lambda i: float(batch.texture[n, i] @ known["direction"]))
@@ -50,7 +53,7 @@ def test_answers_are_what_a_plain_loop_gives(variant):
 def test_idle_patches_never_matter(variant):
     """Nothing is asked of them, they are no triggers, and no answer that is asked changes with what they hold."""
     config = configuration(variant=variant, batch_size=64)
-    batch, task = emergence.draw(config, 0), emergence.task(config)
+    batch, task = textures.draw(config, 0), textures.task(config)
     assert not (batch.idle & batch.asked).any()
     assert not (batch.idle & batch.trigger).any()
     assert not (batch.idle[:, :-1] & batch.trigger[:, 1:]).any()
@@ -67,49 +70,49 @@ def test_idle_patches_never_matter(variant):
 
 
 def test_pixels_hold_the_textures():
-    batch = emergence.draw(configuration(), 5)
+    batch = textures.draw(configuration(), 5)
     assert torch.equal(patches(batch.pixels), batch.texture)  # no noise by default
 
 
 def test_batches_hang_on_seed_and_step_alone():
     config = configuration()
-    one, other = emergence.draw(config, 4), emergence.draw(config, 4)
+    one, other = textures.draw(config, 4), textures.draw(config, 4)
     assert torch.equal(one.pixels, other.pixels)
-    assert not torch.equal(one.pixels, emergence.draw(config, 5).pixels)
-    assert not torch.equal(one.pixels, emergence.draw(replace(config, seed=1), 4).pixels)
-    held = emergence.held_out(config, 8)
-    assert not torch.equal(held.pixels, emergence.held_out(config, 8, part=1).pixels)
+    assert not torch.equal(one.pixels, textures.draw(config, 5).pixels)
+    assert not torch.equal(one.pixels, textures.draw(replace(config, seed=1), 4).pixels)
+    held = textures.held_out(config, 8)
+    assert not torch.equal(held.pixels, textures.held_out(config, 8, part=1).pixels)
 
 
 def test_the_parts_of_a_batch_make_its_loss():
     config = configuration()
     torch.manual_seed(0)
-    module = emergence.build(config)
-    whole = emergence.loss(module, config, 2, "cpu")[0].item()
+    module = recipe.build(config)
+    whole = recipe.loss(module, config, 2, "cpu")[0].item()
     parts = []
     for part in range(2):
         with parallel.micro_batch(part, 2):
-            parts.append(emergence.loss(module, config, 2, "cpu")[0].item())
+            parts.append(recipe.loss(module, config, 2, "cpu")[0].item())
     assert sum(parts) / 2 == pytest.approx(whole, rel=1e-5)
 
 
 def test_the_loss_is_the_mean_over_what_is_asked():
     config = configuration()
     torch.manual_seed(0)
-    module = emergence.build(config)
-    batch = emergence.draw(config, 0)
+    module = recipe.build(config)
+    batch = textures.draw(config, 0)
     given = module(batch.pixels)
     total = sum(
         ((given[n, i] - batch.answer[n, i]) ** 2).mean() for n in range(8) for i in range(36) if i not in (0, 5, 30, 35)
     )
-    assert emergence.loss(module, config, 0, "cpu")[0].item() == pytest.approx(total.item() / (8 * 32), rel=1e-5)
+    assert recipe.loss(module, config, 0, "cpu")[0].item() == pytest.approx(total.item() / (8 * 32), rel=1e-5)
 
 
 def test_an_unknown_variant_is_refused():
     with pytest.raises(UserError, match="unknown variant of emergence 'cornes': did you mean corners"):
-        emergence.task(configuration(variant="cornes"))
+        textures.task(configuration(variant="cornes"))
     with pytest.raises(UserError, match="unknown cell of the sweep"):
-        sweep.cell("nothing")
+        emergence.cell("nothing")
 
 
 def test_attention_that_sinks_receive():
@@ -153,7 +156,7 @@ def test_a_sink_made_by_hand_is_measured():
     """Key 0 made attractive by its position alone, its value zero, its norm ten times that of others."""
     config = configuration()
     torch.manual_seed(0)
-    model = emergence.build(config).eval()
+    model = recipe.build(config).eval()
     with torch.no_grad():
         model.pos_embed[:, [0, 5, 30, 35]] = 0.0
         model.pos_embed[:, [0, 5, 30, 35], 0] = 200.0
@@ -163,34 +166,34 @@ def test_a_sink_made_by_hand_is_measured():
             qkv.bias.zero_()
             qkv.bias[:24] = 1.0  # … but every query asks for it
             qkv.weight[24:48, 0] = 5.0
-    batch = emergence.held_out(config, 16)
+    batch = textures.held_out(config, 16)
     found = sinks.measure(model, batch.pixels, batch.idle)
     assert (found.attention > 0.95).all()
     assert (found.value_ratio < 0.3).all()
     assert (found.place_norm > 10).all()
     assert found.outlier_share.tolist() == pytest.approx([4 / 36] * len(found))
     assert (found.prefix_attention == 0).all()
-    assert sweep.verdict(found.assign(cell="first: corners", seed=0, step=1, value_ratio=0.1)).emerged.all()
-    assert not sweep.verdict(found.assign(cell="first: corners", seed=0, step=1, value_ratio=0.5)).emerged.any()
+    assert emergence.verdict(found.assign(cell="first: corners", seed=0, step=1, value_ratio=0.1)).emerged.all()
+    assert not emergence.verdict(found.assign(cell="first: corners", seed=0, step=1, value_ratio=0.5)).emerged.any()
 
 
 def test_without_idle_places_there_is_a_verdict_too():
     config = configuration(variant="nothing-idle")
-    model = emergence.build(config).eval()
-    found = sinks.measure(model, emergence.held_out(config, 4).pixels)
+    model = recipe.build(config).eval()
+    found = sinks.measure(model, textures.held_out(config, 4).pixels)
     assert found[["place_norm", "attention", "value_ratio", "top_in_places"]].isna().to_numpy().all()
-    assert not sweep.verdict(found.assign(cell="first: nothing idle", seed=0, step=1)).emerged.any()
+    assert not emergence.verdict(found.assign(cell="first: nothing idle", seed=0, step=1)).emerged.any()
 
 
 def test_attention_of_a_register_is_measured():
     config = configuration(registers=1)
     torch.manual_seed(0)
-    model = emergence.build(config).eval()
+    model = recipe.build(config).eval()
     with torch.no_grad():
         for block in model.blocks:
             block.attn.qkv.weight.zero_()  # uniform attention over 37 tokens
             block.attn.qkv.bias.zero_()
-    batch = emergence.held_out(config, 4)
+    batch = textures.held_out(config, 4)
     found = sinks.measure(model, batch.pixels, batch.idle)
     assert found.prefix_attention.tolist() == pytest.approx([1 / 37] * len(found))
     assert found.attention.tolist() == pytest.approx([4 / 37] * len(found))
@@ -198,9 +201,9 @@ def test_attention_of_a_register_is_measured():
 
 def test_a_cell_trains_resumes_and_is_recorded(tmp_path, monkeypatch):
     options = dict(steps=30, eval_images=16, telemetry_images=8, warmup=2, save_every=10)
-    monkeypatch.setattr(sweep, "TABLE", tmp_path / "sweeps" / "emergence.parquet")
-    name, losses = sweep.names()[0], []
-    rows = sweep.run(name, 0, tmp_path / "straight", on_step=lambda step, loss: losses.append(loss), **options)
+    monkeypatch.setattr(emergence, "TABLE", tmp_path / "sweeps" / "emergence.parquet")
+    name, losses = emergence.names()[0], []
+    rows = emergence.run(name, 0, tmp_path / "straight", on_step=lambda step, loss: losses.append(loss), **options)
     assert sum(losses[-5:]) < 0.8 * sum(losses[:5])
     assert rows.step.max() == 30
 
@@ -209,20 +212,20 @@ def test_a_cell_trains_resumes_and_is_recorded(tmp_path, monkeypatch):
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        sweep.run(name, 0, tmp_path / "stopped", on_step=stop, **options)
-    again = sweep.run(name, 0, tmp_path / "stopped", **options)
+        emergence.run(name, 0, tmp_path / "stopped", on_step=stop, **options)
+    again = emergence.run(name, 0, tmp_path / "stopped", **options)
     pd.testing.assert_frame_equal(again, rows)
-    sweep.record(rows)
-    sweep.record(rows.assign(seed=1))
-    sweep.record(again)  # in place of the first
-    assert sweep.table().groupby(["cell", "seed"]).size().tolist() == [len(rows)] * 2
+    emergence.record(rows)
+    emergence.record(rows.assign(seed=1))
+    emergence.record(again)  # in place of the first
+    assert emergence.table().groupby(["cell", "seed"]).size().tolist() == [len(rows)] * 2
 
 
 def test_the_table_knows_only_cells_of_the_sweep():
-    if sweep.TABLE.exists():
-        assert set(sweep.table().cell) <= set(sweep.names())
-    for name in sweep.names():
-        emergence.task(loop.configure("emergence", **sweep.cell(name))[0])
+    if emergence.TABLE.exists():
+        assert set(emergence.table().cell) <= set(emergence.names())
+    for name in emergence.names():
+        textures.task(loop.configure("emergence", **emergence.cell(name))[0])
 
 
 def test_the_criterion_asks_for_three_seeds_and_the_control():
@@ -234,7 +237,7 @@ def test_the_criterion_asks_for_three_seeds_and_the_control():
     def judged(plain, control):
         table = pd.concat([plain.assign(cell="with"), control.assign(cell="without")])
         table = table.assign(seed=table.groupby("cell").cumcount(), emerged=table.value_ratio <= 0.2)
-        found = sweep.claims(table.set_index(["cell", "seed"]), "with", "without")
+        found = emergence.claims(table.set_index(["cell", "seed"]), "with", "without")
         return {claim: holds for claim, holds, *_ in found}, found
 
     verdicts, found = judged(plain, control)
@@ -261,7 +264,7 @@ def test_the_shipped_models_have_artifacts_and_have_none():
     assert outliers.onset_layer(norms) == 1
     above = norms[:, -1] > outliers.cutoff(norms[:, -1])
     corners = torch.zeros(36, dtype=torch.bool)
-    corners[list(emergence.CORNERS)] = True
+    corners[list(textures.CORNERS)] = True
     assert torch.equal(above, corners.expand(64, 36))
     found = mend.find(model, some)
     assert {block for block, _ in found.neurons} == {1}

@@ -11,11 +11,15 @@ import numpy as np
 import pytest
 import torch
 
-from vitreg_lib import attention, capture, explorer, maps, outliers, record, widgets
+from vitreg_lib import widgets
+from vitreg_lib.base import UserError
 from vitreg_lib.data import images
-from vitreg_lib.errors import UserError
-from vitreg_lib.explorer import State
-from vitreg_lib.models import zoo
+from vitreg_lib.hooks import capture
+from vitreg_lib.measure import attention, maps, outliers
+from vitreg_lib.model import zoo
+from vitreg_lib.record import run as record
+from vitreg_lib.widgets import explorer
+from vitreg_lib.widgets.explorer import State
 
 PAIR = State(models=("mini-deit3", "mini-deit3-reg4"), images="scenes", image=1)
 

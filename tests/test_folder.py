@@ -12,8 +12,9 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from vitreg_lib import cli
-from vitreg_lib.errors import UserError
-from vitreg_lib.train import folder, loop, parallel
+from vitreg_lib.base import UserError
+from vitreg_lib.train import images, loop, parallel
+from vitreg_lib.train.recipes import deit3_folder
 
 SMALL = dict(
     size="xxs",
@@ -59,7 +60,7 @@ def train(data, run, on_step=None, **options):
 
 def test_the_protocol_of_deit3_is_the_default():
     config, recipe = loop.configure("deit3", data="somewhere")
-    assert recipe is folder
+    assert recipe is deit3_folder
     assert (config.size, config.image_size, config.optimizer, config.batch_size) == ("b/16", 224, "lamb", 2048)
     assert (config.augment, config.mixup, config.cutmix, config.layer_scale) == ("3a", 0.8, 1.0, 1e-4)
     assert (config.crop, config.loss, config.smoothing) == ("rrc", "bce", 0.0)
@@ -85,7 +86,7 @@ def test_a_stopped_run_resumes_bit_for_bit(painted, tmp_path):
     train(painted, straight, ema=0.9)
     with pytest.raises(KeyboardInterrupt):
         train(painted, halves, stop, ema=0.9)
-    folder.stream.cache_clear()
+    images.stream.cache_clear()
     train(painted, halves, ema=0.9)
     for name in ("state.safetensors", "model.safetensors"):
         one, other = load_file(straight / name), load_file(halves / name)
@@ -94,8 +95,8 @@ def test_a_stopped_run_resumes_bit_for_bit(painted, tmp_path):
 
 def test_workers_give_what_the_process_itself_gives(painted):
     config = configured(painted)
-    with_workers = folder.Stream(replace(config, workers=2), "cpu")
-    alone = folder.Stream(config, "cpu")
+    with_workers = images.Stream(replace(config, workers=2), "cpu")
+    alone = images.Stream(config, "cpu")
     states = random.getstate(), torch.get_rng_state()
     for step in (0, 1, 4, 5):  # also where steps are left out
         for one, other in zip(with_workers.batch(step), alone.batch(step), strict=True):
@@ -105,7 +106,7 @@ def test_workers_give_what_the_process_itself_gives(painted):
 
 
 def test_micro_batches_are_parts_of_the_batch(painted):
-    stream = folder.Stream(configured(painted), "cpu")
+    stream = images.Stream(configured(painted), "cpu")
     whole = [stream.batch(step)[0] for step in (0, 1)]
     parts = []
     for step in (0, 1):
@@ -116,7 +117,7 @@ def test_micro_batches_are_parts_of_the_batch(painted):
 
 
 def test_every_epoch_has_every_image_in_an_order_of_its_own(painted):
-    orders = [folder.order(30, 1_000_003 * epoch).tolist() for epoch in (0, 1)]
+    orders = [images.order(30, 1_000_003 * epoch).tolist() for epoch in (0, 1)]
     assert sorted(orders[0]) == sorted(orders[1]) == list(range(30))
     assert orders[0] != orders[1]
 
@@ -125,7 +126,7 @@ def test_without_held_out_images_every_twentieth_is_held_out(tmp_path):
     for name, colour in list(COLOURS.items())[:2]:
         for i in range(20):
             paint(tmp_path / name / f"{i:02}.jpg", colour, i)
-    seen = [{path for path, _ in folder.pictures(str(tmp_path), split).files} for split in ("train", "val")]
+    seen = [{path for path, _ in images.pictures(str(tmp_path), split).files} for split in ("train", "val")]
     assert (len(seen[0]), len(seen[1])) == (38, 2)
     assert not seen[0] & seen[1]
 
@@ -136,11 +137,11 @@ def test_parquet_files_of_the_hub(painted, tmp_path):
 
     features = Features({"image": ImageFeature(), "label": ClassLabel(names=sorted(COLOURS))})
     for split, name in (("train", "train"), ("val", "validation")):
-        files = folder.pictures(str(painted), split).files
+        files = images.pictures(str(painted), split).files
         rows = {"image": [str(path) for path, _ in files], "label": [label for _, label in files]}
         (tmp_path / "data").mkdir(exist_ok=True)
         Dataset.from_dict(rows, features=features).to_parquet(tmp_path / "data" / f"{name}-00000-of-00001.parquet")
-    ours, theirs = (folder.Stream(configured(data), "cpu").batch(0) for data in (tmp_path, painted))
+    ours, theirs = (images.Stream(configured(data), "cpu").batch(0) for data in (tmp_path, painted))
     assert all(torch.equal(one, other) for one, other in zip(ours, theirs, strict=True))
 
 
@@ -151,7 +152,7 @@ def test_an_image_that_cannot_be_read_is_named_and_replaced(painted, tmp_path):
     for path in (tmp_path / "data/train/amber").iterdir():
         path.write_bytes(b"no image")
     with pytest.warns(UserWarning, match=r"\d.png cannot be read and is left out"):
-        pixels, labels = folder.Stream(configured(tmp_path / "data"), "cpu").batch(0)
+        pixels, labels = images.Stream(configured(tmp_path / "data"), "cpu").batch(0)
     assert len(pixels) == 8
     assert 0 not in labels
 
@@ -183,12 +184,12 @@ def test_a_wrong_folder_is_told_before_anything_is_made(tmp_path, capsys, make, 
 def test_the_loss_is_the_formula(painted, name, smoothing, cutmix):
     """Against sums written out, on the pixels and the mixed labels that the model is really given."""
     config = configured(painted, loss=name, smoothing=smoothing, mixup=0.0, cutmix=cutmix)
-    model, given = folder.build(config).eval(), []
+    model, given = deit3_folder.build(config).eval(), []
     model.register_forward_hook(lambda module, arguments, output: given.append((arguments[0], output)))
-    value, _ = folder.loss(model, config, 0, "cpu")
+    value, _ = deit3_folder.loss(model, config, 0, "cpu")
     (pixels, logits), classes = given[0], len(COLOURS)
-    folder.stream.cache_clear()
-    plain, labels = folder.stream(config, "cpu").batch(0)
+    images.stream.cache_clear()
+    plain, labels = images.stream(config, "cpu").batch(0)
     flipped = labels.flip(0)  # timm mixes the batch with itself in reverse
     kept = (pixels == plain).all(1).float().mean((1, 2))  # share of each image that is its own
     if not cutmix:
@@ -207,9 +208,9 @@ def test_the_loss_is_the_formula(painted, name, smoothing, cutmix):
 
 def test_an_unknown_loss_is_told(painted):
     with pytest.raises(UserError, match="bce"):
-        folder.build(configured(painted, loss="bec"))
+        deit3_folder.build(configured(painted, loss="bec"))
 
 
 def test_odd_batches_cannot_be_mixed(painted):
     with pytest.raises(UserError, match="must be even"):
-        folder.build(configured(painted, batch_size=7))
+        deit3_folder.build(configured(painted, batch_size=7))

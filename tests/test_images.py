@@ -9,14 +9,15 @@ import torch
 from PIL import Image
 from timm.data import create_transform, resolve_model_data_config
 
+from vitreg_lib.base import UserError
 from vitreg_lib.data import images
-from vitreg_lib.errors import UserError
-from vitreg_lib.models import zoo
+from vitreg_lib.model import zoo
+from vitreg_lib.model.model import Model
 from vitreg_lib.train import loop, state
 
 
-def any_model(**options) -> zoo.Model:
-    return zoo.Model("any", torch.nn.Identity(), "", **{"input_size": 64} | options)
+def any_model(**options) -> Model:
+    return Model("any", torch.nn.Identity(), "", **{"input_size": 64} | options)
 
 
 @pytest.fixture

@@ -11,8 +11,8 @@ import tokenize
 
 import pytest
 
-from vitreg_lib import record
-from vitreg_lib.paths import ROOT
+from vitreg_lib.base import ROOT
+from vitreg_lib.record import run as record
 
 NOTEBOOKS = sorted((ROOT / "notebooks").rglob("*.ipynb"))
 ITEMS = [path for path in NOTEBOOKS if path.relative_to(ROOT).parts[1] != "workshop"]  # exercises are no items

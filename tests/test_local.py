@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import fig05
+import tab05
 import torch
 
-from vitreg_lib import lost
+from vitreg_lib.measure import objects
 from vitreg_lib.probes import local
 
 
@@ -29,10 +31,10 @@ def test_auc_of_likeness_is_that_of_scikit_learn():
     generator = torch.Generator().manual_seed(0)
     outlier = torch.rand(30, 4, 4, generator=generator) > 0.8
     values = (torch.rand(30, 16, generator=generator) + 0.3 * outlier.flatten(1)).round(decimals=1)  # with ties
-    found = local.likeness(values, outlier, draws=50)
+    found = fig05.likeness(values, outlier, draws=50)
     wanted = roc_auc_score(outlier.flatten().numpy(), values.flatten().numpy())
     assert abs(found["auc"] - wanted) < 1e-9 and found["auc_low"] < wanted < found["auc_high"]
-    assert local.likeness(values, outlier & False)["auc"] != found["auc"]  # NaN without outliers
+    assert fig05.likeness(values, outlier & False)["auc"] != found["auc"]  # NaN without outliers
 
 
 def test_tokens_that_lost_their_content_are_worse_than_their_matched_ones():
@@ -44,7 +46,7 @@ def test_tokens_that_lost_their_content_are_worse_than_their_matched_ones():
     outlier[:, 1, 1] = outlier[:, 2, 3] = True
     gone = tokens.clone()
     gone[outlier.flatten(1)] = torch.randn(80, 19, generator=generator) * 10
-    kept, lost_ = (local.ratios(local.local_probes(x, pixels, outlier)).loc["own"] for x in (tokens, gone))
+    kept, lost_ = (fig05.ratios(local.local_probes(x, pixels, outlier)).loc["own"] for x in (tokens, gone))
     assert kept.accuracy == 1 and lost_.accuracy < 0.8
     assert lost_.l2 > 5 * kept.l2
     assert local.same_places({"a": outlier, "b": outlier & False}) == {"b": "a"}
@@ -52,10 +54,10 @@ def test_tokens_that_lost_their_content_are_worse_than_their_matched_ones():
 
 def test_the_gain_pairs_the_images_and_sweep_gives_a_row_a_setting():
     hits = torch.tensor([True, False, True, True])
-    assert lost.gain(hits, hits) == (0.0, 0.0, 0.0)
-    assert lost.gain(~hits, hits)[0] == 50.0
+    assert objects.gain(hits, hits) == (0.0, 0.0, 0.0)
+    assert objects.gain(~hits, hits)[0] == 50.0
     features = {"k": torch.randn(4, 12, 5, generator=torch.Generator().manual_seed(0))}
-    table, found = lost.sweep(features, (3, 4), [torch.tensor([[0, 0, 32, 24]])] * 4, 8, (0.0, 100.0))
+    table, found = objects.sweep(features, (3, 4), [torch.tensor([[0, 0, 32, 24]])] * 4, 8, (0.0, 100.0))
     assert table.loc[("k", 100.0), ["corloc", "positive_share", "whole_share"]].tolist() == [1, 1, 1]
     assert set(found) == set(table.index)
 
@@ -78,15 +80,15 @@ def test_across_registers_compares_the_same_places():
     tokens, broken, pixels, outlier = planted_tokens(0)
     models = {"a": broken, "a-reg4": tokens, "b": tokens}
     masks = {"a": outlier, "a-reg4": outlier & False, "b": outlier & False}
-    table = local.across_registers(models, dict.fromkeys(models, pixels), masks, seeds=(0, 1), max_tokens=400)
+    table = tab05.across_registers(models, dict.fromkeys(models, pixels), masks, seeds=(0, 1), max_tokens=400)
     assert set(table.index.unique("group")) == {"normal", "shared", "places"}
     tested = table.xs(("own", 0), level=("fit", "seed")).test
     assert tested["a-reg4", "normal"] == 8 * 16 and tested["a-reg4", "shared"] == tested["a", "shared"] == 8 * 14
     assert tested["b", "shared"] == 8 * 16 and tested["b", "places"] == 8 * 2  # borrowed places, all its own are normal
-    change = local.register_changes(table)
+    change = tab05.register_changes(table)
     assert list(change.index) == ["a-reg4"] and change.without["a-reg4"] == "a" and change.readable["a-reg4"]
     assert change.points["a-reg4"] == 0 and abs(change.l2_ratio["a-reg4"] - 1) < 1e-3
-    moved = local.register_changes(table, "places")
+    moved = tab05.register_changes(table, "places")
     assert moved.points["a-reg4"] > 20 and moved.l2_ratio["a-reg4"] < 0.5
 
 
@@ -94,16 +96,16 @@ def test_a_worse_model_is_seen_and_noise_is_not_readable():
     tokens, _, pixels, outlier = planted_tokens(1)
     _, noisy, _, _ = planted_tokens(1, worse=3.0)
     masks = dict.fromkeys(("a", "a+ttr4"), outlier)
-    table = local.across_registers({"a": tokens, "a+ttr4": noisy}, dict.fromkeys(masks, pixels), masks, (0,), 400)
-    change = local.register_changes(table, "normal", "all").loc["a+ttr4"]
+    table = tab05.across_registers({"a": tokens, "a+ttr4": noisy}, dict.fromkeys(masks, pixels), masks, (0,), 400)
+    change = tab05.register_changes(table, "normal", "all").loc["a+ttr4"]
     assert change.points < -10 and change.l2_ratio > 2
     blind = {name: torch.randn(40, 16, 19, generator=torch.Generator().manual_seed(2)) for name in masks}
-    table = local.across_registers(blind, dict.fromkeys(masks, pixels), masks, (0,), 400)
-    assert not local.register_changes(table).readable["a+ttr4"]
+    table = tab05.across_registers(blind, dict.fromkeys(masks, pixels), masks, (0,), 400)
+    assert not tab05.register_changes(table).readable["a+ttr4"]
 
 
 def test_same_masks_are_fitted_once_with_the_same_result():
-    from vitreg_lib.probes.position import position_probe
+    from vitreg_lib.probes.local_fits import position_probe
 
     tokens, _, _, outlier = planted_tokens(3)
     where, ids = torch.arange(16).repeat(40), torch.arange(40).repeat_interleave(16)

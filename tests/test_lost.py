@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vitreg_lib import lost as L
+from vitreg_lib.measure import objects as L
 
 
 def naive_lost(f, grid, k, bias=0.0, variant="paper"):

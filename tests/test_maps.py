@@ -2,13 +2,14 @@
 
 import math
 
+import fig09
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vitreg_lib import maps as m
+from vitreg_lib.measure import maps as m
 
 sides = st.integers(1, 9)
 seeds = st.integers(0, 2**31 - 1)
@@ -252,14 +253,14 @@ def test_many_maps_pool_to_a_tiny_p():
 def test_pairwise_correlation_equals_numpy():
     maps = random_map(2, 4, 5, 6).double()
     flat = maps.flatten(-2).numpy()
-    torch.testing.assert_close(m.pairwise_correlation(maps)[1], torch.from_numpy(np.corrcoef(flat[1])))
+    torch.testing.assert_close(fig09.pairwise_correlation(maps)[1], torch.from_numpy(np.corrcoef(flat[1])))
     constant = torch.cat([maps[0], torch.full((1, 5, 6), 0.1, dtype=torch.float64)])
-    assert m.pairwise_correlation(constant)[-1].isnan().all()
+    assert fig09.pairwise_correlation(constant)[-1].isnan().all()
 
 
 def test_off_diagonal_mean():
-    assert m.off_diagonal_mean(torch.tensor([[9.0, 1.0], [3.0, 9.0]])) == 2
-    assert m.off_diagonal_mean(torch.ones(3, 1, 1)).isnan().all()
+    assert fig09.off_diagonal_mean(torch.tensor([[9.0, 1.0], [3.0, 9.0]])) == 2
+    assert fig09.off_diagonal_mean(torch.ones(3, 1, 1)).isnan().all()
 
 
 @pytest.mark.parametrize("shape", [(3, 40, 7), (2, 9, 30)], ids=["tall", "wide"])

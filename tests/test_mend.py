@@ -7,15 +7,16 @@ import os
 from pathlib import Path
 
 import pytest
+import test_time_registers
 import timm
 import torch
 
-from vitreg_lib import mend
-from vitreg_lib.anatomy import layer_scale
-from vitreg_lib.capture import capture
+from vitreg_lib.base import UserError
 from vitreg_lib.data import scenes
-from vitreg_lib.errors import UserError
-from vitreg_lib.models import mini, planted, zoo
+from vitreg_lib.hooks.anatomy import layer_scale
+from vitreg_lib.hooks.capture import capture
+from vitreg_lib.model import mend, mini, planted, zoo
+from vitreg_lib.model.model import Model, weights_sha256
 
 REAL = Path(os.environ.get("VITREG_MODELS") or Path(__file__).resolve().parents[2] / "shared" / "real")
 
@@ -24,7 +25,7 @@ REAL = Path(os.environ.get("VITREG_MODELS") or Path(__file__).resolve().parents[
 def control():
     """A planted control on a random mini ViT: no trained weights are needed to know where its artifacts are."""
     torch.manual_seed(0)
-    base = zoo.Model("random-mini", mini.build("m").eval().requires_grad_(False), "0" * 64, input_size=96)
+    base = Model("random-mini", mini.build("m").eval().requires_grad_(False), "0" * 64, input_size=96)
     return planted.plant(base)
 
 
@@ -109,12 +110,12 @@ def test_returned_features_drop_the_new_tokens_and_no_patch(pool):
 
 
 def test_the_original_is_left_as_it_was(found, control, pictures):
-    before, digest = control.module(pictures[:2]), zoo.weights_sha256(control.module)
+    before, digest = control.module(pictures[:2]), weights_sha256(control.module)
     prefix, kind = control.module.num_prefix_tokens, type(control.module)
     mended = mend.with_test_time_registers(control, 4, found.neurons)
     mended.module(pictures[:2])
     mended.module.cls_token.data.add_(1)
-    assert torch.equal(control.module(pictures[:2]), before) and zoo.weights_sha256(control.module) == digest
+    assert torch.equal(control.module(pictures[:2]), before) and weights_sha256(control.module) == digest
     assert control.module.num_prefix_tokens == prefix and type(control.module) is kind
     assert not any(m._forward_pre_hooks for m in control.module.modules())
 
@@ -138,7 +139,7 @@ def test_zero_registers_only_silence_the_neurons(found, control, pictures):
 
 
 def test_random_neurons_of_equal_activation_mend_nothing(found, control, pictures):
-    drawn = mend.random_neurons(control, found.neurons, pictures, seed=3)
+    drawn = test_time_registers.random_neurons(control, found.neurons, pictures, seed=3)
     assert len(drawn) == len(set(drawn)) == len(found.neurons) and not set(drawn) & set(found.neurons)
     assert {b for b, _ in drawn} == {b for b, _ in found.neurons}
     mended = mend.with_test_time_registers(control, 1, drawn)
@@ -153,7 +154,7 @@ def test_role_name_and_digest_say_what_it_is(found, control):
 
 def test_a_clean_model_has_nothing_to_mend():
     torch.manual_seed(0)
-    clean = zoo.Model("clean", mini.build("xs").eval(), "0" * 64, input_size=96)
+    clean = Model("clean", mini.build("xs").eval(), "0" * 64, input_size=96)
     with pytest.raises(mend.NothingToMend, match="nothing to mend"):
         mend.with_test_time_registers(clean, 4)
 

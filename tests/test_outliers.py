@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import math
 
+import fig15
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vitreg_lib import outliers
 from vitreg_lib.data import images
-from vitreg_lib.models import zoo
+from vitreg_lib.measure import outliers, pairs
+from vitreg_lib.model import zoo
 
 
 def modes(*parts: tuple[float, int], spread: float = 0.12, seed: int = 0) -> torch.Tensor:
@@ -137,16 +138,16 @@ def test_summary_has_the_recurring_names():
 
 def test_pairs_match_a_model_with_registers_to_the_same_without():
     names = ["a", "a-reg4", "b+ttr1", "b", "c-reg4"]
-    assert outliers.pairs(names) == {"a-reg4": "a", "b+ttr1": "b"}
+    assert pairs.pairs(names) == {"a-reg4": "a", "b+ttr1": "b"}
 
 
 def test_norms_are_quantised_when_registers_differ_more_than_images():
     noise = torch.randn(2, 100)
     apart = {"register 1": 10 + noise[0], "register 2": 100 + noise[1], "patches": noise}
-    assert outliers.quantisation(apart) > 100
+    assert fig15.quantisation(apart) > 100
     alike = {"register 1": 10 + noise[0], "register 2": 10 + noise[1]}
-    assert outliers.quantisation(alike) < 1
-    assert outliers.quantisation({"register 1": noise[0]}) is None
+    assert fig15.quantisation(alike) < 1
+    assert fig15.quantisation({"register 1": noise[0]}) is None
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vitreg_lib.errors import UserError
+from vitreg_lib.base import UserError
 from vitreg_lib.train import parallel
 from vitreg_lib.train.config import TrainConfig
 

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import fig06
+import fig09
+import fig10_fig11
 import pytest
+import test_time_registers
 import torch
+import where_artifacts_sit
 
-from vitreg_lib import attention, interventions, mend, paired, places, posembed, registers
 from vitreg_lib.data import images as image_sets
-from vitreg_lib.models import mini, planted, zoo
+from vitreg_lib.measure import attention, pairs
+from vitreg_lib.model import mend, mini, planted
+from vitreg_lib.model.model import Model
 
 
 @pytest.fixture(scope="module")
 def control():
     torch.manual_seed(0)
-    base = zoo.Model(
-        "random-mini", mini.build("m", num_classes=24).eval().requires_grad_(False), "0" * 64, input_size=96
-    )
+    base = Model("random-mini", mini.build("m", num_classes=24).eval().requires_grad_(False), "0" * 64, input_size=96)
     return planted.plant(base)
 
 
@@ -28,25 +32,25 @@ def test_outliers_of_fixed_places_are_explained_by_position_alone():
     noise = torch.rand(40, 16, generator=torch.Generator().manual_seed(0))
     corners = torch.zeros(40, 4, 4, dtype=torch.bool)
     corners[:, ::3, ::3] = True
-    table = places.explained(corners, {"noise": noise})
+    table = where_artifacts_sit.explained(corners, {"noise": noise})
     assert table.auc["position"] > 0.99 and abs(table.auc["noise"] - 0.5) < 0.15, table
 
 
 def test_outliers_of_quiet_patches_are_explained_by_content_alone():
     quiet = torch.rand(60, 16, generator=torch.Generator().manual_seed(0))
-    table = places.explained((quiet > 0.8).view(60, 4, 4), {"quiet": quiet})
+    table = where_artifacts_sit.explained((quiet > 0.8).view(60, 4, 4), {"quiet": quiet})
     assert table.auc["quiet"] > 0.99 and abs(table.auc["position"] - 0.5) < 0.15, table
     assert table.deviance_explained["all"] > 0.5
 
 
 def test_nothing_to_explain_is_said():
     with pytest.raises(ValueError, match="no outliers"):
-        places.explained(torch.zeros(8, 3, 3, dtype=torch.bool), {"x": torch.rand(8, 9)})
+        where_artifacts_sit.explained(torch.zeros(8, 3, 3, dtype=torch.bool), {"x": torch.rand(8, 9)})
 
 
 def test_planted_artifacts_follow_their_place_where_contents_are_exchanged(control, pictures):
     cutoff = 0.5 * control.capture(pictures, layers=-1).patch_norms.max().item()
-    table = places.tests(control, pictures.x, cutoff)
+    table = where_artifacts_sit.tests(control, pictures.x, cutoff)
     swapped = table.loc["contents exchanged"]
     assert swapped.follows_content == 0, "the inner places were never allowed"
     assert (
@@ -59,44 +63,46 @@ def test_planted_artifacts_follow_their_place_where_contents_are_exchanged(contr
 def test_exchanging_contents_twice_gives_the_image_back():
     x = torch.rand(2, 3, 24, 32)
     a, b = torch.tensor([0, 5]), torch.tensor([7, 10])
-    once = places.swap_contents(x, a, b, (3, 4))
-    assert not torch.equal(once, x) and torch.equal(places.swap_contents(once, a, b, (3, 4)), x)
+    once = where_artifacts_sit.swap_contents(x, a, b, (3, 4))
+    assert not torch.equal(once, x) and torch.equal(where_artifacts_sit.swap_contents(once, a, b, (3, 4)), x)
 
 
 def test_sign_test_leaves_equal_pairs_out_and_tells_which_is_lower():
     without = torch.tensor([3.0, 3.0, 3.0, 3.0, 3.0, 3.0])
-    share, p = paired.sign_test(without, torch.tensor([1.0, 1.0, 1.0, 1.0, 1.0, 3.0]))
+    share, p = pairs.sign_test(without, torch.tensor([1.0, 1.0, 1.0, 1.0, 1.0, 3.0]))
     assert share == 1 and abs(p - 0.5**5) < 1e-12
-    assert paired.sign_test(without, without)[1] == 1
+    assert pairs.sign_test(without, without)[1] == 1
 
 
 def test_judging_names_pairs_by_kind():
     scores = {"m": torch.arange(20.0), "m-reg4": torch.arange(20.0) - 1, "m+ttr1": torch.arange(20.0) + 1}
-    table = paired.compare(scores)
-    assert paired.judge(table, "-reg")[0] is True and paired.judge(table, "+ttr")[0] is False
-    assert paired.judge(paired.compare({"m": scores["m"]}), "-reg")[0] is None
+    table = pairs.compare(scores)
+    assert pairs.judge(table, "-reg")[0] is True and pairs.judge(table, "+ttr")[0] is False
+    assert pairs.judge(pairs.compare({"m": scores["m"]}), "-reg")[0] is None
 
 
 def test_registers_enter_matter_and_leave():
     torch.manual_seed(0)
-    model = zoo.Model("four", mini.build("xs", registers=4).eval(), "0" * 64, input_size=96)
+    model = Model("four", mini.build("xs", registers=4).eval(), "0" * 64, input_size=96)
     torch.nn.init.normal_(model.module.reg_token, std=0.5)
     x = torch.randn(3, 3, 96, 96)
-    assert registers.flow(model, x) == {
+    assert fig06.flow(model, x) == {
         "patches": 144,
         "registers": 4,
         "tokens_in": 149,
         "tokens_returned": 145,
         "parameters_of_registers": 4 * 16,
     }
-    assert registers.effect(model, x, "image") == 0
-    assert registers.effect(model, x, "permute") < 1e-5 < registers.effect(model, x, "noise")
+    assert fig06.effect(model, x, "image") == 0
+    assert fig06.effect(model, x, "permute") < 1e-5 < fig06.effect(model, x, "noise")
     assert not any(m._forward_pre_hooks or m._forward_hooks for m in model.module.modules())
 
 
 def test_experiment_is_paired_and_keeps_the_planted_control_right(control, pictures):
     found = mend.find(control, pictures)
-    table, before = interventions.experiment(control, pictures, found, counts=(0, 1), labels=pictures.scenes.label)
+    table, before = test_time_registers.experiment(
+        control, pictures, found, counts=(0, 1), labels=pictures.scenes.label
+    )
     one = table.set_index(["kind", "registers"])
     assert before["outlier_share"] > 0.01 > one.outlier_share["found"][1]
     assert one.outlier_share["random"][1] > 0.5 * before["outlier_share"]
@@ -107,9 +113,9 @@ def test_experiment_is_paired_and_keeps_the_planted_control_right(control, pictu
 def test_registers_on_different_objects_are_told_from_registers_alike(pictures):
     inside = torch.stack([(pictures.scenes.instances == k + 1).float() for k in range(2)], 1)
     maps = torch.nn.functional.adaptive_avg_pool2d(inside, (12, 12)) + 1e-3
-    spread, shuffled, p = attention.object_spread(maps, pictures)
+    spread, shuffled, p = fig09.object_spread(maps, pictures)
     assert spread > 2 * shuffled and p < 0.05
-    same = attention.object_spread(maps[:, :1].expand(-1, 2, -1, -1), pictures)
+    same = fig09.object_spread(maps[:, :1].expand(-1, 2, -1, -1), pictures)
     assert same[0] < 1e-6
 
 
@@ -121,8 +127,8 @@ def test_background_patches_touch_no_object(pictures):
 
 def test_resizing_a_model_leaves_the_given_one(control):
     before = control.module.pos_embed.clone()
-    plain = posembed.at_size(control, 80, antialias=False, offset=0.1)
-    smooth = posembed.at_size(control, 80)
+    plain = fig10_fig11.at_size(control, 80, antialias=False, offset=0.1)
+    smooth = fig10_fig11.at_size(control, 80)
     assert torch.equal(control.module.pos_embed, before) and plain.input_size == 80
     assert plain.module.pos_embed.shape[1] == 100 and not torch.equal(plain.module.pos_embed, smooth.module.pos_embed)
     assert plain.capture(torch.randn(1, 3, 80, 80)).grid == (10, 10)

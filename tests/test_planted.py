@@ -8,7 +8,8 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 
 from vitreg_lib.data import images
-from vitreg_lib.models import mini, planted, zoo
+from vitreg_lib.model import mini, planted, zoo
+from vitreg_lib.model.model import Model, weights_sha256
 from vitreg_lib.train.state import save_weights
 
 
@@ -22,14 +23,14 @@ def pictures(model):
     return images.load("scenes", model, 48)
 
 
-def stirred(**options) -> zoo.Model:
+def stirred(**options) -> Model:
     """A mini ViT with random weights, none at a special value."""
     torch.manual_seed(0)
     module = mini.build("s", num_classes=24, **options).eval()
     with torch.no_grad():
         for parameter in module.parameters():
             parameter += 0.05 * torch.randn_like(parameter)
-    return zoo.Model("stirred", module, "", input_size=options.get("image_size", 96))
+    return Model("stirred", module, "", input_size=options.get("image_size", 96))
 
 
 def test_a_base_that_fails_keeps_no_hook():
@@ -169,7 +170,7 @@ def test_every_mini_size_of_three_blocks_and_more_can_be_planted(size, pictures)
     with torch.no_grad():
         for parameter in module.parameters():
             parameter += 0.05 * torch.randn_like(parameter)
-    model = planted.plant(zoo.Model(size, module, "", input_size=96))
+    model = planted.plant(Model(size, module, "", input_size=96))
     seen = model.capture(pictures).patch_norms[:, -1]
     truth = model.truth(pictures)
     assert seen[truth].min() > 3 * seen.median()
@@ -177,9 +178,9 @@ def test_every_mini_size_of_three_blocks_and_more_can_be_planted(size, pictures)
 
 def test_planting_leaves_the_base_alone():
     base = zoo.load("mini-deit3", "cpu")
-    before = zoo.weights_sha256(base.module)
+    before = weights_sha256(base.module)
     planted.plant(base)
-    assert zoo.weights_sha256(base.module) == before
+    assert weights_sha256(base.module) == before
 
 
 @pytest.mark.parametrize(

@@ -1,12 +1,11 @@
 """Resizing of position embeddings: the closed-form operator against torch, and Figure 11's numbers."""
 
+import fig10_fig11
 import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
-from vitreg_lib import posembed as pe
 
 HALF = torch.tensor([0.34, 0.77, -0.05, 0.99, -0.15, 0.91, 0.12, 0.57], dtype=torch.float64)
 PROFILE = torch.cat([HALF, HALF.flip(0)])  # protocols, Figure 11, by size
@@ -26,21 +25,21 @@ def torch_operator(size_in, size_out, antialias, offset):
 
 
 def test_figure11_profile_by_size():
-    profile = pe.resize_operator(16, 7).sum(0)
+    profile = fig10_fig11.resize_operator(16, 7).sum(0)
     assert (profile - PROFILE).abs().max() < 0.0051, profile  # the protocol prints two digits; -0.145 is its -0.15
     torch.testing.assert_close(profile, profile.flip(0))
 
 
 def test_by_scale_factor_the_mirror_symmetry_is_lost():
-    profile = pe.resize_operator(16, 7, offset=pe.DINOV2_OFFSET).sum(0)
+    profile = fig10_fig11.resize_operator(16, 7, offset=fig10_fig11.DINOV2_OFFSET).sum(0)
     assert (profile - profile.flip(0)).abs().max() > 0.2
-    assert pe.relative_std(profile) > 0.2
+    assert fig10_fig11.relative_std(profile) > 0.2
 
 
 @settings(max_examples=150, deadline=None)
 @given(size_in=sizes, size_out=sizes, antialias=st.booleans(), offset=offsets)
 def test_operator_equals_torch(size_in, size_out, antialias, offset):
-    operator = pe.resize_operator(size_in, size_out, antialias, offset)
+    operator = fig10_fig11.resize_operator(size_in, size_out, antialias, offset)
     torch.testing.assert_close(operator, torch_operator(size_in, size_out, antialias, offset), rtol=0, atol=1e-12)
     torch.testing.assert_close(operator.sum(1), torch.ones(size_out, dtype=torch.float64))
 
@@ -48,63 +47,63 @@ def test_operator_equals_torch(size_in, size_out, antialias, offset):
 @settings(max_examples=40, deadline=None)
 @given(grid_in=st.tuples(sizes, sizes), grid_out=st.tuples(sizes, sizes), antialias=st.booleans(), offset=offsets)
 def test_autograd_equals_the_outer_product_of_the_operators(grid_in, grid_out, antialias, offset):
-    gradient = pe.unit_gradient(grid_in, grid_out, antialias, offset)
+    gradient = fig10_fig11.unit_gradient(grid_in, grid_out, antialias, offset)
     if grid_in == grid_out:
         offset = None  # torch copies
-    sums = [pe.resize_operator(i, o, antialias, offset).sum(0) for i, o in zip(grid_in, grid_out, strict=True)]
+    sums = [fig10_fig11.resize_operator(i, o, antialias, offset).sum(0) for i, o in zip(grid_in, grid_out, strict=True)]
     torch.testing.assert_close(gradient, torch.outer(*sums), rtol=0, atol=1e-11)
     assert gradient.sum().item() == pytest.approx(grid_out[0] * grid_out[1])
 
 
 def test_unit_gradient_works_under_no_grad():
     with torch.no_grad():
-        assert pe.unit_gradient().shape == (16, 16)
+        assert fig10_fig11.unit_gradient().shape == (16, 16)
 
 
 def test_cubic_kernel_by_hand():
     distance = torch.tensor([0.0, 0.5, -0.5, 1.0, 1.5, 2.0, 3.0])
     by_hand = torch.tensor([1.0, 0.5 + 0.0625 + 0.03125, 0.59375, 0.0, -0.09375, 0.0, 0.0])  # a = -0.75
-    torch.testing.assert_close(pe.cubic_kernel(distance, -0.75), by_hand)
+    torch.testing.assert_close(fig10_fig11.cubic_kernel(distance, -0.75), by_hand)
 
 
 def test_same_size_is_the_identity():
     for antialias in (False, True):
-        torch.testing.assert_close(pe.resize_operator(9, 9, antialias), torch.eye(9, dtype=torch.float64))
+        torch.testing.assert_close(fig10_fig11.resize_operator(9, 9, antialias), torch.eye(9, dtype=torch.float64))
 
 
 @pytest.mark.parametrize("offset", [None, 0.1])
 def test_antialiasing_removes_the_stripes(offset):
     strength = {}
     for antialias in (False, True):
-        _, columns = pe.axis_profiles(pe.unit_gradient(antialias=antialias, offset=offset), border=2)
-        strength[antialias] = pe.relative_std(columns).item()
+        _, columns = fig10_fig11.axis_profiles(fig10_fig11.unit_gradient(antialias=antialias, offset=offset), border=2)
+        strength[antialias] = fig10_fig11.relative_std(columns).item()
     assert strength[False] > 0.2  # claim C039
     assert strength[True] < 0.05 * strength[False], strength  # claim C040
 
 
 def test_unit_gradients_stripe_rows_and_columns_alike():
-    gradient = pe.unit_gradient()
-    rows, columns = pe.axis_profiles(gradient)
+    gradient = fig10_fig11.unit_gradient()
+    rows, columns = fig10_fig11.axis_profiles(gradient)
     torch.testing.assert_close(rows, columns)
-    assert pe.stripe_ratio(gradient).item() == pytest.approx(1)
+    assert fig10_fig11.stripe_ratio(gradient).item() == pytest.approx(1)
 
 
 def test_stripe_measures_by_hand():
     striped = torch.tensor([0.0, 2.0]).repeat(4).expand(6, 8)  # vertical stripes, period 2
-    rows, columns = pe.axis_profiles(striped)
+    rows, columns = fig10_fig11.axis_profiles(striped)
     torch.testing.assert_close(rows, torch.ones(6))
-    assert pe.relative_std(columns) == 1 and pe.relative_std(rows) == 0
-    assert pe.stripe_ratio(striped).isinf() and pe.stripe_ratio(striped.T) == 0
-    assert pe.stripe_ratio(torch.ones(4, 4)).isnan()
+    assert fig10_fig11.relative_std(columns) == 1 and fig10_fig11.relative_std(rows) == 0
+    assert fig10_fig11.stripe_ratio(striped).isinf() and fig10_fig11.stripe_ratio(striped.T) == 0
+    assert fig10_fig11.stripe_ratio(torch.ones(4, 4)).isnan()
 
 
 def test_border_is_dropped_on_every_side():
     ring = torch.ones(2, 5, 7)
     ring[:, 1:-1, 1:-1] = 0
-    rows, columns = pe.axis_profiles(ring, border=1)
+    rows, columns = fig10_fig11.axis_profiles(ring, border=1)
     assert rows.shape == (2, 3) and columns.shape == (2, 5) and not rows.any() and not columns.any()
     with pytest.raises(ValueError, match="border 3 leaves nothing"):
-        pe.axis_profiles(ring, border=3)
+        fig10_fig11.axis_profiles(ring, border=3)
 
 
 @pytest.mark.parametrize("num_prefix", [0, 1, 5])
@@ -115,8 +114,8 @@ def test_resize_pos_embed_equals_the_operators_and_timm(num_prefix, antialias):
     generator = torch.Generator().manual_seed(0)
     pos_embed = torch.randn(1, num_prefix + 6 * 9, 8, generator=generator)
     before = pos_embed.clone()
-    resized = pe.resize_pos_embed(pos_embed, (6, 9), (4, 11), num_prefix, antialias)
-    rows, cols = pe.resize_operator(6, 4, antialias), pe.resize_operator(9, 11, antialias)
+    resized = fig10_fig11.resize_pos_embed(pos_embed, (6, 9), (4, 11), num_prefix, antialias)
+    rows, cols = fig10_fig11.resize_operator(6, 4, antialias), fig10_fig11.resize_operator(9, 11, antialias)
     patches = pos_embed[:, num_prefix:].double().reshape(1, 6, 9, 8)
     by_matrix = torch.einsum("ij,kl,bjld->bikd", rows, cols, patches).reshape(1, 44, 8).float()
     torch.testing.assert_close(resized[:, num_prefix:], by_matrix, rtol=0, atol=1e-5)
@@ -128,41 +127,45 @@ def test_resize_pos_embed_equals_the_operators_and_timm(num_prefix, antialias):
 
 def test_resize_by_scale_factor_samples_elsewhere():
     pos_embed = torch.randn(1, 256, 4, generator=torch.Generator().manual_seed(0))
-    resized = pe.resize_pos_embed(pos_embed, (16, 16), (7, 7), antialias=False, offset=0.1)
-    axis = pe.resize_operator(16, 7, offset=0.1).float()
+    resized = fig10_fig11.resize_pos_embed(pos_embed, (16, 16), (7, 7), antialias=False, offset=0.1)
+    axis = fig10_fig11.resize_operator(16, 7, offset=0.1).float()
     by_matrix = torch.einsum("ij,kl,bjld->bikd", axis, axis, pos_embed.reshape(1, 16, 16, 4)).reshape(1, 49, 4)
     torch.testing.assert_close(resized, by_matrix, rtol=0, atol=1e-5)
-    assert (resized - pe.resize_pos_embed(pos_embed, (16, 16), (7, 7), antialias=False)).abs().max() > 0.1
+    assert (resized - fig10_fig11.resize_pos_embed(pos_embed, (16, 16), (7, 7), antialias=False)).abs().max() > 0.1
 
 
 def test_equal_grids_give_a_copy_and_dtype_is_kept():
     pos_embed = torch.randn(1, 10, 4, dtype=torch.bfloat16)
-    same = pe.resize_pos_embed(pos_embed, (3, 3), (3, 3), num_prefix=1, offset=0.1)
+    same = fig10_fig11.resize_pos_embed(pos_embed, (3, 3), (3, 3), num_prefix=1, offset=0.1)
     assert torch.equal(same, pos_embed) and same.data_ptr() != pos_embed.data_ptr()
-    assert pe.resize_pos_embed(pos_embed, (3, 3), (5, 2), num_prefix=1).dtype == torch.bfloat16
+    assert fig10_fig11.resize_pos_embed(pos_embed, (3, 3), (5, 2), num_prefix=1).dtype == torch.bfloat16
 
 
 def test_the_official_offset_gives_the_wanted_grid_at_every_size():
     for size_out in range(1, 150):
         pos_embed = torch.zeros(1, 37 * 2, 1)
-        resized = pe.resize_pos_embed(pos_embed, (37, 2), (size_out, 3), antialias=False, offset=0.1)
+        resized = fig10_fig11.resize_pos_embed(pos_embed, (37, 2), (size_out, 3), antialias=False, offset=0.1)
         assert resized.shape[1] == 3 * size_out
-        assert pe.unit_gradient((37, 2), (size_out, 3), offset=0.1).sum().item() == pytest.approx(3 * size_out)
+        assert fig10_fig11.unit_gradient((37, 2), (size_out, 3), offset=0.1).sum().item() == pytest.approx(3 * size_out)
 
 
 def test_one_column_is_resized_like_any_other():
     pos_embed = torch.randn(1, 12, 2, generator=torch.Generator().manual_seed(0))
-    resized = pe.resize_pos_embed(pos_embed, (4, 3), (6, 1))  # F.interpolate repeats the first row here (torch 2.14)
-    by_matrix = pe.resize_operator(4, 6, antialias=True).float() @ (
-        torch.einsum("c,rcd->rd", pe.resize_operator(3, 1, antialias=True)[0].float(), pos_embed.reshape(4, 3, 2))
+    resized = fig10_fig11.resize_pos_embed(
+        pos_embed, (4, 3), (6, 1)
+    )  # F.interpolate repeats the first row here (torch 2.14)
+    by_matrix = fig10_fig11.resize_operator(4, 6, antialias=True).float() @ (
+        torch.einsum(
+            "c,rcd->rd", fig10_fig11.resize_operator(3, 1, antialias=True)[0].float(), pos_embed.reshape(4, 3, 2)
+        )
     )
     torch.testing.assert_close(resized[0], by_matrix)
 
 
 def test_wrong_counts_and_offsets_are_refused():
     with pytest.raises(ValueError, match=r"expected \(batch, 257, dim\) for 1 prefix"):
-        pe.resize_pos_embed(torch.zeros(1, 261, 4), (16, 16), (7, 7), num_prefix=1)
+        fig10_fig11.resize_pos_embed(torch.zeros(1, 261, 4), (16, 16), (7, 7), num_prefix=1)
     with pytest.raises(ValueError, match="offset 1.5 out of range"):
-        pe.resize_operator(16, 7, offset=1.5)
+        fig10_fig11.resize_operator(16, 7, offset=1.5)
     with pytest.raises(ValueError, match="at least 1"):
-        pe.resize_operator(16, 0)
+        fig10_fig11.resize_operator(16, 0)

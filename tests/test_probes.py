@@ -2,11 +2,12 @@
 
 import numpy as np
 import pytest
+import tab02
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vitreg_lib.probes import _lbfgs, depth, linear, position, reconstruction, scores, segmentation
+from vitreg_lib.probes import _lbfgs, dense, linear, local_fits
 
 SKLEARN = {"solver": "newton-cholesky", "tol": 1e-10, "max_iter": 1000}
 
@@ -258,7 +259,7 @@ def planted_tokens(images=80, grid=(3, 4), seed=0):
 
 def test_position_is_found_in_normal_tokens_and_lost_in_planted_outliers():
     tokens, places, _, ids, groups = planted_tokens()
-    table = position.position_probe(tokens, places, (3, 4), groups, ids).set_index(["group", "fit"])
+    table = local_fits.position_probe(tokens, places, (3, 4), groups, ids).set_index(["group", "fit"])
     assert table.loc[("normal", "normal"), "accuracy"] > 0.97 and table.loc[("normal", "normal"), "distance"] < 0.05
     assert (table.loc["outlier", "accuracy"] < 0.5).all() and (table.loc["outlier", "distance"] > 0.8).all()
     assert table.loc[("normal", "normal"), "accuracy"] == table.loc[("normal", "own"), "accuracy"]
@@ -273,7 +274,7 @@ def test_a_group_that_only_its_own_fit_can_read():
     code = torch.nn.functional.one_hot(places, 12).float().roll(1, 1)  # the same axes, other meaning
     tokens = torch.cat([tokens, torch.zeros(len(tokens), 1)], 1)
     tokens[loud] = torch.cat([5 * code, torch.zeros(len(code), 4), torch.full((len(code), 1), 20.0)], 1)[loud]
-    table = position.position_probe(tokens, places, (3, 4), groups, ids).set_index(["group", "fit"])
+    table = local_fits.position_probe(tokens, places, (3, 4), groups, ids).set_index(["group", "fit"])
     assert table.loc[("outlier", "normal"), "accuracy"] < 0.2
     assert table.loc[("outlier", "own"), "accuracy"] > 0.9
 
@@ -282,7 +283,7 @@ def test_outliers_at_one_place_show_that_their_place_is_known_beforehand():
     tokens, places, _, ids, groups = planted_tokens()
     corners = (places == 0) | (places == 11)
     groups = {"normal": ~corners, "outlier": corners}
-    row = position.position_probe(tokens, places, (3, 4), groups, ids).set_index(["group", "fit"]).loc["outlier"]
+    row = local_fits.position_probe(tokens, places, (3, 4), groups, ids).set_index(["group", "fit"]).loc["outlier"]
     assert np.allclose(row["chance"], 0.5) and row.loc["own", "places"] == 2 and row.loc["normal", "places"] == 10
     assert row.loc["normal", "accuracy"] == 0  # that fit does not know these places
 
@@ -293,13 +294,13 @@ def test_distance_is_in_grid_cells():
     places = torch.arange(8).repeat(60)
     tokens = torch.nn.functional.one_hot(places % 4, 4).float()
     group = {"normal": torch.ones(480, dtype=torch.bool)}
-    row = position.position_probe(tokens, places, (2, 4), group, ids).iloc[0]
+    row = local_fits.position_probe(tokens, places, (2, 4), group, ids).iloc[0]
     assert row["accuracy"] == 0.5 and row["distance"] == 0.5
 
 
 def test_pixels_are_redrawn_from_normal_tokens_only():
     tokens, _, pixels, ids, groups = planted_tokens()
-    table = reconstruction.reconstruction_probe(tokens, pixels, groups, ids).set_index(["group", "fit"])
+    table = local_fits.reconstruction_probe(tokens, pixels, groups, ids).set_index(["group", "fit"])
     assert table.loc[("normal", "normal"), "relative"] < 0.15
     assert table.loc[("outlier", "own"), "relative"] > 0.9 and table.loc[("outlier", "all"), "relative"] > 0.9
     expected = 2 * table.loc[("normal", "normal"), "rmse"]  # 4 values: l2 is close to sqrt(4) rmse, and never above
@@ -310,8 +311,8 @@ def test_an_empty_group_gives_nan_not_an_error():
     tokens, places, pixels, ids, groups = planted_tokens(images=20)
     groups = {"normal": groups["normal"], "outlier": torch.zeros_like(groups["normal"])}
     for table in (
-        position.position_probe(tokens, places, (3, 4), groups, ids),
-        reconstruction.reconstruction_probe(tokens, pixels, groups, ids),
+        local_fits.position_probe(tokens, places, (3, 4), groups, ids),
+        local_fits.reconstruction_probe(tokens, pixels, groups, ids),
     ):
         rows = table[table["group"] == "outlier"]
         assert len(rows) == 3 and (rows["test"] == 0).all() and rows.iloc[:, 4:].isna().all(axis=None)
@@ -319,25 +320,25 @@ def test_an_empty_group_gives_nan_not_an_error():
 
 def test_patch_pixels_are_those_of_the_patch():
     images = torch.arange(2 * 3 * 4 * 6).reshape(2, 3, 4, 6).float()
-    patches = reconstruction.patch_pixels(images, 2)
+    patches = local_fits.patch_pixels(images, 2)
     assert patches.shape == (2, 6, 12)
     assert torch.equal(patches[1, 4], images[1, :, 2:4, 2:4].flatten())  # second row, second column
     with pytest.raises(ValueError, match="whole patches of 4"):
-        reconstruction.patch_pixels(images, 4)
+        local_fits.patch_pixels(images, 4)
 
 
 def test_local_probes_refuse_what_does_not_belong_together():
     tokens, places, pixels, ids, groups = planted_tokens(images=5)
     with pytest.raises(ValueError, match="no group named 'normal'"):
-        position.position_probe(tokens, places, (3, 4), {"all": groups["normal"]}, ids)
+        local_fits.position_probe(tokens, places, (3, 4), {"all": groups["normal"]}, ids)
     with pytest.raises(ValueError, match=r"60 tokens, but \{'outlier': 3\}"):
-        position.position_probe(tokens, places, (3, 4), {"normal": groups["normal"], "outlier": torch.ones(3)}, ids)
+        local_fits.position_probe(tokens, places, (3, 4), {"normal": groups["normal"], "outlier": torch.ones(3)}, ids)
     with pytest.raises(ValueError, match="positions must lie in 0…5"):
-        position.position_probe(tokens, places, (2, 3), groups, ids)
+        local_fits.position_probe(tokens, places, (2, 3), groups, ids)
     with pytest.raises(ValueError, match="NaN"):
-        position.position_probe(tokens / 0, places, (3, 4), groups, ids)
+        local_fits.position_probe(tokens / 0, places, (3, 4), groups, ids)
     with pytest.raises(ValueError, match="59 patches"):
-        reconstruction.reconstruction_probe(tokens, pixels[:59], groups, ids)
+        local_fits.reconstruction_probe(tokens, pixels[:59], groups, ids)
 
 
 # ---- dense probes
@@ -356,18 +357,18 @@ def dense_scene(images=12, grid=(4, 6), classes=3, seed=0):
 
 
 def mean_iou(predicted, masks, num_classes):
-    return scores.SCORE["miou"](scores.iou_parts(predicted, masks, num_classes)[None]).item()
+    return tab02.SCORE["miou"](tab02.iou_parts(predicted, masks, num_classes)[None]).item()
 
 
 def test_segmentation_reads_the_class_of_patches():
     tokens, label, masks = dense_scene()
-    head = segmentation.fit_segmentation(tokens[:8], (4, 6), masks[:8], 3, steps=80, lr=0.05)
+    head = dense.fit_segmentation(tokens[:8], (4, 6), masks[:8], 3, steps=80, lr=0.05)
     assert not head.training
-    low = segmentation.predict_segmentation(head, tokens[8:], (4, 6), (4, 6))
+    low = dense.predict_segmentation(head, tokens[8:], (4, 6), (4, 6))
     assert (low.flatten(1) == label[8:]).float().mean() > 0.98
-    full = segmentation.predict_segmentation(head, tokens[8:], (4, 6), (16, 24))
+    full = dense.predict_segmentation(head, tokens[8:], (4, 6), (16, 24))
     assert mean_iou(full, masks[8:], 3) > 0.7
-    again = segmentation.fit_segmentation(tokens[:8], (4, 6), masks[:8], 3, steps=80, lr=0.05)
+    again = dense.fit_segmentation(tokens[:8], (4, 6), masks[:8], 3, steps=80, lr=0.05)
     assert torch.equal(head.linear.weight, again.linear.weight)
 
 
@@ -375,16 +376,14 @@ def test_pixels_without_label_do_not_count():
     tokens, _, masks = dense_scene()
     wrong = masks.clone()
     wrong[:, :4] = 255  # the first row of patches, which is all class 0
-    clean = segmentation.fit_segmentation(tokens, (4, 6), wrong, 3, steps=20)
+    clean = dense.fit_segmentation(tokens, (4, 6), wrong, 3, steps=20)
     assert torch.isfinite(clean.linear.weight).all()
     predicted = masks.clone()
     predicted[:, :4] = 2
     assert mean_iou(predicted, wrong, 3) == 1.0
     empty = torch.full_like(masks, 255)
     empty[0] = masks[0]  # batches without any label must not give NaN
-    assert torch.isfinite(
-        segmentation.fit_segmentation(tokens, (4, 6), empty, 3, steps=5, batch_size=1).linear.bias
-    ).all()
+    assert torch.isfinite(dense.fit_segmentation(tokens, (4, 6), empty, 3, steps=5, batch_size=1).linear.bias).all()
 
 
 def test_mean_iou_by_hand():
@@ -401,50 +400,50 @@ def test_depth_is_read_from_tokens():
     depths = torch.rand(12, 4, 6, generator=generator) * 4 + 1
     smooth = torch.nn.functional.interpolate(depths[:, None], (16, 24), mode="bilinear")[:, 0]
     tokens = torch.cat([depths.reshape(12, 24, 1), torch.randn(12, 24, 3, generator=generator) * 0.1], 2)
-    head = depth.fit_depth(tokens[:8], (4, 6), smooth[:8], steps=120, lr=0.05)
-    found = depth.predict_depth(head, tokens[8:], (4, 6), (16, 24))
+    head = dense.fit_depth(tokens[:8], (4, 6), smooth[:8], steps=120, lr=0.05)
+    found = dense.predict_depth(head, tokens[8:], (4, 6), (16, 24))
     guesses = found, smooth[:8].mean().expand(4, 16, 24)
-    error, flat = (depth.image_rmse(guess, smooth[8:]).mean() for guess in guesses)
+    error, flat = (dense.image_rmse(guess, smooth[8:]).mean() for guess in guesses)
     assert found.shape == (4, 16, 24) and error < 0.5 * flat, f"RMSE {error:.3f}, of a constant {flat:.3f}"
 
 
 def test_depth_of_bins_by_hand():
     maps = torch.full((1, 256, 2, 3), -1.0)
-    assert torch.allclose(depth.bin_depth(maps, 0.0, 10.0), torch.full((1, 8, 12), 5.0))  # all bins alike: the middle
+    assert torch.allclose(dense.bin_depth(maps, 0.0, 10.0), torch.full((1, 8, 12), 5.0))  # all bins alike: the middle
     maps[:, 200] = 1e6
-    assert torch.allclose(depth.bin_depth(maps, 0.0, 10.0), torch.full((1, 8, 12), 200 / 255 * 10), atol=1e-3)
+    assert torch.allclose(dense.bin_depth(maps, 0.0, 10.0), torch.full((1, 8, 12), 200 / 255 * 10), atol=1e-3)
 
 
 def test_depth_loss_by_hand():
     d = torch.tensor([1.0, 2.0, 4.0])
-    assert float(depth.log_depth_loss(d, d)) < 1e-5
-    twice = float(depth.log_depth_loss(2 * d, d, eps=0.0))
+    assert float(dense.log_depth_loss(d, d)) < 1e-5
+    twice = float(dense.log_depth_loss(2 * d, d, eps=0.0))
     assert twice == pytest.approx(0.15**0.5 * np.log(2), rel=1e-4)  # a wrong scale costs only the mean's share
 
 
 def test_rmse_is_of_the_valid_pixels_of_each_image():
     depths = torch.tensor([[[1.0, 0.0]], [[2.0, 2.0]], [[0.0, float("nan")]]])
     predicted = torch.tensor([[[3.0, 9.0]], [[2.0, 2.0]], [[1.0, 1.0]]])
-    error = depth.image_rmse(predicted, depths)
+    error = dense.image_rmse(predicted, depths)
     assert error[:2].tolist() == [2.0, 0.0] and error[2].isnan()  # the third has no depth
 
 
 def test_cls_stands_beside_every_patch():
-    both = depth.with_cls(torch.zeros(2, 5, 3), torch.ones(2, 3))
+    both = dense.with_cls(torch.zeros(2, 5, 3), torch.ones(2, 3))
     assert both.shape == (2, 5, 6) and both[..., 3:].eq(1).all() and both[..., :3].eq(0).all()
 
 
 def test_dense_probes_refuse_what_they_cannot_fit():
     tokens, _, masks = dense_scene()
     with pytest.raises(ValueError, match="drop the prefix tokens"):
-        segmentation.fit_segmentation(torch.zeros(12, 25, 3), (4, 6), masks, 3)
+        dense.fit_segmentation(torch.zeros(12, 25, 3), (4, 6), masks, 3)
     with pytest.raises(ValueError, match="two classes at least"):
-        segmentation.fit_segmentation(tokens, (4, 6), torch.zeros_like(masks), 3)
+        dense.fit_segmentation(tokens, (4, 6), torch.zeros_like(masks), 3)
     with pytest.raises(ValueError, match="out of range for 2 classes"):
-        segmentation.fit_segmentation(tokens, (4, 6), masks, 2)
+        dense.fit_segmentation(tokens, (4, 6), masks, 2)
     with pytest.raises(ValueError, match="tokens of image 0 hold NaN"):
-        segmentation.fit_segmentation(tokens * float("nan"), (4, 6), masks, 3)
+        dense.fit_segmentation(tokens * float("nan"), (4, 6), masks, 3)
     with pytest.raises(ValueError, match="labels must be"):
-        segmentation.fit_segmentation(tokens, (4, 6), masks[:3], 3)
+        dense.fit_segmentation(tokens, (4, 6), masks[:3], 3)
     with pytest.raises(ValueError, match="check the unit of the depths"):
-        depth.fit_depth(tokens, (4, 6), torch.zeros(12, 16, 24))
+        dense.fit_depth(tokens, (4, 6), torch.zeros(12, 16, 24))

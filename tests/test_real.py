@@ -7,13 +7,15 @@ import os
 import subprocess
 import sys
 
+import fig15
 import pytest
 import torch
 
-from vitreg_lib import outliers, record
+from vitreg_lib.base import ROOT
 from vitreg_lib.data import images
-from vitreg_lib.models import zoo
-from vitreg_lib.paths import ROOT
+from vitreg_lib.measure import outliers
+from vitreg_lib.model import zoo
+from vitreg_lib.record import run as record
 
 
 def measured(name: str):
@@ -75,7 +77,7 @@ def test_each_model_is_prepared_as_its_own_config_says(real):
 
 
 def test_published_registers_are_read_as_what_they_are(real):
-    norms = outliers.published_registers()
+    norms = fig15.published_registers()
     assert list(norms) == ["DINOv2-small", "DINOv2-base", "DINOv2-large", "DINOv2-giant"]
     last = {name: values[-1].round().int().tolist() for name, values in norms.items()}
     assert last["DINOv2-small"] == [14, 118, 18, 15]

@@ -11,8 +11,10 @@ import torch
 import torch.nn.functional as F
 
 from vitreg_lib.data import scenes
-from vitreg_lib.train import clip, deit3, dinov2, loop, mae, views
+from vitreg_lib.model.text import load_text, tokenizer
+from vitreg_lib.train import loop, views
 from vitreg_lib.train.config import TrainConfig
+from vitreg_lib.train.recipes import clip, deit3, dinov2, mae
 
 RECIPES = {"deit3": deit3, "clip": clip, "dinov2": dinov2, "mae": mae}
 
@@ -49,7 +51,7 @@ class TestClip:
         value, numbers = clip.loss(module, chosen, 3, "cpu")
         batch = scenes.render(range(24, 32), 64)
         image = module.visual((batch.pixels - 0.5) / 0.5)
-        text = module.text(clip.tokenizer()(batch.captions()))
+        text = module.text(tokenizer()(batch.captions()))
         similarity = torch.stack(
             [torch.stack([F.cosine_similarity(i, t, dim=0) for t in text]) for i in image]
         ) / torch.tensor(0.07)
@@ -60,14 +62,14 @@ class TestClip:
 
     def test_no_caption_is_cut(self):
         captions = scenes.render(range(2000), 64).captions()
-        ids = clip.tokenizer()(captions)
-        end = clip.tokenizer().eot_token_id
+        ids = tokenizer()(captions)
+        end = tokenizer().eot_token_id
         assert (ids == end).sum(1).eq(1).all()  # a caption that is cut ends in the end token too, but is full
         assert (ids[:, -1] == 0).all()
 
     def test_every_attribute_has_a_class_of_length_one_for_each_value(self):
         module = clip.build(config("clip"))
-        for name, values in deit3.ATTRIBUTES.items():
+        for name, values in scenes.ATTRIBUTES.items():
             embedded = clip.class_embeddings(module.encode_text, name)
             assert embedded.shape == (len(values), 64)
             torch.testing.assert_close(embedded.norm(dim=1), torch.ones(len(values)))
@@ -75,12 +77,12 @@ class TestClip:
     def test_text_tower_comes_back_from_its_file(self, tmp_path):
         chosen = config("clip", steps=1, batch_size=4, telemetry_images=4)
         loop.train(chosen, clip, tmp_path, progress=False)
-        tower = clip.load_text(tmp_path / "model.text.safetensors")
+        tower = load_text(tmp_path / "model.text.safetensors")
         torch.manual_seed(chosen.seed)
         module = clip.build(chosen)
         before = module.text.state_dict()
         assert tower.state_dict().keys() == before.keys()
-        assert tower(clip.tokenizer()(["a red disc"])).shape == (1, 64)
+        assert tower(tokenizer()(["a red disc"])).shape == (1, 64)
 
 
 class TestDinov2:
@@ -177,7 +179,7 @@ class TestDinov2:
         chosen = config("dinov2", eval_images=16)
         module = dinov2.build(chosen)
         found = dinov2.knn(module.teacher, chosen, "cpu", neighbours=3)
-        batch = scenes.render(range(deit3.HELD_OUT + 64, deit3.HELD_OUT + 64 + 48), 64)
+        batch = scenes.render(range(scenes.HELD_OUT + 64, scenes.HELD_OUT + 64 + 48), 64)
         with torch.no_grad():
             cls = F.normalize(module.teacher.eval().forward_features((batch.pixels - 0.5) / 0.5)[:, 0], dim=1)
         right = 0

@@ -9,9 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from vitreg_lib import record
-from vitreg_lib.errors import UserError
-from vitreg_lib.paths import write_atomically
+from vitreg_lib.base import UserError, write_atomically
+from vitreg_lib.record import run as record
 
 ITEM = "fig03"
 

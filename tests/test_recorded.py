@@ -11,9 +11,10 @@ import sys
 
 import pytest
 
-from vitreg_lib import cli, record, recorded
-from vitreg_lib.errors import UserError
-from vitreg_lib.paths import NOTEBOOKS, ROOT
+from vitreg_lib import cli
+from vitreg_lib.base import NOTEBOOKS, ROOT, UserError
+from vitreg_lib.record import compare
+from vitreg_lib.record import run as record
 
 ITEM = "fig03"
 FAST = "fig11"  # the notebook that runs fastest
@@ -22,7 +23,7 @@ FAST = "fig11"  # the notebook that runs fastest
 @pytest.fixture
 def folder(tmp_path, monkeypatch, results):
     """An empty folder for committed records."""
-    monkeypatch.setattr(recorded, "FOLDER", tmp_path / "records")
+    monkeypatch.setattr(compare, "FOLDER", tmp_path / "records")
     return tmp_path / "records"
 
 
@@ -51,12 +52,12 @@ def kept(run):
 
 def test_a_run_agrees_with_its_own_record(folder):
     record_now = kept(made())
-    path = recorded.write(record_now)
+    path = compare.write(record_now)
     assert path == folder / f"{ITEM}.json"
-    assert recorded.differences(record_now) == []
-    assert "as recorded: 4 numbers and 1 figure agree with " in recorded.verdict(record_now)
-    assert recorded.verdict(record_now).endswith(f"{ITEM}.json within 5 %")
-    assert json.loads(path.read_text()) == recorded.digest(record_now)
+    assert compare.differences(record_now) == []
+    assert "as recorded: 4 numbers and 1 figure agree with " in compare.verdict(record_now)
+    assert compare.verdict(record_now).endswith(f"{ITEM}.json within 5 %")
+    assert json.loads(path.read_text()) == compare.digest(record_now)
     assert "duration" not in path.read_text()
     assert [p.name for p in folder.iterdir()] == [f"{ITEM}.json"]
 
@@ -78,25 +79,25 @@ def test_a_run_agrees_with_its_own_record(folder):
     ],
 )
 def test_what_differs_is_told_in_words(folder, change, told):
-    recorded.write(kept(made()))
-    differences = recorded.differences(kept(made(**change)))
+    compare.write(kept(made()))
+    differences = compare.differences(kept(made(**change)))
     assert differences == [] if told is None else any(line.startswith(told) for line in differences)
 
 
 def test_a_number_or_claim_that_is_gone_or_new_is_told(folder):
-    recorded.write(kept(made()))
+    compare.write(kept(made()))
     run = made()
     run.measure("norm_ratio", 2.0, "planted")
     run._measured.pop(0)
     run._claims.clear()
-    told = recorded.differences(kept(run))
+    told = compare.differences(kept(run))
     assert "outlier_share of mini-deit3: measured 0 times, recorded 1 times" in told
     assert "norm_ratio of planted: measured 1 times, recorded 0 times" in told
     assert "claim C007: absent, recorded holds" in told
 
 
 def test_only_the_check_of_make_test_is_an_error(folder, monkeypatch):
-    recorded.write(kept(made()))
+    compare.write(kept(made()))
     different = made(share=0.4)
     assert "C007" in repr(different.claims())
     monkeypatch.setenv("VITREG_CHECK", "1")
@@ -109,7 +110,7 @@ def test_only_the_check_of_make_test_is_an_error(folder, monkeypatch):
 
 
 def test_without_a_record_the_next_step_is_told(folder, monkeypatch):
-    assert "make refresh NOTEBOOKS=fig03" in recorded.verdict(kept(made()))
+    assert "make refresh NOTEBOOKS=fig03" in compare.verdict(kept(made()))
     monkeypatch.setenv("VITREG_CHECK", "1")
     with pytest.raises(UserError, match="nothing is recorded"):
         made().claims()
@@ -120,10 +121,10 @@ def test_the_command_shows_one_line_or_the_first_differences_or_all(folder, caps
         assert cli.main(["report", ITEM, *arguments]) == 0
         return capsys.readouterr().out
 
-    recorded.write(kept(made()))
+    compare.write(kept(made()))
     assert "as recorded: 4 numbers and 1 figure agree with" in shown()
     many = made(share=0.4, verdict=False, height=3.0, interval="0.5 to 0.6")
-    for number in range(recorded.FEW):
+    for number in range(compare.FEW):
         many.measure(f"{'abcdefg'[number]}_new", 1.0)
     many.write()
     assert "… and " in shown()
@@ -134,7 +135,7 @@ def test_the_command_shows_one_line_or_the_first_differences_or_all(folder, caps
 def test_every_item_has_a_small_readable_record():
     sources = {p: p.read_text() for p in NOTEBOOKS.glob("*/*.ipynb")}
     items = {found[1] for text in sources.values() if (found := re.search(r'vr\.start\(\\"(\w+)\\"', text))}
-    files = {path.stem: path.read_text() for path in recorded.FOLDER.glob("*.json")}
+    files = {path.stem: path.read_text() for path in compare.FOLDER.glob("*.json")}
     assert files.keys() == items
     assert sum(map(len, files.values())) < 1_000_000
     for item, text in files.items():
@@ -142,7 +143,7 @@ def test_every_item_has_a_small_readable_record():
         assert found.keys() == {"item", "measured", "verdicts", "drawn"}
         assert found["item"] == item
         assert found["measured"] and found["drawn"]
-        assert text == recorded._readable(found) + "\n"
+        assert text == compare._readable(found) + "\n"
 
 
 @pytest.mark.slow

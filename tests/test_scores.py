@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 
+import fig08
 import pytest
+import tab02
 import torch
 
-from vitreg_lib.errors import UserError
-from vitreg_lib.models import zoo
-from vitreg_lib.probes import scores
+from vitreg_lib.base import UserError
+from vitreg_lib.model import zoo
 
 
 def torchmetrics_iou(guess, masks, num_classes) -> float:
@@ -23,14 +24,14 @@ def test_mean_iou_of_the_parts_is_torchmetrics():
     generator = torch.Generator().manual_seed(0)
     guess, masks = (torch.randint(0, 4, (6, 9, 11), generator=generator) for _ in range(2))  # class 4 is never there
     masks[0, :3] = 255
-    parts = scores.iou_parts(guess, masks, 5)
+    parts = tab02.iou_parts(guess, masks, 5)
     wanted = torchmetrics_iou(guess, masks, 5)
-    assert scores.SCORE["miou"](parts[None])[0].item() == pytest.approx(wanted, abs=1e-6)
+    assert tab02.SCORE["miou"](parts[None])[0].item() == pytest.approx(wanted, abs=1e-6)
 
 
 def test_parts_of_one_image_are_those_of_a_loop():
     guess, masks = torch.tensor([[[0, 1, 1, 2]]]), torch.tensor([[[0, 1, 2, 255]]])
-    assert scores.iou_parts(guess, masks, 3).tolist() == [[1, 1, 0, 1, 2, 1]]
+    assert tab02.iou_parts(guess, masks, 3).tolist() == [[1, 1, 0, 1, 2, 1]]
 
 
 @pytest.fixture(scope="module")
@@ -46,107 +47,107 @@ def small():
 def test_scores_are_those_of_the_probes_called_one_by_one(model, small):
     from sklearn.metrics import root_mean_squared_error
 
-    from vitreg_lib.data import registry
-    from vitreg_lib.probes import depth, segmentation
+    from vitreg_lib.data import sets
+    from vitreg_lib.probes import dense
 
-    found = scores.scores(model, **small)
-    assert {task: tuple(v.shape) for task, v in found.values().items()} == dict.fromkeys(scores.TASKS, (2,))
+    found = tab02.scores(model, **small)
+    assert {task: tuple(v.shape) for task, v in found.values().items()} == dict.fromkeys(tab02.TASKS, (2,))
     parts = {}
     for split, n in (("train", 24), ("test", 16)):
-        pictures = registry.segmentation("scenes", split, model, n, 0)[0]
+        pictures = sets.segmentation("scenes", split, model, n, 0)[0]
         seen = model.capture(pictures, "final", layers=-1)
         parts[split] = pictures.scenes, seen.patches(seen.final), seen.final[:, 0]
     rows = torch.randperm(24, generator=torch.Generator().manual_seed(1))[:19]
     train, test = parts["train"], parts["test"]
-    head = segmentation.fit_segmentation(
+    head = dense.fit_segmentation(
         train[1][rows], (12, 12), train[0].semantic[rows, 2::4, 2::4], 9, steps=20, lr=1e-2, seed=1
     )
-    guess = segmentation.predict_segmentation(head, test[1], (12, 12), (96, 96))
+    guess = dense.predict_segmentation(head, test[1], (12, 12), (96, 96))
     wanted = torchmetrics_iou(guess, test[0].semantic, 9)
     assert found.values()["miou"][1].item() == pytest.approx(wanted, abs=1e-6)
-    x, x_test = (depth.with_cls(p[1], p[2]) for p in (train, test))
-    head = depth.fit_depth(
+    x, x_test = (dense.with_cls(p[1], p[2]) for p in (train, test))
+    head = dense.fit_depth(
         x[rows], (12, 12), train[0].depth[rows, 2::4, 2::4], bins=16, steps=20, lr=1e-2, seed=1, upsample=2
     )
-    guess = depth.predict_depth(head, x_test, (12, 12), (96, 96), upsample=2)
+    guess = dense.predict_depth(head, x_test, (12, 12), (96, 96), upsample=2)
     by_image = [root_mean_squared_error(t.flatten(), g.flatten()) for t, g in zip(test[0].depth, guess, strict=True)]
     assert found.values()["rmse"][1].item() == pytest.approx(sum(by_image) / 16, rel=1e-5)
 
 
 def test_the_same_model_changes_nothing_and_a_worse_one_is_seen(model, small):
-    found = {"a": scores.scores(model, depths="", **small)}
+    found = {"a": tab02.scores(model, depths="", **small)}
     found["a-reg4"] = found["a"]
     wrong = {k: v.clone() for k, v in found["a"].parts.items()}
     wrong["accuracy"] *= 0
     found["a+ttr1"] = dataclasses.replace(found["a"], parts=wrong)
-    change = scores.changes(found, {"a-reg4": "a", "a+ttr1": "a"}, draws=50)
+    change = tab02.changes(found, {"a-reg4": "a", "a+ttr1": "a"}, draws=50)
     assert (change.loc["a-reg4", ["change", "low", "high"]].to_numpy() == 0).all()
     assert change.change["a+ttr1", "accuracy"] == pytest.approx(-found["a"].values()["accuracy"].mean().item())
-    assert scores.judge(change.loc["a-reg4", "accuracy"], "accuracy", 0.2)[0] is True
-    alone = scores.changes(found, {"a+ttr1": "a"}, draws=50)  # an interval hangs neither on the order nor on others
+    assert tab02.judge(change.loc["a-reg4", "accuracy"], "accuracy", 0.2)[0] is True
+    alone = tab02.changes(found, {"a+ttr1": "a"}, draws=50)  # an interval hangs neither on the order nor on others
     assert alone.loc["a+ttr1"].equals(change.loc["a+ttr1"]) and change.loc["a-reg4"].index.tolist() == [
         "accuracy",
         "miou",
     ]
-    table = scores.table(found)
+    table = tab02.table(found)
     assert table.accuracy["a+ttr1"] == 0 and "rmse" not in table and table.miou_sd["a"] >= 0
 
 
 def test_verdicts_by_hand():
     row = {"change": -0.02, "low": -0.03, "high": -0.01}
-    assert scores.judge(row, "accuracy", 0.2)[0] is False
-    assert scores.judge(row, "rmse", 0.002) == (True, "-0.020 (-0.030 to -0.010)")
-    undecided, told = scores.judge({"change": 0.0, "low": -0.03, "high": 0.03}, "miou", 0.2)
+    assert tab02.judge(row, "accuracy", 0.2)[0] is False
+    assert tab02.judge(row, "rmse", 0.002) == (True, "-0.020 (-0.030 to -0.010)")
+    undecided, told = tab02.judge({"change": 0.0, "low": -0.03, "high": 0.03}, "miou", 0.2)
     assert undecided is None and "not decided" in told
 
 
 @pytest.mark.slow
 def test_trained_features_beat_fresh_ones(small):
     options = small | {"n_train": 96, "n_test": 64, "steps": 100}
-    trained, fresh = (scores.scores(zoo.load(n, "cpu"), **options).values() for n in ("mini-deit3", "mini-random"))
+    trained, fresh = (tab02.scores(zoo.load(n, "cpu"), **options).values() for n in ("mini-deit3", "mini-random"))
     assert trained["miou"].min() > fresh["miou"].max() and trained["rmse"].max() < fresh["rmse"].min()
 
 
 def test_no_task_and_unknown_data_are_refused(model):
     with pytest.raises(UserError, match="no task is left"):
-        scores.scores(model, "", "", "")
+        tab02.scores(model, "", "", "")
     with pytest.raises(UserError, match="at least two are needed, so raise n_train"):
-        scores.scores(model, dense="", depths="", n_train=2, n_test=2, seeds=(0,))
+        tab02.scores(model, dense="", depths="", n_train=2, n_test=2, seeds=(0,))
     with pytest.raises(UserError, match="classification set"):
-        scores.scores(model, "scnes", "", "")
+        tab02.scores(model, "scnes", "", "")
 
 
 def test_images_that_take_no_part_in_a_task_are_left_out(model):
     """Of lone objects nobody can say on which side of the next one they are: their label is -1."""
-    found = scores.scores(model, "scenes:relation", "", "", n_train=40, n_test=30, seeds=(0,))
+    found = tab02.scores(model, "scenes:relation", "", "", n_train=40, n_test=30, seeds=(0,))
     assert 0 < found.parts["accuracy"].shape[1] < 30
 
 
 def test_ladders_need_three_numbers_and_go_from_none_to_most():
     names = ["a", "a-reg16", "a-reg2", "a+ttr1", "a+ttr4", "b", "b-reg4", "c+ttr1", "c+ttr2"]
-    assert scores.ladders(names) == {"a-reg": ["a", "a-reg2", "a-reg16"], "a+ttr": ["a", "a+ttr1", "a+ttr4"]}
+    assert fig08.ladders(names) == {"a-reg": ["a", "a-reg2", "a-reg16"], "a+ttr": ["a", "a+ttr1", "a+ttr4"]}
 
 
 def test_claims_about_the_number_of_registers_by_hand():
     import pandas as pd
 
     table = pd.DataFrame({"accuracy": [0.5, 0.6, 0.7], "miou": [0.1, 0.3, 0.2], "rmse": [1.0, 0.7, 0.5]})
-    found = scores.by_registers(table, [0, 1, 4])
+    found = fig08.by_registers(table, [0, 1, 4])
     assert {claim: holds for claim, (holds, _) in found.items()} == {"C030": True, "C031": True, "C032": True}
     assert "1 register +0.30, best +0.50 with 4" in found["C030"][1]
     late = table.assign(rmse=[1.0, 0.9, 0.5])
-    assert scores.by_registers(late, [0, 1, 4])["C030"][0] is False
-    assert scores.by_registers(table, [0, 2, 4])["C030"][0] is None
+    assert fig08.by_registers(late, [0, 1, 4])["C030"][0] is False
+    assert fig08.by_registers(table, [0, 2, 4])["C030"][0] is None
     worse = pd.DataFrame({"accuracy": [0.5, 0.6, 0.4], "miou": [0.3, 0.2, 0.1]})
-    found = scores.by_registers(worse, [0, 1, 4])
+    found = fig08.by_registers(worse, [0, 1, 4])
     assert [found[c][0] for c in ("C030", "C031", "C032")] == [None, False, False]
 
 
 def test_the_papers_table_is_read_by_family():
-    assert scores.reported(False)["dinov2", "miou"] == pytest.approx(0.466)
-    assert scores.reported(True)["clip", "rmse"] == 0.661
-    assert scores.CLAIMS["dinov2", "rmse"] == "C093" and scores.CLAIMS["deit3", "accuracy"] == "C085"
-    assert [scores.family(n) for n in ("mini-deit3-reg4", "clip-b", "dinov2-l", "planted")] == [
+    assert tab02.reported(False)["dinov2", "miou"] == pytest.approx(0.466)
+    assert tab02.reported(True)["clip", "rmse"] == 0.661
+    assert tab02.CLAIMS["dinov2", "rmse"] == "C093" and tab02.CLAIMS["deit3", "accuracy"] == "C085"
+    assert [tab02.family(n) for n in ("mini-deit3-reg4", "clip-b", "dinov2-l", "planted")] == [
         "deit3",
         "clip",
         "dinov2",
@@ -155,15 +156,15 @@ def test_the_papers_table_is_read_by_family():
 
 
 def test_figures_of_scores_are_drawn(model, small):
+    import fig08
     import pandas as pd
-
-    from vitreg_lib import plots_probes
+    import tab02
 
     table = pd.DataFrame({"accuracy": [0.5, 0.6], "miou": [0.1, 0.3]}, index=["a", "a-reg4"])
     table = table.assign(accuracy_sd=0.1, miou_sd=0.1)
     index = pd.MultiIndex.from_tuples([("a-reg4", t) for t in ("accuracy", "miou")], names=["model", "task"])
     change = pd.DataFrame({"change": 0.1, "low": -0.1, "high": 0.2}, index=index)
-    assert len(plots_probes.task_scores(table, change, {("a-reg4", "miou"): 0.013}).axes) == 4
-    assert len(plots_probes.task_scores(table, change.iloc[:0]).axes) == 2
+    assert len(tab02.task_scores(table, change, {("a-reg4", "miou"): 0.013}).axes) == 4
+    assert len(tab02.task_scores(table, change.iloc[:0]).axes) == 2
     ladder = table.assign(registers=[0, 4])
-    assert len(plots_probes.scores_by_registers({"a-reg": ladder, "b+ttr": ladder.assign(registers=[1, 4])}).axes) == 2
+    assert len(fig08.scores_by_registers({"a-reg": ladder, "b+ttr": ladder.assign(registers=[1, 4])}).axes) == 2

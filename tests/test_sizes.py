@@ -6,8 +6,8 @@ import pytest
 import timm
 import torch
 
-from vitreg_lib.errors import UserError
-from vitreg_lib.models import mini
+from vitreg_lib.base import UserError
+from vitreg_lib.model import mini
 
 
 @pytest.mark.parametrize(

@@ -11,8 +11,8 @@ import torch
 from datasets import Dataset, Features, Image, Value
 from PIL import Image as Picture
 
-from vitreg_lib.errors import UserError
-from vitreg_lib.train import loop, parallel, source
+from vitreg_lib.base import UserError
+from vitreg_lib.train import images, loop, parallel
 
 SMALL = dict(
     size="xxs",
@@ -93,33 +93,33 @@ def test_neighbours_of_plain_colours_are_of_their_class(classes):
     config, recipe = configured("dinov2", classes, eval_images=8)
     torch.manual_seed(0)
     assert recipe.knn(recipe.build(config).teacher, config, "cpu", neighbours=3)["knn_class"] == 1.0
-    assert source.asking(config) == 8
+    assert images.asking(config) == 8
 
 
 def test_images_follow_from_the_step_alone(classes):
     config, _ = configured("mae", classes, steps=12)  # three epochs of 16
-    straight = [source.images(config, step, "cpu") for step in range(9)]
-    again, index = source.images(config, 6, "cpu")
+    straight = [images.images(config, step, "cpu") for step in range(9)]
+    again, index = images.images(config, 6, "cpu")
     assert torch.equal(again, straight[6][0]) and index.tolist() == list(range(24, 28))
     assert again.shape == (4, 3, 37, 37) and 0 <= again.min() and again.max() <= 1
     epoch = torch.cat([pixels for pixels, _ in straight[:4]])
     assert len({tuple(p.flatten().tolist()) for p in epoch}) == 16  # every training image once
     with parallel.micro_batch(1, 2):
-        torch.testing.assert_close(source.images(config, 6, "cpu")[0], again[2:])
+        torch.testing.assert_close(images.images(config, 6, "cpu")[0], again[2:])
 
 
 @pytest.mark.parametrize("kind", ["parquet", "shards"])
 def test_pairs_stay_together(kind, request, tmp_path):
     data = request.getfixturevalue(kind)
     config, recipe = configured("clip", data, steps=10)
-    pixels, texts = source.pairs(config, 1, "cpu")
+    pixels, texts = images.pairs(config, 1, "cpu")
     assert pixels.shape == (4, 3, 32, 32)
     for image, text in zip(pixels, texts, strict=True):
         strongest = image.mean((1, 2)).argmax().item()
         assert list(COLOURS)[strongest] in text
-    held_out = source.pairs_held_out(config)[1]
+    held_out = images.pairs_held_out(config)[1]
     assert sorted(held_out) == ["number 19, green", "number 39, green"]
-    seen = {text for step in range(10) for text in source.pairs(config, step, "cpu")[1]}
+    seen = {text for step in range(10) for text in images.pairs(config, step, "cpu")[1]}
     assert not seen & set(held_out)
     assert 0 <= loop.train(config, recipe, tmp_path, progress=False)["retrieval"] <= 1
 

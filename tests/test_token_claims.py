@@ -7,17 +7,17 @@ from types import SimpleNamespace
 
 import pandas as pd
 import pytest
+import tables
+import tables_claims
 
-from vitreg_lib import plots_tables
-from vitreg_lib.paths import DATA
-from vitreg_lib.probes import token_claims, tokens
+from vitreg_lib.base import DATA
 
 
 def model(label, role="trained"):
     return SimpleNamespace(label=label, name=label, role=role, is_control="control" in role)
 
 
-def classified(scores: dict, owner: dict, paper: dict | None = None) -> tokens.Classified:
+def classified(scores: dict, owner: dict, paper: dict | None = None) -> tables.Classified:
     """scores: {(model, task, token): score in %}; all with a spread of 1 point."""
     rows = [
         {"model": m, "task": t, "token": k, "score": v / 100, "sd": None if k == "cls" else 0.01, "draws": 3}
@@ -25,7 +25,7 @@ def classified(scores: dict, owner: dict, paper: dict | None = None) -> tokens.C
         for (m, t, k), v in scores.items()
     ]
     table = pd.DataFrame(rows).set_index(["model", "task", "token"]).astype({"sd": float})
-    return tokens.Classified(
+    return tables.Classified(
         table, owner=owner, cutoffs={m: 10.0 for m in owner}, shares={(m, "s"): 0.02 for m in owner}
     )
 
@@ -35,14 +35,14 @@ def row(name, task, **scores):
 
 
 def test_the_papers_numbers_are_those_of_its_tables():
-    paper = token_claims.reported()
-    assert list(paper.index.unique("task")) == token_claims.COLUMNS and len(paper) == 3 * 14
+    paper = tables_claims.reported()
+    assert list(paper.index.unique("task")) == tables_claims.COLUMNS and len(paper) == 3 * 14
     with open(DATA / "reported" / "table1.csv", newline="") as f:
         for line in csv.DictReader(f):
             token, task = (part.partition("=")[2] for part in line["setting"].split(";"))
             assert 100 * paper.score[task, token.strip("[]").lower()] == pytest.approx(float(line["value"]))
-    assert token_claims.reported_by_registers() == {"cls": {0: 84.6, 1: 85.2}}
-    gaps = tokens.reported_gaps(paper)
+    assert tables_claims.reported_by_registers() == {"cls": {0: 84.6, 1: 85.2}}
+    gaps = tables.reported_gaps(paper)
     assert gaps.gap["Cars"] == pytest.approx(74.4) and gaps.sd.max() == pytest.approx(2.1)
 
 
@@ -53,7 +53,7 @@ def test_table_1_rests_on_the_matched_token_of_the_first_trained_model_with_outl
     found = classified(scores, {"a": "a", "p": "p"}, {"x": "Airc.", "y": "CF10"})
     judged = {
         claim: (holds, told)
-        for claim, holds, told in token_claims.of_table1(found, [model("p", "planted control"), model("a")])
+        for claim, holds, told in tables_claims.of_table1(found, [model("p", "planted control"), model("a")])
     }
     assert len(judged) == 18
     assert judged["C068"][0] and "+30 points to matched, +50 to a random" in judged["C068"][1]
@@ -65,15 +65,15 @@ def test_table_1_rests_on_the_matched_token_of_the_first_trained_model_with_outl
 
 def test_without_a_model_with_outliers_nothing_of_the_paper_is_judged_but_cls():
     found = classified(row("a", "x", cls=90, normal=95), {}, {"x": "Airc."})
-    judged = {claim: holds for claim, holds, _ in token_claims.of_table1(found, [model("a")])}
+    judged = {claim: holds for claim, holds, _ in tables_claims.of_table1(found, [model("a")])}
     assert {judged[c] for c in judged if c != "C081"} == {None} and judged["C081"] is False
-    assert next(token_claims.of_table6(found, [model("a")]))[1] is None
+    assert next(tables_claims.of_table6(found, [model("a")]))[1] is None
 
 
 def test_the_spread_is_compared_with_the_gap():
     near = classified(row("a", "x", normal=30, matched=50, outlier=50.5), {"a": "a"})
     far = classified(row("a", "x", normal=30, matched=50, outlier=55), {"a": "a"})
-    assert [next(token_claims.of_table6(f, [model("a")]))[1] for f in (near, far)] == [False, True]
+    assert [next(tables_claims.of_table6(f, [model("a")]))[1] for f in (near, far)] == [False, True]
 
 
 def test_controls_and_mended_models():
@@ -84,7 +84,7 @@ def test_controls_and_mended_models():
         scores |= row("p+ttr1", task, cls=90, normal=30, matched=40, outlier=35, register=60)
     found = classified(scores, {"p": "p", "r": "p", "p+ttr1": "p"})
     models = [model("p", "planted control"), model("r", "random control"), model("p+ttr1", "mended")]
-    judged = {claim: (holds, told) for claim, holds, told, _ in token_claims.of_controls(found, models)}
+    judged = {claim: (holds, told) for claim, holds, told, _ in tables_claims.of_controls(found, models)}
     assert judged["control-p-planted"][0]
     assert judged["control-r"] == (None, "points against matched tokens: no interval is known")
     assert judged["moved-p+ttr1"][0] and judged["registers-p+ttr1"][0]
@@ -93,10 +93,13 @@ def test_controls_and_mended_models():
 
 def test_no_gap_is_said_of_tasks_at_large_only_where_there_are_enough():
     many = pd.DataFrame({"gap": [1.0, -1.0, 2.0, -2.0, 0.5], "low": -1.0, "high": 1.0})
-    assert token_claims._no_gap(many, "told") == (True, "told")
-    assert token_claims._no_gap(many + 5, "told")[0] is False
+    assert tables_claims._no_gap(many, "told") == (True, "told")
+    assert tables_claims._no_gap(many + 5, "told")[0] is False
     few = pd.DataFrame({"gap": [10.0, 1.0], "low": [5.0, -1.0], "high": [15.0, 3.0]}, index=["x", "y"])
-    assert token_claims._no_gap(few, "") == (False, "points against matched tokens: x +10 (+5 to +15), y +1 (-1 to +3)")
+    assert tables_claims._no_gap(few, "") == (
+        False,
+        "points against matched tokens: x +10 (+5 to +15), y +1 (-1 to +3)",
+    )
 
 
 def test_table_4_is_judged_on_the_trained_pair_and_ours_on_the_others():
@@ -105,11 +108,11 @@ def test_table_4_is_judged_on_the_trained_pair_and_ours_on_the_others():
     models = [model("a"), model("a-reg1"), model("p", "planted control"), model("p+ttr1", "mended")]
     pairs = {"a-reg1": "a", "p+ttr1": "p"}
     judged = {
-        claim: holds for claim, holds, *_ in token_claims.of_table4(classified(scores, {"p": "p"}), models, pairs)
+        claim: holds for claim, holds, *_ in tables_claims.of_table4(classified(scores, {"p": "p"}), models, pairs)
     }
     assert [judged[c] for c in ("C108", "C109", "C110")] == [True, True, False]
     assert [judged[f"{c}-p+ttr1"] for c in ("C108", "C109", "C110")] == [False, False, True]
-    alone = {c: h for c, h, *_ in token_claims.of_table4(classified(scores, {"p": "p"}), models[2:], {"p+ttr1": "p"})}
+    alone = {c: h for c, h, *_ in tables_claims.of_table4(classified(scores, {"p": "p"}), models[2:], {"p+ttr1": "p"})}
     assert alone["C108"] is None
 
 
@@ -121,7 +124,7 @@ def test_every_number_names_its_features():
     run.measure = lambda name, value, model="", unit="", paper=None, features="": measured.append(
         (name, paper, features)
     )
-    token_claims.measure(run, found)
+    tables_claims.measure(run, found)
     scored = [m for m in measured if m[0].startswith("accuracy")]
     assert len(scored) == 4 and all(m[2] == "f" for m in scored) and traced == found.about
     assert dict((m[0], m[1]) for m in scored)["accuracy, x, outlier token"] == pytest.approx(0.791)
@@ -132,7 +135,7 @@ def test_figures_take_what_there_is():
 
     found = classified(row("a", "x", cls=90, normal=30, matched=50, outlier=80), {"a": "a"})
     table = found.table.xs("a", level="model")
-    plots_tables.by_task({"a": table, "paper": token_claims.reported()})
-    plots_tables.gaps_by_task({"a": {t: tokens.gaps(found, "outlier", t).loc["a"] for t in ("normal", "matched")}})
-    plots_tables.by_registers(found.table.xs("x", level="task"), {"a": {"a": 0}}, "%", {"cls": {0: 84.6, 1: 85.2}})
+    tables_claims.by_task({"a": table, "paper": tables_claims.reported()})
+    tables_claims.gaps_by_task({"a": {t: tables.gaps(found, "outlier", t).loc["a"] for t in ("normal", "matched")}})
+    tables_claims.by_registers(found.table.xs("x", level="task"), {"a": {"a": 0}}, "%", {"cls": {0: 84.6, 1: 85.2}})
     plt.close("all")

@@ -12,10 +12,14 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from vitreg_lib.errors import UserError
-from vitreg_lib.models import zoo
-from vitreg_lib.train import deit3, loop, ship, state, telemetry
+from vitreg_lib import base
+from vitreg_lib.base import UserError
+from vitreg_lib.data import scenes
+from vitreg_lib.model import zoo
+from vitreg_lib.model.weights import file_sha256
+from vitreg_lib.train import loop, ship, state, telemetry
 from vitreg_lib.train.config import TrainConfig
+from vitreg_lib.train.recipes import deit3
 
 TINY = TrainConfig(
     size="xs",
@@ -156,14 +160,14 @@ def test_telemetry_measures_what_capture_does(straight):
 
 
 def test_evaluation_is_on_scenes_that_are_never_trained_on():
-    assert deit3.HELD_OUT > 1000 * TrainConfig().steps * TrainConfig().batch_size
+    assert scenes.HELD_OUT > 1000 * TrainConfig().steps * TrainConfig().batch_size
 
 
 @pytest.fixture
 def own_zoo(tmp_path, monkeypatch):
     """A copy of the zoo's files that a test may ship into."""
     (tmp_path / "data" / "checkpoints").mkdir(parents=True)
-    (tmp_path / "data" / "models.yaml").write_text((zoo.DATA / "models.yaml").read_text())
+    (tmp_path / "data" / "models.yaml").write_text((base.DATA / "models.yaml").read_text())
     for module in (ship, zoo):
         monkeypatch.setattr(module, "DATA", tmp_path / "data")
         monkeypatch.setattr(module, "CHECKPOINTS", tmp_path / "data" / "checkpoints")
@@ -180,7 +184,7 @@ def test_a_shipped_run_loads_by_its_name(straight, own_zoo):
     entry = zoo.entries()["mini-made-here"]
     assert {k: v for k, v in zoo.entries().items() if k != "mini-made-here"} == before
     assert entry["about"] == "made by a test"
-    assert entry["sha256"] == zoo.file_sha256(path)
+    assert entry["sha256"] == file_sha256(path)
     assert (entry["steps"], entry["images"]) == (10, 80)
     assert entry["command"].startswith("vitreg train deit3 --size xs --registers 1 --image-size 64 --drop-path 0.2")
     loaded = zoo.load("mini-made-here", "cpu")

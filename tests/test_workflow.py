@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -9,8 +10,8 @@ import sys
 
 import pytest
 
-from vitreg_lib import record
-from vitreg_lib.paths import ROOT
+from vitreg_lib.base import ROOT
+from vitreg_lib.record import run as record
 
 
 @pytest.fixture
@@ -28,12 +29,14 @@ def inputs(depends, item, **given):
 def test_a_notebook_depends_on_the_modules_that_it_reaches(depends):
     needed = inputs(depends, "fig03")
     assert "notebooks/paper/fig03_norm_maps.ipynb" in needed
-    named = ("__init__", "outliers", "plots", "widgets", "record")
-    reached = ("capture", "anatomy", "errors", "paths", "models/zoo", "models/planted", "data/scenes", "data/images")
+    named = ("__init__", "measure/outliers", "plots/norms", "widgets/interact", "record/run")
+    reached = ("hooks/capture", "hooks/anatomy", "base", "model/zoo", "model/planted", "data/scenes", "data/images")
     for module in named + reached:
         assert f"vitreg_lib/{module}.py" in needed
-    for module in ("lost", "posembed", "complexity", "cli", "report", "probes/linear", "train/deit3"):
+    for module in ("measure/objects", "cli", "record/report", "probes/linear", "train/recipes/clip"):
         assert f"vitreg_lib/{module}.py" not in needed
+    assert "notebooks/paper/fig12.py" not in needed
+    assert "notebooks/paper/fig12.py" in inputs(depends, "fig12")
     assert all((ROOT / path).exists() for path in needed)
 
 
@@ -56,11 +59,11 @@ def test_settings_hold_the_entries_of_the_items_own_models_alone(depends):
 
 def test_a_notebook_depends_on_the_modules_that_it_imports_by_name(depends):
     for item, names in {
-        "fig05": ("probes/local", "probes/position", "probes/reconstruction", "probes/linear"),
-        "tab02": ("probes/scores", "probes/zeroshot", "probes/depth"),
-        "tab03": ("data/boxes", "lost"),
+        "fig05": ("vitreg_lib/probes/local", "vitreg_lib/probes/local_fits", "vitreg_lib/probes/linear"),
+        "tab02": ("notebooks/paper/tab02", "vitreg_lib/probes/zeroshot", "vitreg_lib/probes/dense"),
+        "tab03": ("vitreg_lib/data/sets", "vitreg_lib/measure/objects"),
     }.items():
-        assert {f"vitreg_lib/{name}.py" for name in names} <= set(inputs(depends, item)), item
+        assert {f"{name}.py" for name in names} <= set(inputs(depends, item)), item
 
 
 def test_a_notebook_depends_on_the_text_towers_of_its_models(depends):
@@ -68,15 +71,17 @@ def test_a_notebook_depends_on_the_text_towers_of_its_models(depends):
 
 
 def test_every_way_to_import_is_seen(depends, tmp_path):
-    planted = (ROOT / "vitreg_lib/models/planted.py").read_text()
-    assert {"capture", "data.scenes", "models.zoo"} <= set(depends._imports(planted, ("models",)))
-    source = "import torch\nimport vitreg_lib.lost\nfrom vitreg_lib.probes import local\nfrom vitreg_lib import maps"
-    assert depends._imports(source) == ["lost", "probes", "probes.local", "maps"]
+    (tmp_path / "beside.py").write_text("from vitreg_lib.measure import maps")
+    source = "import torch\nimport vitreg_lib.cli\nimport beside\ndef f():\n    from vitreg_lib.probes import local"
+    found = {path.relative_to(ROOT).as_posix() for path in depends._reached(source, tmp_path) if ROOT in path.parents}
+    assert {"vitreg_lib/cli.py", "vitreg_lib/probes/local.py"} <= found
+    assert tmp_path / "beside.py" in depends._reached(source, tmp_path)
+    relative = depends._reached("from ..data import scenes\nfrom .zoo import load", ROOT / "vitreg_lib/model")
+    assert {ROOT / "vitreg_lib/data/scenes.py", ROOT / "vitreg_lib/model/zoo.py"} <= set(relative)
     notebook = tmp_path / "some.ipynb"
-    notebook.write_text(
-        '{"cells": [{"cell_type": "code", "source": ["%matplotlib inline\\n", "vr.data.images.load()"]}]}'
-    )
-    assert ROOT / "vitreg_lib/data/images.py" in depends.modules(notebook)
+    cell = ["%matplotlib inline\n", "import beside\n", "vr.images.load()"]
+    notebook.write_text(json.dumps({"cells": [{"cell_type": "code", "source": cell}]}))
+    assert {ROOT / "vitreg_lib/data/images.py", ROOT / "vitreg_lib/measure/maps.py"} <= depends.modules(notebook)
 
 
 @pytest.fixture
@@ -105,10 +110,10 @@ def test_only_what_changed_runs_again(clone):
     assert "made: fig07" in told
     assert "figure: results/mini/fig07--" in told
     assert "all is up to date" in reproduce()
-    with open(place / "vitreg_lib/posembed.py", "a") as f:  # no part of fig07
+    with open(place / "vitreg_lib/measure/objects.py", "a") as f:  # no part of fig07
         f.write("\n# changed\n")
     assert "all is up to date" in reproduce()
-    with open(place / "vitreg_lib/outliers.py", "a") as f:
+    with open(place / "vitreg_lib/measure/outliers.py", "a") as f:
         f.write("\n# changed\n")
     assert "made: fig07" in reproduce()
 

@@ -8,15 +8,14 @@ import subprocess
 import sys
 import zipfile
 
+import checks
 import nbformat
 import pandas as pd
 import pytest
 import torch
 
 import vitreg_lib as vr
-from vitreg_lib import workshop as checks
-from vitreg_lib.errors import UserError
-from vitreg_lib.paths import ROOT
+from vitreg_lib.base import ROOT, UserError
 
 sys.path.insert(0, str(ROOT / "workflow"))
 import wheelhouse  # noqa: E402
@@ -52,7 +51,7 @@ def data():
         "hits": hits,
         "without": "without",
         "with_registers": "with",
-        "features": torch.nn.functional.normalize(vr.lost.features(seen, "k"), dim=-1),
+        "features": torch.nn.functional.normalize(vr.objects.features(seen, "k"), dim=-1),
     }
 
 
@@ -292,7 +291,7 @@ def test_an_exercise_says_what_it_costs_has_hints_and_is_checked(path):
         assert re.search(r"### Exercise \d\.\d · (easy|medium)\S* .*\d+ minutes\n", cells[i - 1].source)
         assert cells[i - 1].source.count("<details>") == cells[i - 1].source.count("</details>") == 2
         later = "\n".join(cell.source for cell in cells[i + 1 : i + 2])
-        assert f"vr.workshop.check_{name}({name}" in later
+        assert f"checks.check_{name}({name}" in later
     used = [notebooks.answer_of(cells[i]) for i in asked]
     assert len(set(used)) == len(used)
 

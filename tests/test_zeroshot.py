@@ -6,14 +6,16 @@ import math
 from types import SimpleNamespace
 
 import pytest
+import tab02
 import torch
 
-from vitreg_lib.errors import UserError
-from vitreg_lib.models import zoo
+from vitreg_lib.base import UserError
+from vitreg_lib.model import zoo
+from vitreg_lib.model.text import TEMPLATES, text_tower
 from vitreg_lib.probes import zeroshot
 
 CLASSES = ["disc", "square", "star", "ring"]
-TEMPLATES = (lambda c: f"a photo of a {c}.", lambda c: f"a bad photo of the {c}.", lambda c: f"a {c}.")
+PROMPTS = (lambda c: f"a photo of a {c}.", lambda c: f"a bad photo of the {c}.", lambda c: f"a {c}.")
 
 
 @pytest.fixture(scope="module")
@@ -37,8 +39,8 @@ def tokenize():
 def test_classes_are_those_of_open_clip(pair, tokenize):
     import open_clip
 
-    wanted = open_clip.build_zero_shot_classifier(pair, tokenize, CLASSES, TEMPLATES, 2, "cpu").T
-    found = zeroshot.class_embeddings(pair.encode_text, tokenize, CLASSES, TEMPLATES, batch_size=5)
+    wanted = open_clip.build_zero_shot_classifier(pair, tokenize, CLASSES, PROMPTS, 2, "cpu").T
+    found = zeroshot.class_embeddings(pair.encode_text, tokenize, CLASSES, PROMPTS, batch_size=5)
     assert torch.allclose(found, wanted, atol=1e-5), f"gap {(found - wanted).abs().max():.2g}"
     as_text = zeroshot.class_embeddings(
         pair.encode_text, tokenize, CLASSES, ("a photo of a {}.", "a bad photo of the {}.", "a {}.")
@@ -50,14 +52,14 @@ def test_answers_are_those_of_a_loop(pair, tokenize):
     pixels = torch.randn(12, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         images = pair.encode_image(pixels)
-        texts = {c: [pair.encode_text(tokenize([t(c)]))[0].tolist() for t in TEMPLATES] for c in CLASSES}
+        texts = {c: [pair.encode_text(tokenize([t(c)]))[0].tolist() for t in PROMPTS] for c in CLASSES}
     unit = lambda v: [x / math.sqrt(sum(y * y for y in v)) for x in v]  # noqa: E731
     means = [unit([sum(column) for column in zip(*map(unit, texts[c]), strict=True)]) for c in CLASSES]
     wanted = []
     for image in images.tolist():
         cosines = [sum(a * b for a, b in zip(unit(image), mean, strict=True)) for mean in means]
         wanted.append(cosines.index(max(cosines)))
-    classes = zeroshot.class_embeddings(pair.encode_text, tokenize, CLASSES, TEMPLATES)
+    classes = zeroshot.class_embeddings(pair.encode_text, tokenize, CLASSES, PROMPTS)
     assert zeroshot.predict(images, classes).tolist() == wanted
     assert zeroshot.predict(17 * images, 3 * classes).tolist() == wanted  # lengths do not matter
 
@@ -76,7 +78,7 @@ def test_bad_embeddings_are_refused(pair, tokenize):
     with pytest.raises(ValueError, match="do not share a space"):
         zeroshot.predict(torch.ones(2, 4), classes)
     with pytest.raises(ValueError, match="0 classes and 3 templates"):
-        zeroshot.class_embeddings(pair.encode_text, tokenize, [], TEMPLATES)
+        zeroshot.class_embeddings(pair.encode_text, tokenize, [], PROMPTS)
     with pytest.raises(ValueError, match="prompt 'a disc' holds NaN"):
         zeroshot.class_embeddings(lambda ids: torch.full((len(ids), 4), torch.nan), tokenize, CLASSES, ("a {}",))
 
@@ -89,15 +91,14 @@ def shipped(tmp_path, monkeypatch):
 
     from safetensors.torch import save_file
 
-    from vitreg_lib import paths
-    from vitreg_lib.models import mini
-    from vitreg_lib.train import clip
+    from vitreg_lib import base
+    from vitreg_lib.model import mini
 
     torch.manual_seed(0)
-    tower = clip.text_tower(32, 1, 24, 24)
+    tower = text_tower(32, 1, 24, 24)
     config = json.dumps({"text_width": 32, "text_layers": 1, "embed_dim": 24})
     save_file(tower.state_dict(), tmp_path / "mini-clip.text.safetensors", {"config": config})
-    monkeypatch.setattr(paths, "CHECKPOINTS", tmp_path)
+    monkeypatch.setattr(base, "CHECKPOINTS", tmp_path)
     module = mini.build("xxs", num_classes=24).eval()
     reference = zoo.load("mini-deit3-xxs", "cpu")
     model = dataclasses.replace(reference, module=module, label="mini-clip", name="mini-clip")
@@ -107,17 +108,17 @@ def shipped(tmp_path, monkeypatch):
 def test_every_attribute_of_a_scene_is_asked_and_models_without_text_are_left_out(shipped):
     from vitreg_lib.data import images
     from vitreg_lib.data.scenes import SHAPES
-    from vitreg_lib.train import clip
+    from vitreg_lib.train.recipes import clip
 
     other = zoo.load("mini-deit3-xxs", "cpu")
     pictures = images.load("scenes", shipped.model, 20)
-    table, hits = zeroshot.evaluate([shipped.model, other], lambda model: pictures)
+    table, hits = tab02.evaluate([shipped.model, other], lambda model: pictures)
     assert list(table.index) == [("mini-clip", q) for q in ("shape", "colour", "texture", "background")]
     assert table.classes.tolist() == [8, 8, 4, 4]
     of_length_one = lambda ids: torch.nn.functional.normalize(shipped.tower(ids), dim=1)  # noqa: E731  as Clip's
     wanted = clip.class_embeddings(of_length_one, "shape")
     encode, tokenize = zeroshot.text_tower(shipped.model)
-    found = zeroshot.class_embeddings(encode, tokenize, SHAPES, clip.TEMPLATES["shape"])
+    found = zeroshot.class_embeddings(encode, tokenize, SHAPES, TEMPLATES["shape"])
     with torch.no_grad():
         assert torch.allclose(found, wanted, atol=1e-5)
         image = torch.nn.functional.normalize(shipped.model.module(pictures.x), dim=1)

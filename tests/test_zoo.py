@@ -15,8 +15,11 @@ import timm
 import torch
 from safetensors.torch import load_file, save_file
 
-from vitreg_lib.errors import UserError
-from vitreg_lib.models import zoo
+from vitreg_lib import base
+from vitreg_lib.base import UserError
+from vitreg_lib.model import zoo
+from vitreg_lib.model.model import Model, weights_sha256
+from vitreg_lib.model.weights import _read_pickle, file_sha256
 
 X = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 SMALLEST = "mini-deit3-s"
@@ -103,7 +106,7 @@ def test_timm_names_are_found_in_vitreg_models(models, name):
     assert same_outputs(loaded, models[1])
     assert (loaded.input_size, loaded.crop, loaded.interpolation) == (32, 0.8, "bilinear")
     assert (loaded.mean, loaded.std) == ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
-    assert loaded.sha256 == zoo.file_sha256(models[0] / "some_folder" / "model.safetensors")
+    assert loaded.sha256 == file_sha256(models[0] / "some_folder" / "model.safetensors")
     assert loaded.role == "trained"
 
 
@@ -139,7 +142,7 @@ def test_file_reads_every_kind(tmp_path, tiny, suffix, wrapped):
         torch.save({"epoch": 3, "model": state} if wrapped else state, path)
     loaded = zoo.load(f"file:{path}#vit_tiny_patch16_224", "cpu", image_size=32)
     assert same_outputs(loaded, model)
-    assert loaded.sha256 == zoo.file_sha256(path)
+    assert loaded.sha256 == file_sha256(path)
 
 
 def test_a_file_of_other_classes_and_size_is_read(tmp_path):
@@ -161,12 +164,12 @@ def test_a_file_of_other_classes_and_size_is_read(tmp_path):
 def test_teachers_weights_lose_every_prefix(tmp_path, tiny):
     state = {f"module.backbone.{k}": v for k, v in tiny().state_dict().items()}
     torch.save({"teacher": state}, tmp_path / "dino.pth")
-    assert set(zoo._read_pickle(tmp_path / "dino.pth")) == set(tiny().state_dict())
+    assert set(_read_pickle(tmp_path / "dino.pth")) == set(tiny().state_dict())
 
 
 def test_images_go_to_the_device_and_precision_of_the_weights():
     """On the meta device, where an operation with a tensor of the CPU fails as it does on a GPU."""
-    model = zoo.Model("any", torch.nn.Linear(3, 3).half().to("meta"), "0" * 64)
+    model = Model("any", torch.nn.Linear(3, 3).half().to("meta"), "0" * 64)
     pixels = torch.zeros(2, 3, 4, 6)
     assert model.normalise(pixels.to("meta")).device.type == "meta"
     assert model.normalise(pixels.half()).dtype == torch.float16
@@ -185,8 +188,8 @@ def test_fresh_weights_leave_the_random_state_alone():
 
 def test_a_file_of_this_projects_own_training_says_its_architecture():
     shipped = zoo.load(SMALLEST, "cpu")
-    loaded = zoo.load(f"file:{zoo.CHECKPOINTS / zoo.entries()[SMALLEST]['file']}", "cpu")
-    assert zoo.weights_sha256(loaded.module) == zoo.weights_sha256(shipped.module)
+    loaded = zoo.load(f"file:{base.CHECKPOINTS / zoo.entries()[SMALLEST]['file']}", "cpu")
+    assert weights_sha256(loaded.module) == weights_sha256(shipped.module)
 
 
 def refused(name: str, **options) -> str:
@@ -201,7 +204,7 @@ def refused(name: str, **options) -> str:
 def checkpoint(tmp_path, monkeypatch):
     """A copy of one shipped checkpoint, where the zoo now looks."""
     name = zoo.entries()[SMALLEST]["file"]
-    shutil.copy(zoo.CHECKPOINTS / name, tmp_path)
+    shutil.copy(base.CHECKPOINTS / name, tmp_path)
     monkeypatch.setattr(zoo, "CHECKPOINTS", tmp_path)
     zoo.load(SMALLEST, "cpu")
     return tmp_path / name
@@ -363,14 +366,14 @@ def test_a_file_of_unknown_architecture_says_how_to_name_it(tmp_path, tiny):
 
 def test_the_digest_of_weights_sees_names_shapes_types_and_values(tiny):
     one, other = tiny(seed=0), tiny(seed=1)
-    assert zoo.weights_sha256(one) == zoo.weights_sha256(tiny(seed=0))
-    assert zoo.weights_sha256(one) != zoo.weights_sha256(other)
-    assert zoo.weights_sha256(one) != zoo.weights_sha256(tiny(seed=0).half())
+    assert weights_sha256(one) == weights_sha256(tiny(seed=0))
+    assert weights_sha256(one) != weights_sha256(other)
+    assert weights_sha256(one) != weights_sha256(tiny(seed=0).half())
 
 
 def test_shipped_weights_are_small_and_in_half_precision():
     for entry in zoo.entries().values():
         if "file" in entry:
-            state = load_file(zoo.CHECKPOINTS / entry["file"])
+            state = load_file(base.CHECKPOINTS / entry["file"])
             assert {v.dtype for v in state.values()} == {torch.float16}
             assert all(v.isfinite().all() for v in state.values())

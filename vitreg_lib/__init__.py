@@ -2,38 +2,54 @@
 
     import vitreg_lib as vr
 
-    run = vr.start("fig04", globals())     # in a notebook: parameters, folder and record of this run
-    model = vr.load("mini-deit3")          # any name of `vitreg models`, timm:…, file:…, random:…
-    seen = model.capture(images, "norms")  # norms, tokens, q, k, v, attention rows at chosen layers
+    run = vr.start("fig04", globals())         # in a notebook: parameters, folder and record of this run
+    model = vr.load("mini-deit3")              # any name of `vitreg models`, timm:…, file:…, random:…
+    images = vr.images.load("scenes", model)
+    seen = vr.capture(model, images, "norms")  # norms, tokens, q, k, v, attention rows at chosen layers
 
-Modules are imported when first used: `vr.outliers`, `vr.plots`, `vr.widgets` …
+A module is imported when it is first used; `dir(vr)` lists what there is.
 """
 
 import importlib
 
 __version__ = "0.1.0"
-_SHORT = {"start": "record", "load": "models.zoo"}  # functions at hand without their module's name
-_NESTED = {  # modules at hand by their last name
+SHORT = {  # what `vr.NAME` stands for: a function (module:name) or a module
+    "start": "record.run:start",
+    "load": "model.zoo:load",
+    "capture": "hooks.capture:capture",
+    "anatomy": "hooks.anatomy",
+    "outliers": "measure.outliers",
+    "attention": "measure.attention",
+    "maps": "measure.maps",
+    "objects": "measure.objects",
+    "pairs": "measure.pairs",
     "images": "data.images",
-    "registry": "data.registry",
-    "tasks": "data.tasks",
-    "token_claims": "probes.token_claims",
-    "tokens": "probes.tokens",
     "scenes": "data.scenes",
+    "textures": "data.textures",
+    "sets": "data.sets",
+    "zoo": "model.zoo",
+    "mend": "model.mend",
+    "planted": "model.planted",
+    "linear": "probes.linear",
+    "local": "probes.local",
+    "local_fits": "probes.local_fits",
+    "dense": "probes.dense",
+    "cache": "probes.cache",
     "telemetry": "train.telemetry",
-    "emergence": "train.emergence",
-    "sweep": "train.sweep",
-    "zoo": "models.zoo",
-    "planted": "models.planted",
+    "plots": "plots",
+    "widgets": "widgets",
+    "record": "record.run",
+    "diagnose": "record.diagnose",
 }
 
 
 def __getattr__(name: str):
-    if name in _SHORT:
-        return getattr(importlib.import_module(f".{_SHORT[name]}", __name__), name)
-    try:
-        return importlib.import_module(f".{_NESTED.get(name, name)}", __name__)
-    except ModuleNotFoundError as error:
-        if error.name != f"{__name__}.{name}":
-            raise
-        raise AttributeError(f"vitreg_lib has no {name!r}") from None
+    if name not in SHORT:
+        raise AttributeError(f"vitreg_lib has no {name!r}; it has {', '.join(SHORT)}")
+    module, _, function = SHORT[name].partition(":")
+    found = importlib.import_module(f".{module}", __name__)
+    return getattr(found, function) if function else found
+
+
+def __dir__() -> list[str]:
+    return sorted([*SHORT, "__version__"])

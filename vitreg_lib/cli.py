@@ -8,9 +8,8 @@ import os
 import sys
 from pathlib import Path
 
-from . import record
-from .errors import UserError, unknown
-from .paths import ROOT, shown
+from .base import UserError, absolute_variables, shown, unknown
+from .record import run as record
 from .train.command import add_arguments as add_training
 
 
@@ -149,6 +148,8 @@ def given(item: str, pairs: list, profile: str | None) -> dict:
     """Parameters from pairs of name and text and from --profile, typed as the item's notebook declares them."""
     declared = record.declared_parameters(item)
     values = {name: text if isinstance(declared.get(name), str) else _literal(text) for name, text in pairs}
+    if values.get("images") and Path(values["images"]).expanduser().exists():
+        values["images"] = str(Path(values["images"]).expanduser().resolve())  # where the user stands, not the kernel
     return values | ({"profile": profile} if profile else {})
 
 
@@ -192,6 +193,7 @@ def execute(item: str, given: dict, progress: bool = True) -> Path:
     for earlier in (folder / "record.json", finished, failed):
         earlier.unlink(missing_ok=True)
     os.environ["VITREG_BATCH"] = "1"
+    absolute_variables()  # the kernel runs in the notebook's folder
     logging.getLogger("papermill").setLevel(logging.ERROR)
     with tempfile.TemporaryDirectory(prefix="vitreg-") as sockets:
         # sockets in a folder of their own: kernels started at the same time cannot race for ports
@@ -204,7 +206,7 @@ def execute(item: str, given: dict, progress: bool = True) -> Path:
                 kernel_name="python3",
                 progress_bar=progress,
                 start_timeout=180,
-                cwd=str(ROOT),
+                cwd=str(record.notebook(item).parent),  # as JupyterLab and nbval do
                 config=Config(KernelManager=transport),
             )
             record.read(item, parameters)
@@ -227,7 +229,7 @@ def show(item: str, parameters: dict, differences: bool = False) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from . import recorded
+    from .record import compare
 
     found = record.read(item, parameters)
     console = Console(soft_wrap=False)
@@ -244,7 +246,7 @@ def show(item: str, parameters: dict, differences: bool = False) -> None:
     for missing in found["not_reachable_here"]:
         console.print(f"not reachable here: {missing['name']}")
     if record.is_plain(item, parameters):
-        print(recorded.verdict(found, differences))
+        print(compare.verdict(found, differences))
     folder = record.folder(item, parameters)
     for figure in found["figures"]:
         print(f"figure: {shown(folder / figure)}.png")
@@ -257,13 +259,13 @@ def _report(chosen) -> None:
         parameters = record.check_parameters(item, given(item, chosen.pairs, chosen.profile))
         show(item, parameters, chosen.differences)
         return
-    from .report import write
+    from .record.report import write
 
     print(shown(write(chosen.profile or "mini")))
 
 
 def _models(chosen) -> None:
-    from .models import zoo
+    from .model import zoo
 
     entries = zoo.entries()
     if chosen.name:
@@ -278,15 +280,15 @@ def _models(chosen) -> None:
 
 
 def _data(chosen) -> None:
-    from .data import frozen, images, registry
+    from .data import frozen, images, sets
 
     if chosen.write_scenes:
         print(shown(frozen.write()))
         return
     if chosen.name:
-        for key, value in (registry.entry(chosen.name) | {"here": registry.state(chosen.name)}).items():
+        for key, value in (sets.entry(chosen.name) | {"here": sets.state(chosen.name)}).items():
             print(f"{key:12} {value}")
-        print(f"{'how':12} {registry.how(chosen.name)}")
+        print(f"{'how':12} {sets.how(chosen.name)}")
         return
     print(f"{'scenes':16} always         procedural images with exact ground truth")
     print(
@@ -296,16 +298,16 @@ def _data(chosen) -> None:
         state = "here" if images.named_folder(name) else "not here"
         print(f"{name:16} {state:14} photos: a folder of that name in VITREG_DATA, or in data/ of VITREG_MODELS")
     print("\ndata sets of the tables (`vitreg data NAME`: splits, licence, citation):")
-    for name, known in registry.entries().items():
-        state = registry.state(name)
+    for name, known in sets.entries().items():
+        state = sets.state(name)
         told = known["title"] + (f", for {known['paper']}" if "paper" in known else "")
-        print(f"{name:16} {state:14} {told}" + (f"; {registry.how(name)}" if state == "not here" else ""))
+        print(f"{name:16} {state:14} {told}" + (f"; {sets.how(name)}" if state == "not here" else ""))
 
 
 def _diagnose(chosen) -> None:
-    from . import diagnose
     from .data import images
-    from .models import zoo
+    from .model import zoo
+    from .record import diagnose
 
     model = zoo.load(chosen.model)
     found = diagnose.diagnose(model, images.load(chosen.images, model, chosen.n_images), progress=True)
@@ -316,9 +318,8 @@ def _diagnose(chosen) -> None:
 
 
 def _mend(chosen) -> None:
-    from . import mend
     from .data import images
-    from .models import zoo
+    from .model import mend, zoo
 
     counts = chosen.registers.split(",")
     if not all(count.strip().isdigit() for count in counts):

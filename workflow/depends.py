@@ -8,12 +8,12 @@ import re
 from pathlib import Path
 
 import vitreg_lib
-from vitreg_lib import record
-from vitreg_lib.models import zoo
-from vitreg_lib.paths import CHECKPOINTS, ROOT
+from vitreg_lib.base import CHECKPOINTS, ROOT
+from vitreg_lib.model import zoo
+from vitreg_lib.record import run as record
 
 LIBRARY = ROOT / "vitreg_lib"
-ALWAYS = ("record", "models.zoo")  # what every notebook reaches through `vr.start` and `run.load`
+ALWAYS = ("record/run", "model/zoo")  # what every notebook reaches through `vr.start` and `run.load`
 
 
 def inputs(item: str, parameters: dict) -> list[str]:
@@ -41,21 +41,21 @@ def checkpoints(item: str, parameters: dict) -> list[Path]:
 
 
 def modules(notebook: Path) -> set[Path]:
-    """The library's files that a notebook reaches: what it names as `vr.NAME` or imports, and all that those import."""
+    """The code that a notebook reaches: library modules named as `vr.NAME`, what it imports, and what that imports.
+
+    A file beside the notebook counts as well as one of the library.
+    """
     cells = json.loads(notebook.read_text())["cells"]
     source = "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code")
     source = re.sub(r"^[%!].*", "", source, flags=re.MULTILINE)  # lines for IPython or the shell
-    short = {**vitreg_lib._SHORT, **vitreg_lib._NESTED}
-    waiting = [*ALWAYS, *_imports(source)]
-    for name, below in re.findall(r"\bvr\.(\w+)(?:\.(\w+))?", source):
-        waiting += [short.get(name, name), f"{name}.{below}"]
-    found: set[Path] = {LIBRARY / "__init__.py"}
+    waiting = [LIBRARY / f"{name}.py" for name in ALWAYS] + _reached(source, notebook.parent)
+    files = {LIBRARY / "__init__.py"}
     while waiting:
-        path = _file(waiting.pop())
-        if path and path not in found:
-            found.add(path)
-            waiting += _imports(path.read_text(), path.relative_to(LIBRARY).parent.parts)
-    return found
+        path = waiting.pop()
+        if path not in files:
+            files.add(path)
+            waiting += _reached(path.read_text(), path.parent)
+    return files
 
 
 def _bases(item: str, parameters: dict) -> set[str]:
@@ -65,24 +65,27 @@ def _bases(item: str, parameters: dict) -> set[str]:
     return {re.sub(r"\+ttr\d+$", "", name) for name in named.replace(",", " ").split()}
 
 
-def _file(module: str) -> Path | None:
-    path = LIBRARY / module.replace(".", "/")
-    if path.with_suffix(".py").exists():
-        return path.with_suffix(".py")
-    return path / "__init__.py" if (path / "__init__.py").exists() else None
-
-
-def _imports(source: str, package: tuple[str, ...] = ()) -> list[str]:
-    """What a source imports of the library, at its top or inside functions, as names below vitreg_lib.
-
-    `package` is where the source lies, for its relative imports.
-    """
-    names = []
+def _reached(source: str, folder: Path) -> list[Path]:
+    """Files of this repository that a source in `folder` imports, at its top or inside functions, or names as `vr.`."""
+    names = [vitreg_lib.SHORT.get(name, name).split(":")[0] for name in re.findall(r"\bvr\.(\w+)", source)]
+    places = [(LIBRARY, name) for name in names]
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
-            names += [alias.name for alias in node.names]
+            places += [(folder, alias.name) for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
-            above = ["vitreg_lib", *package[: len(package) - node.level + 1]] if node.level else []
-            base = ".".join([*above, *filter(None, [node.module])])
-            names += [base, *(f"{base}.{alias.name}" for alias in node.names)]
-    return [name.removeprefix("vitreg_lib.") for name in names if name.startswith("vitreg_lib.")]
+            base = [folder, *folder.parents][node.level - 1] if node.level else folder
+            places += [
+                (base, ".".join(filter(None, [node.module, *part]))) for part in [(), *((a.name,) for a in node.names)]
+            ]
+    found = [_file(place, name) for place, name in places]
+    return [path for path in found if path]
+
+
+def _file(folder: Path, module: str) -> Path | None:
+    """The file of a module: of the library by its full name, else below `folder`; None for what is installed."""
+    if module.split(".")[0] == "vitreg_lib":
+        folder = ROOT
+    path = folder / module.replace(".", "/")
+    if path.with_suffix(".py").is_file():
+        return path.with_suffix(".py")
+    return path / "__init__.py" if (path / "__init__.py").is_file() else None

@@ -6,7 +6,7 @@ import json
 import shutil
 import sys
 
-from vitreg_lib.paths import ROOT, results
+from vitreg_lib.base import ROOT, results
 
 
 def main(profile: str) -> None:

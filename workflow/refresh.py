@@ -19,8 +19,9 @@ import workshop
 from nbconvert.preprocessors import ExecutePreprocessor
 from PIL import Image
 
-from vitreg_lib import record, recorded
-from vitreg_lib.paths import NOTEBOOKS
+from vitreg_lib.base import NOTEBOOKS
+from vitreg_lib.record import compare
+from vitreg_lib.record import run as record
 
 LARGEST = 295_000  # characters of a notebook; above, pictures get fewer colours
 
@@ -47,7 +48,7 @@ def refresh(path: Path) -> None:
         _fewer_colours(notebook)
     nbformat.write(notebook, path)
     if made:
-        recorded.write(json.loads(made.read_text()))
+        compare.write(json.loads(made.read_text()))
 
 
 def _fewer_colours(notebook) -> None:

@@ -11,9 +11,10 @@ import os
 import subprocess
 import sys
 
-from vitreg_lib import cli, record, recorded
-from vitreg_lib.errors import UserError
-from vitreg_lib.paths import NOTEBOOKS, ROOT
+from vitreg_lib import cli
+from vitreg_lib.base import NOTEBOOKS, ROOT, UserError
+from vitreg_lib.record import compare
+from vitreg_lib.record import run as record
 
 
 def main() -> int:
@@ -48,7 +49,7 @@ def main() -> int:
     if len(items) == 1:
         cli.show(items[0], checked[items[0]])
     elif chosen.profile == "mini":
-        other = [item for item in items if recorded.differences(record.read(item, checked[item]))]
+        other = [item for item in items if compare.differences(record.read(item, checked[item]))]
         told = f"as recorded: {len(items) - len(other)} of {len(items)} items agree with data/records"
         print(told + (f"; not {', '.join(other)}: vitreg report ITEM --differences" if other else ""))
     return 0

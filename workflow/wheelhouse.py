@@ -19,8 +19,7 @@ import tempfile
 import venv
 from pathlib import Path
 
-from vitreg_lib.errors import UserError
-from vitreg_lib.paths import ROOT, write_atomically
+from vitreg_lib.base import ROOT, UserError, write_atomically
 
 EVERYTHING = (".[all]", "setuptools>=77", "wheel")  # the last two build the repository's own package where it is put
 

@@ -16,11 +16,12 @@ from pathlib import Path
 
 import nbformat
 
-from vitreg_lib.paths import NOTEBOOKS, ROOT, shown
+from vitreg_lib.base import NOTEBOOKS, ROOT, shown
 
 EXERCISES = NOTEBOOKS / "workshop"
 SOLUTIONS = EXERCISES / "solutions"
 TAG = "answer:"
+BESIDE = 'import sys\n\nsys.path.insert(0, "..")  # checks.py and pictures.py lie beside the exercises\n'
 NEEDS = (
     "torch",
     "timm",
@@ -56,6 +57,7 @@ def solved(exercises: nbformat.NotebookNode, filled: dict[str, str]) -> nbformat
             cell.source = filled[name]
         if cell.cell_type == "code":
             cell.outputs, cell.execution_count = [], None
+            cell.source = cell.source.replace("import checks\n", f"{BESIDE}import checks\n", 1)
     return notebook
 
 
@@ -85,9 +87,9 @@ def ready() -> str:
     """One line that says that all is there and what is left out; raises UserError for what is missing."""
     import importlib.util
 
+    from vitreg_lib.base import UserError
     from vitreg_lib.data import images
-    from vitreg_lib.errors import UserError
-    from vitreg_lib.models import zoo
+    from vitreg_lib.model import zoo
 
     if missing := [name for name in NEEDS if not importlib.util.find_spec(name)]:
         raise UserError(f"the workshop needs {', '.join(missing)}: run `make setup` (or rm -rf .venv first)")
@@ -114,7 +116,7 @@ def lab() -> list[str]:
 
 
 if __name__ == "__main__":
-    from vitreg_lib.errors import UserError
+    from vitreg_lib.base import UserError
 
     try:
         if "--open" in sys.argv:

@@ -14,7 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from vitreg_lib.paths import NOTEBOOKS, ROOT
+from vitreg_lib.base import NOTEBOOKS, ROOT
 
 TOKEN = "of-the-browser-test"
 REAL = ROOT.parent / "shared" / "real"  # real small models, where a developer has them

@@ -17,9 +17,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from vitreg_lib import explorer
-from vitreg_lib.explorer import State
-from vitreg_lib.paths import NOTEBOOKS, ROOT
+from vitreg_lib.base import NOTEBOOKS, ROOT
+from vitreg_lib.widgets import explorer
+from vitreg_lib.widgets.explorer import State
 
 pytestmark = pytest.mark.slow
 PATIENCE = 60  # seconds for a page on a busy machine; it answers in a tenth of one
@@ -99,7 +99,7 @@ def assert_shows(page, state: State, store) -> list:
 
 def compare(page, place: int, view: explorer.View, scales: dict, component: int) -> None:
     """One card against one view: the colour of every patch of every panel, and the numbers."""
-    from vitreg_lib.patch_canvas import message, palette
+    from vitreg_lib.widgets.patch_canvas import message, palette
 
     sent = message(view, scales, component, 0)
     assert number(page, place, "label") == view.label

@@ -22,13 +22,18 @@ from pathlib import Path
 
 import torch
 
-from ..errors import UserError, unknown
+from ..base import UserError, unknown
 from .images import SUFFIXES
 
 IGNORE = 255  # pixels without a label
+VOC_CLASSES = (
+    "aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse motorbike person pottedplant sheep "
+    "sofa train tvmonitor"
+).split()
+LAYOUT = "wanted are images/NAME.jpg and boxes/NAME.txt with lines 'class x y width height', shares of the image"
 
 
-def read(root: Path, spec: dict, split: str):
+def read_layout(root: Path, spec: dict, split: str):
     """The split of the data set in `root` by the layout that `spec` names."""
     if spec["layout"] not in LAYOUTS:
         raise unknown("layout", spec["layout"], LAYOUTS)
@@ -188,7 +193,6 @@ def coco(root: Path, spec: dict, split: str):
 
 def yolo(root: Path, spec: dict, split: str):
     """images/NAME.jpg and boxes/NAME.txt, read by `data.boxes`; boxes are shares of the image; no split."""
-    from .boxes import read as read_boxes
 
     place = _folder(root, spec["images"], "images/NAME.jpg and boxes/NAME.txt")
     _folder(root, spec["boxes"], "images/NAME.jpg and boxes/NAME.txt")
@@ -289,8 +293,25 @@ def _here(root: Path) -> str:
     return ", ".join(sorted(p.name for p in root.iterdir())[:5]) if root.is_dir() else "nothing"
 
 
-VOC_CLASSES = (
-    "aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse motorbike person pottedplant sheep "
-    "sofa train tvmonitor"
-).split()
 LAYOUTS = {f.__name__: f for f in (imagefolder, lists, cub, cars, flowers, voc, coco, yolo, masks, depth, labels_csv)}
+
+
+def read_boxes(path: Path) -> torch.Tensor:
+    """Boxes (objects, 4) of one YOLO file as left, top, right, bottom, shares of the image; none without a file.
+
+    Raises UserError, naming file and line, for a line that is not five numbers or a box outside the image.
+    """
+    lines = path.read_text().splitlines() if path.exists() else []
+    boxes = []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            _, x, y, width, height = (float(part) for part in line.split())
+        except ValueError:
+            raise UserError(f"{path.name}, line {number}: {line!r} is not five numbers; {LAYOUT}") from None
+        box = [x - width / 2, y - height / 2, x + width / 2, y + height / 2]
+        if not (width > 0 and height > 0 and min(box) > -0.01 and max(box) < 1.01):
+            raise UserError(f"{path.name}, line {number}: the box {line!r} is not within the image; {LAYOUT}")
+        boxes.append([min(max(value, 0.0), 1.0) for value in box])
+    return torch.tensor(boxes).reshape(-1, 4)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from ..paths import DATA
+from ..base import DATA
 from . import scenes
 from .images import SCENES_FROM
 

@@ -6,15 +6,14 @@ own interpolation and crop, centre crop, its own mean and standard deviation.
 
 from __future__ import annotations
 
-import os
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from ..errors import UserError
-from . import scenes
+from ..base import UserError, env_folder
+from . import scenes, textures
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"}
 SCENES_FROM = 1 << 40  # scenes that no shipped model was trained on
@@ -53,7 +52,7 @@ class Images:
 def load(source: str, model, n: int, seed: int = 0, size: int | None = None) -> Images:
     """`n` images of `source` for a `zoo.Model`, at its own input size or `size` pixels a side.
 
-    source: "scenes"; "textures" (what `mini-corners` learns from, see `train.emergence`); "photos" (those that ship
+    source: "scenes"; "textures" (what `mini-corners` learns from); "photos" (those that ship
     with scikit-image and scikit-learn); "imagenet" (a folder of that name in VITREG_DATA, or in data/ of
     VITREG_MODELS); or the path of an image or of a folder, searched below. Where a folder holds more than n images,
     `seed` draws among them; the same seed gives the same images for every model. An image that cannot be read is named
@@ -79,14 +78,12 @@ def load(source: str, model, n: int, seed: int = 0, size: int | None = None) -> 
 
 
 def _textures(n: int, seed: int, size: int) -> Images:
-    """Held-out images of the task `emergence`. They are normal numbers, which the model sees as they are."""
-    from ..train import emergence, loop
-
-    config, _ = loop.configure("emergence")
-    if size != config.image_size:
-        raise UserError(f"textures have {config.image_size} pixels a side, this model wants {size}; try mini-corners")
-    first = emergence.TO_LOOK_AT + 1000 * seed
-    x = torch.cat([emergence.held_out(config, 64, part=first + i).pixels for i in range(-(-n // 64))])[:n]
+    """Held-out images of the recipe `emergence`. They are normal numbers, which the model sees as they are."""
+    pixels = textures.GRID * textures.PATCH
+    if size != pixels:
+        raise UserError(f"textures have {pixels} pixels a side, this model wants {size}; try mini-corners")
+    first = textures.TO_LOOK_AT + 1000 * seed
+    x = torch.cat([textures.held_out(textures.SHIPPED, 64, part=first + i).pixels for i in range(-(-n // 64))])[:n]
     names = [f"textures {i}" for i in range(n)]
     return Images(x, (x / 6 + 0.5).clamp(0, 1), names, f"textures, {n} held-out images")
 
@@ -125,10 +122,9 @@ def find(source: str) -> tuple[list[Path], str]:
 
 def named_folder(name: str) -> Path | None:
     """The folder of a data set on this machine: VITREG_DATA/name, or data/name of VITREG_MODELS; None without one."""
-    places = [Path(os.environ["VITREG_DATA"])] if os.environ.get("VITREG_DATA") else []
-    if os.environ.get("VITREG_MODELS"):
-        places.append(Path(os.environ["VITREG_MODELS"]) / "data")
-    return next((place / name for place in places if (place / name).is_dir()), None)
+    models = env_folder("VITREG_MODELS")
+    folders = [env_folder("VITREG_DATA"), models and models / "data"]
+    return next((folder / name for folder in folders if folder and (folder / name).is_dir()), None)
 
 
 def _photos() -> list[Path]:

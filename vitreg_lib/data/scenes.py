@@ -24,7 +24,6 @@ COLOURS = ("red", "green", "blue", "yellow", "purple", "cyan", "orange", "white"
 TEXTURES = ("plain", "striped", "checked", "dotted")
 BACKGROUNDS = ("plain", "gradient", "soft", "busy")
 MAX_OBJECTS = 5
-
 _RGB = torch.tensor(
     [
         [0.86, 0.16, 0.18],
@@ -41,6 +40,14 @@ _ANGLES = 512  # steps of the tables that hold each shape's outline as a functio
 _TILT = math.pi / 6  # objects stand upright, give or take thirty degrees
 _NEAR, _FAR, _BACKDROP = 1.5, 8.0, 10.0  # depth of the nearest and farthest object and of the background
 _DRAWS_PER_OBJECT, _DRAWS_PER_SCENE, _NOISE = 10, 24, 6  # independent uniform numbers; soft noise is 6 x 6
+HELD_OUT = 1 << 40  # scenes from this index on are never trained on
+MEAN = STD = 0.5
+ATTRIBUTES = {
+    "shape": SHAPES,
+    "colour": COLOURS,
+    "texture": TEXTURES,
+    "background": BACKGROUNDS,
+}
 
 
 @dataclass
@@ -300,3 +307,9 @@ def _boxes(instances):
     visible = columns.any(2)
     boxes = torch.stack([*low, *high], 2)
     return torch.where(visible[..., None], boxes, 0.0), visible
+
+
+def targets(batch: Scenes) -> dict[str, torch.Tensor]:
+    """(n,) index of the main object's shape, colour and texture, and of the background."""
+    main = {name: getattr(batch, name)[:, 0] for name in ("shape", "colour", "texture")}
+    return main | {"background": batch.background}

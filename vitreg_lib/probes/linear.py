@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..base import UserError
 from ._lbfgs import path
 
 DINOV2_STRENGTHS = tuple(float(c) for c in 10 ** np.linspace(-6, 5, 45))  # the grid of DINOv2's own evaluation code
@@ -227,3 +228,20 @@ def _check_finite(x: Tensor, what: str) -> None:
 
 def _few(mask: Tensor) -> list[int]:
     return torch.nonzero(mask).flatten()[:5].tolist()
+
+
+def held_out(y: Tensor, seed: int, share: float = 0.2) -> Tensor:
+    """(images,) which are held out for validation: a share of every class, at random; of the images for many labels."""
+    generator = torch.Generator().manual_seed(seed)
+    if y.ndim == 2:
+        for _ in range(100):  # both values of every class in both parts
+            held = torch.rand(len(y), generator=generator) < share
+            if all(bool(((part > 0).any(0) & (part == 0).any(0)).all()) for part in (y[held], y[~held])):
+                return held
+        raise UserError("some class has too few images with it to hold any out: use more images")
+    order = torch.randperm(len(y), generator=generator)
+    held = torch.zeros(len(y), dtype=torch.bool)
+    for label in y.unique():
+        mine = order[y[order] == label]
+        held[mine[: max(1, int(share * len(mine)))]] = True
+    return held

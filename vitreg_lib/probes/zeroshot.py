@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from ..errors import UserError
+from ..base import UserError
+from ..model.text import load_text, tokenizer
 
 
 @dataclass
@@ -75,21 +76,20 @@ def text_tower(model):
 
     Raises UserError for a model that has none here.
     """
-    from ..models import zoo
-    from ..paths import CHECKPOINTS
+    from .. import base
+    from ..base import CHECKPOINTS
+    from ..model import zoo
 
     name = model.label.removeprefix("random:").partition("+ttr")[0]
     entry = zoo.entries().get(name, {})
     path = CHECKPOINTS / f"{name}.text.safetensors"
     if path.exists():
-        from ..train import clip
-
-        return clip.load_text(path), clip.tokenizer()
+        return load_text(path), tokenizer()
     if "open_clip" in entry:
         import open_clip
 
         arch, _, tag = entry["open_clip"].partition("/")
-        with zoo.hub(f"{name}: open_clip's {entry['open_clip']}", "mini-clip has its text tower here"):
+        with base.hub(f"{name}: open_clip's {entry['open_clip']}", "mini-clip has its text tower here"):
             tower = open_clip.create_model(arch, pretrained=tag).eval()
             return tower.encode_text, open_clip.get_tokenizer(arch)
     raise UserError(f"{model.label} has no text tower here: nothing to ask it in words")
@@ -101,8 +101,8 @@ def questions(pictures, labels: Tensor | None = None) -> list[Question]:
     labels: class numbers (images,) of photos. Raises UserError for photos without labels.
     """
     if pictures.scenes is not None:
-        from ..train.clip import TEMPLATES
-        from ..train.deit3 import ATTRIBUTES, targets
+        from ..data.scenes import ATTRIBUTES, targets
+        from ..model.text import TEMPLATES
 
         wanted = targets(pictures.scenes)
         return [Question(name, tuple(ATTRIBUTES[name]), TEMPLATES[name], wanted[name]) for name in ATTRIBUTES]
@@ -111,48 +111,3 @@ def questions(pictures, labels: Tensor | None = None) -> list[Question]:
     from open_clip import IMAGENET_CLASSNAMES, OPENAI_IMAGENET_TEMPLATES
 
     return [Question("ImageNet", tuple(IMAGENET_CLASSNAMES), tuple(OPENAI_IMAGENET_TEMPLATES), labels)]
-
-
-def evaluate(models, load):
-    """(DataFrame, hits): zero-shot accuracy of every model that has a text tower, others are left out.
-
-    load(model) gives the `Images` to ask about, the same for all. Index (model, question); columns accuracy, low, high
-    (the middle 95 % of a bootstrap over images), chance (of always naming the commonest class), classes. hits: {(model,
-    question): (images,) bool}.
-    """
-    import pandas as pd
-
-    from ..data.images import labels
-    from ..discovery import interval
-
-    rows, hits = {}, {}
-    for model in models:
-        try:
-            encode_text, tokenize = text_tower(model)
-        except UserError:
-            continue
-        pictures = load(model)
-        images = image_embeddings(model, pictures.x)
-        for question in questions(pictures, None if pictures.scenes is not None else labels(pictures)):
-            classes = class_embeddings(encode_text, tokenize, question.classes, question.templates)
-            key = (model.label, question.name)
-            hits[key] = predict(images, classes) == question.labels
-            found = interval(hits[key])
-            rows[key] = {"accuracy": found["value"], "low": found["low"], "high": found["high"]}
-            rows[key] |= {"chance": question.labels.bincount().max().item() / len(images), "classes": len(classes)}
-    columns = ["accuracy", "low", "high", "chance", "classes"]
-    index = pd.MultiIndex.from_tuples(rows, names=["model", "question"])
-    return pd.DataFrame(list(rows.values()), index=index, columns=columns), hits
-
-
-def change(hits: dict, without: str, name: str) -> tuple[float, float, float]:
-    """(points, low, high): zero-shot accuracy of `name` less that of `without`, mean over the questions, paired.
-
-    hits of `evaluate`; the middle 95 % of a bootstrap over images.
-    """
-    from ..lost import gain
-
-    shared = [q for m, q in hits if m == name and (without, q) in hits]
-    if not shared:
-        raise ValueError(f"{without} and {name} were not asked the same questions")
-    return gain(*(torch.stack([hits[m, q] for q in shared]).double().mean(0) for m in (without, name)))

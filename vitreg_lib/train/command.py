@@ -12,8 +12,7 @@ import functools
 from dataclasses import fields, replace
 from pathlib import Path
 
-from ..errors import UserError
-from ..paths import ROOT, shown
+from ..base import ROOT, UserError, shown
 from .config import MACHINE, TrainConfig
 
 RECIPES = {  # what each learns from; its module is told apart by the name
@@ -114,7 +113,7 @@ def _add_group(command, name: str, defaults: dict) -> None:
 @functools.cache
 def _source(recipe: str) -> tuple[str, dict]:
     """A recipe's docstring and its DEFAULTS, without importing it."""
-    tree = ast.parse((Path(__file__).parent / f"{recipe}.py").read_text())
+    tree = ast.parse((Path(__file__).parent / "recipes" / f"{recipe}.py").read_text())
     for node in tree.body:
         if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "DEFAULTS":
             return ast.get_docstring(tree), ast.literal_eval(node.value)

@@ -34,9 +34,8 @@ from types import ModuleType
 
 import torch
 
-from ..errors import UserError
-from ..paths import write_atomically
-from . import accelerate, parallel, state, telemetry
+from ..base import UserError, write_atomically
+from . import parallel, state, telemetry
 from .config import TrainConfig
 from .state import Run
 
@@ -67,13 +66,13 @@ def train(
     parallel.barrier()
     run, loss = _prepare(module, recipe, config, device)
     state.load(folder, run)
-    loss = accelerate.distribute(loss, config)
+    loss = parallel.distribute(loss, config)
     _fit(run, loss, recipe, config, device)
     watched = recipe.telemetry_images(config)
 
     def measure():
-        if (whole := accelerate.whole(run.module, recipe, config, device)) is not None:
-            with accelerate.eager(config):
+        if (whole := parallel.whole(run.module, recipe, config, device)) is not None:
+            with parallel.eager(config):
                 run.norms.append(telemetry.measure(recipe.backbone(whole), watched, run.step))
 
     start, began = run.step, time.perf_counter()
@@ -118,11 +117,11 @@ def configure(recipe: str, **options) -> tuple[TrainConfig, ModuleType]:
 
 
 def recipe_of(config: TrainConfig) -> ModuleType:
-    """The module that a configuration is for: that of the recipe, or for labelled images in a folder `folder`."""
+    """The module that a configuration is for: that of the recipe, or for labelled images in a folder `deit3_folder`."""
     if config.data and config.recipe == "emergence":
         raise UserError(f"data={config.data!r}: emergence makes its own images")
     labelled = config.data and config.recipe == "deit3"
-    return importlib.import_module(".folder" if labelled else f".{config.recipe}", __package__)
+    return importlib.import_module(".deit3_folder" if labelled else f".{config.recipe}", f"{__package__}.recipes")
 
 
 def learning_rate(config: TrainConfig, step: int) -> float:
@@ -158,13 +157,13 @@ def _prepare(module, recipe, config: TrainConfig, device: str) -> tuple[Run, tor
 
         ema = ModelEmaV3(module, decay=config.ema)
     if config.compile:
-        accelerate.compile_blocks(module, device)
-    loss = accelerate.Loss(module, recipe, config, device)
+        parallel.compile_blocks(module, device)
+    loss = parallel.Loss(module, recipe, config, device)
     if config.fsdp:
-        accelerate.shard(loss)
+        parallel.shard(loss)
         if ema is not None:
-            accelerate.shard(ema.module)
-    return Run(module, accelerate.optimizer(module, config, device), ema, config.accumulate), loss
+            parallel.shard(ema.module)
+    return Run(module, parallel.optimizer(module, config, device), ema, config.accumulate), loss
 
 
 def _step(run: Run, loss, recipe, config, step: int, device, asked=lambda: False) -> dict[str, float]:
@@ -207,7 +206,7 @@ def _gradients(run: Run, loss, config, step: int, device, asked) -> dict[str, fl
         torch.manual_seed(_seed(config, step, parallel.rank() * run.accumulate + part))
         with parallel.micro_batch(part, run.accumulate):
             weight = len(parallel.batch_range(config, step)) / share
-            with accelerate.without_sync(loss, last=part == run.accumulate - 1):
+            with parallel.without_sync(loss, last=part == run.accumulate - 1):
                 value, numbers = loss(step)
                 (value * weight).backward()
         for name, number in ({"loss": value.item()} | numbers).items():
@@ -239,7 +238,7 @@ def _fit(run: Run, loss, recipe, config: TrainConfig, device) -> None:
     while True:
         reason = ""
         try:
-            with parallel.micro_batch(0, run.accumulate), accelerate.without_sync(loss, last=False):
+            with parallel.micro_batch(0, run.accumulate), parallel.without_sync(loss, last=False):
                 loss(run.step)[0].backward()
         except torch.OutOfMemoryError as error:
             reason = str(error).splitlines()[0]
@@ -294,10 +293,10 @@ def _stop_button():
 
 def _finish(folder: Path, run: Run, recipe, config: TrainConfig, device, began: float) -> dict:
     """Measure the trained module (its moving average, if there is one) and write weights and result; the result."""
-    whole = accelerate.whole(run.ema.module if run.ema else run.module, recipe, config, device)
+    whole = parallel.whole(run.ema.module if run.ema else run.module, recipe, config, device)
     if whole is None:
         return {}
-    with accelerate.eager(config):
+    with parallel.eager(config):
         found = recipe.evaluate(whole, config, device)
     result = {
         **found,

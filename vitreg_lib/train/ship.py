@@ -10,9 +10,8 @@ from pathlib import Path
 
 import yaml
 
-from ..errors import UserError
-from ..models import zoo
-from ..paths import CHECKPOINTS, DATA, write_atomically
+from ..base import CHECKPOINTS, DATA, UserError, write_atomically
+from ..model.weights import file_sha256
 from . import loop
 from .config import MACHINE, TrainConfig
 
@@ -34,7 +33,7 @@ def ship(folder: str | Path, name: str, about: str) -> Path:
     entry = {
         "file": target.name,
         "about": about,
-        "sha256": zoo.file_sha256(target),
+        "sha256": file_sha256(target),
         "command": command(config),
         **result,
     }

@@ -24,10 +24,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from ..errors import UserError
-from ..paths import shown, write_atomically
+from ..base import UserError, shown, write_atomically
 from . import parallel
 from .config import MACHINE, TrainConfig
+from .parallel import full
 
 
 @dataclass
@@ -146,11 +146,6 @@ def save_weights(path: Path, model: nn.Module, metadata: dict[str, str], dtype=t
     """A mini ViT's weights in half precision with the arguments that build it, as the zoo ships and loads them."""
     metadata = {**metadata, "vit": json.dumps(model.vit_arguments)}
     save_tensors(path, {k: v.to(dtype) for k, v in model.state_dict().items()}, metadata)
-
-
-def full(tensor: torch.Tensor) -> torch.Tensor:
-    """A tensor with all its parts: itself, or what FSDP has shared out over ranks (collective)."""
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
 def _tensors(run: Run) -> dict[str, torch.Tensor]:

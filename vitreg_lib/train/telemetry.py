@@ -9,8 +9,8 @@ from __future__ import annotations
 import pandas as pd
 import torch
 
-from ..capture import Capture, capture
-from ..outliers import separated_share
+from ..hooks.capture import Capture, capture
+from ..measure.outliers import separated_share
 
 QUANTILES = (0.0, 0.01, 0.25, 0.5, 0.75, 0.99, 0.999, 1.0)
 
@@ -50,7 +50,7 @@ def table(captured: Capture, step: int = 0) -> pd.DataFrame:
 
 def shipped(names: str) -> dict[str, pd.DataFrame]:
     """The telemetry that training left beside the checkpoints of these models, as far as they are there, by name."""
-    from ..paths import CHECKPOINTS
+    from ..base import CHECKPOINTS
 
     paths = {name: CHECKPOINTS / f"{name}.telemetry.parquet" for name in names.split()}
     return {name: pd.read_parquet(path) for name, path in paths.items() if path.exists()}

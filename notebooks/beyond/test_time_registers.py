@@ -1,0 +1,135 @@
+"""What moving neurons to registers does to a model, by dose and against controls (notebook beyond/test_time_registers).
+
+Measures are of the same images before and after, so differences are paired; places of outliers are those of the
+untouched model.
+"""
+
+from __future__ import annotations
+
+import math
+
+import matplotlib.pyplot as plt
+import pandas as pd
+import torch
+from matplotlib.figure import Figure
+
+from vitreg_lib.measure import maps, objects
+from vitreg_lib.model import mend
+from vitreg_lib.model.mend import Neurons, _mean_activations, _pixels, handful
+from vitreg_lib.plots.style import PALETTE, PAPER, styled
+
+
+def experiment(model, images, found: mend.Found, counts=(0, 1, 2, 4, 8), labels=None, seed: int = 0, more: int = 2):
+    """(DataFrame by dose and kind of neurons, {measure: value} of the untouched model).
+
+    Kinds: "found", the neurons of `found`; "found + N next", with the next `more` candidates of its ranking; "random",
+    as many others as the first, of equal mean activation. Columns: those of `measure`, and newly_wrong and newly_right,
+    how many images lose or gain a right answer.
+    """
+    import pandas as pd
+
+    seen = model.capture(images, "norms", layers=found.layer)
+    is_outlier = seen.patch_norms[:, 0] > found.cutoff
+    before, right = measure(model, images, is_outlier, found, labels)
+    ranked = list(zip(found.table.block, found.table.neuron, strict=True))
+    kinds = {"found": found.neurons}
+    if more and len(ranked) > len(found.neurons):
+        kinds[f"found + {more} next"] = tuple(ranked[: len(found.neurons) + more])
+    kinds["random"] = random_neurons(model, found.neurons, images, seed)
+    rows = []
+    for kind, neurons in kinds.items():
+        for count in counts:
+            mended = mend.with_test_time_registers(model, count, neurons)
+            after, now = measure(mended, images, is_outlier, found, labels)
+            if right is not None:
+                after |= {"newly_wrong": int((right & ~now).sum()), "newly_right": int((now & ~right).sum())}
+            rows.append({"kind": kind, "registers": count} | after)
+    return pd.DataFrame(rows), before
+
+
+def measure(model, images, is_outlier: torch.Tensor, found: mend.Found, labels=None):
+    """({measure: value}, which images are classified right or None).
+
+    outlier_share: patch tokens above the untouched model's cutoff. largest_patch_norm. register_norm: mean of the
+    registers, NaN without. attention_on_outliers: cls in the last block, share of its attention on the *places* of the
+    untouched model's outliers, NaN without cls. accuracy and cross_entropy where labels are known; on scenes those of
+    the main object's colour, which the mini ViTs learn best. corloc: LOST on the last block's keys, L2-normalised, on
+    scenes (the published rule: IoU of 0.5 with any object).
+    """
+    layers = sorted({found.layer, model.anatomy.depth - 1})
+    seen = model.capture(images, ("norms", "attention", "k"), layers=layers, queries=[0])
+    at = seen.layers.index(found.layer)
+    of_cls = seen.patches(seen.attention[layers[-1]][:, :, 0].mean(1))
+    on_outliers = maps.attention_on(of_cls, is_outlier, seen.grid, renormalise=False).mean().item()
+    result = {
+        "outlier_share": (seen.patch_norms[:, at] > found.cutoff).float().mean().item(),
+        "largest_patch_norm": seen.patch_norms[:, at].max().item(),
+        "register_norm": seen.register_norms[:, at].mean().item() if seen.num_registers else float("nan"),
+        "attention_on_outliers": on_outliers if seen.has_cls else float("nan"),
+    }
+    if images.scenes is not None:
+        result["corloc"] = _corloc(seen, images, layers[-1])
+    if labels is None:
+        return result, None
+    with torch.no_grad():
+        logits = torch.cat([model.module(x.to(model.weights)).float().cpu() for x in images.x.split(32)])
+    if images.scenes is not None:  # mini ViTs have 24 outputs: 8 shapes, 8 colours, 4 textures, 4 backgrounds
+        logits, labels = logits[:, 8:16], images.scenes.colour[:, 0]
+    right = logits.argmax(1) == labels
+    result["accuracy"] = right.float().mean().item()
+    result["cross_entropy"] = torch.nn.functional.cross_entropy(logits, labels).item()
+    return result, right
+
+
+def _corloc(seen, images, layer: int) -> float:
+    found = objects.lost(objects.features(seen, "k", layer), seen.grid, normalize=True)
+    boxes = objects.to_pixels(found.boxes, images.x.shape[-1] // seen.grid[1])
+    return objects.corloc(boxes, images.scenes.visible_boxes).value
+
+
+def random_neurons(model, neurons: Neurons, images=None, seed: int = 0) -> tuple[tuple[int, int], ...]:
+    """The control: as many other neurons of the same blocks, of nearly equal mean |activation| over the patches.
+
+    For each neuron one is drawn by `seed` among the twenty nearest in mean activation that are not chosen already.
+    """
+    x = _pixels(handful(model) if images is None else images)
+    blocks = sorted({block for block, _ in neurons})
+    everywhere = torch.ones(len(x), math.prod(model.anatomy.grid(x)), dtype=torch.bool)
+    means = {b: m[0] for b, m in _mean_activations(model.module, x, everywhere, blocks).items()}
+    generator = torch.Generator().manual_seed(seed)
+    taken, drawn = set(neurons), []
+    for block, neuron in neurons:
+        near = (means[block] - means[block][neuron]).abs().argsort().tolist()
+        near = [i for i in near if (block, i) not in taken][:20]
+        choice = (block, near[int(torch.randint(len(near), (1,), generator=generator))])
+        taken.add(choice)
+        drawn.append(choice)
+    return tuple(drawn)
+
+
+@styled
+def dose(table: pd.DataFrame, panels: dict[str, str], zero: dict[str, float] | None = None) -> Figure:
+    """Curves over the number of registers: one panel a measure, one line a kind of intervention.
+
+    table: columns registers, kind and one a measure; `panels`: {measure: its axis label}; `zero`: the untouched model's
+    values, drawn as a line.
+    """
+    columns = min(3, len(panels))
+    rows = -(-len(panels) // columns)
+    figure, axes = plt.subplots(rows, columns, figsize=(2.5 * columns + 0.2, 2.2 * rows + 0.5), squeeze=False)
+    for axis in axes.flat[len(panels) :]:
+        axis.set_visible(False)
+    for axis, (measure, text) in zip(axes.flat, panels.items(), strict=False):
+        for number, (kind, part) in enumerate(table.groupby("kind", sort=False)):
+            # curves often coincide: the first are drawn wide, so that the later ones do not hide them
+            style = dict(marker="so^"[number % 3], ms=8 - 2 * number, lw=3.5 - number)
+            axis.plot(range(len(part)), part[measure], color=PALETTE[number], label=kind, **style)
+        counts = table.registers.unique()
+        axis.set_xticks(range(len(counts)), [f"{c:g}" for c in counts])
+        if zero and measure in zero:
+            axis.axhline(zero[measure], color=PAPER, ls="--", lw=1, label="untouched")
+        axis.set(xlabel="registers added", ylabel=text)
+        if 0 <= table[measure].min() < 0.5 * table[measure].max():  # else the curves would be flat at the top
+            axis.set_ylim(bottom=0)
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=4)
+    return figure

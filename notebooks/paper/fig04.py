@@ -1,0 +1,54 @@
+"""Figure 4: plots of norms along training and by model size."""
+
+from __future__ import annotations
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import torch
+from matplotlib.figure import Figure
+
+from vitreg_lib.plots.norms import _bands, _levels
+from vitreg_lib.plots.style import PALETTE, PAPER, _plain_log, styled
+
+
+@styled
+def norms_by_step(tables: dict[str, pd.DataFrame]) -> Figure:
+    """Figure 4(b): norms of the last block along training (above) and the share set apart at any block (below)."""
+    figure, axes = plt.subplots(2, len(tables), figsize=(2.3 * len(tables) + 0.6, 4.8), squeeze=False, sharex=True)
+    for (above, below), (name, table) in zip(axes.T, tables.items(), strict=True):
+        last = table[table.layer == table.layer.max()]
+        _bands(above, last.step / last.step.max(), _levels(last), PALETTE[0])
+        above.set(title=name, yscale="log")
+        _plain_log(above.yaxis)
+        worst = table.groupby("step").outlier_share.max()
+        below.plot(worst.index / worst.index.max(), 100 * worst, color=PALETTE[0])
+        below.axvline(1 / 3, color=PAPER, ls=":")
+        place = dict(xycoords=("data", "axes fraction"), xytext=(3, 0), textcoords="offset points")
+        below.annotate("paper: from 1/3 on", (1 / 3, 0.92), fontsize=7, color=PAPER, **place)
+        below.set(xlabel="share of training", ylim=(0, max(1.0, 115 * worst.max())))
+    axes[0, 0].set_ylabel("L2 norm, last block")
+    axes[1, 0].set_ylabel("tokens above 3 × median,\nworst block (%)")
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=4)
+    return figure
+
+
+@styled
+def norms_by_size(norms: dict[str, torch.Tensor]) -> Figure:
+    """Figure 4(c): output norms / their median, one violin a model, smallest first; the line at 3 is the cutoff."""
+    figure, axis = plt.subplots(figsize=(1.4 * len(norms) + 1.6, 2.9))
+    ratios = [(v.flatten() / v.median()).cpu() for v in norms.values()]
+    # a body shows the bulk and hides the few that matter: the highest 0.5 % are drawn as points
+    for body in axis.violinplot([r.log10().numpy() for r in ratios], showextrema=False, widths=0.8)["bodies"]:
+        body.set(facecolor=PALETTE[0], alpha=0.5)
+    for place, ratio in enumerate(ratios, 1):
+        top = ratio.sort(descending=True).values[: max(1, len(ratio) // 200)].log10()
+        axis.scatter(place + torch.linspace(-0.1, 0.1, len(top)), top, s=3, color=PALETTE[1], linewidths=0)
+    axis.axhline(np.log10(3), color=PALETTE[2], ls="--", lw=1, label="3 × median")
+    low, high = min(float(r.min()) for r in ratios), max(3.5, max(float(r.max()) for r in ratios))
+    ticks = [t for t in (0.1, 0.2, 0.5, 1, 2, 3, 5, 10, 20, 50) if low <= t <= high]
+    axis.set_yticks(np.log10(ticks), [f"{t:g}" for t in ticks])
+    axis.set_xticks(range(1, len(norms) + 1), [n.replace(" ", "\n") for n in norms])
+    axis.set_ylabel("patch norm / median\n(points: highest 0.5 %)")
+    axis.legend(loc="lower right")
+    return figure

@@ -1,0 +1,186 @@
+"""Figure 5: its plots, the scores of likeness to the neighbours, and its verdicts."""
+
+from __future__ import annotations
+
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from vitreg_lib.plots.style import PALETTE, PAPER, styled
+from vitreg_lib.probes.local import READABLE, groups
+
+GROUPS = {"normal": PALETTE[0], "outlier": PALETTE[1], "matched": PALETTE[2], "border": PALETTE[5]}
+FITS = {"normal": "trained on normal", "all": "trained on all", "own": "trained on the group"}
+REPORTED = {  # Figure 5b, by the names under which a `local_probes` table is measured
+    f"{column}, {group} tokens, trained on all": value
+    for column, values in {"accuracy": (0.417, 0.228), "distance": (0.79, 5.09), "l2": (18.38, 25.23)}.items()
+    for group, value in zip(("normal", "outlier"), values, strict=True)
+}
+
+
+@styled
+def densities(values: dict[str, dict[str, torch.Tensor]], label: str, titles: dict[str, str] | None = None) -> Figure:
+    """Densities of cosines by group, one panel a model, medians dotted. values: {model: {group: cosines}}.
+
+    The axis is stretched towards 1 (by the logarithm of 1 - cosine), where uniform patches crowd.
+    """
+    marks = (0, 0.5, 0.9, 0.99, 0.999)
+    width = 3.0 * len(values) + 0.8
+    figure, axes = plt.subplots(1, len(values), figsize=(width, 2.8), squeeze=False, sharey=True)
+    edges = np.linspace(_stretched(-0.6), _stretched(0.9995), 41)
+    for axis, (name, found) in zip(axes[0], values.items(), strict=True):
+        for group, numbers in found.items():
+            x = _stretched(numbers.double().numpy()).clip(edges[0], edges[-1])
+            share, _ = np.histogram(x, edges)
+            axis.stairs(100 * share / len(x), edges, color=GROUPS[group], label=group, lw=1.5)
+            axis.axvline(np.median(x), color=GROUPS[group], ls=":", lw=1.2)
+        axis.set_xticks([_stretched(mark) for mark in marks], [f"{mark:g}" for mark in marks])
+        axis.set(title=(titles or {}).get(name, name), xlabel=label)
+    axes[0, 0].set_ylabel("tokens of the group (%)")
+    axes[0, 0].plot([], [], color=PAPER, ls=":", lw=1.2, label="median of the group")
+    widest = max(axes[0], key=lambda axis: len(axis.get_legend_handles_labels()[1]))
+    figure.legend(*widest.get_legend_handles_labels(), loc="outside upper center", ncols=4)
+    return figure
+
+
+def _stretched(cosine):
+    return -np.log10(np.maximum(1 - cosine, 1e-6))
+
+
+@styled
+def by_group(tables: dict, columns: dict[str, str], cap: dict[str, float] | None = None, titles=None) -> Figure:
+    """Dots of probe scores: a row a column of the tables, a panel a model, groups along x, a marker for each fit.
+
+    tables: {model: DataFrame indexed by (group, fit)}; columns: {column: axis label}; cap: the top of a column's axis,
+    where larger values are drawn with the fit's name and their number.
+    """
+    size = (2.2 * len(tables) + 1.0, 1.9 * len(columns) + 0.6)
+    figure, axes = plt.subplots(len(columns), len(tables), figsize=size, squeeze=False, sharey="row")
+    for number, (column, label) in enumerate(columns.items()):
+        top = (cap or {}).get(column, np.inf)
+        for axis, (name, table) in zip(axes[number], tables.items(), strict=True):
+            groups = [g for g in table.index.get_level_values("group").unique() if table.loc[g, column].notna().any()]
+            over = dict.fromkeys(groups, 0)  # numbers already written beside a group
+            for (fit, told), marker, colour in zip(FITS.items(), "soD", (PAPER, PALETTE[4], PALETTE[0]), strict=True):
+                values = np.array([table.loc[(group, fit), column] for group in groups])
+                axis.plot(groups, values.clip(max=top), marker, color=colour, ms=5, alpha=0.9)
+                for group, value in zip(groups, values, strict=True):
+                    if value > top:
+                        figures = f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+                        text = f"{told.removeprefix('trained on ')}: {figures}"
+                        place = dict(xytext=(-5, -3 - 9 * over[group]), textcoords="offset points", ha="right")
+                        axis.annotate(text, (group, top), fontsize=7, color=PAPER, **place)
+                        over[group] += 1
+            axis.margins(x=0.15)
+            axis.tick_params(axis="x", labelsize=7)
+            if not number:
+                axis.set_title((titles or {}).get(name, name))
+        highest = max(min(float(table[column].max()), top) for table in tables.values())
+        axes[number, 0].set_ylim(0, 1.08 * highest)
+        axes[number, 0].set_ylabel(label)
+    figure.legend(axes[0, 0].get_lines()[:3], FITS.values(), loc="outside upper center", ncols=min(3, 1 + len(tables)))
+    return figure
+
+
+def titles(masks: dict[str, Tensor], borrowed: dict[str, str]) -> dict[str, str]:
+    """What to write above a model's panel: its share of outliers, or whose places it is looked at in."""
+    told = {name: f"{mask.float().mean():.2%} outliers" for name, mask in masks.items()}
+    told |= {name: f"places of {owner}" for name, owner in borrowed.items()}
+    return {name: f"{name}\n{text}" for name, text in told.items()}
+
+
+def ratios(table, group: str = "outlier", to: str = "matched"):
+    """`group` over `to` for each fit of a `local_probes` table: accuracy, distance, l2, relative; NaN over nothing.
+
+    The distance has half a cell added to both, so that a probe that never errs does not divide by 0.
+    """
+    columns = ["accuracy", "distance", "l2", "relative"]
+    one, other = (table.xs(name, level="group")[columns].copy() for name in (group, to))
+    one["distance"], other["distance"] = one["distance"] + 0.5, other["distance"] + 0.5
+    return one / other.where(other > 0)
+
+
+def verdicts(table, alike) -> dict[str, tuple[bool | None, str]]:
+    """{"auc", "accuracy", "distance", "l2": (is it as the paper claims of outliers, what was measured)}.
+
+    table of `local_probes` and numbers of `likeness`, of one model. Judged on outlier against matched tokens, each with
+    its own fit: the interval of the AUC above one half, accuracy below 0.8, distance above 2, L2 above 1.1 times. None
+    for accuracy and distance where normal tokens are right less than five times as often as by chance.
+    """
+    fair, paper = ratios(table).loc["own"], ratios(table, to="normal").loc["all"]
+    right, chance = table.loc[("normal", "own"), ["accuracy", "chance"]]
+    blind = (
+        f"; not readable: normal tokens {right:.1%} right, {chance:.1%} by chance" if right < READABLE * chance else ""
+    )
+    found = {"accuracy": fair.accuracy < 0.8, "distance": fair.distance > 2, "l2": fair.l2 > 1.1}
+    told = {
+        key: f"outlier / matched {fair[key]:.2f}, as the paper compares {paper[key]:.2f}; "
+        f"{table.test['outlier', 'own']:.0f} outliers scored" + (blind if key != "l2" else "")
+        for key in found
+    }
+    result = {key: (None if blind and key != "l2" else bool(holds), told[key]) for key, holds in found.items()}
+    areas = [f"{alike[k]:.2f} ({alike[k + '_low']:.2f} to {alike[k + '_high']:.2f})" for k in ("auc", "auc_matched")]
+    return result | {"auc": (bool(alike["auc_matched_low"] > 0.5), f"AUC {areas[0]}, against matched {areas[1]}")}
+
+
+def claims(models, masks: dict[str, Tensor], borrowed: dict[str, str], tables: dict, alike):
+    """Arguments of `Run.claim` one after the other: C016 to C019 on the first model, then ours on the controls.
+
+    By label: outlier masks, `same_places` of them, `local_probes` tables; alike: `likeness`, one row a model.
+    """
+    judged = {name: verdicts(table, alike.loc[name]) for name, table in tables.items()}
+    first = models[0].label
+    for claim, key in {"C016": "auc", "C017": "accuracy", "C018": "distance", "C019": "l2"}.items():
+        holds, told = judged[first][key] if masks[first].any() else (None, "no outliers")
+        yield claim, holds, f"{first}: {told}"
+    texts = {
+        "trained": "has no outliers; its tokens know their patch where {} has them",
+        "random control": "fresh weights know no less where {} has outliers",
+        "mended": "with the outliers of {} moved to added registers, the tokens at their places know their patch again",
+        "planted control": "its outliers know less of place and pixels than matched tokens, as planted",
+    }
+    for model in (m for m in models if m.label in borrowed or (m.is_control and masks[m.label].any())):
+        name = model.label
+        keys = ("accuracy", "distance", "l2")
+        worse = [judged[name][key][0] for key in keys]
+        told = "; ".join(f"{key} {ratios(tables[name]).loc['own', key]:.2f}" for key in keys)
+        blind = " (position is not readable here)" if None in worse else ""
+        holds = not any(worse) if name in borrowed else all(worse)
+        text = f"ours: {name}: " + texts[model.role].format(borrowed.get(name, name))
+        yield f"control-{name}", holds, f"outlier places / matched: {told}{blind}", text, "none"
+
+
+def likeness(similarity: Tensor, is_outlier: Tensor, draws: int = 500, seed: int = 0) -> dict[str, float]:
+    """How outliers' similarity to their neighbours differs from that of others, with intervals over images.
+
+    similarity (images, patches), as `maps.neighbour_similarity` of the patch embedding. Keys: median_GROUP for each of
+    `groups`; auc and auc_matched, the chance that an outlier is more similar than a normal, or than a matched token
+    (ties count half), each with _low and _high, the middle 95 % of a bootstrap that draws whole images. Without
+    outliers all but the medians of the groups that exist are NaN.
+    """
+    similarity, masks = similarity.cpu(), groups(is_outlier.cpu())
+    result = {f"median_{k}": similarity[m].median().item() if m.any() else float("nan") for k, m in masks.items()}
+    images = torch.arange(len(similarity))[:, None].expand_as(similarity)
+    generator = torch.Generator().manual_seed(seed)
+    drawn = torch.randint(len(similarity), (draws, len(similarity)), generator=generator)
+    weights = torch.stack([row.bincount(minlength=len(similarity)) for row in drawn]).double()
+    weights = torch.cat([torch.ones(1, len(similarity)).double(), weights])  # the first row is the sample itself
+    for key, other in (("auc", "normal"), ("auc_matched", "matched")):
+        a, b = masks["outlier"], masks[other]
+        values = _auc(similarity[a], similarity[b], weights[:, images[a]], weights[:, images[b]])
+        low, high = torch.nanquantile(values[1:], torch.tensor([0.025, 0.975]).double()).tolist()
+        result |= {key: values[0].item(), f"{key}_low": low, f"{key}_high": high}
+    return result
+
+
+def _auc(a: Tensor, b: Tensor, weight_a: Tensor, weight_b: Tensor) -> Tensor:
+    """(draws,) weighted chance that a value of `a` exceeds one of `b`, ties half; NaN where one side weighs nothing."""
+    if not len(a) or not len(b):
+        return torch.full((len(weight_a),), torch.nan).double()
+    order = b.argsort()
+    b, below = b[order].contiguous(), torch.nn.functional.pad(weight_b[:, order].cumsum(1), (1, 0))
+    a = a.contiguous()
+    rank = (below[:, torch.searchsorted(b, a)] + below[:, torch.searchsorted(b, a, right=True)]) / 2
+    return (weight_a * rank).sum(1) / (weight_a.sum(1) * below[:, -1])

@@ -1,0 +1,98 @@
+"""How registers enter and leave a model, shown by computation (Fig. 6; claims C020 to C022).
+
+Everything is read off, or changed, at the input of the first block, where the sequence is (cls, registers, patches):
+so it works alike for registers that were trained and for those added at test time.
+"""
+
+from __future__ import annotations
+
+import matplotlib
+import matplotlib.pyplot as plt
+import torch
+from matplotlib.figure import Figure
+
+from vitreg_lib.hooks.capture import entering
+from vitreg_lib.plots.style import PALETTE, styled
+
+
+def flow(model, images: torch.Tensor) -> dict[str, int]:
+    """Token counts: patches, registers, tokens_in (at the first block), tokens_returned; registers' parameters."""
+    anatomy = model.anatomy
+    rows, cols = anatomy.grid(getattr(images, "x", images))
+    inside, _ = entering(model, images)
+    trained = getattr(model.module, "reg_token", None)
+    return {
+        "patches": rows * cols,
+        "registers": anatomy.num_registers,
+        "tokens_in": inside.shape[1],
+        "tokens_returned": rows * cols + int(anatomy.has_cls),
+        "parameters_of_registers": 0 if trained is None else trained.numel(),
+    }
+
+
+def effect(model, images: torch.Tensor, kind: str, seed: int = 0) -> float:
+    """Relative change of the patches' output, |new - old| / |old|, when the entering registers are changed.
+
+    kind: "noise" adds to each register noise of a patch token's size; "permute" turns their order by one; "image" takes
+    them from the next image. The last two change nothing where registers carry no position and are the same for
+    every image.
+    """
+    anatomy = model.anatomy
+    first, prefix = int(anatomy.has_cls), anatomy.num_prefix_tokens
+    generator = torch.Generator().manual_seed(seed)
+
+    def edit(x):
+        registers = x[:, first:prefix]
+        if kind == "noise":
+            noise = torch.randn(registers.shape[1:], generator=generator).to(x)
+            x[:, first:prefix] = registers + noise * x[:, prefix:].std()
+        elif kind == "permute":
+            x[:, first:prefix] = registers.roll(1, 1)
+        elif kind == "image":
+            x[:, first:prefix] = registers.roll(1, 0)
+        else:
+            raise ValueError(f"unknown change {kind!r}; known are noise, permute, image")
+        return x
+
+    old, new = (entering(model, images, change)[1][:, prefix:] for change in (None, edit))
+    return ((new - old).norm() / old.norm()).item()
+
+
+@styled
+def token_flow(grid: tuple[int, int], num_registers: int, has_cls: bool, dim: int, depth: int, name: str) -> Figure:
+    """Figure 6: which tokens enter the blocks and which leave the model, drawn from a model's own sizes."""
+    figure, axis = plt.subplots(figsize=(7.2, 2.9))
+    patches = grid[0] * grid[1]
+    kinds = [("cls", int(has_cls), PALETTE[2]), ("register", num_registers, PALETTE[1]), ("patch", patches, PALETTE[0])]
+    shown = [(kind, i, colour) for kind, n, colour in kinds for i in range(min(n, 6 if kind == "patch" else 8))]
+    gap = 10.0 / max(len(shown) + 1, 8)
+    for place, (kind, i, colour) in enumerate(shown):
+        x = 0.4 + place * gap
+        for y, kept in ((0.0, True), (2.5, kind != "register")):
+            style = dict(facecolor=colour if kept else "white", edgecolor=colour, lw=1.2, ls="-" if kept else "--")
+            axis.add_patch(
+                matplotlib.patches.FancyBboxPatch((x, y), gap * 0.62, 0.5, boxstyle="round,pad=0.04", **style)
+            )
+        if kind == "register":
+            axis.plot([x, x + gap * 0.62], [2.5, 3.0], color=colour, lw=1.2)
+        middle = x + gap * 0.31
+        for low, high in ((0.58, 1.02), (1.98, 2.42)):
+            axis.annotate("", (middle, high), (middle, low), arrowprops=dict(arrowstyle="->", color="#444444", lw=0.8))
+        text = {"cls": "cls", "register": f"reg {i + 1}", "patch": f"patch {i + 1}"}[kind]
+        axis.text(middle, -0.12, text, ha="center", va="top", fontsize=7)
+    right = 0.4 + len(shown) * gap
+    axis.add_patch(
+        matplotlib.patches.FancyBboxPatch(
+            (0.3, 1.1), right - 0.4, 0.8, boxstyle="round,pad=0.04", facecolor="#eeeeee", edgecolor="#444444"
+        )
+    )
+    axis.text((0.3 + right) / 2, 1.5, f"{depth} transformer blocks, width {dim}", ha="center", va="center")
+    total = patches + num_registers + int(has_cls)
+    for y, text in (
+        (0.25, f"… {patches} patches\nin: {total} tokens"),
+        (2.75, f"out: {total - num_registers} tokens,\n{num_registers} register{'s' * (num_registers != 1)} dropped"),
+    ):
+        axis.text(right + 0.05, y, text, va="center", fontsize=8)
+    axis.set(xlim=(0, right + 2.4), ylim=(-0.5, 3.2), title=f"{name}: {grid[0]} × {grid[1]} patches")
+    axis.axis("off")
+    return figure

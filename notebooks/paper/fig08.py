@@ -1,0 +1,94 @@
+"""Figure 8: scores by the number of registers, and their plot."""
+
+from __future__ import annotations
+
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.figure import Figure
+from tab02 import LOWER_IS_BETTER, PANELS, TASKS
+
+from vitreg_lib.measure.pairs import without_registers
+from vitreg_lib.plots.style import PALETTE, styled
+
+ASKED = {  # the claims of Figure 8 in this module's words
+    "C030": "one register brings more than half of the best gain in masks and in depth",
+    "C031": "the best number of registers is not 0 for masks nor for depth",
+    "C032": "the class gains with more registers",
+}
+
+
+@styled
+def scores_by_registers(ladders: dict) -> Figure:
+    """Figure 8, below: the three scores by the number of registers; one line a family, bars: spread over seeds.
+
+    ladders: {family: DataFrame of `probes.scores.table` with a column registers}.
+    """
+    tasks = [task for task in PANELS if any(task in table for table in ladders.values())]
+    counts = sorted({int(c) for table in ladders.values() for c in table.registers})
+    figure, axes = plt.subplots(1, len(tasks), figsize=(2.6 * len(tasks) + 0.2, 2.7), squeeze=False)
+    for axis, task in zip(axes[0], tasks, strict=True):
+        label, factor = PANELS[task]
+        for number, (name, table) in enumerate(ladders.items()):
+            x = np.array([counts.index(int(c)) for c in table.registers]) + 0.06 * (number - (len(ladders) - 1) / 2)
+            spread = factor * table[f"{task}_sd"]
+            axis.errorbar(x, factor * table[task], spread, marker="o", ms=4, lw=1.2, color=PALETTE[number], label=name)
+        axis.set_xticks(range(len(counts)), counts)
+        axis.set(xlabel="registers", ylabel=label + ("\n(lower is better)" if task == "rmse" else ""))
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=3)
+    return figure
+
+
+def ladders(names) -> dict[str, list[str]]:
+    """{family: names by number of registers, from none} of the models of which at least three numbers are here."""
+
+    def count(name):
+        rest = name.removeprefix(without_registers(name))
+        return int(rest.removeprefix("-reg").removeprefix("+ttr") or 0)
+
+    kinds = [(without_registers(n), kind) for n in names for kind in ("-reg", "+ttr") if kind in n]
+    found = {}
+    for base, kind in dict.fromkeys(kinds):
+        members = [n for n in names if n == base or (without_registers(n) == base and kind in n)]
+        if base in names and len(members) >= 3:
+            found[base + kind] = sorted(members, key=count)
+    return found
+
+
+def by_registers(table, counts) -> dict[str, tuple[bool | None, str]]:
+    """{"C030", "C031", "C032": (verdict, what was measured)}: the claims of Figure 8 about the three tasks.
+
+    table: rows of `table` for one ladder, with counts their numbers of registers, from 0. C030: one register has more
+    than half of the best gain in masks and depth; C031: their best number is not 0; C032: the class gains with more
+    (most registers above none, rank correlation above 0). None where a number or a gain is missing that it needs.
+    """
+    from scipy.stats import spearmanr
+
+    gains = {}
+    for task in (t for t in TASKS if t in table):
+        sign, factor = (-1, 1) if task in LOWER_IS_BETTER else (1, 100)
+        gains[task] = dict(zip(counts, factor * sign * (table[task] - table[task].iloc[0]), strict=True))
+    unit = {task: "" if task in LOWER_IS_BETTER else " points" for task in TASKS}
+    dense = {task: gain for task, gain in gains.items() if task != "accuracy"}
+    best = {task: max(gain, key=gain.get) for task, gain in dense.items()}
+    told = {
+        t: f"{t}: 1 register {g.get(1, float('nan')):+.2f}, best {g[best[t]]:+.2f}{unit[t]} with {best[t]}"
+        for t, g in dense.items()
+    }
+    result = {}
+    if dense:
+        enough = {0, 1} <= set(counts) and all(g[best[t]] > 0 for t, g in dense.items())
+        first = all(g.get(1, 0) > g[best[t]] / 2 for t, g in dense.items())
+        none = "" if enough else "; no gain, or no model with one register, to take the share of"
+        result["C030"] = (bool(first) if enough else None, "; ".join(told.values()) + none)
+        numbers = ", ".join(f"{t} {b}" for t, b in best.items())
+        by_chance = f"; by chance alone another than 0 is the best of {len(counts)} in {1 - 1 / len(counts):.0%}"
+        result["C031"] = (all(b != 0 for b in best.values()), f"best number: {numbers}{by_chance}")
+    if "accuracy" in gains:
+        gain = gains["accuracy"]
+        rank = float(spearmanr(list(gain), list(gain.values())).statistic)
+        most = max(gain)
+        result["C032"] = (
+            bool(gain[most] > 0 and rank > 0),
+            f"{most} registers {gain[most]:+.1f} points, rank correlation {rank:.2f}",
+        )
+    return result

@@ -1,0 +1,84 @@
+"""Figure 9: how much registers' attention maps differ, and the plot of it."""
+
+from __future__ import annotations
+
+import math
+
+import matplotlib.pyplot as plt
+import torch
+from matplotlib.figure import Figure
+
+from vitreg_lib.measure.attention import upsample
+from vitreg_lib.measure.maps import Grid, _centred, _flat
+from vitreg_lib.plots.maps import COMPONENT
+from vitreg_lib.plots.style import styled
+
+
+def object_spread(attn_maps: torch.Tensor, images, seed: int = 0, shuffles: int = 200):
+    """Do registers follow different objects? (spread, spread when shuffled, p-value), or None without object masks.
+
+    attn_maps: (images, registers, rows, cols). Each register's mass on patches is summed over each visible object's
+    pixels; over the images its mean share of object k (0 the largest) is taken; the spread is the standard deviation
+    between registers, averaged over the objects. Shuffling registers anew in every image takes away what makes a
+    register itself: p is the share of shuffles with at least this spread.
+    """
+    if images.scenes is None or attn_maps.shape[1] < 2:
+        return None
+    size = images.scenes.instances.shape[-2:]
+    density = upsample(attn_maps, size, "nearest")
+    density = density / density.sum((-2, -1), keepdim=True)
+    masks = torch.stack([images.scenes.instances == k + 1 for k in range(images.scenes.visible.shape[1])], 1)
+    mass = torch.einsum("nrhw,nkhw->nrk", density, masks.float())
+    generator = torch.Generator().manual_seed(seed)
+
+    def spread(values):
+        return values.mean(0).std(0).mean().item()
+
+    shuffled = []
+    for _ in range(shuffles):
+        order = torch.rand(mass.shape[:2], generator=generator).argsort(1)
+        shuffled.append(spread(mass.gather(1, order[..., None].expand_as(mass))))
+    found = spread(mass)
+    p = (1 + sum(value >= found - 1e-12 for value in shuffled)) / (1 + shuffles)
+    return found, sum(shuffled) / shuffles, p
+
+
+def pairwise_correlation(maps: torch.Tensor, grid: Grid | None = None) -> torch.Tensor:
+    """Pearson correlation between each two of K maps, (..., K, rows, cols) -> (..., K, K) (Fig. 9, claim C033)."""
+    return _gram(_centred(_flat(maps, grid)))
+
+
+def off_diagonal_mean(matrix: torch.Tensor) -> torch.Tensor:
+    """Mean of the entries off the diagonal, (..., K, K) -> (...); NaN for K = 1."""
+    k = matrix.shape[-1]
+    return (matrix.sum((-1, -2)) - matrix.diagonal(dim1=-2, dim2=-1).sum(-1)) / (k * (k - 1) or math.nan)
+
+
+def _gram(x: torch.Tensor) -> torch.Tensor:
+    x = x / x.norm(dim=-1, keepdim=True)
+    return x @ x.transpose(-1, -2)
+
+
+@styled
+def matrix(values: dict[str, torch.Tensor], names: list[str], label: str) -> Figure:
+    """Square matrices (K, K) of one number for each pair, side by side, with the numbers written in."""
+    figure, axes = plt.subplots(1, len(values), figsize=(2.6 * len(values) + 0.5, 2.7), squeeze=False)
+    for axis, (title, square) in zip(axes[0], values.items(), strict=True):
+        drawn = axis.imshow(square.cpu(), cmap=COMPONENT, vmin=-1, vmax=1)
+        for i, row in enumerate(square.tolist()):
+            for j, value in enumerate(row):
+                axis.text(
+                    j,
+                    i,
+                    f"{value:.2f}",
+                    ha="center",
+                    va="center",
+                    fontsize=7,
+                    color="white" if abs(value) > 0.7 else "black",
+                )
+        axis.set_xticks(range(len(names)), names, rotation=45, ha="right", fontsize=7)
+        axis.set_yticks(range(len(names)), names, fontsize=7)
+        axis.grid(False)
+        axis.set_title(title)
+    figure.colorbar(drawn, ax=axes[0].tolist(), fraction=0.04, label=label)
+    return figure

@@ -1,0 +1,74 @@
+"""Figure 14: what seed expansion finds on values, and its plot."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from matplotlib.figure import Figure
+
+from vitreg_lib.hooks.capture import evaluating, hooks
+from vitreg_lib.measure.maps import Grid, _flat, _grid_of
+from vitreg_lib.plots.maps import _rows_of_panels, _signed
+from vitreg_lib.plots.style import picture, styled
+
+
+def value_gain(model, images, layer: int = -1) -> torch.Tensor:
+    """|W_v x| / |x| of each patch (images, patches), x the normalised input of one block's attention (Fig. 14, C052).
+
+    How much of a token the value projection, without its bias, lets through. Raises TypeError for an attention with
+    neither `qkv` nor `v_proj`.
+    """
+    attention = model.anatomy.attention[model.anatomy.layers(layer)[0]]
+    # Eva has both names, and None under the one that it does not use
+    if getattr(attention, "v_proj", None) is not None:
+        weight = attention.v_proj.weight
+    elif getattr(attention, "qkv", None) is not None:
+        weight = attention.qkv.weight.chunk(3)[2]
+    else:
+        raise TypeError(f"{type(attention).__name__} has neither qkv nor v_proj: its value projection is not known")
+    gains = []
+
+    def before(module, inputs):
+        x = inputs[0].float()
+        gains.append(((x @ weight.float().T).norm(dim=-1) / x.norm(dim=-1)).cpu())
+
+    with evaluating(model.module), hooks((attention.register_forward_pre_hook, before)):
+        for batch in getattr(images, "x", images).split(32):
+            model.module.forward_features(batch.to(weight))
+    return torch.cat(gains)[:, model.anatomy.num_prefix_tokens :]
+
+
+def spots(maps: torch.Tensor, grid: Grid | None = None, height: float = 1.0) -> torch.Tensor:
+    """Where a map has an isolated maximum, bool, of the map's shape (Fig. 14; definition ours).
+
+    A spot exceeds each of its up to 8 neighbours by more than `height` standard deviations of its own map: a lone
+    patch does, a smooth hill or an object of several patches does not. A constant map has none.
+    """
+    x = _flat(maps, grid).unflatten(-1, _grid_of(maps, grid))
+    padded = F.pad(x, (1, 1, 1, 1), value=-math.inf)
+    rows, cols = x.shape[-2:]
+    around = [padded[..., i : i + rows, j : j + cols] for i in range(3) for j in range(3) if (i, j) != (1, 1)]
+    excess = x - torch.stack(around).amax(0)
+    found = excess > height * x.std((-2, -1), correction=0, keepdim=True)
+    return found if grid is None else found.flatten(-2)
+
+
+@styled
+def expansions(pixels: torch.Tensor, maps: dict[str, dict[str, torch.Tensor]], spots: dict | None = None) -> Figure:
+    """Figure 14: seed expansion from several kinds of features; a row a model, a panel a kind for each image.
+
+    maps: {model: {kind: (images, rows, cols)}}, drawn white at 0; spots: masks of the same shapes, ringed.
+    """
+    kinds = tuple(next(iter(maps.values())))
+    figure, axes = _rows_of_panels(list(maps), len(pixels), ("image", *kinds))
+    for row, (name, found) in zip(axes, maps.items(), strict=True):
+        for i, panels in enumerate(row):
+            panels[0].imshow(picture(pixels[i]))
+            for axis, kind in zip(panels[1:], kinds, strict=True):
+                _signed(axis, found[kind][i])
+                if spots is not None:
+                    place = spots[name][kind][i].nonzero()
+                    axis.scatter(place[:, 1], place[:, 0], s=30, facecolors="none", edgecolors="black", linewidths=1)
+    return figure

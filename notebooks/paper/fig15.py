@@ -1,0 +1,66 @@
+"""Figure 15: norms by kind of token, and published registers by block."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import matplotlib
+import matplotlib.pyplot as plt
+import torch
+from matplotlib.figure import Figure
+
+from vitreg_lib.base import env_folder
+from vitreg_lib.plots.style import PALETTE, _plain_log, styled
+
+
+def kinds_table(kinds: dict[str, dict[str, torch.Tensor]]):
+    """Median, largest norm and spread over images of each kind of token: a DataFrame, one row a model and kind."""
+    import pandas as pd
+
+    rows = [
+        {"model": model, "kind": kind, "median": v.median().item(), "largest": v.max().item(), "std": v.std().item()}
+        for model, table in kinds.items()
+        for kind, v in table.items()
+    ]
+    return pd.DataFrame(rows).set_index(["model", "kind"])
+
+
+def quantisation(kinds: dict[str, torch.Tensor]) -> float | None:
+    """Variance of norms between registers / within them (over images); above 1, norms are quantised (Fig. 15).
+
+    None with fewer than two registers.
+    """
+    registers = [v for kind, v in kinds.items() if kind.startswith("register")]
+    if len(registers) < 2:
+        return None
+    norms = torch.stack(registers)  # (registers, images)
+    return (norms.mean(1).var() / norms.var(1).mean().clamp_min(1e-12)).item()
+
+
+def published_registers() -> dict[str, torch.Tensor]:
+    """Norms (blocks, registers) of published mean registers of DINOv2 with 4 registers, by size; {} without the files.
+
+    Read from a folder `dinov2_registers` of VITREG_MODELS: one file a size, {block: mean registers (4, dim)}.
+    """
+    folder = (env_folder("VITREG_MODELS") or Path("nowhere")) / "dinov2_registers"
+    found = {}
+    for size in ("small", "base", "large", "giant"):
+        for path in folder.glob(f"{size}_*.pt"):
+            means = torch.load(path, map_location="cpu", weights_only=True)
+            found[f"DINOv2-{size}"] = torch.stack([means[block].float().norm(dim=-1) for block in sorted(means)])
+    return found
+
+
+@styled
+def registers_by_layer(norms: dict[str, torch.Tensor]) -> Figure:
+    """Norms of mean registers (blocks, registers) by block, one panel a model, one line a register."""
+    figure, axes = plt.subplots(1, len(norms), figsize=(2.3 * len(norms) + 0.5, 2.5), squeeze=False, sharey=True)
+    for axis, (name, values) in zip(axes[0], norms.items(), strict=True):
+        for register, line in enumerate(values.T):
+            axis.plot(range(len(line)), line, color=PALETTE[register % len(PALETTE)], label=f"register {register + 1}")
+        axis.set(title=name, xlabel="block (from 0)", yscale="log")
+        axis.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(integer=True, nbins=7))
+    _plain_log(axes[0, 0].yaxis)
+    axes[0, 0].set_ylabel("norm of the mean register")
+    axes[0, 0].legend()
+    return figure

@@ -1,0 +1,71 @@
+"""What Table 2 puts into the record: scores beside the paper's, and verdicts on what registers cost downstream."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import tab02
+
+from vitreg_lib.measure.pairs import pairs
+
+REPORTED_ZEROSHOT = (0.599, 0.601)  # Table 2b, OpenCLIP without and with registers
+
+
+def reported_changes(names) -> dict[tuple[str, str], float]:
+    """{(model with registers, task): the change that the paper reports for its family}, for names in pairs."""
+    before, after = (tab02.reported(registers=r) for r in (False, True))
+    found = {}
+    for name in pairs(list(names)):
+        for family, task in after:
+            if family == tab02.family(name):
+                found[name, task] = after[family, task] - before[family, task]
+    return found
+
+
+def measure(run, table, change, asked) -> None:
+    """Put `scores.table`, `scores.changes` and the accuracies of `zeroshot.evaluate` into a run's record."""
+    with_registers = pairs(list(table.index))
+    for name, row in table.iterrows():
+        paper = tab02.reported(registers=name in with_registers)
+        for column, value in row.items():
+            run.measure(column, value, name, paper=paper.get((tab02.family(name), column)))
+    for (name, task), row in change.iterrows():
+        run.measure(f"change of {task} with registers", row.change, name)
+    for (name, question), row in asked.iterrows():
+        paper = REPORTED_ZEROSHOT[name in with_registers]
+        run.measure(f"zero-shot accuracy, {question}", row.accuracy, name, paper=paper)
+
+
+def of_table2(models, table, change, hits: dict, profile: str) -> Iterator[tuple]:
+    """Arguments of `Run.claim`: C085 to C094, then ours on registers added at test time and on fresh weights.
+
+    table of `scores.table`, change of `scores.changes`, hits of `zeroshot.evaluate`.
+    """
+    base = pairs([m.label for m in models])
+    trained = {tab02.family(name): name for name in reversed(base) if "-reg" in name}
+    for (family, task), claim in tab02.CLAIMS.items():
+        name = trained.get(family)
+        if name and task in table:
+            holds, told = tab02.judge(change.loc[name, task], task, tab02.TOLERANCE[task])
+            yield claim, holds, f"{name}: {told}"
+        else:
+            yield claim, None, f"no pair of {family}, or no {task}, in profile {profile}"
+    for name, task in (key for key in change.index if "+ttr" in key[0]):
+        text = f"ours: registers added to {base[name]} at test time do not worsen its {task}"
+        yield f"ours-{name}-{task}", *tab02.judge(change.loc[name, task], task, tab02.TOLERANCE[task]), text, "none"
+    for name in (m.label for m in models if m.role == "random control"):
+        for task in (t for t in tab02.TASKS if t in table):
+            sign = -1 if task in tab02.LOWER_IS_BETTER else 1
+            others = sign * table[task].drop(index=name)
+            told = f"{name} {table[task][name]:.3f}, the worst other {sign * others.min():.3f} ({others.idxmin()})"
+            text = f"ours: every other model beats fresh weights ({name}) in {task}"
+            yield f"control-{name}-{task}", bool(others.min() > sign * table[task][name]), told, text, "none"
+    asked = {model for model, _ in hits}
+    name = next((n for n in base if {n, base[n]} <= asked), None)
+    if name is None:
+        yield "C094", None, f"no pair with text towers in profile {profile}"
+        return
+    points, low, high = tab02.change(hits, base[name], name)
+    holds = True if -0.5 <= low <= high <= 0.5 else False if high < -0.5 or low > 0.5 else None
+    undecided = "; not decided by so few images" if holds is None else ""
+    yield "C094", holds, f"{name}: {points:+.1f} points ({low:+.1f} to {high:+.1f}), mean over the questions{undecided}"

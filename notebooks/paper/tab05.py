@@ -1,0 +1,93 @@
+"""Table 5: local probes of a model without and with registers."""
+
+from __future__ import annotations
+
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from vitreg_lib.measure import pairs
+from vitreg_lib.plots.style import PALETTE, PAPER, styled
+from vitreg_lib.probes.local import READABLE, _both_probes, same_places
+
+
+@styled
+def draw_register_changes(fair, as_paper) -> Figure:
+    """Table 5 as dots: what registers change in position and in pixels, two comparisons, spread over splits as bars.
+
+    fair, as_paper: DataFrames of `probes.local.register_changes` with the same rows.
+    """
+    figure, axes = plt.subplots(1, 2, figsize=(7.4, 0.42 * len(fair) + 1.5), sharey=True)
+    panels = (("points", 0.0, (-2, 2), "position right, with − without (points)"),)
+    panels += (("l2_ratio", 1.0, (0.95, 1.05), "pixel error, with / without"),)
+    for axis, (column, none, band, label) in zip(axes, panels, strict=True):
+        axis.axvspan(*band, color=PAPER, alpha=0.12, lw=0, label="counts as unchanged")
+        axis.axvline(none, color=PAPER, lw=1)
+        for shift, (name, table) in zip(
+            (-0.13, 0.13), (("same places", fair), ("as the paper", as_paper)), strict=True
+        ):
+            y = np.arange(len(table)) + shift
+            colour, marker = (PALETTE[0], "D") if shift < 0 else (PALETTE[4], "o")
+            spread = table[f"{column}_sd"]
+            axis.errorbar(table[column], y, xerr=spread, fmt=marker, ms=4, lw=1.2, color=colour, label=name)
+        axis.set_xlabel(label)
+        axis.grid(axis="y", visible=False)
+    value = {"points": -0.5, "l2_ratio": 16.0 / 15.9}
+    for axis, column in zip(axes, value, strict=True):
+        axis.plot([value[column]], [-0.75], "v", color=PAPER, clip_on=False, label="the paper's")
+    axes[0].set_yticks(range(len(fair)), fair.index)
+    axes[0].set_ylim(len(fair) - 0.5, -0.8)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=4)
+    return figure
+
+
+def across_registers(
+    tokens: dict[str, Tensor], pixels: dict[str, Tensor], masks: dict[str, Tensor], seeds=(0, 1, 2), max_tokens=3000
+):
+    """Local probes of models without and with registers on the same images (Table 5): (model, group, fit, seed).
+
+    By name: tokens (images, patches, dim), pixels (images, patches, values), outlier masks (images, rows, cols).
+    Groups: "normal", the model's own non-outliers, as the paper compares them; "shared", the tokens at places where no
+    model of its family (NAME, NAME-regN, NAME+ttrN) has an outlier, so that both are asked about the same patches;
+    "places", those at the places where one has. A family without outliers borrows places by `same_places`, for that
+    last group alone. Columns as `local_probes`; a seed splits the images and draws the tokens.
+    """
+    import pandas as pd
+
+    family = {name: pairs.without_registers(name) for name in tokens}
+    union = {name: torch.stack([masks[o] for o in masks if family[o] == family[name]]).any(0) for name in tokens}
+    borrowed = same_places(union)
+    rows = {}
+    for name, x in tokens.items():
+        parts = {"normal": ~masks[name], "shared": ~union[name]}
+        if (places := union[borrowed.get(name, name)]).any():
+            parts["places"] = places
+        for seed in seeds:
+            rows[name, seed] = _both_probes(x, pixels[name], masks[name].shape[1:], parts, max_tokens, seed)
+    return pd.concat(rows, names=["model", "seed"]).reorder_levels(["model", "group", "fit", "seed"])
+
+
+def register_changes(table, group: str = "shared", fit: str = "own"):
+    """What registers change in one group of an `across_registers` table: a DataFrame, one row a model with registers.
+
+    right: the smaller of the two accuracies; readable: whether it is at least five times chance, without which equal
+    positions mean nothing. points: accuracy with registers less that without, in points; cells: the same of the
+    distance; l2_ratio: error with over error without. Means over seeds, paired by seed, and standard deviations (_sd).
+    """
+    import pandas as pd
+
+    part, rows = table.xs((group, fit), level=("group", "fit")), {}
+    for name, base in pairs.pairs(list(part.index.unique("model"))).items():
+        one, other = part.loc[name], part.loc[base]
+        change = {
+            "points": 100 * (one.accuracy - other.accuracy),
+            "cells": one.distance - other.distance,
+            "l2_ratio": one.l2 / other.l2,
+        }
+        known = min(one.accuracy.mean(), other.accuracy.mean())
+        rows[name] = {"without": base, "right": known, "readable": bool(known >= READABLE * other.chance.mean())} | {
+            k: v for c, x in change.items() for k, v in ((c, x.mean()), (f"{c}_sd", x.std()))
+        }
+    return pd.DataFrame.from_dict(rows, orient="index")

@@ -1,0 +1,345 @@
+"""Classification from a single token: cls, a register, a normal patch, an outlier patch (Tables 1, 4 and 6).
+
+Per image one token of each kind, logistic regression on it, the strength of the penalty chosen on a fifth of the
+training images (drawn class by class) and fitted once more on all of them; the score is on the test images. Patch
+tokens are drawn anew, for training and test alike, in every draw: mean and standard deviation (ddof 1) over draws. All
+kinds are scored on the same images, those that have an outlier.
+
+The paper compares an outlier with a random normal token. `matched` is the fair partner: the normal token nearest to an
+outlier (`probes.local`), since outliers at fixed places differ from the average token by their place. A model without
+outliers borrows the places of one that has some, on the same images; its tokens there are called by the same names.
+For the planted control `planted` is what was put into its outliers, a part of cls before the onset.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import json
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from vitreg_lib.base import UserError
+from vitreg_lib.measure import outliers, pairs
+from vitreg_lib.probes import _lbfgs, linear, sgd
+from vitreg_lib.probes import cache as features
+from vitreg_lib.probes.cache import Features, described, mapped
+from vitreg_lib.probes.linear import held_out
+
+STRENGTHS = (1e-3, 1e-2, 1e-1, 1.0, 10.0)  # of features scaled to unit size; DINOv2's 45 are in `linear`
+EXACT = 200_000  # training images up to which the optimum is computed; beyond, SGD comes near it
+LEAST = 4  # training images that a class must have
+_COLUMN = {"register": "registers"}  # of the features, where it has another name than the kind of token
+GROUPS = ("normal", "outlier", "matched")
+CALIBRATION = 256  # images by whose norms a model's cutoff is chosen
+
+
+@dataclass
+class Classified:
+    """table: DataFrame indexed by (model, task, token) with score and sd (0 to 1), draws, train, test, classes, chance,
+    metric, features (fingerprints of training and test features, shortened). right: (draws, test images) of 0 and 1 by
+    the same index, for scores that are shares of right answers. owner: {model: whose outliers' places are taken}.
+    cutoffs: by model. about: descriptions of all features used, by fingerprint.
+    """
+
+    table: object
+    right: dict = field(default_factory=dict)
+    owner: dict = field(default_factory=dict)
+    cutoffs: dict = field(default_factory=dict)
+    shares: dict = field(default_factory=dict)
+    about: dict = field(default_factory=dict)
+
+
+def classify(
+    models, problems, draws: int = 5, strengths=STRENGTHS, seed: int = 0, progress: bool = False
+) -> Classified:
+    """Scores of every model, task and kind of token: a `Classified`. models of `zoo.load`; problems of `data.tasks`.
+
+    Raises UserError for a task that is left with fewer than two classes.
+    """
+    import pandas as pd
+    from tqdm.auto import tqdm
+
+    found, result = [], Classified(None)
+    result.cutoffs = {m.label: cutoff_of(m, problems[0].train, progress) for m in models}
+    result.owner = lenders(models, result.cutoffs)
+    # owners first: others borrow from them
+    ordered = sorted(models, key=lambda m: result.owner.get(m.label) != m.label)
+    work = [(problem, model) for problem in problems for model in ordered]
+    own = {}
+    for problem, model in tqdm(work, desc="models and data sets", disable=not progress, leave=False):
+        parts = []
+        for split in ("train", "test"):
+            lender = result.owner.get(model.label)
+            places = own.get((problem.name, lender, split)) if lender not in (None, model.label) else None
+            source = getattr(problem, split)
+            part = classification_tokens(model, source, result.cutoffs[model.label], draws, seed, places, progress)
+            own[problem.name, model.label, split] = part
+            result.about[part.fingerprint] = part.about
+            parts.append(part)
+        result.shares[model.label, problem.name] = parts[1].column("is_outlier").double().mean().item()
+        rows, right = features.remembered(
+            _about(problem, parts, strengths, seed),
+            lambda m=model, p=problem, f=parts: _model_on(m, p, f, strengths, seed),
+        )
+        found += [row | {"model": model.label} for row in rows]
+        result.right |= {(model.label, *key.split("|")): torch.tensor(r).double() for key, r in right.items()}
+    labels = {m.label: i for i, m in enumerate(models)}
+    found.sort(key=lambda row: labels[row["model"]])  # stable: tasks and tokens stay in their order
+    result.table = pd.DataFrame(found).set_index(["model", "task", "token"]).astype({"sd": float})
+    return result
+
+
+def lenders(models, cutoffs: dict[str, float]) -> dict[str, str]:
+    """{model: the model whose outliers' places it is looked at in}: itself, its own base, or the first that has some.
+
+    A model without any lender (no other with outliers on a grid of the same size) is left out.
+    """
+    grids = {
+        m.label: (m.input_size // m.anatomy.patch_size[0], m.input_size // m.anatomy.patch_size[1]) for m in models
+    }
+    own = [m.label for m in models if cutoffs[m.label] < float("inf")]
+    bases = pairs.pairs([m.label for m in models])
+    found = {}
+    for model in models:
+        first = [model.label, bases.get(model.label, ""), *own]
+        lender = next((o for o in first if o in own and grids[o] == grids[model.label]), None)
+        if lender:
+            found[model.label] = lender
+    return found
+
+
+def _about(problem, parts: list, strengths, seed: int) -> dict:
+    labels = [[t.name, t.metric, t.paper, t.train.tolist(), t.test.tolist()] for t in problem.tasks]
+    return {
+        "kind": "classification scores",
+        "features": [p.fingerprint for p in parts],
+        "labels": hashlib.sha256(json.dumps(labels).encode()).hexdigest(),
+        "options": [list(strengths), seed],
+        "code": [hashlib.sha256(inspect.getsource(f).encode()).hexdigest() for f in _COMPUTE]
+        + [features.source_sha256(linear.__file__, _lbfgs.__file__, sgd.__file__)],
+    }
+
+
+def _model_on(model, problem, parts: list, strengths, seed: int) -> tuple[list[dict], dict]:
+    """(rows of the table, {"task|token": right answers}) for one model on one problem, as plain lists and dicts."""
+    kinds = ["cls", "normal", "outlier", "matched", "planted", "register"]
+    has = [torch.stack([p.column(f"has_{g}").bool() for g in GROUPS]).all(0) for p in parts]
+    if not (has[0].any() and has[1].any()):  # no outliers, own or borrowed: all images, and no such tokens
+        has = [torch.ones_like(h) for h in has]
+        kinds = ["cls", "normal", "register"]
+    rows, right = [], {}
+    for task in problem.tasks:
+        keep, y, count = usable(task, has)
+        for token in kinds:
+            if _COLUMN.get(token, token) not in parts[0]:
+                continue
+            x = [_drawn_tokens(p, token, k) for p, k in zip(parts, keep, strict=True)]
+            scored = [one(*(v[:, d] for v in x), *y, task.metric, strengths, seed) for d in range(x[0].shape[1])]
+            scores = torch.tensor([s for s, _ in scored], dtype=torch.float64)
+            if scored[0][1] is not None:
+                right[f"{task.name}|{token}"] = torch.stack([r for _, r in scored]).int().tolist()
+            row = {"task": task.name, "token": token, "score": scores.mean().item(), "draws": len(scores)}
+            row |= {"sd": scores.std().item() if len(scores) > 1 else None, "classes": count, "metric": task.metric}
+            row |= {"train": len(keep[0]), "test": len(keep[1]), "chance": chance(y[1], task.metric)}
+            rows.append(row | {"paper": task.paper, "features": " ".join(p.fingerprint[:12] for p in parts)})
+    return rows, right
+
+
+def _drawn_tokens(part, token: str, rows: Tensor) -> Tensor:
+    """(images, draws, dim) tokens of a kind; each register is a draw of its own."""
+    values = part.column(_COLUMN.get(token, token), rows)
+    return values[:, None] if values.ndim == 2 else values
+
+
+def usable(task, has: list[Tensor]) -> tuple[list[Tensor], list[Tensor], int]:
+    """([training rows, test rows], their labels, number of classes): what of a task is left on the images in `has`.
+
+    Classes without `LEAST` training images are left out, the others renumbered. Raises UserError with fewer than two.
+    """
+    train, test = task.train, task.test
+    if train.ndim == 2:
+        keep = [h.nonzero()[:, 0] for h in has]
+        counts = train[keep[0]].sum(0)
+        some = (counts >= LEAST) & (len(keep[0]) - counts >= LEAST) & test[keep[1]].any(0)
+        if not some.any():
+            raise UserError(
+                f"task {task.name}: no class has {LEAST} training images with and without it: use more images"
+            )
+        return keep, [train[keep[0]][:, some], test[keep[1]][:, some]], int(some.sum())
+    rows = [h & (y >= 0) for h, y in zip(has, (train, test), strict=True)]
+    enough = torch.bincount(train[rows[0]], minlength=task.classes) >= LEAST
+    if int(enough.sum()) < 2:
+        raise UserError(
+            f"task {task.name}: {int(enough.sum())} of {task.classes} classes have {LEAST} training images among the "
+            f"{int(rows[0].sum())} that are used: two at least are needed, so use more images"
+        )
+    number = enough.long().cumsum(0) - 1
+    keep = [(r & enough[y.clamp(0, len(enough) - 1)]).nonzero()[:, 0] for r, y in zip(rows, (train, test), strict=True)]
+    if not len(keep[1]):
+        raise UserError(f"task {task.name}: no test image of the {int(enough.sum())} classes is left: use more images")
+    return keep, [number[y[k]] for y, k in zip((train, test), keep, strict=True)], int(enough.sum())
+
+
+def one(x: Tensor, x_test: Tensor, y: Tensor, y_test: Tensor, metric: str, strengths=STRENGTHS, seed: int = 0):
+    """(score, right (test images,) or None) of one fit on x (images, dim), chosen on a fifth of it, tested on x_test.
+
+    right is None for several labels an image.
+    """
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    x, x_test = (t.to(device) for t in linear.scale(x, x_test))
+    validate = held_out(y, seed)
+    options = {"tol": 1e-4}
+    if metric == "mean average precision":
+        options |= {"kind": "ovr", "score": linear.average_precision}
+    elif metric == "mean per-class accuracy":
+        options["score"] = lambda fit, a, b: linear.accuracy(fit, a, b, per_class=True)
+    if len(x) > EXACT and y.ndim == 1:
+        fit = sgd.fit_selected(x[~validate], y[~validate], x[validate], y[validate], seed=seed)
+    else:
+        fit, _ = linear.fit_selected(x[~validate], y[~validate], x[validate], y[validate], strengths, **options)
+    if y.ndim == 2:
+        return float(linear.average_precision(fit, x_test, y_test)[0]), None
+    right = linear.predict(fit, x_test, 0).argmax(-1).cpu() == y_test
+    per_class = metric == "mean per-class accuracy"
+    return float(linear.accuracy(fit, x_test, y_test, per_class)[0]), right.double()
+
+
+def chance(y: Tensor, metric: str) -> float:
+    """Score of an answer that knows nothing: the commonest class, one in many, the mean share of positives."""
+    if metric == "mean average precision":
+        return float(y.double().mean())
+    if metric == "mean per-class accuracy":
+        return 1 / len(y.unique())
+    return float(y.bincount().max() / len(y))
+
+
+_COMPUTE = (_model_on, _drawn_tokens, usable, one, held_out, chance)  # what scores follow from, besides the solvers
+
+
+def gaps(found: Classified, a: str = "outlier", b: str = "matched", draws: int = 1000, seed: int = 0):
+    """Score of token `a` less that of `b` in points: a DataFrame indexed by (model, task) with gap, low, high, sd.
+
+    low, high: the middle 95 % of a bootstrap over test images, paired, of shares of right answers (NaN for average
+    precision). sd: the larger standard deviation of the two over draws. Models without one of the tokens are left out.
+    """
+    import pandas as pd
+
+    rows = {}
+    for (model, task), part in found.table.groupby(level=["model", "task"], sort=False):
+        part = part.droplevel(["model", "task"])
+        if not {a, b} <= set(part.index):
+            continue
+        low, high = interval(*(found.right.get((model, task, token)) for token in (a, b)), draws, seed)
+        gap = 100 * (part.score[a] - part.score[b])
+        rows[model, task] = {"gap": gap, "low": low, "high": high, "sd": 100 * part.sd[[a, b]].max()}
+    index = pd.MultiIndex.from_tuples(rows, names=["model", "task"])
+    return pd.DataFrame(list(rows.values()), index=index, columns=["gap", "low", "high", "sd"])
+
+
+def interval(a: Tensor | None, b: Tensor | None, draws: int = 1000, seed: int = 0) -> tuple[float, float]:
+    """(low, high) in points: the middle 95 % of the difference of right answers (draws, images) over test images.
+
+    A bootstrap; NaN where either is missing, or where they are not of the same images.
+    """
+    if a is None or b is None or a.shape[1] != b.shape[1]:
+        return float("nan"), float("nan")
+    return pairs.interval(100 * (a.mean(0) - b.mean(0)), draws, seed)
+
+
+def over_tasks(gap) -> tuple[float, float, float]:
+    """(mean, low, high) of one model's gaps over its tasks: the middle 95 % by Student's t, tasks as the sample."""
+    from scipy import stats
+
+    values = gap["gap"]
+    mean, n = float(values.mean()), len(values)
+    if n < 2:
+        return mean, float("nan"), float("nan")
+    half = float(stats.t.ppf(0.975, n - 1) * values.std() / n**0.5)
+    return mean, mean - half, mean + half
+
+
+def reported_gaps(paper):
+    """The paper's outlier less normal token in points, as `gaps` gives ours: a DataFrame by task with gap and sd."""
+    import pandas as pd
+
+    score, sd = (100 * paper[c].unstack("token", sort=False) for c in ("score", "sd"))
+    return pd.DataFrame({"gap": score.outlier - score.normal, "sd": sd[["outlier", "normal"]].max(axis=1)})
+
+
+def classification_tokens(
+    model, source, cutoff: float, draws: int = 5, seed: int = 0, places: Features | None = None, progress: bool = False
+) -> Features:
+    """Tokens after the final LayerNorm for probes of the whole image: cls, registers, and drawn patch tokens.
+
+    Columns, for each image: cls (dim); mean (dim) of the patches; registers (registers, dim); norms (patches) before
+    the final LayerNorm; is_outlier (patches): norms above `cutoff`, or those of `places`, the features of another model
+    on the same images whose places are borrowed; and for each of `GROUPS` `draws` tokens (draws, dim) drawn at random
+    with replacement among its members by (seed, row): normal ones, outliers, and `local.matched_normal` partners of
+    outliers. Where a group has no member the tokens are zero and `has_GROUP` is False. A planted control also has
+    `planted` (7), the part of cls that its outliers were made to carry.
+    """
+    from vitreg_lib.data.scenes import uniform
+    from vitreg_lib.model import planted
+    from vitreg_lib.probes.local import matched_normal
+
+    if places is not None and len(places) != len(source):
+        raise ValueError(f"places of {len(places)} images do not fit {len(source)} images")
+    depth = model.anatomy.depth
+    about = described(model, source.digest, len(source)) | {
+        "kind": "classification tokens",
+        "cutoff": cutoff,
+        "draws": draws,
+        "seed": seed,
+        "places": places.fingerprint if places else "own",
+    }
+
+    def extract(batch, rows):
+        x = model.normalise(source.pixels(batch, model))
+        before = [model.onset - 1] if model.onset else []
+        keep = ("norms", "final", "tokens") if before else ("norms", "final")
+        seen = model.capture(x, keep, layers=[*before, depth - 1])
+        tokens, norms = seen.final.float(), seen.patch_norms[:, -1]
+        patches = seen.patches(tokens)
+        mask = norms > cutoff if places is None else places.column("is_outlier", rows)
+        if mask.shape != norms.shape:
+            raise ValueError(f"places on {mask.shape[1]} patches do not fit the {norms.shape[1]} of {model.name}")
+        partners = matched_normal(mask.unflatten(1, seen.grid)).flatten(1)
+        first = int(seen.has_cls)
+        cls = tokens[:, 0] if seen.has_cls else patches.mean(1)  # the mean stands in where there is no cls
+        found = {"cls": cls, "mean": patches.mean(1), "norms": norms, "is_outlier": mask}
+        if before:
+            found["planted"] = planted.content(model, seen.tokens[before[0]][:, 0])
+        if seen.num_registers:
+            found["registers"] = tokens[:, first : seen.num_prefix_tokens]
+        u = uniform(rows, len(GROUPS) * draws, seed).double().view(len(rows), len(GROUPS), draws)
+        for number, (name, members) in enumerate(zip(GROUPS, (~mask, mask, partners), strict=True)):
+            place = _drawn(members, u[:, number])
+            drawn = patches.gather(1, place[..., None].expand(-1, -1, patches.shape[-1]))
+            found[f"has_{name}"] = members.any(1)
+            found[name] = drawn * members.any(1)[:, None, None]
+        return found
+
+    return mapped(source.rows, extract, about, progress)
+
+
+def cutoff_of(model, source, progress: bool = False) -> float:
+    """The model's outlier cutoff at its output by the default rule, on the first images of a source."""
+    depth, n = model.anatomy.depth, min(CALIBRATION, len(source))
+
+    def extract(batch, rows):
+        x = model.normalise(source.pixels(batch, model))
+        return {"norms": model.capture(x, "norms", layers=[depth - 1]).patch_norms[:, -1]}
+
+    about = described(model, source.digest, n) | {"kind": "norms at the output"}
+    return outliers.cutoff(mapped(source.rows.select(range(n)), extract, about, progress).column("norms"))
+
+
+def _drawn(members: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
+    """(images, draws) positions of members (images, patches), picked by u (images, draws) in [0, 1); 0 without any."""
+    rank = members.long().cumsum(1)  # the k-th member is the first place whose rank is k
+    count = rank[:, -1:]
+    wanted = (u * count).long().clamp(max=(count - 1).clamp_min(0)) + 1
+    return torch.searchsorted(rank, wanted).clamp_max(members.shape[1] - 1)

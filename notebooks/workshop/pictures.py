@@ -1,0 +1,47 @@
+"""Figures of the workshop: norms by block as crowds, boxes on images, bars beside chance. Same rules as `plots`."""
+
+from __future__ import annotations
+
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+from matplotlib.colors import LogNorm
+from matplotlib.figure import Figure
+
+from vitreg_lib.plots.style import NORMS, PALETTE, _plain_log, styled
+
+
+@styled
+def crowds(norms: torch.Tensor, bins: int = 60) -> Figure:
+    """Histograms of patch norms after every block side by side, norms (images, layers, patches); white: no token.
+
+    Colours are on a log scale, so that one token among thousands is seen.
+    """
+    edges = np.geomspace(float(norms.min()) * 0.95, float(norms.max()) * 1.05, bins + 1)
+    counts = np.stack([np.histogram(layer.flatten().numpy(), edges)[0] for layer in norms.cpu().unbind(1)], 1)
+    figure, axis = plt.subplots(figsize=(0.5 * norms.shape[1] + 2.2, 3.4))
+    shown = np.ma.masked_equal(counts, 0)
+    blocks = np.arange(norms.shape[1] + 1) - 0.5
+    drawn = axis.pcolormesh(blocks, edges, shown, cmap=NORMS + "_r", norm=LogNorm(1, counts.max()))
+    axis.set(xlabel="block (from 0)", ylabel="L2 norm of patch tokens", yscale="log", xticks=range(norms.shape[1]))
+    _plain_log(axis.yaxis)
+    axis.grid(False)
+    figure.colorbar(drawn, label="tokens")
+    return figure
+
+
+@styled
+def shares(values: dict[str, float], label: str, chance: dict[str, float] | None = None) -> Figure:
+    """A few shares (0 to 1) as bars with their numbers; a dash at what chance gives for each bar named in `chance`."""
+    figure, axis = plt.subplots(figsize=(0.95 * len(values) + 2.2, 2.5))
+    drawn = axis.bar(list(values), list(values.values()), color=PALETTE[0], width=0.6)
+    axis.bar_label(drawn, [f"{value:.2f}" for value in values.values()], fontsize=8, padding=1)
+    for place, name in enumerate(values):
+        if name in (chance or {}):
+            edges = (place - 0.4, place + 0.4)
+            axis.plot(edges, [chance[name]] * 2, color=PALETTE[1], ls=(0, (2, 1)), lw=1.6, label="by chance")
+    if chance:
+        axis.legend(*(part[:1] for part in axis.get_legend_handles_labels()), loc="upper left", bbox_to_anchor=(1, 1))
+    axis.set(ylabel=label, ylim=(0, 1.08), xlim=(-0.6, len(values) - 0.4))
+    axis.grid(axis="x", visible=False)
+    return figure

@@ -1,0 +1,110 @@
+"""What everything else rests on: errors a user can mend, where things lie, the environment, files written whole.
+
+VITREG_RESULTS   where results go, by default results/ of the repository
+VITREG_CACHE     where features are kept, by default cache/ of the results
+VITREG_MODELS    a folder of models in timm's hub layout, looked in before the hub
+VITREG_DATA      a folder of data sets, one folder each
+VITREG_BATCH     set: nobody watches; no progress bars, widgets as pictures
+VITREG_CHECK     set: a run that differs from its committed record is an error
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import socket
+import urllib.request
+from collections.abc import Iterable
+from contextlib import contextmanager
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+DATA = ROOT / "data"
+CHECKPOINTS = DATA / "checkpoints"
+NOTEBOOKS = ROOT / "notebooks"
+
+
+class UserError(Exception):
+    """Shown as one line by the command line, without a traceback."""
+
+
+def unknown(kind: str, value: str, valid: Iterable[str], hint: str = "") -> UserError:
+    """An error for an unknown name, with the nearest valid ones (or all, where there are few)."""
+    valid = sorted(valid)
+    near = difflib.get_close_matches(value, valid, n=3, cutoff=0.5)
+    if near:
+        text = f"did you mean {' or '.join(near)}?"
+    else:
+        text = "known: " + ", ".join(valid[:20]) + (" …" if len(valid) > 20 else "")
+    return UserError(f"unknown {kind} {value!r}: {text}{' ' + hint if hint else ''}")
+
+
+@contextmanager
+def hub(what: str, instead: str):
+    """The hub's client; whatever fails in it is told as a UserError: `what` cannot be had, and what to do `instead`.
+
+    It keeps to its cache where the hub's address cannot be found, or it would try for a minute.
+    """
+    from huggingface_hub import constants
+
+    before = constants.HF_HUB_OFFLINE
+    try:
+        if not before and not urllib.request.getproxies():
+            socket.getaddrinfo(urllib.parse.urlparse(constants.ENDPOINT).hostname, 443)
+    except OSError:
+        constants.HF_HUB_OFFLINE = True
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # the hub raises many kinds
+        why = f"{type(error).__name__}: no network, no access, or no such thing there"
+        raise UserError(f"{what} cannot be had from the hub ({why}): {instead}") from error
+    finally:
+        constants.HF_HUB_OFFLINE = before
+
+
+PLACES = ("VITREG_RESULTS", "VITREG_CACHE", "VITREG_MODELS", "VITREG_DATA")
+
+
+def env_folder(variable: str) -> Path | None:
+    """The folder that an environment variable names, absolute; None where it is not set."""
+    return Path(os.environ[variable]).expanduser().resolve() if os.environ.get(variable) else None
+
+
+def absolute_variables() -> None:
+    """Make the folders named by the environment absolute, for processes that run elsewhere."""
+    os.environ.update({name: str(path) for name in PLACES if (path := env_folder(name))})
+
+
+def results() -> Path:
+    """Where results go."""
+    return env_folder("VITREG_RESULTS") or ROOT / "results"
+
+
+def cache() -> Path:
+    """Where features are kept."""
+    return env_folder("VITREG_CACHE") or results() / "cache"
+
+
+def in_batch() -> bool:
+    """Whether nobody watches: papermill, tests, `make refresh`."""
+    return bool(os.environ.get("VITREG_BATCH"))
+
+
+def is_checked() -> bool:
+    """Whether a run has to agree with its committed record, as by `make test`."""
+    return bool(os.environ.get("VITREG_CHECK"))
+
+
+def shown(path: Path) -> str:
+    """A path as a reader of any machine can use it: relative to the repository where it lies inside."""
+    path = Path(path).resolve()
+    return str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else path.name
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write to a temporary name beside `path`, then rename; several processes may write the same at once."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    temporary.write_bytes(content)
+    os.replace(temporary, path)

@@ -1,0 +1,339 @@
+"""Run images through a model and keep only what a figure needs.
+
+Conventions. A layer is a block, counted from 0. A token's norm is its L2 norm after the block and before
+the final LayerNorm (after it, little is left to see), in float32. Queries and keys are those that the
+attention really uses: after q/k normalisation and rotary embedding.
+
+What can be kept:
+
+    norms       (images, layers, tokens)                 float32
+    tokens      {layer: (images, tokens, dim)}           after the block
+    q, k, v     {layer: (images, heads, tokens, head_dim)}
+    attention   {layer: (images, heads, queries, keys)}  softmax rows of the chosen query tokens
+    mlp         {layer: (images, tokens, hidden)}        activations that enter the MLP's second linear
+    embedding   (images, patches, dim)                   right after the patch embedding, no position added
+    final       (images, tokens, dim)                    after the final LayerNorm
+
+Fused attention stays on: rows are recomputed from q and k for the chosen queries alone, in memory
+O(queries x tokens). The model is left as it came, also when the forward pass fails.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.overrides import TorchFunctionMode
+
+from .anatomy import Anatomy, dissect
+
+SITES = ("norms", "tokens", "q", "k", "v", "attention", "mlp", "embedding", "final")
+WHOLE = ("norms", "embedding", "final")  # sites of one tensor; the others have one for each layer
+
+
+@dataclass
+class Capture:
+    """What one or more forward passes left behind; holds no reference to the model.
+
+    grid: (rows, cols) of the patches. layers: the captured blocks. The other fields are those of the module's
+    docstring, None or empty where they were not asked for.
+    """
+
+    layers: tuple[int, ...]
+    grid: tuple[int, int]
+    has_cls: bool
+    num_registers: int
+    queries: tuple[int, ...] = ()
+    norms: torch.Tensor | None = None
+    tokens: dict[int, torch.Tensor] = field(default_factory=dict)
+    q: dict[int, torch.Tensor] = field(default_factory=dict)
+    k: dict[int, torch.Tensor] = field(default_factory=dict)
+    v: dict[int, torch.Tensor] = field(default_factory=dict)
+    attention: dict[int, torch.Tensor] = field(default_factory=dict)
+    mlp: dict[int, torch.Tensor] = field(default_factory=dict)
+    embedding: torch.Tensor | None = None
+    final: torch.Tensor | None = None
+
+    @property
+    def num_prefix_tokens(self) -> int:
+        return int(self.has_cls) + self.num_registers
+
+    @property
+    def patch_norms(self) -> torch.Tensor:
+        """(images, layers, patches) norms of patch tokens alone."""
+        return self.norms[..., self.num_prefix_tokens :]
+
+    @property
+    def cls_norms(self) -> torch.Tensor:
+        """(images, layers, 0 or 1) norms of the cls token."""
+        return self.norms[..., : int(self.has_cls)]
+
+    @property
+    def register_norms(self) -> torch.Tensor:
+        """(images, layers, registers) norms of the registers."""
+        return self.norms[..., int(self.has_cls) : self.num_prefix_tokens]
+
+    @property
+    def norm_maps(self) -> torch.Tensor:
+        """(images, rows, cols) norms of patch tokens at the last captured layer."""
+        return self.patch_norms[:, -1].unflatten(1, self.grid)
+
+    def block(self, layer: int) -> int:
+        """The number of a captured block; negative ones count from the last captured. Raises ValueError for others."""
+        if layer in self.layers:
+            return layer
+        if not -len(self.layers) <= layer < 0:
+            raise ValueError(f"layer {layer} was not captured; captured are {', '.join(map(str, self.layers))}")
+        return self.layers[layer]
+
+    def norms_by_kind(self, layer: int = -1) -> dict[str, torch.Tensor]:
+        """Norms at one captured layer, apart: "patches" (images, patches), "cls" and "register 1" … (images,)."""
+        at = self.norms[:, self.layers.index(self.block(layer))]
+        kinds = {"patches": at[:, self.num_prefix_tokens :]}
+        if self.has_cls:
+            kinds["cls"] = at[:, 0]
+        for i in range(self.num_registers):
+            kinds[f"register {i + 1}"] = at[:, int(self.has_cls) + i]
+        return kinds
+
+    @property
+    def final_patch_norms(self) -> torch.Tensor:
+        """(images, patches) norms after the final LayerNorm, where little of an outlier is left to see."""
+        return self.patches(torch.linalg.vector_norm(self.final, dim=-1))
+
+    def patches(self, tokens: torch.Tensor, dim: int = 1) -> torch.Tensor:
+        """`tokens` without its prefix tokens along `dim`."""
+        return tokens.narrow(dim, self.num_prefix_tokens, tokens.shape[dim] - self.num_prefix_tokens)
+
+
+def capture(
+    model: nn.Module,
+    images: torch.Tensor,
+    keep: str | tuple[str, ...] = "norms",
+    layers: int | list[int] | tuple[int, ...] | None = None,
+    queries: list[int] | tuple[int, ...] | None = None,
+    batch_size: int = 32,
+    progress: bool = False,
+) -> Capture:
+    """A `Capture` of what `keep` names, at `layers` (all by default), for images (n, 3, height, width).
+
+    `queries` are token positions (0 is cls where there is one) for which attention rows are kept; by default
+    the prefix tokens. Results are moved to the CPU batch by batch. Images must already be normalised for the
+    model; they are given to it on the device and in the dtype of its weights. Out of memory on the device halves the
+    batch and goes on, with a warning.
+
+    Raises ValueError for an unknown site, layer or query or for no images, and TypeError for a model of unknown
+    anatomy, before anything runs; RuntimeError if a site was never reached.
+    """
+    keep = (keep,) if isinstance(keep, str) else tuple(keep)
+    anatomy = dissect(model)
+    if unknown := [site for site in keep if site not in SITES]:
+        raise ValueError(f"unknown site {unknown[0]!r}; known are {', '.join(SITES)}")
+    if len(images) == 0 or batch_size < 1:
+        raise ValueError("no images to run" if len(images) == 0 else f"batch_size {batch_size}: at least 1 is needed")
+    layers = anatomy.layers(layers)
+    rows, cols = anatomy.grid(images)
+    num_tokens = anatomy.num_prefix_tokens + rows * cols
+    queries = tuple(range(anatomy.num_prefix_tokens)) if queries is None else tuple(queries)
+    if "attention" in keep and not queries:
+        raise ValueError("no queries: this model has no prefix tokens, so say which tokens' attention is wanted")
+    if "attention" in keep and (bad := [i for i in queries if not 0 <= i < num_tokens]):
+        raise ValueError(f"query {bad[0]} out of range for {num_tokens} tokens (0…{num_tokens - 1})")
+    parts = _run(model, images, batch_size, progress, lambda x: _one(model, anatomy, x, keep, layers, queries))
+    empty = Capture(layers, (rows, cols), anatomy.has_cls, anatomy.num_registers, queries)
+    return _join(empty, parts)
+
+
+@contextmanager
+def hooks(*pairs):
+    """Register hooks, given as (register function, hook[, options]); removed on leaving, also after an error."""
+    with ExitStack() as stack:
+        for register, hook, *options in pairs:
+            stack.callback(register(hook, **(options[0] if options else {})).remove)
+        yield
+
+
+@contextmanager
+def evaluating(model: nn.Module):
+    """Evaluation mode without gradients; on leaving, also after an error, each part of the model is as it was."""
+    was_training = [module for module in model.modules() if module.training]  # parts of a model may be frozen
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module in was_training:
+            module.training = True
+
+
+def _run(model, images, batch_size, progress, function) -> list:
+    """What `function` gives for each batch of images; batches get smaller when the device's memory is short."""
+    from tqdm.auto import tqdm
+
+    weights, results, done = next(model.parameters()), [], 0
+    with tqdm(total=len(images), desc="images", disable=not progress, leave=False) as bar:
+        while done < len(images):
+            batch = images[done : done + batch_size]
+            try:
+                results.append(function(batch.to(weights.device, weights.dtype)))
+                done += len(batch)
+                bar.update(len(batch))
+            except torch.OutOfMemoryError:
+                if len(batch) == 1:
+                    raise
+                batch_size = len(batch) // 2
+                told = f"out of memory on {weights.device}: going on with {batch_size} images a batch"
+                warnings.warn(told, stacklevel=3)
+    return results
+
+
+def _one(model: nn.Module, anatomy: Anatomy, images, keep, layers, queries) -> dict:
+    """Run one batch and return {site: tensor or {layer: tensor}} on the CPU."""
+    found: dict = {site: {} for site in keep}
+
+    def after_block(layer):
+        def hook(block, inputs, output):
+            if "norms" in keep:
+                found["norms"][layer] = torch.linalg.vector_norm(output.detach(), dim=-1, dtype=torch.float32)
+            if "tokens" in keep:
+                found["tokens"][layer] = output.detach()
+
+        return hook
+
+    def after_patch_embedding(module, inputs, output):
+        found["embedding"][0] = output.detach().flatten(1, -2)  # models of any image size give (batch, rows, cols, dim)
+
+    def after_final_norm(module, inputs, output):
+        found["final"][0] = output.detach()
+
+    def before_second_linear(layer):
+        return lambda module, inputs: found["mlp"].__setitem__(layer, inputs[0].detach())
+
+    pairs = [(anatomy.blocks[layer].register_forward_hook, after_block(layer)) for layer in layers]
+    if "mlp" in keep:
+        pairs += [(second_linear(anatomy.mlp[i]).register_forward_pre_hook, before_second_linear(i)) for i in layers]
+    if "embedding" in keep:
+        pairs.append((anatomy.patch_embed.register_forward_hook, after_patch_embedding))
+    if "final" in keep:
+        pairs.append((anatomy.norm.register_forward_hook, after_final_norm))
+    attention_sites = {"q", "k", "v", "attention"} & set(keep)
+    with evaluating(model), hooks(*pairs), ExitStack() as stack:
+        if attention_sites:
+            stack.enter_context(_Attention(anatomy, layers, attention_sites, queries, found))
+        model.forward_features(images)
+    return {site: _collect(site, found[site], layers) for site in keep}
+
+
+def second_linear(mlp: nn.Module) -> nn.Module:
+    """The linear layer that an MLP's activations enter (`fc2`, or `w3` in a SwiGLU)."""
+    for name in ("fc2", "w3"):
+        if hasattr(mlp, name):
+            return getattr(mlp, name)
+    raise TypeError(f"{type(mlp).__name__} has neither fc2 nor w3: its activations cannot be captured")
+
+
+class _Attention(TorchFunctionMode):
+    """Sees each call of scaled_dot_product_attention with the q, k and v that the model really uses.
+
+    Which block a call belongs to is known from hooks on the attention modules. Models that were told not to
+    use fused attention use it for the time of the capture.
+    """
+
+    def __init__(self, anatomy, layers, sites, queries, found):
+        super().__init__()
+        self.anatomy, self.layers, self.sites, self.queries, self.found = anatomy, set(layers), sites, queries, found
+        self.layer = None
+        self.stack = ExitStack()
+
+    def __enter__(self):
+        def entering(layer):
+            return lambda module, inputs: setattr(self, "layer", layer)
+
+        pairs = [(m.register_forward_pre_hook, entering(i)) for i, m in enumerate(self.anatomy.attention)]
+        self.stack.enter_context(hooks(*pairs))
+        for module in self.anatomy.attention:
+            if getattr(module, "fused_attn", True) is False:
+                module.fused_attn = True
+                self.stack.callback(setattr, module, "fused_attn", False)
+        return super().__enter__()
+
+    def __exit__(self, *error):
+        self.stack.close()
+        return super().__exit__(*error)
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func is F.scaled_dot_product_attention and self.layer in self.layers:
+            self._keep(*args, **kwargs)
+        return func(*args, **kwargs)
+
+    def _keep(self, query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, **_):
+        for site, tensor in (("q", query), ("k", key), ("v", value)):
+            if site in self.sites:
+                self.found[site][self.layer] = tensor
+        if "attention" in self.sites:
+            rows = query[:, :, list(self.queries)].float()
+            mask = attn_mask
+            if mask is not None and mask.shape[-2] > 1:
+                mask = mask[..., list(self.queries), :]
+            self.found["attention"][self.layer] = attention_rows(rows, key.float(), scale, mask)
+
+
+def attention_rows(q: torch.Tensor, k: torch.Tensor, scale: float | None = None, mask=None) -> torch.Tensor:
+    """softmax(q kᵀ · scale + mask): rows (batch, heads, queries, keys) for q (batch, heads, queries, head_dim).
+
+    `scale` is 1/√head_dim by default. A boolean mask keeps the keys where it is True.
+    """
+    scores = q @ k.transpose(-2, -1) * (q.shape[-1] ** -0.5 if scale is None else scale)
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
+    return scores.softmax(-1)
+
+
+def _collect(site, found, layers):
+    if site in ("embedding", "final"):
+        if not found:
+            raise RuntimeError(f"the forward pass did not reach the site {site!r}")
+        return found[0].cpu()
+    if missing := [layer for layer in layers if layer not in found]:
+        raise RuntimeError(f"the forward pass did not reach the site {site!r} of block {missing[0]}")
+    if site == "norms":
+        return torch.stack([found[layer] for layer in layers], 1).cpu()
+    return {layer: found[layer].cpu() for layer in layers}
+
+
+def _join(empty: Capture, parts: list[dict]) -> Capture:
+    for site in parts[0]:
+        first = parts[0][site]
+        if isinstance(first, dict):
+            value = {layer: torch.cat([part[site][layer] for part in parts]) for layer in first}
+        else:
+            value = torch.cat([part[site] for part in parts])
+        setattr(empty, site, value)
+    return empty
+
+
+def entering(model, images: torch.Tensor, edit: Callable | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    """(tokens that enter the first block, tokens that leave the last), each (images, tokens, dim), of a `zoo.Model`.
+
+    `edit` takes the entering tokens and returns what enters instead.
+    """
+    found = {}
+
+    def before(block, args, kwargs):
+        found["in"] = args[0] if edit is None else edit(args[0].clone())
+        return (found["in"], *args[1:]), kwargs
+
+    def after(block, inputs, output):
+        found["out"] = output
+
+    blocks = model.anatomy.blocks
+    first = (blocks[0].register_forward_pre_hook, before, {"with_kwargs": True})
+    with evaluating(model.module), hooks(first, (blocks[-1].register_forward_hook, after)):
+        model.module.forward_features(getattr(images, "x", images).to(model.weights))
+    return found["in"].cpu(), found["out"].cpu()

@@ -1,0 +1,170 @@
+"""Attention maps: what chosen query tokens look at, as maps over the patches (Fig. 1, 2, 8, 9, 16, 18, 19).
+
+    seen = model.capture(images, ("norms", "attention"), layers=-1)     # rows of cls and registers, O(queries x tokens)
+    maps = vr.attention.maps(seen)                                      # (images, queries, rows, cols)
+
+`capture` keeps the rows softmax(q kᵀ/√d) of the query tokens asked for; here they are averaged over heads, cut down
+to the patches and laid out on the grid. The paper says neither layer, head nor query, except "last layer" for Fig. 19:
+the last block, the mean over heads and the cls token are the defaults. A row sums to 1 over all keys, so a map sums to
+less: the rest goes to cls and registers, and `budget` says how much.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from ..hooks.capture import Capture
+from . import maps as score
+
+
+def maps(
+    seen: Capture, layer: int = -1, queries: list[int] | None = None, heads: list[int] | None = None
+) -> torch.Tensor:
+    """(images, queries, rows, cols) attention on the patches, the mean over `heads` (all by default).
+
+    `layer` is a captured block, negative from the last captured one; `queries` are token positions among those
+    captured, all of them by default. Raises ValueError for a layer, query or head that was not captured.
+    """
+    return on_grid(seen, _rows(seen, layer, queries, heads).mean(1))
+
+
+def head_maps(seen: Capture, layer: int = -1, query: int = 0) -> torch.Tensor:
+    """(images, heads, rows, cols) attention of one query token, each head by itself (Fig. 18)."""
+    return on_grid(seen, _rows(seen, layer, [query])[:, :, 0])
+
+
+def query_names(seen: Capture, queries: list[int] | None = None) -> list[str]:
+    """What to call each captured query: cls, register 1 …, patch (row, col)."""
+    names = []
+    for token in seen.queries if queries is None else queries:
+        if token < int(seen.has_cls):
+            names.append("cls")
+        elif token < seen.num_prefix_tokens:
+            names.append(f"register {token - int(seen.has_cls) + 1}")
+        else:
+            row, col = divmod(token - seen.num_prefix_tokens, seen.grid[1])
+            names.append(f"patch ({row}, {col})")
+    return names
+
+
+def patch_token(model, images: torch.Tensor, row: int, col: int) -> int:
+    """Token position of the patch at (row, col) in a `zoo.Model`, for `capture`'s queries; negative from the end."""
+    rows, cols = model.anatomy.grid(images)
+    if not (-rows <= row < rows and -cols <= col < cols):
+        raise ValueError(f"patch ({row}, {col}) out of range for a grid of {rows} x {cols}")
+    return model.anatomy.num_prefix_tokens + row % rows * cols + col % cols
+
+
+def cls_or_mean(model, images, layer: int = -1, progress: bool = False):
+    """The usual map of a model, (images, rows, cols), and the `Capture` it came from.
+
+    Attention of the cls token at `layer`, mean over heads. A model without cls is asked through its registers, and
+    without any prefix token through all patches; each time the mean over these queries.
+    """
+    x = getattr(images, "x", images)
+    rows, cols = model.anatomy.grid(x)
+    prefix = model.anatomy.num_prefix_tokens
+    queries = [0] if model.anatomy.has_cls else list(range(prefix)) or list(range(rows * cols))
+    seen = model.capture(x, ("norms", "attention"), layers=layer, queries=queries, progress=progress)
+    return maps(seen).mean(1), seen
+
+
+def budget(seen: Capture, is_outlier: torch.Tensor | None = None, layer: int = -1, query: int = 0):
+    """Where one query's attention goes, in shares that sum to 1: a DataFrame with a row an image.
+
+    Columns: cls, registers, outliers (where `is_outlier` (images, patches) is given) and patches, the others.
+    """
+    import pandas as pd
+
+    row = _rows(seen, layer, [query])[:, :, 0].mean(1)  # (images, tokens)
+    first, prefix = int(seen.has_cls), seen.num_prefix_tokens
+    on_patches = row[:, prefix:]
+    outliers = torch.zeros_like(on_patches, dtype=torch.bool) if is_outlier is None else is_outlier
+    shares = {
+        "cls": row[:, :first].sum(1),
+        "registers": row[:, first:prefix].sum(1),
+        "outliers": (on_patches * outliers).sum(1),
+        "patches": (on_patches * ~outliers).sum(1),
+    }
+    return pd.DataFrame({name: value.double().numpy() for name, value in shares.items()})
+
+
+def relative(attn_maps: torch.Tensor) -> torch.Tensor:
+    """Maps (..., rows, cols) as a multiple of even attention over the patches: 1 everywhere would be uniform."""
+    return attn_maps / attn_maps.mean((-2, -1), keepdim=True)
+
+
+def upsample(attn_maps: torch.Tensor, size: tuple[int, int], mode: str = "bilinear") -> torch.Tensor:
+    """Maps (..., rows, cols) at the image's (height, width); "bilinear", "bicubic" or "nearest".
+
+    Nearest keeps what was computed, one value a patch; the others are for looking only, and spread a one-patch
+    artifact over its neighbours.
+    """
+    lead = attn_maps.shape[:-2]
+    x = attn_maps.reshape(1, -1, *attn_maps.shape[-2:]).float()
+    options = {} if mode == "nearest" else {"align_corners": False}
+    return F.interpolate(x, size=tuple(size), mode=mode, **options).reshape(*lead, *size)
+
+
+def background(images, grid: tuple[int, int]) -> torch.Tensor | None:
+    """(n, rows, cols) bool: patches that no object touches, known for scenes; None for photos."""
+    if images.scenes is None:
+        return None
+    on_object = (images.scenes.instances > 0).float()[:, None]
+    return F.adaptive_max_pool2d(on_object, tuple(grid))[:, 0] == 0
+
+
+def score_table(
+    attn: dict[str, torch.Tensor],
+    is_outlier: dict[str, torch.Tensor] | None = None,
+    where: dict[str, torch.Tensor | None] | None = None,
+):
+    """Scores of maps {model: (images, rows, cols)}, a DataFrame with a row a model (definitions in `maps`).
+
+    peak_ratio: largest / median, the median over images; peaky_images: share with a patch above 10 times the median,
+    among the patches of `where` (bool, as `background` gives; None or absent: anywhere);
+    kurtosis, entropy (of at most 1) and total_variation: means; attention_on_outliers: mean share of the patches' mass
+    that falls on `is_outlier` (images, rows, cols), 0 where there is none.
+    """
+    import pandas as pd
+
+    rows = {}
+    for name, values in attn.items():
+        peaks = score.peak_ratio(values)
+        inside = (where or {}).get(name)
+        high = values > 10 * values.flatten(1).median(1).values[:, None, None]
+        peaky = high.flatten(1).any(1) if inside is None else (high & inside).flatten(1).any(1)
+        rows[name] = {
+            "peak_ratio": peaks.median().item(),
+            "peaky_images": peaky.float().mean().item(),
+            "kurtosis": score.kurtosis(values).mean().item(),
+            "entropy": score.entropy(values, normalised=True).mean().item(),
+            "total_variation": score.total_variation(values).mean().item(),
+        }
+        if is_outlier is not None:
+            rows[name]["attention_on_outliers"] = score.attention_on(values, is_outlier[name]).mean().item()
+    return pd.DataFrame.from_dict(rows, orient="index")
+
+
+def on_grid(seen: Capture, tokens: torch.Tensor) -> torch.Tensor:
+    """(..., tokens) values of all tokens, or (..., patches), as maps (..., rows, cols) of the patches."""
+    patches = seen.grid[0] * seen.grid[1]
+    return tokens[..., -patches:].unflatten(-1, seen.grid)
+
+
+def _rows(seen: Capture, layer: int, queries=None, heads=None) -> torch.Tensor:
+    """(images, heads, queries, tokens): the captured rows of some queries and heads, all by default."""
+    if not seen.attention:
+        raise ValueError('no attention was captured: ask capture for "attention"')
+    rows = seen.attention[seen.block(layer)]
+    if queries is not None:
+        if unseen := [q for q in queries if q not in seen.queries]:
+            known = ", ".join(map(str, seen.queries[:20]))
+            raise ValueError(f"query {unseen[0]} was not captured; captured are {known}")
+        rows = rows[:, :, [seen.queries.index(q) for q in queries]]
+    if heads is not None:
+        if unseen := [h for h in heads if not 0 <= h < rows.shape[1]]:
+            raise ValueError(f"head {unseen[0]} out of range for {rows.shape[1]} heads (0…{rows.shape[1] - 1})")
+        rows = rows[:, list(heads)]
+    return rows

@@ -1,0 +1,331 @@
+"""Unsupervised object discovery with LOST and TokenCut, and its score CorLoc (Table 3, Figs. 13 and 14).
+
+LOST (Simeoni et al. 2021, Sec. 3.2 [recall of its equations]) on the features f of one image's patches:
+  (1) graph a_pq = 1 if f_p . f_q >= 0, degree d_p = sum_q a_pq, seed = the patch of lowest degree;
+  (2) S = the patches among the k of lowest degree with f_q . f_seed >= 0;
+  (3) mask m_q = 1 if sum over s in S of f_q . f_s >= 0; the box is that of the mask's part joined to the seed.
+The registers paper adds a hand-set bias to the Gram matrix; it does not say to which of the three lines: `bias_on`.
+
+`variant="paper"` is the above, `variant="code"` the published code, which differs as `CODE_DIFFERENCES` lists (read in
+its source); a tuple of those names applies just these. Boxes are (left, top, right, bottom), ends excluded, in patches.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .pairs import interval
+
+CODE_DIFFERENCES = {
+    "strict": "all three comparisons are > 0 instead of >= 0",
+    "no_self": "a patch's similarity to itself is left out of its degree",
+}
+# A third one cannot be switched on: the code breaks ties of the degree by an unstable sort. `ties` states a rule.
+LINES = ("degree", "seed", "mask")
+_GRAM_VALUES = 2**26  # Gram entries in memory at once
+
+
+@dataclass
+class Lost:
+    """What LOST found in each image; the maps (batch, rows, cols) are None unless `intermediates` were asked for."""
+
+    boxes: Tensor  # (batch, 4)
+    seeds: Tensor  # (batch,) patch index
+    tied_seeds: Tensor  # (batch,) number of patches that share the lowest degree, 1 when the seed is unique
+    seed_in_mask: Tensor  # (batch,) False: the mask misses the seed, the box is the seed's patch alone
+    positive_share: Tensor  # (batch,) share of Gram entries >= 0, bias included; near 1 the mask is the whole image
+    degrees: Tensor | None = None
+    seed_similarity: Tensor | None = None
+    expansion: Tensor | None = None  # sum over S of the similarities, before the comparison with 0
+    selected: Tensor | None = None  # S
+    mask: Tensor | None = None
+    component: Tensor | None = None
+
+    def shares(self, grid: tuple[int, int]) -> dict[str, float]:
+        """What tells a box that was found from one that had to come out, means over the images.
+
+        positive_share; tied_share: of images whose seed is not the only patch of lowest degree; whole_share: of images
+        whose box is the whole grid.
+        """
+        whole = self.boxes == self.boxes.new_tensor([0, 0, grid[1], grid[0]])
+        return {
+            "positive_share": self.positive_share.mean().item(),
+            "tied_share": (self.tied_seeds > 1).double().mean().item(),
+            "whole_share": whole.all(1).double().mean().item(),
+        }
+
+
+def lost(
+    features: Tensor,
+    grid: tuple[int, int],
+    k: int = 100,
+    bias: float = 0.0,
+    normalize: bool = False,
+    variant: str | tuple[str, ...] = "paper",
+    bias_on: tuple[str, ...] = LINES,
+    ties: str = "lowest",
+    valid: Tensor | None = None,
+    intermediates: bool = False,
+) -> Lost:
+    """The object that LOST finds in each image.
+
+    features (batch, patches, dim) of keys, queries, values or tokens, without prefix tokens; grid (rows, cols); k: size
+    of the pool of Eq. 2; bias: added to every Gram entry in the lines named by `bias_on`; normalize: L2-normalise each
+    feature first; ties: among equal degrees the "lowest" or the "highest" patch index comes first; valid (batch,
+    patches) bool leaves patches out altogether, for example outliers. Components are 4-connected. Where the mask
+    misses the seed (the code raises an error there) the box is the seed's patch.
+    Raises ValueError for a grid that does not fit, an unknown option, NaN features, an image without valid patch.
+    """
+    rows, cols = _check(features, grid)
+    strict, no_self = _differences(variant)
+    if ties not in ("lowest", "highest"):
+        raise ValueError(f"unknown ties {ties!r}: choose 'lowest' or 'highest'")
+    if k < 1 or not set(bias_on) <= set(LINES):
+        raise ValueError(f"k must be at least 1 and bias_on be among {LINES}, got {k} and {bias_on}")
+    if valid is None:
+        valid = torch.ones(features.shape[:2], dtype=torch.bool, device=features.device)
+    elif not bool(valid.any(1).all()):
+        raise ValueError(f"image {int((~valid.any(1)).nonzero()[0])} has no valid patch")
+    biases = [bias if line in bias_on else 0.0 for line in LINES]
+    size = max(1, _GRAM_VALUES // (rows * cols) ** 2)
+    parts = []
+    for i in range(0, len(features), size):
+        f = _prepare(features[i : i + size], normalize)
+        parts.append(_lost(f, valid[i : i + size], (rows, cols), k, biases, strict, no_self, ties, intermediates))
+    return Lost(*(torch.cat(field) if field[0] is not None else None for field in zip(*parts, strict=True)))
+
+
+def tokencut(features: Tensor, grid: tuple[int, int], tau: float = 0.2, eps: float = 1e-5) -> tuple[Tensor, Tensor]:
+    """(boxes (batch, 4), second eigenvectors (batch, rows, cols)) of TokenCut (Wang et al. 2022).
+
+    Edges are 1 where the cosine is above `tau`, else `eps`; of (D - A) v = lambda D v the second vector is split at its
+    mean, the side of the largest |v| is the object (and made positive), its component around that patch gives the box.
+    """
+    rows, cols = _check(features, grid)
+    boxes, vectors = [], []
+    for f in _prepare(features, True):
+        v = _second_eigenvector(torch.where(f @ f.T > tau, 1.0, eps).double()).to(f.dtype)
+        peak = v.abs().argmax()
+        side = v > v.mean()
+        if not side[peak]:
+            v, side = -v, ~side
+        component = _component(side.reshape(1, rows, cols), peak[None])
+        boxes.append(mask_boxes(component))
+        vectors.append(v.reshape(1, rows, cols))
+    return torch.cat(boxes), torch.cat(vectors)
+
+
+def mask_boxes(mask: Tensor) -> Tensor:
+    """Boxes (batch, 4) = left, top, right, bottom (ends excluded) around the set patches of masks (batch, r, c)."""
+    edges = []
+    for line in (mask.any(1), mask.any(2)):  # columns, then rows
+        length = line.shape[1]
+        edges.append((line.int().argmax(1), length - line.flip(1).int().argmax(1)))
+    (left, right), (top, bottom) = edges
+    return torch.stack([left, top, right, bottom], 1)
+
+
+def to_pixels(boxes: Tensor, patch_size: int) -> Tensor:
+    """Patch boxes in pixels."""
+    return boxes * patch_size
+
+
+def _lost(f, valid, grid, k, biases, strict, no_self, ties, intermediates):
+    """The fields of `Lost`, in order, for features (batch, patches, dim) that are ready."""
+    batch, patches, _ = f.shape
+    here = torch.arange(batch, device=f.device)
+    gram = f @ f.transpose(1, 2)
+    above = torch.gt if strict else torch.ge
+    edges = above(gram + biases[0] if biases[0] else gram, 0) & valid[:, None]
+    if no_self:
+        edges.diagonal(dim1=1, dim2=2).fill_(False)
+    degrees = edges.sum(2, dtype=torch.int32).long().masked_fill(~valid, patches + 1)
+    rank = torch.arange(patches, device=f.device)
+    rank = rank if ties == "lowest" else rank.flip(0)
+    key = degrees * patches + rank  # one integer: degree first, then the tie rule
+    pool = key.argsort(1)[:, :k]
+    seeds = pool[:, 0]
+    similarity = gram[here, seeds] + biases[1]
+    in_pool = torch.zeros_like(valid).scatter_(1, pool, True)
+    selected = in_pool & valid & above(similarity, 0)
+    weight = selected.to(gram.dtype)
+    # Sum before comparing: f_q . (sum of f_s) in one product, with the bias counted once for each s
+    expansion = torch.bmm(gram, weight[:, :, None])[:, :, 0] + biases[2] * weight.sum(1, keepdim=True)
+    mask = above(expansion, 0) & valid
+    inside = mask[here, seeds]
+    alone = torch.zeros_like(mask).scatter_(1, seeds[:, None], True)
+    component = _component(torch.where(inside[:, None], mask, alone).reshape(batch, *grid), seeds)
+    share = (gram + max(biases, key=abs) >= 0).sum((1, 2), dtype=torch.int32).double() / patches**2
+    tied = (degrees == degrees.gather(1, seeds[:, None])).sum(1)
+    fields = [mask_boxes(component), seeds, tied, inside, share]
+    maps = [m.reshape(batch, *grid) for m in (degrees, similarity, expansion, selected, mask, component)]
+    return fields + (maps if intermediates else [None] * len(maps))
+
+
+def _component(mask: Tensor, seeds: Tensor) -> Tensor:
+    """The 4-connected part of each mask (batch, rows, cols) that holds the seed, grown until it stands still."""
+    part = torch.zeros_like(mask).flatten(1).scatter_(1, seeds[:, None], True).reshape(mask.shape) & mask
+    while True:
+        before = part
+        for _ in range(8):  # several steps for each look at the result, which would make a GPU wait
+            grown = part.clone()
+            grown[:, 1:] |= part[:, :-1]
+            grown[:, :-1] |= part[:, 1:]
+            grown[:, :, 1:] |= part[:, :, :-1]
+            grown[:, :, :-1] |= part[:, :, 1:]
+            part = grown & mask
+        if torch.equal(before, part):
+            return part
+
+
+def _second_eigenvector(weights: Tensor) -> Tensor:
+    """Second vector of (D - W) v = lambda D v, by the symmetric form; on the CPU only that vector is computed."""
+    scale = weights.sum(1).rsqrt()
+    laplacian = torch.eye(len(weights), dtype=weights.dtype, device=weights.device)
+    laplacian -= scale[:, None] * weights * scale
+    if weights.device.type == "cpu":
+        from scipy.linalg import eigh
+
+        vector = torch.from_numpy(eigh(laplacian.numpy(), subset_by_index=[1, 1])[1][:, 0])
+    else:
+        vector = torch.linalg.eigh(laplacian)[1][:, 1]
+    return vector * scale
+
+
+def _prepare(features: Tensor, normalize: bool) -> Tensor:
+    f = features if features.dtype == torch.float64 else features.float()
+    return torch.nn.functional.normalize(f, dim=-1) if normalize else f
+
+
+def _differences(variant) -> tuple[bool, bool]:
+    named = {"paper": (), "code": tuple(CODE_DIFFERENCES)}
+    chosen = named.get(variant, None) if isinstance(variant, str) else tuple(variant)
+    if chosen is None or not set(chosen) <= set(CODE_DIFFERENCES):
+        raise ValueError(
+            f"unknown variant {variant!r}: choose 'paper', 'code' or names among {tuple(CODE_DIFFERENCES)}"
+        )
+    return "strict" in chosen, "no_self" in chosen
+
+
+def _check(features: Tensor, grid) -> tuple[int, int]:
+    rows, cols = grid
+    if features.ndim != 3 or features.shape[1] != rows * cols or not len(features):
+        raise ValueError(
+            f"features must be (batch, {rows * cols}, dim) for grid {rows}x{cols}, got {tuple(features.shape)}: "
+            "drop the prefix tokens (cls and registers)"
+        )
+    bad = ~torch.isfinite(features).flatten(1).all(1)
+    if bad.any():
+        raise ValueError(f"features of image {int(bad.nonzero()[0])} hold NaN or infinite values")
+    return rows, cols
+
+
+def features(seen, site: str, layer: int = -1) -> Tensor:
+    """Features (images, patches, dim) for `lost` from a `Capture` of q, k or v: heads joined, no prefix tokens."""
+    per_head = getattr(seen, site)[seen.block(layer)]  # (images, heads, tokens, head_dim)
+    return seen.patches(per_head.transpose(1, 2).flatten(2))
+
+
+def paper_site(name: str) -> str:
+    """The features that Table 3 takes for a model of that name: "k" for DINOv2, "v" for all others."""
+    return "k" if "dinov2" in name else "v"
+
+
+def steps(model, images, site: str = "", bias: float = 0.0, layer: int = -1, progress: bool = False) -> Lost:
+    """`lost` with its intermediate maps on one block's q, k or v of a `zoo.Model`, L2-normalised; "" is `paper_site`.
+
+    Raises ValueError for another site.
+    """
+    site = site or paper_site(model.name)
+    if site not in ("q", "k", "v"):
+        raise ValueError(f"unknown features {site!r}: choose 'q', 'k' or 'v'")
+    seen = model.capture(images, site, layers=layer, progress=progress)
+    return lost(features(seen, site), seen.grid, bias=bias, normalize=True, intermediates=True)
+
+
+def expansions(model, images, bias: float = 0.0, layer: int = -1, progress: bool = False) -> dict[str, Tensor]:
+    """Seed expansion (images, rows, cols) from {"queries", "keys", "values"} of one block, L2-normalised (Fig. 14)."""
+    seen = model.capture(images, ("q", "k", "v"), layers=layer, progress=progress)
+    kinds = {"queries": "q", "keys": "k", "values": "v"}
+    options = dict(bias=bias, normalize=True, intermediates=True)
+    return {kind: lost(features(seen, site), seen.grid, **options).expansion for kind, site in kinds.items()}
+
+
+def sweep(
+    features: dict[str, Tensor], grid: tuple[int, int], truth: list[Tensor], patch_size: int, biases=(0.0,), **options
+):
+    """(DataFrame, hits): CorLoc of LOST for every feature and bias, and {(feature, bias): (images,) bool}.
+
+    truth: boxes in pixels; options go to `lost`. Columns: corloc, low, high (`corloc`), and those of `Lost.shares`.
+    """
+    import pandas as pd
+
+    rows, hits = {}, {}
+    for name, x in features.items():
+        for bias in biases:
+            result = lost(x, grid, bias=bias, **options)
+            score = corloc(to_pixels(result.boxes, patch_size), truth)
+            hits[name, bias] = score.hits
+            rows[name, bias] = {"corloc": score.value, "low": score.low, "high": score.high} | result.shares(grid)
+    columns = ["corloc", "low", "high", "positive_share", "whole_share", "tied_share"]
+    table = pd.DataFrame(list(rows.values()), columns=columns)
+    table.index = pd.MultiIndex.from_tuples(rows, names=["feature", "bias"])
+    return table, hits
+
+
+@dataclass
+class CorLoc:
+    """Share of images found (0 to 1), its bootstrap interval over images, and each image's hit for paired tests."""
+
+    value: float
+    low: float
+    high: float
+    hits: Tensor
+
+
+def corloc(boxes: Tensor, truth: list[Tensor]) -> CorLoc:
+    """CorLoc by LOST's rule: a hit is IoU >= 0.5 with any box of the image, difficult and truncated ones included.
+
+    boxes (images, 4) and truth, one (n, 4) for each image, as left, top, right, bottom in the same unit. The interval
+    is that of `paired.interval`. Raises ValueError for an image without boxes: leave it out, as LOST does.
+    """
+    if len(boxes) != len(truth) or not len(truth):
+        raise ValueError(f"{len(boxes)} predicted boxes for {len(truth)} images")
+    empty = [i for i, t in enumerate(truth) if not len(t)]
+    if empty:
+        raise ValueError(f"{len(empty)} images have no box (first: {empty[:5]}): leave them out of CorLoc")
+    hits = found(boxes, truth)
+    return CorLoc(hits.double().mean().item(), *interval(hits), hits)
+
+
+def found(boxes: Tensor, truth: list[Tensor]) -> Tensor:
+    """(images,) bool, on the CPU: is the IoU of the box (images, 4) with any true box (n, 4) at least 0.5?"""
+    padded = torch.nn.utils.rnn.pad_sequence(truth, batch_first=True)  # (images, most boxes, 4), empty ones added
+    return (box_iou(boxes[:, None], padded) >= 0.5).any(1).cpu()
+
+
+def gain(without: Tensor, hits: Tensor) -> tuple[float, float, float]:
+    """Difference of CorLoc in points, hits (images,) minus those of another way on the same images, with interval."""
+    difference = 100 * (hits.double() - without.double())
+    return difference.mean().item(), *interval(difference)
+
+
+def box_iou(a: Tensor, b: Tensor) -> Tensor:
+    """Intersection over union (...) of boxes (..., 4), broadcast against each other; 0 where both are empty."""
+    a, b = a.double(), b.double().to(a.device)
+    overlap = (torch.minimum(a[..., 2:], b[..., 2:]) - torch.maximum(a[..., :2], b[..., :2])).clamp_min(0).prod(-1)
+    areas = [(box[..., 2:] - box[..., :2]).clamp_min(0).prod(-1) for box in (a, b)]
+    return overlap / (areas[0] + areas[1] - overlap).clamp_min(1e-12)
+
+
+def whole_image_boxes(sizes: Tensor) -> Tensor:
+    """The whole image as a box, for sizes (images, 2) = height, width: the baseline to show beside every CorLoc."""
+    return centred_boxes(sizes, area=1.0)
+
+
+def centred_boxes(sizes: Tensor, area: float = 0.5) -> Tensor:
+    """A centred box of the image's shape that covers the share `area` of it: the second baseline."""
+    height, width = sizes.double().unbind(1)
+    margin = (1 - area**0.5) / 2
+    return torch.stack([width * margin, height * margin, width * (1 - margin), height * (1 - margin)], 1)

@@ -1,0 +1,302 @@
+"""Registers at test time: mend a model that was trained without, by moving what makes its outliers elsewhere.
+
+After Jiang et al. 2025, "Vision Transformers Don't Need Trained Registers". A few neurons of the MLPs fire at the
+tokens that become outliers, before these get their norm (`find`). In the mended model N tokens of zeros are appended
+behind cls; at those neurons they take over the largest activation of the image's patches, and the patches get none
+(`add_registers`). N = 0 only silences the neurons at the patches: the control that shows what the activation was for.
+
+Where the paper's released code does otherwise: every image of a batch is treated, not the first alone; each neuron has
+its own largest value; cls neither counts for it nor is changed; what is returned drops the new tokens and no patch.
+When several blocks are treated the largest value is taken over patches *and* new tokens, or these would starve.
+
+    mended = vr.load("vit-ti+ttr4")           # finds the neurons on a handful of images, adds 4 registers
+    found = vr.mend.find(model, images)       # the same by hand
+    mended = vr.mend.with_test_time_registers(model, 4, found.neurons)
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import hashlib
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from ..base import UserError
+from ..hooks.anatomy import Anatomy, dissect, layer_scale
+from ..hooks.capture import evaluating, hooks, second_linear
+from ..measure import outliers
+
+Neurons = Sequence[tuple[int, int]]  # (block, neuron)
+COUNTS = (1, 2, 3, 5, 7, 10, 15, 20, 30, 50)  # how many neurons are tried, fewest first
+REMAINING = 0.1  # the fewest neurons that leave less than this share of the outliers are enough
+MENDED = 0.5  # more than this share of the outliers left, with the best choice of neurons: not mended
+
+
+class NothingToMend(UserError):
+    """The model has no outliers, or no few neurons make them."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Found:
+    """What `find` found: the neurons, strongest first, and how it went.
+
+    layer: the block after which outliers were looked for; onset: the first from which on they are there; cutoff: a
+    norm. share_before, share_after: of patch tokens above the cutoff after `layer`, on the images searched, without and
+    with one register. table: the strongest candidates, the first rows of `rank`.
+    """
+
+    neurons: tuple[tuple[int, int], ...]
+    layer: int
+    onset: int
+    cutoff: float
+    share_before: float
+    share_after: float
+    table: object
+
+
+def find(model, images=None, max_neurons: int = 50) -> Found:
+    """The MLP neurons that mark a `zoo.Model`'s outlier tokens, searched on `images` (see `handful`).
+
+    Candidates are the neurons of the blocks up to the onset, ranked by the norm that they add at outliers more than
+    elsewhere (see `rank`). From the top, the fewest of 1, 2, 3, 5 … `max_neurons` that leave less than a tenth of the
+    outliers are taken; if none does, those that leave fewest. Raises NothingToMend (a UserError) for a model without
+    outliers.
+    """
+    x = _pixels(handful(model) if images is None else images)
+    norms = model.capture(x).patch_norms  # (images, layers, patches)
+    holds = outliers.layers_with_outliers(norms)
+    if not holds:
+        raise NothingToMend(
+            f"{model.name} has nothing to mend: after no block are {outliers.MIN_SHARE:.1%} of the patch tokens "
+            "outliers by the rule of `outliers.cutoff`"
+        )
+    layer = holds[-1]
+    onset = outliers.onset_layer(norms[:, : layer + 1])
+    cutoff = outliers.cutoff(norms[:, layer])
+    is_outlier = norms[:, layer] > cutoff
+    table = rank(model.module, x, is_outlier, range(onset + 1)).head(max(max_neurons, 10))
+    ranked = list(zip(table.block, table.neuron, strict=True))
+    before, best = is_outlier.float().mean().item(), None
+    for count in [c for c in COUNTS if c <= max_neurons]:
+        mended = add_registers(model.module, ranked[:count], 1)
+        after = _share_above(mended, x, layer, cutoff)
+        if best is None or after < best[0]:
+            best = (after, count)
+        if after < REMAINING * before:
+            break
+    return Found(tuple(ranked[: best[1]]), layer, onset, cutoff, before, best[0], table.reset_index(drop=True))
+
+
+def with_test_time_registers(model, n: int, neurons: Neurons | None = None):
+    """A `zoo.Model` with `n` registers added at test time; the given model is left as it was.
+
+    `neurons` by default those that `find` finds on a handful of images. Its name ends in +ttrN, its role is "mended",
+    its anatomy counts the new registers. Given no `neurons`, NothingToMend is raised for a model without outliers and
+    for one that keeps more than half of them: a mended name never stands for a model that is what it was. UserError
+    for attention with a bias for each pair of places, in which a new token has no place.
+    """
+    neurons = _found_neurons(model) if neurons is None else tuple(neurons)
+    name = f"{model.name}+ttr{n}"
+    which = ", ".join(f"{block}:{neuron}" for block, neuron in neurons[:5]) + (" …" if len(neurons) > 5 else "")
+    return dataclasses.replace(
+        model,
+        name=name,
+        label=f"{model.label or model.name}+ttr{n}",
+        module=add_registers(model.module, neurons, n),
+        sha256=hashlib.sha256(f"{model.sha256} {n} {sorted(neurons)}".encode()).hexdigest(),
+        role="mended",
+        about=f"{model.name}, {n} registers added at test time, {len(neurons)} neurons moved (block:neuron {which})",
+    )
+
+
+def _found_neurons(model) -> tuple[tuple[int, int], ...]:
+    found = find(model)
+    if found.share_after > MENDED * found.share_before:
+        raise NothingToMend(
+            f"{model.name} cannot be mended this way: moving its {len(found.neurons)} likeliest neurons leaves "
+            f"{found.share_after:.2%} of the patch tokens outliers, of {found.share_before:.2%}"
+        )
+    return found.neurons
+
+
+def doses(model, images, found: Found, counts=(0, 1, 2, 4, 8), neurons: Neurons | None = None):
+    """What registers do, by their number: a DataFrame with a row a count, the untouched model first.
+
+    Columns: registers, outlier_share (patch tokens above `found.cutoff` after the same block), largest_patch_norm,
+    register_norm (mean). `neurons` other than the found ones make a control.
+    """
+    import pandas as pd
+
+    rows = []
+    for count in (None, *counts):
+        mended = model if count is None else with_test_time_registers(model, count, neurons or found.neurons)
+        seen = mended.capture(_pixels(images), layers=found.layer)
+        registers = seen.register_norms[..., seen.num_registers - (count or 0) :]
+        rows.append(
+            {
+                "registers": "none" if count is None else str(count),
+                "outlier_share": (seen.patch_norms > found.cutoff).float().mean().item(),
+                "largest_patch_norm": seen.patch_norms.max().item(),
+                "register_norm": registers.mean().item() if count else float("nan"),
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+def handful(model):
+    """The images on which neurons are searched by default: 32 scenes for a mini ViT, else the shipped photos."""
+    from ..data import images
+
+    is_mini = hasattr(model.module, "vit_arguments")
+    return images.load("scenes", model, 32, seed=7) if is_mini else images.load("photos", model, 10)
+
+
+def rank(module: nn.Module, x: torch.Tensor, is_outlier: torch.Tensor, layers):
+    """Neurons of `layers` by the norm they add at outliers more than at other patches: a DataFrame, strongest first.
+
+    Columns: block, neuron, at_outliers and elsewhere (mean |activation|), writes (their difference x the length of the
+    neuron's output weights, LayerScale included). The published ranking takes the activations alone.
+    """
+    import pandas as pd
+
+    anatomy = dissect(module)
+    tables = []
+    for layer, means in _mean_activations(module, x, is_outlier, layers).items():
+        writes = (means[0] - means[1]) * _output_length(anatomy, layer)
+        there, elsewhere, writes = torch.stack([*means, writes]).double().cpu().numpy()
+        columns = {"neuron": range(len(writes)), "at_outliers": there, "elsewhere": elsewhere, "writes": writes}
+        tables.append(pd.DataFrame({"block": layer, **columns}))
+    return pd.concat(tables).sort_values("writes", ascending=False, kind="stable")
+
+
+def add_registers(module: nn.Module, neurons: Neurons, n: int) -> nn.Module:
+    """A copy of a ViT with `n` tokens of zeros behind its prefix tokens, which take over what `neurons` do at patches.
+
+    The copy's class derives from the model's own, so that everything that counts prefix tokens counts the new ones.
+    Raises ValueError for a neuron that does not exist, UserError for attention with a bias for each pair of places.
+    """
+    anatomy = dissect(module)
+    _check(anatomy, neurons, n)
+    old = anatomy.num_prefix_tokens
+    module = copy.deepcopy(module)
+    mended = dissect(module)
+    if n:
+        mended.blocks[0].register_forward_pre_hook(_Append(old, n), with_kwargs=True)
+        module.__class__ = _counting(type(module), n)
+        for part in (module, *mended.attention):
+            if hasattr(part, "num_prefix_tokens"):
+                part.num_prefix_tokens = old + n
+    for block in sorted({block for block, _ in neurons}):
+        chosen = [neuron for b, neuron in neurons if b == block]
+        second_linear(mended.mlp[block]).register_forward_pre_hook(_Move(chosen, old, n))
+    return module
+
+
+class _Append:
+    """Before the first block: n tokens of zeros, without position, behind the prefix tokens."""
+
+    def __init__(self, old: int, n: int):
+        self.old, self.n = old, n
+
+    def __call__(self, block, args, kwargs):
+        x = args[0]
+        new = x.new_zeros(len(x), self.n, x.shape[-1])
+        return (torch.cat([x[:, : self.old], new, x[:, self.old :]], 1), *args[1:]), kwargs
+
+
+class _Move:
+    """Before an MLP's second linear: the chosen neurons' largest activation goes from the patches to the new tokens.
+
+    Largest in magnitude, sign kept, for each image and neuron by itself, over patches and new tokens.
+    """
+
+    def __init__(self, neurons: list[int], old: int, n: int):
+        self.neurons, self.old, self.n = neurons, old, n
+
+    def __call__(self, linear, inputs):
+        activations = inputs[0].clone()  # (batch, tokens, hidden)
+        first_patch = self.old + self.n
+        if self.n:
+            candidates = activations[:, self.old :, self.neurons]  # (batch, new + patches, neurons)
+            largest = candidates.gather(1, candidates.abs().argmax(1, keepdim=True))
+            activations[:, self.old : first_patch, self.neurons] = largest.expand(-1, self.n, -1)
+        activations[:, first_patch:, self.neurons] = 0
+        return (activations, *inputs[1:])
+
+
+def _counting(base: type, n: int) -> type:
+    """A subclass whose prefix tokens include n that have no position embedding and no weights."""
+
+    def without_new(name):
+        def method(self, *args, **kwargs):
+            self.num_prefix_tokens -= n
+            try:
+                return getattr(super(made, self), name)(*args, **kwargs)
+            finally:
+                self.num_prefix_tokens += n
+
+        return method
+
+    names = [name for name in ("_pos_embed", "set_input_size") if hasattr(base, name)]
+    made = type(f"{base.__name__}WithTestTimeRegisters", (base,), {name: without_new(name) for name in names})
+    return made
+
+
+def _check(anatomy: Anatomy, neurons: Neurons, n: int) -> None:
+    if n < 0:
+        raise ValueError(f"{n} registers: 0 or more")
+    for block, neuron in neurons:
+        if not 0 <= block < anatomy.depth:
+            raise ValueError(f"block {block} out of range for {anatomy.depth} blocks (0…{anatomy.depth - 1})")
+        width = second_linear(anatomy.mlp[block]).in_features
+        if not 0 <= neuron < width:
+            raise ValueError(f"neuron {neuron} out of range for the {width} of block {block} (0…{width - 1})")
+    tables = ("relative_position_bias_table", "rel_pos", "rel_pos_bias")
+    if n and any(getattr(attn, name, None) is not None for attn in anatomy.attention for name in tables):
+        raise UserError(
+            "this model's attention adds a bias for each pair of places, in which a new token has no place: registers "
+            "cannot be added at test time"
+        )
+
+
+def _mean_activations(module, x, is_there: torch.Tensor, layers) -> dict:
+    """{block: (2, hidden)}: mean |activation| at the patches where `is_there` (images, patches), and at the others."""
+    anatomy = dissect(module)
+    prefix, weights = anatomy.num_prefix_tokens, next(module.parameters())
+    sums, mask = {}, None
+
+    def hook(layer):
+        def keep(linear, inputs):
+            size = inputs[0][:, prefix:].detach().abs().float()  # (batch, patches, hidden)
+            both = torch.stack([(size * mask[..., None]).sum((0, 1)), (size * ~mask[..., None]).sum((0, 1))])
+            sums[layer] = sums.get(layer, 0) + both
+
+        return keep
+
+    pairs = [(second_linear(anatomy.mlp[layer]).register_forward_pre_hook, hook(layer)) for layer in layers]
+    with evaluating(module), hooks(*pairs):
+        for images, there in zip(x.split(16), is_there.split(16), strict=True):
+            mask = there.to(weights.device)
+            module.forward_features(images.to(weights))
+    counts = torch.stack([is_there.sum(), (~is_there).sum()]).clamp(min=1).to(weights.device)
+    return {layer: total / counts[:, None] for layer, total in sums.items()}
+
+
+def _output_length(anatomy: Anatomy, layer: int) -> torch.Tensor:
+    """(hidden,) length of what a neuron of activation 1 adds to the residual stream, LayerScale included."""
+    weight = second_linear(anatomy.mlp[layer]).weight.detach().float()
+    scale = layer_scale(anatomy.blocks[layer], 2)
+    return torch.linalg.vector_norm(weight if scale is None else weight * scale.detach()[:, None], dim=0)
+
+
+def _share_above(module: nn.Module, x, layer: int, cutoff: float) -> float:
+    from ..hooks.capture import capture
+
+    return (capture(module, x, layers=layer).patch_norms > cutoff).float().mean().item()
+
+
+def _pixels(images) -> torch.Tensor:
+    return getattr(images, "x", images)

@@ -1,0 +1,75 @@
+"""The ViTs that are trained here: timm's class at mini sizes, which two CPU cores train, and at those of the paper."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from ..base import UserError
+
+SIZES = {  # name: (embed_dim, depth); heads of 16
+    "xxs": (16, 2),
+    "xs": (16, 4),
+    "s": (32, 6),
+    "m": (48, 8),
+    "l": (64, 8),
+}
+FULL = {  # name: (embed_dim, depth, heads, mlp_ratio), written with the patch: b/16, l/14
+    "ti": (192, 12, 3, 4.0),
+    "s": (384, 12, 6, 4.0),
+    "b": (768, 12, 12, 4.0),
+    "l": (1024, 24, 16, 4.0),
+    "h": (1280, 32, 16, 4.0),
+    "g": (1408, 40, 16, 48 / 11),  # Zhai et al. 2022; DINOv2's g is wider and has a SwiGLU
+}
+
+
+def patch_size(size: str) -> int:
+    """Pixels a side of a size's patches."""
+    return int(size.partition("/")[2] or 8)
+
+
+def with_prefix(vit: nn.Module, patches):
+    """(n, prefix + patches, dim): a ViT's cls token and registers before patch tokens (n, patches, dim)."""
+    prefix = [vit.cls_token] + ([vit.reg_token] if vit.reg_token is not None else [])
+    return torch.cat([*(p.expand(len(patches), -1, -1) for p in prefix), patches], 1)
+
+
+def build(size: str = "m", registers: int = 0, num_classes: int = 8, image_size: int = 96, **options) -> nn.Module:
+    """A fresh ViT: cls token, LayerScale, any image size that patches divide; patches of 8 pixels at mini sizes.
+
+    size: one of `SIZES`, or of `FULL` with the patch's side, as in "b/16". `options` go to timm's VisionTransformer.
+    Raises UserError for an unknown size.
+    """
+    from timm.models.vision_transformer import VisionTransformer
+
+    name, _, patch = size.partition("/")
+    if size in SIZES:
+        dim, depth = SIZES[size]
+        heads, ratio, patch = dim // 16, 4.0, 8
+    elif name in FULL and patch.isdigit():
+        dim, depth, heads, ratio = FULL[name]
+    else:
+        raise UserError(
+            f"unknown mini size {size!r}; known are {', '.join(SIZES)}, and with a patch's side "
+            + ", ".join(f"{name}/16" for name in FULL)
+        )
+    if image_size % int(patch):
+        raise UserError(f"{image_size} pixels a side are not a multiple of the patch's {patch}")
+    arguments = dict(
+        img_size=image_size,
+        patch_size=int(patch),
+        embed_dim=dim,
+        depth=depth,
+        num_heads=heads,
+        mlp_ratio=ratio,
+        num_classes=num_classes,
+        reg_tokens=registers,
+        no_embed_class=True,  # registers and cls carry no position, as in the paper
+        init_values=0.1,
+        dynamic_img_size=True,
+    )
+    arguments |= options
+    model = VisionTransformer(**arguments)
+    model.vit_arguments = arguments  # written beside the weights, so that a checkpoint says how to build its model
+    return model

@@ -1,0 +1,85 @@
+"""A model with what is needed to feed, to name and to judge it."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from ..hooks import capture as _capture
+from ..hooks.anatomy import Anatomy, dissect
+
+
+@dataclass
+class Model:
+    """A model with what is needed to feed and to name it.
+
+    name: its full name; label: the name it was asked for by, short enough for a figure.
+    sha256: of its weights file, or of its weights where there is no single file.
+    role: "trained", "planted control", "random control" or "mended". about: one sentence.
+    input_size: pixels a side. mean, std, interpolation, crop, crop_mode: its own preprocessing, in timm's words.
+    """
+
+    name: str
+    module: nn.Module
+    sha256: str
+    role: str = "trained"
+    about: str = ""
+    input_size: int = 224
+    mean: tuple[float, ...] = (0.5, 0.5, 0.5)
+    std: tuple[float, ...] = (0.5, 0.5, 0.5)
+    interpolation: str = "bicubic"
+    crop: float = 1.0
+    crop_mode: str = "center"
+    label: str = ""
+    onset: int | None = None  # the block from which on a planted control's artifacts are there
+
+    @property
+    def anatomy(self) -> Anatomy:
+        return dissect(self.module)
+
+    @property
+    def weights(self) -> torch.Tensor:
+        """One of the weights: `x.to(model.weights)` has the device and the precision that the model wants."""
+        return next(self.module.parameters())
+
+    @property
+    def device(self) -> torch.device:
+        return self.weights.device
+
+    @property
+    def is_control(self) -> bool:
+        return "control" in self.role
+
+    def normalise(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Pixels in [0, 1] (n, 3, height, width) as the model wants them."""
+        mean, std = (torch.tensor(values).view(1, 3, 1, 1).to(pixels) for values in (self.mean, self.std))
+        return (pixels - mean) / std
+
+    def capture(self, images: torch.Tensor, keep="norms", **options) -> _capture.Capture:
+        """`capture.capture` of this model; `images` are normalised, or an `Images` set."""
+        return _capture.capture(self.module, getattr(images, "x", images), keep, **options)
+
+    def truth(self, images) -> torch.Tensor | None:
+        """(n, patches) bool, where a control's artifacts are: known for the planted one, nowhere in the random one.
+
+        None for a trained model, whose truth nobody knows.
+        """
+        if self.role == "planted control":
+            from . import planted
+
+            return planted.truth(images.x)
+        rows, cols = self.anatomy.grid(images.x)
+        return torch.zeros(len(images.x), rows * cols, dtype=torch.bool) if self.role == "random control" else None
+
+
+def weights_sha256(module: nn.Module) -> str:
+    """A digest of all weights: names, shapes, types and bytes."""
+    digest = hashlib.sha256()
+    for key, value in sorted(module.state_dict().items()):
+        value = value.detach().cpu().contiguous()
+        digest.update(f"{key} {tuple(value.shape)} {value.dtype}".encode())
+        digest.update(value.view(torch.uint8).numpy().tobytes() if value.dim() else str(value.item()).encode())
+    return digest.hexdigest()

@@ -1,0 +1,43 @@
+"""The text tower and tokenizer of mini-clip."""
+
+from __future__ import annotations
+
+import functools
+import json
+
+from safetensors import safe_open
+from torch import nn
+
+TEMPLATES = {  # what a prompt looks like for each attribute; {} is its value
+    "shape": ("a {}", "a red {}", "a striped blue {}", "a {} on a plain background", "a green {} on a soft background"),
+    "colour": ("a {} disc", "a {} square", "a {} star", "a striped {} triangle", "a {} cross on a plain background"),
+    "texture": ("a {} red disc", "a {} blue square", "a {} yellow star on a soft background"),
+    "background": ("a red disc on a {} background", "a blue star on a {} background", "a cross on a {} background"),
+}
+
+
+def text_tower(width: int, layers: int, embed_dim: int, context: int) -> nn.Module:
+    """open_clip's text transformer over the whole vocabulary of its tokenizer; heads of 32 (mini) or 64."""
+    from open_clip.transformer import TextTransformer
+
+    heads = max(1, width // (64 if width >= 256 else 32))
+    return TextTransformer(context, width=width, heads=heads, layers=layers, output_dim=embed_dim)
+
+
+@functools.cache
+def tokenizer(context: int = 24):
+    """open_clip's tokenizer: list of texts → (n, context) ids. A scene's caption has 20 or fewer."""
+    from open_clip.tokenizer import SimpleTokenizer
+
+    return SimpleTokenizer(context_length=context)
+
+
+def load_text(path) -> nn.Module:
+    """A shipped text tower, from its `.text.safetensors`."""
+    with safe_open(path, "pt") as f:
+        config = json.loads(f.metadata()["config"])
+        state = {name: f.get_tensor(name).float() for name in f.keys()}
+    context = len(state["positional_embedding"])
+    tower = text_tower(config["text_width"], config["text_layers"], config["embed_dim"], context)
+    tower.load_state_dict(state)
+    return tower.eval()

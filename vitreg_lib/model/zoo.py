@@ -1,0 +1,234 @@
+"""From a name to a model that is ready to be looked into.
+
+mini-deit3, vit-ti …      an entry of data/models.yaml
+planted, mini-random      the two controls
+timm:NAME, or NAME alone  a model of timm: VITREG_MODELS first, then the hub's cache, then the hub
+file:PATH                 .safetensors, or .pt/.pth (weights only), or a folder in timm's hub layout;
+                          file:PATH#ARCH names timm's architecture where the file does not
+random:NAME               the same architecture with fresh weights: a control
+NAME+ttrN                 any of them with N registers added at test time (see `mend`)
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from pathlib import Path
+
+import torch
+import yaml
+from torch import nn
+
+from ..base import CHECKPOINTS, DATA, UserError, env_folder, hub, unknown
+from .model import Model, weights_sha256
+from .weights import _at_size, _fill, _line, _read_json, _read_pickle, _read_safetensors, file_sha256
+
+
+@functools.cache
+def entries() -> dict[str, dict]:
+    """The entries of data/models.yaml by name."""
+    return yaml.safe_load((DATA / "models.yaml").read_text())
+
+
+def load(name: str, device: str | None = None, image_size: int | None = None) -> Model:
+    """The model of that name, in evaluation mode, on `device` (CUDA where there is one, by default).
+
+    `image_size` asks for another input size than the model's own; position embeddings are interpolated.
+    Raises UserError for an unknown name, weights that cannot be had, or a damaged file.
+    """
+    base, mended, registers = name.partition("+ttr")
+    if mended:
+        from . import mend
+
+        model = mend.with_test_time_registers(load(base, device, image_size), _register_count(name, registers))
+        model.label = name
+        return model
+    if base.startswith("random:"):
+        model = _random(base, image_size)
+    elif base.startswith("file:"):
+        model = _file(base, image_size)
+    elif base in entries():
+        model = _entry(base, image_size)
+    else:
+        model = _timm(base, base.removeprefix("timm:"), image_size)
+    model.label = model.label or base
+    model.module.eval().requires_grad_(False)
+    model.module.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    return model
+
+
+def available(name: str) -> str:
+    """Where an entry's weights are: "shipped", "computed", "VITREG_MODELS", "hub cache" or "not here"."""
+    entry = entries()[name]
+    if "file" in entry:
+        return "shipped" if (CHECKPOINTS / entry["file"]).exists() else "not here"
+    if "planted" in entry or "random" in entry:
+        return "computed"
+    if _folder(entry["timm"]):
+        return "VITREG_MODELS"
+    from huggingface_hub import try_to_load_from_cache
+
+    for filename in ("model.safetensors", "pytorch_model.bin"):
+        if isinstance(try_to_load_from_cache(f"timm/{entry['timm']}", filename), str):
+            return "hub cache"
+    return "not here"
+
+
+def _register_count(name: str, text: str) -> int:
+    if not text.isdecimal() or int(text) > 64:
+        raise UserError(f"{name!r}: write +ttrN with N from 0 to 64, for instance {name.partition('+')[0]}+ttr4")
+    return int(text)
+
+
+def _entry(name: str, image_size: int | None) -> Model:
+    entry = entries()[name]
+    about = entry.get("about", "")
+    if "planted" in entry:
+        from . import planted
+
+        return planted.plant(load(entry["planted"], "cpu", image_size), name, about)
+    if "random" in entry:
+        model = _random(f"random:{entry['random']}", image_size)
+        model.name, model.about = name, about
+        return model
+    if "timm" in entry:
+        model = _timm(name, entry["timm"], image_size or entry.get("input_size"))
+        model.about = about
+        return model
+    path = CHECKPOINTS / entry["file"]
+    if not path.exists():
+        raise UserError(
+            f"{name}: data/checkpoints/{path.name} is not here; `git checkout -- data/checkpoints` restores it"
+        )
+    found = file_sha256(path)
+    if found != entry["sha256"]:
+        raise UserError(
+            f"{name}: data/checkpoints/{path.name} is damaged or not the shipped one (sha256 {found[:12]}…, expected "
+            f"{entry['sha256'][:12]}…); `git checkout -- data/checkpoints` restores it"
+        )
+    return _mini_file(name, path, about, image_size)
+
+
+def _mini_file(name, path, about="", image_size=None):
+    """A checkpoint that carries timm's arguments in its metadata, as this project's training writes them."""
+    metadata, tensors = _read_safetensors(path)
+    from timm.models.vision_transformer import VisionTransformer
+
+    module = VisionTransformer(**json.loads(metadata["vit"]))
+    module.vit_arguments = json.loads(metadata["vit"])
+    _fill(name, module, {k: v.float() for k, v in tensors.items()})
+    size = image_size or module.patch_embed.img_size[0]
+    if image_size:
+        module.set_input_size((image_size, image_size))
+    return Model(name, module, file_sha256(path), about=about, input_size=size)
+
+
+def _random(name: str, image_size: int | None) -> Model:
+    inner = name.removeprefix("random:")
+    with torch.random.fork_rng(devices=[]):  # the CPU's state alone: torch.manual_seed would reach into CUDA
+        torch.default_generator.manual_seed(0)
+        if "file" in entries().get(inner, {}):
+            model = _entry(inner, image_size)
+            model.module.init_weights("")
+            sha256 = weights_sha256(model.module)
+            return Model(name, model.module, sha256, "random control", input_size=model.input_size)
+        architecture = entries().get(inner, {}).get("timm", inner.removeprefix("timm:"))
+        module = _create(architecture, image_size, pretrained=False)
+    return _with_config(name, module, weights_sha256(module), image_size, role="random control")
+
+
+def _create(architecture: str, image_size: int | None, **options) -> nn.Module:
+    import timm
+
+    if image_size:
+        options["img_size"] = image_size
+    try:
+        return timm.create_model(architecture, **options)
+    except RuntimeError as error:
+        if "Unknown model" in str(error):
+            known = [*entries(), *timm.list_models("*vit*")]
+        elif "Invalid pretrained tag" in str(error):
+            known = timm.list_pretrained(architecture.split(".")[0] + ".*")
+        else:
+            raise
+        raise unknown("model", architecture.split(":")[-1], known, "See `vitreg models`.") from None
+
+
+def _with_config(name, module, sha256, image_size, role="trained") -> Model:
+    import timm.data
+
+    config = timm.data.resolve_model_data_config(module)
+    size = image_size or config["input_size"][-1]
+    options = dict(mean=tuple(config["mean"]), std=tuple(config["std"]), interpolation=config["interpolation"])
+    options |= dict(crop=config["crop_pct"], crop_mode=config["crop_mode"])
+    return Model(name, module, sha256, role, input_size=size, **options)
+
+
+def _folder(timm_name: str) -> Path | None:
+    """The folder of VITREG_MODELS that holds a model of timm in hub layout, recognised by what its config says."""
+    root = env_folder("VITREG_MODELS")
+    if not root:
+        return None
+    if not root.is_dir():
+        raise UserError(f"VITREG_MODELS={root}: no such folder")
+    for config in sorted(root.glob("*/config.json")):
+        if config.parent.name == timm_name:
+            return config.parent
+        content = _read_json(config)
+        tag = content.get("pretrained_cfg", {}).get("tag", "")
+        if f"{content.get('architecture')}.{tag}".removesuffix(".") == timm_name:
+            return config.parent
+    return None
+
+
+def _timm(name: str, timm_name: str, image_size: int | None) -> Model:
+    folder = _folder(timm_name)
+    if folder:
+        return _hub_folder(timm_name, folder, image_size)
+    instead = (
+        f"put a folder with config.json and model.safetensors from the hub's timm/{timm_name} into a folder named by "
+        "VITREG_MODELS, or use --profile mini, which works offline"
+    )
+    with hub(f"{name}: its weights", instead):
+        module = _create(timm_name, image_size, pretrained=True)
+    return _with_config(timm_name, module, weights_sha256(module), image_size)
+
+
+def _hub_folder(name: str, folder: Path, image_size: int | None) -> Model:
+    _read_json(folder / "config.json")
+    weights = folder / "model.safetensors"
+    if not weights.exists():
+        raise UserError(f"{name}: {folder.name} has a config.json but no model.safetensors")
+    try:
+        module = _create(f"local-dir:{folder}", image_size, pretrained=True)
+    except UserError:
+        raise
+    except Exception as error:  # safetensors and timm raise many kinds for damaged files
+        raise UserError(f"{name}: model.safetensors in {folder.name} cannot be read: {_line(error)}") from error
+    return _with_config(name, module, file_sha256(weights), image_size)
+
+
+def _file(name: str, image_size: int | None) -> Model:
+    location, _, architecture = name.removeprefix("file:").partition("#")
+    path = Path(location).expanduser()
+    if path.is_dir() and (path / "config.json").exists():
+        return _hub_folder(name, path, image_size)
+    if not path.is_file():
+        raise UserError(f"{name}: no such file, and no folder with a config.json")
+    if path.suffix == ".safetensors":
+        metadata, tensors = _read_safetensors(path)
+        if "vit" in metadata:
+            return _mini_file(name, path, image_size=image_size)
+    elif path.suffix in (".pt", ".pth"):
+        tensors = _read_pickle(path)
+    else:
+        raise UserError(f"{name}: a .safetensors, .pt or .pth file is wanted")
+    if not architecture:
+        raise UserError(
+            f"{name}: the file does not say its architecture; write file:{location}#ARCH with a name of timm's"
+        )
+    head = tensors.get("head.weight")
+    options = {} if head is None else {"num_classes": len(head)}
+    module = _create(architecture, image_size, pretrained=False, **options)
+    _fill(name, module, _at_size(module, tensors) if image_size else tensors)
+    return _with_config(name, module, file_sha256(path), image_size)

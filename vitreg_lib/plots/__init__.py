@@ -1,0 +1,30 @@
+"""Figures in one visual style, from tensors or data frames to an unsaved matplotlib Figure."""
+
+from .maps import bars, by_pair, grids, query_view, sheet
+from .norms import histograms, image_grid, norm_maps, norms_by_layer, token_kinds, training
+from .scores import boxes, scores
+from .style import ATTENTION, NORMS, PALETTE, PAPER, caption, picture, plt, styled
+
+__all__ = [
+    "ATTENTION",
+    "NORMS",
+    "PALETTE",
+    "PAPER",
+    "bars",
+    "boxes",
+    "by_pair",
+    "caption",
+    "grids",
+    "histograms",
+    "image_grid",
+    "norm_maps",
+    "norms_by_layer",
+    "picture",
+    "plt",
+    "query_view",
+    "scores",
+    "sheet",
+    "styled",
+    "token_kinds",
+    "training",
+]

@@ -1,0 +1,199 @@
+"""Figures of token norms: on the image, as histograms, by block, along training, by kind of token."""
+
+from __future__ import annotations
+
+import matplotlib
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import torch
+from matplotlib.figure import Figure
+
+from .style import NORMS, PALETTE, PAPER, _bare, _plain_log, picture, styled
+
+
+@styled
+def image_grid(
+    rows: list[tuple[str, list]],
+    columns: list[str] | None = None,
+    cmap: str = NORMS,
+    scale: str = "row",
+    label: str = "norm",
+    cell: float = 1.35,
+) -> Figure:
+    """A grid of pictures with labels on its margins.
+
+    rows: (label, cells); a cell is (3, h, w) pixels, an (r, c) map, or None for an empty place. Maps share a colour
+    scale per `scale`: "row", "all" or "each"; the colour bar says `label`.
+    """
+    count = max(len(cells) for _, cells in rows)
+    figure, axes = plt.subplots(len(rows), count, figsize=(cell * count + 1.2, cell * len(rows) + 0.4), squeeze=False)
+    maps = [[c for c in cells if c is not None and c.ndim == 2] for _, cells in rows]
+    everything = [m for row in maps for m in row]
+    for (name, cells), row_axes, row_maps in zip(rows, axes, maps, strict=True):
+        drawn = None
+        for axis, content in zip(row_axes, list(cells) + [None] * (count - len(cells)), strict=True):
+            _bare(axis)
+            if content is None:
+                continue
+            if content.ndim == 3:
+                axis.imshow(picture(content))
+                continue
+            pool = {"row": row_maps, "all": everything, "each": [content]}[scale]
+            low, high = min(float(m.min()) for m in pool), max(float(m.max()) for m in pool)
+            drawn = axis.imshow(content.cpu(), cmap=cmap, vmin=low, vmax=high)
+        row_axes[0].set_ylabel(name, rotation=0, ha="right", va="center", fontsize=8)
+        if drawn is not None and scale != "each":
+            figure.colorbar(drawn, ax=list(row_axes), fraction=0.02, pad=0.01, label=label)
+    for axis, title in zip(axes[0], columns or [], strict=False):
+        axis.set_title(title, fontsize=8)
+    return figure
+
+
+@styled
+def norm_maps(pixels: torch.Tensor, maps: dict[str, torch.Tensor], cutoffs: dict[str, float]) -> Figure:
+    """Figure 3, left: images and, for each model, its norm map (images, rows, cols) with outliers ringed."""
+    n = min(len(pixels), 4)
+    figure, axes = plt.subplots(1 + len(maps), n, figsize=(1.5 * n + 1.3, 1.5 * (1 + len(maps))), squeeze=False)
+    for axis, image in zip(axes[0], pixels, strict=False):
+        axis.imshow(picture(image))
+    axes[0, 0].set_ylabel("image", rotation=0, ha="right", va="center", fontsize=8)
+    for row, (name, norms) in zip(axes[1:], maps.items(), strict=True):
+        high = max(float(norms[:n].max()), 1e-6)
+        for axis, norm_map in zip(row, norms, strict=False):
+            drawn = axis.imshow(norm_map.cpu(), cmap=NORMS, vmin=0, vmax=high)
+            place = (norm_map > cutoffs[name]).nonzero().cpu()
+            axis.scatter(place[:, 1], place[:, 0], s=28, facecolors="none", edgecolors=PALETTE[1], linewidths=1.2)
+        row[0].set_ylabel(name, rotation=0, ha="right", va="center", fontsize=8)
+        # a bar inside the last panel's margin leaves the panels of all rows aligned
+        bar = figure.colorbar(drawn, cax=row[-1].inset_axes([1.06, 0, 0.06, 1]), label="L2 norm")
+        if cutoffs[name] <= high:
+            bar.ax.axhline(cutoffs[name], color=PALETTE[1], lw=1.5)
+    for axis in axes.flat:
+        _bare(axis)
+    return figure
+
+
+@styled
+def histograms(
+    norms: dict[str, torch.Tensor], cutoffs: dict[str, float], paper: str | None = None, columns: int = 3
+) -> Figure:
+    """Histogram of patch norms for each model, on log axes, with its cutoff and the share of tokens above it."""
+    columns = min(columns, len(norms))
+    rows = -(-len(norms) // columns)
+    figure, axes = plt.subplots(rows, columns, figsize=(2.5 * columns + 0.4, 2.3 * rows), squeeze=False, sharey=True)
+    for axis, (name, values) in zip(axes.flat, norms.items(), strict=False):
+        values, cut = values.flatten().cpu(), cutoffs[name]
+        highest = max(float(values.max()), cut if np.isfinite(cut) else 0)
+        axis.hist(values.numpy(), bins=np.geomspace(float(values.min()) * 0.95, highest * 1.1, 80), color=PALETTE[0])
+        axis.axvline(float(values.median()), color=PALETTE[4], lw=1.5, ls=":", label="median")
+        told = "one mode: no cutoff"
+        if np.isfinite(cut):
+            axis.axvline(cut, color=PALETTE[1], lw=1.3, label="cutoff")
+            told = f"cutoff {cut:.3g}, {(values > cut).float().mean().item():.2%} above"
+        axis.set(xscale="log", yscale="log", title=f"{name}\n{told}", xlabel="L2 norm of patch tokens")
+        _plain_log(axis.xaxis, 5)
+    for axis in axes[:, 0]:
+        axis.set_ylabel("tokens")
+        _plain_log(axis.yaxis)
+    known = {text: line for axis in axes.flat for line, text in zip(*axis.get_legend_handles_labels(), strict=True)}
+    figure.legend(known.values(), known.keys(), loc="outside right upper")
+    for axis in axes.flat[len(norms) :]:
+        axis.set_visible(False)
+    if paper:
+        figure.suptitle(paper, fontsize=8, color=PAPER)
+    return figure
+
+
+def _bands(axis, x, levels: dict[float, np.ndarray], colour) -> None:
+    """Median line, the middle half and the middle 98 % as bands, the largest value dashed."""
+    axis.fill_between(x, levels[0.01], levels[0.99], color=colour, alpha=0.18, lw=0, label="1 to 99 %")
+    axis.fill_between(x, levels[0.25], levels[0.75], color=colour, alpha=0.35, lw=0, label="middle half")
+    axis.plot(x, levels[0.5], color=colour, label="median")
+    axis.plot(x, levels[1.0], color=PALETTE[1], lw=1, ls="--", label="largest")
+
+
+def _levels(table: pd.DataFrame) -> dict[float, np.ndarray]:
+    return {q: table[f"q{q:g}"].to_numpy() for q in (0.01, 0.25, 0.5, 0.75, 0.99, 1.0)}
+
+
+@styled
+def norms_by_layer(tables: dict[str, pd.DataFrame], onsets: dict[str, int]) -> Figure:
+    """Figure 4(a): quantiles of patch norms after each block, one panel a model; tables as `telemetry.table`."""
+    figure, axes = plt.subplots(1, len(tables), figsize=(2.6 * len(tables) + 0.4, 2.9), squeeze=False)
+    for axis, (name, table) in zip(axes[0], tables.items(), strict=True):
+        _bands(axis, table.layer, _levels(table), PALETTE[0])
+        onset = onsets.get(name)
+        told = "no outliers" if pd.isna(onset) else f"outliers from block {onset} of {len(table)}"
+        if not pd.isna(onset):
+            axis.axvline(onset, color=PALETTE[2], ls=":")
+        axis.set(title=f"{name}\n{told}", xlabel="block (from 0)", yscale="log")
+        _plain_log(axis.yaxis)
+        axis.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(integer=True, nbins=7))
+    axes[0, 0].set_ylabel("L2 norm of patch tokens")
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=4)
+    return figure
+
+
+@styled
+def training(log: pd.DataFrame, telemetry: pd.DataFrame, steps: int, title: str = "") -> Figure:
+    """A training of `steps` as far as it has come: loss, the recipe's own numbers, norms by step and by block.
+
+    log: one row a step, columns `step`, `loss` and the recipe's numbers; telemetry: rows of `telemetry.measure`.
+    """
+    figure, ((loss, numbers), (by_step, by_block)) = plt.subplots(2, 2, figsize=(8.4, 5.2))
+    smooth = log.set_index("step").ewm(span=15).mean()
+    loss.plot(log.step, log.loss, color=PALETTE[0], lw=0.6, alpha=0.35)
+    loss.plot(smooth.index, smooth.loss, color=PALETTE[0], lw=1.6)
+    loss.set(xlabel="step", ylabel="loss", xlim=(0, steps))
+    names = [name for name in log.columns if name not in ("step", "loss")]
+    for colour, name in zip(PALETTE, names, strict=False):
+        numbers.plot(smooth.index, smooth[name], color=colour, label=name.replace("_", " "))
+    if names:
+        numbers.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=len(names))
+        if smooth[names].min().min() > 0 and smooth[names].max().max() > 20 * smooth[names].max().min():
+            numbers.set_yscale("log")  # else the smaller would be a line along the bottom
+            _plain_log(numbers.yaxis)
+    numbers.set(xlabel="step", ylabel="on the batch", xlim=(0, steps))
+
+    last = telemetry[telemetry.layer == telemetry.layer.max()]
+    _bands(by_step, last.step, _levels(last), PALETTE[0])
+    for colour, name in ((PALETTE[2], "cls"), (PALETTE[3], "register")):
+        if last[f"{name}_norm"].notna().any():
+            by_step.plot(last.step, last[f"{name}_norm"], color=colour, ls="-.", label=f"{name}, mean")
+    by_step.set(xlabel="step", ylabel="L2 norm, last block", yscale="log", xlim=(0, steps))
+    now = telemetry[telemetry.step == telemetry.step.max()]
+    _bands(by_block, now.layer, _levels(now), PALETTE[0])
+    by_block.set(xlabel="block (from 0)", ylabel=f"L2 norm, step {now.step.max()}", yscale="log")
+    by_block.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(integer=True, nbins=8))
+    for axis in (by_step, by_block):
+        _plain_log(axis.yaxis)
+    figure.legend(*by_step.get_legend_handles_labels(), loc="outside lower center", ncols=6)
+    figure.suptitle(title, fontsize=9)
+    return figure
+
+
+@styled
+def token_kinds(tables: dict[str, dict[str, torch.Tensor]]) -> Figure:
+    """Figure 15: norms of patches, cls and each register apart; one panel a model, {kind: norms}."""
+    widths = [len(kinds) + 1 for kinds in tables.values()]
+    figure, axes = plt.subplots(
+        1, len(tables), figsize=(0.45 * sum(widths) + 1.4, 3.0), squeeze=False, sharey=True, width_ratios=widths
+    )
+    for axis, (name, kinds) in zip(axes[0], tables.items(), strict=True):
+        for place, (kind, values) in enumerate(kinds.items()):
+            colour = {"patches": PALETTE[0], "cls": PALETTE[2]}.get(kind, PALETTE[1])
+            values = values.flatten().cpu().numpy()
+            if np.ptp(values) > 0:
+                bodies = axis.violinplot(np.log10(values), [place], showextrema=False, widths=0.8)["bodies"]
+                bodies[0].set(facecolor=colour, alpha=0.5)
+            axis.plot([place - 0.3, place + 0.3], [np.log10(np.median(values))] * 2, color=colour, lw=1.5)
+            axis.plot([place], [np.log10(values.max())], marker="_", color=colour, ms=6)
+        axis.set_xticks(range(len(kinds)), list(kinds), rotation=45, ha="right")
+        axis.set_xlim(-0.8, len(kinds) - 0.2)
+        axis.set_title(name)
+    low, high = axes[0, 0].get_ylim()
+    ticks = [t for e in range(-2, 5) for t in (10**e, 2 * 10**e, 5 * 10**e) if low <= np.log10(t) <= high]
+    axes[0, 0].set_yticks(np.log10(ticks), [f"{t:g}" for t in ticks])
+    axes[0, 0].set_ylabel("L2 norm\n(line: median, tick: largest)")
+    return figure

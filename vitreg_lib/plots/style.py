@@ -1,0 +1,82 @@
+"""One visual style: legible at the width of a notebook cell, safe for colour-blind readers, with the paper's value as a
+labelled line and the profile and models in the caption."""
+
+from __future__ import annotations
+
+import matplotlib
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+
+# The backend is chosen here: chosen inside `rc_context`, a notebook's would lose its "interactive" when the context
+# ends, and every figure of the notebook but the first would stay unseen.
+plt.switch_backend(matplotlib.get_backend())
+
+NORMS = "viridis"  # colour map of norms
+ATTENTION = "magma"  # colour map of attention
+# Okabe and Ito's colours, told apart by all readers
+PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442")
+PAPER = "#555555"  # lines that show the paper's values
+STYLE = {
+    "figure.dpi": 100,
+    "font.size": 9,
+    "axes.titlesize": 9,
+    "axes.labelsize": 9,
+    "legend.fontsize": 8,
+    "legend.frameon": False,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.alpha": 0.25,
+    "svg.hashsalt": "vitreg",
+    "axes.prop_cycle": matplotlib.cycler(color=PALETTE),
+    "figure.constrained_layout.use": True,
+}
+
+
+def styled(function):
+    """Draw in the collection's style and leave the reader's own settings as they were."""
+    import functools
+
+    @functools.wraps(function)
+    def inner(*args, **kwargs):
+        with plt.rc_context(STYLE):
+            return function(*args, **kwargs)
+
+    return inner
+
+
+def caption(figure: Figure, text: str) -> Figure:
+    """Put a line below the figure: which profile, which models, which images made it."""
+    import textwrap
+
+    width = int(figure.get_figwidth() * 17)
+    figure.supxlabel("\n".join(textwrap.wrap(text, width)), fontsize=7, color="#444444")
+    return figure
+
+
+def picture(pixels: torch.Tensor) -> np.ndarray:
+    """(3, height, width) pixels in [0, 1] as matplotlib wants them."""
+    return pixels.clamp(0, 1).permute(1, 2, 0).cpu().numpy()
+
+
+def _bare(axis) -> None:
+    """No ticks, grid or frame: a picture."""
+    axis.set(xticks=[], yticks=[])
+    axis.grid(False)
+    for spine in axis.spines.values():
+        spine.set_visible(False)
+
+
+def _plain_log(axis, most: int = 8) -> None:
+    """Ticks of a log axis as plain numbers: 1, 2 and 5 times powers of ten, or the powers alone if `most` are exceeded.
+
+    Called after the data are drawn, since the number of ticks hangs on the axis' range.
+    """
+    low, high = axis.get_view_interval()
+    few = 3 * np.log10(high / low) > most
+    axis.set_major_locator(matplotlib.ticker.LogLocator(subs=(1,) if few else (1, 2, 5), numticks=most))
+    axis.set_major_formatter(matplotlib.ticker.FuncFormatter(lambda v, _: f"{v:g}"))
+    axis.set_minor_locator(matplotlib.ticker.NullLocator())

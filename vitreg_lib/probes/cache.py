@@ -1,0 +1,181 @@
+"""Features, extracted once and kept as Arrow on disk: what Tables 1, 4 and 6 and Fig. 5 classify and probe.
+
+Each extraction has a fingerprint, the sha256 of all that it follows from: the model's sha256 and preprocessing, the
+digest of the images, the options, and the source of the code that computes it. The same fingerprint is computed once,
+by `datasets.map`, into VITREG_CACHE (by default results/cache); a record that names it can be traced to model and data.
+
+A cache is used only with its description beside it (FINGERPRINT.json: rows, bytes, and where it came from), which is
+written last: what was killed, truncated or filled up a disk has none, or another size, and is computed anew.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from ..base import cache, write_atomically
+from ..hooks.capture import SITES, WHOLE, Capture
+
+
+@dataclass
+class Features:
+    """Tokens of one model on one source, on disk, read when asked for.
+
+    data: a `datasets.Dataset`, one row an image. fingerprint and about: where they come from. shapes: of one row.
+    """
+
+    data: object
+    fingerprint: str
+    about: dict
+    shapes: dict[str, tuple[int, ...]]
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.shapes
+
+    def column(self, name: str, rows: torch.Tensor | None = None) -> torch.Tensor:
+        """(images, *shape) of a column: all, or those of `rows` (images,) in their order, read from the file."""
+        table = self.data if rows is None else self.data.select(rows.tolist())
+        stored = table.with_format("arrow")[:][name].combine_chunks()
+        values = torch.from_numpy(stored.flatten().to_numpy(zero_copy_only=False).copy())
+        return values.view(len(table), *self.shapes[name])
+
+
+def captured(model, images, keep=("norms",), layers=None, progress: bool = False) -> Capture:
+    """`model.capture` of an `Images` set, kept on disk: the same `Capture`, for sites without queries."""
+    from datasets import Dataset
+
+    keep = (keep,) if isinstance(keep, str) else tuple(keep)
+    known = [site for site in SITES if site != "attention"]
+    if bad := [site for site in keep if site not in known]:
+        raise ValueError(f"site {bad[0]!r} is not kept on disk; known are {', '.join(known)}")
+    layers = model.anatomy.layers(layers)
+    digest = hashlib.sha256(images.x.contiguous().numpy().tobytes()).hexdigest()
+    about = described(model, digest, len(images)) | {"kind": "capture", "keep": sorted(keep), "layers": list(layers)}
+
+    def extract(batch, rows):
+        seen = model.capture(images.x[rows], keep, layers=layers)
+        found = {site: getattr(seen, site).float() for site in keep if site in WHOLE}
+        return found | {f"{s}.{i}": getattr(seen, s)[i].float() for s in keep if s not in WHOLE for i in layers}
+
+    features = mapped(Dataset.from_dict({"row": list(range(len(images)))}), extract, about, progress)
+    anatomy = model.anatomy
+    seen = Capture(layers, anatomy.grid(images.x), anatomy.has_cls, anatomy.num_registers)
+    for site in keep:
+        whole = site in WHOLE
+        setattr(seen, site, features.column(site) if whole else {i: features.column(f"{site}.{i}") for i in layers})
+    return seen
+
+
+def described(model, digest: str, images: int) -> dict:
+    """What features of a model on images follow from, as their description and fingerprint state it."""
+    preprocessing = [model.input_size, model.mean, model.std, model.interpolation, model.crop, model.crop_mode]
+    return {
+        "model": model.name,
+        "model_sha256": model.sha256,
+        "preprocessing": [list(p) if isinstance(p, tuple) else p for p in preprocessing],
+        "images": images,
+        "images_sha256": digest,
+        "code": _code(),
+    }
+
+
+def mapped(rows, extract, about: dict, progress: bool = False) -> Features:
+    """The `Features` described by `about`: read from the cache, or extracted batch by batch by `datasets.map`.
+
+    extract(batch of columns, row numbers (batch,)) gives {name: (batch, …)} of float32 or bool.
+    """
+    from datasets import Dataset
+
+    fingerprint, folder = _fingerprint(about), cache()
+    path, beside = folder / f"{fingerprint}.arrow", folder / f"{fingerprint}.json"
+    shapes: dict[str, list[int]] = {}
+
+    def flat(batch, numbers):
+        found = extract(batch, torch.tensor(numbers))
+        shapes.update({name: list(value.shape[1:]) for name, value in found.items()})
+        return {name: value.reshape(len(value), -1).cpu().numpy() for name, value in found.items()}
+
+    if not _is_whole(path, beside, len(rows)):
+        folder.mkdir(parents=True, exist_ok=True)
+        with _bars(progress):
+            rows.map(
+                flat,
+                with_indices=True,
+                batched=True,
+                batch_size=32,
+                remove_columns=rows.column_names,
+                cache_file_name=str(path),
+                load_from_cache_file=False,
+                new_fingerprint=fingerprint,
+                desc=f"features of {about['model']}",
+            )
+        size = path.stat().st_size
+        description = {"fingerprint": fingerprint, "rows": len(rows), "bytes": size, "shapes": shapes, "about": about}
+        write_atomically(beside, json.dumps(description, indent=1).encode())
+    stored = json.loads(beside.read_text())["shapes"]
+    return Features(Dataset.from_file(str(path)), fingerprint, about, {k: tuple(v) for k, v in stored.items()})
+
+
+def remembered(about: dict, compute):
+    """What `compute()` gives (anything that JSON holds), kept under the fingerprint of `about`."""
+    path = cache() / f"{_fingerprint(about)}.result.json"
+    try:
+        told = json.loads(path.read_text())
+        if told["about"] == json.loads(json.dumps(about)):
+            return told["result"]
+    except (OSError, ValueError, KeyError):
+        pass  # not there, or damaged: computed below
+    result = compute()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, json.dumps({"about": about, "result": result}).encode())
+    return json.loads(json.dumps(result))
+
+
+def _fingerprint(about: dict) -> str:
+    return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
+
+
+def _is_whole(path: Path, beside: Path, rows: int) -> bool:
+    """Whether a cache has its description and is as long as that says."""
+    try:
+        told = json.loads(beside.read_text())
+        return told["rows"] == rows and told["bytes"] == path.stat().st_size
+    except (OSError, ValueError, KeyError):
+        return False
+
+
+def _code() -> str:
+    """sha256 of the modules that compute features: another version computes its own."""
+    from ..hooks import anatomy, capture
+    from . import local
+
+    return source_sha256(__file__, anatomy.__file__, capture.__file__, local.__file__)
+
+
+def source_sha256(*files: str) -> str:
+    """sha256 of source files, by which a result of older code is told from one of this."""
+    found = hashlib.sha256()
+    for path in files:
+        found.update(Path(path).read_bytes())
+    return found.hexdigest()
+
+
+@contextmanager
+def _bars(on: bool):
+    """`datasets`' progress bars on or off for a while."""
+    from datasets.utils import logging
+
+    before = logging.is_progress_bar_enabled()
+    (logging.enable_progress_bar if on else logging.disable_progress_bar)()
+    try:
+        yield
+    finally:
+        (logging.enable_progress_bar if before else logging.disable_progress_bar)()

@@ -1,0 +1,359 @@
+"""What a notebook is given and what it leaves behind: parameters, measurements, claims, figures.
+
+A notebook's parameters are the plain literals of its cell tagged `parameters`; their names and types are all that is
+allowed, for papermill, for `vitreg run` and for hand. `start` refuses others before anything is computed.
+
+    run = vr.start("fig04", globals())
+    run.measure("outlier_share", 0.021, model=model.name, paper=0.0237)
+    run.claim("C012", holds=True, measured="block 7 of 12")
+    run.save(figure)
+    run.claims()                          # shows the verdicts and writes record.json
+
+Results go to results/<profile>/<item>/, with parameters other than the default to results/<profile>/<item>--<hash>/.
+"""
+
+from __future__ import annotations
+
+import ast
+import csv
+import functools
+import hashlib
+import json
+import os
+import platform
+import sys
+import time
+from importlib.metadata import version
+from pathlib import Path
+from types import SimpleNamespace
+
+import yaml
+
+from ..base import DATA, NOTEBOOKS, UserError, in_batch, results, unknown, write_atomically
+
+PROFILES = ("mini", "small", "large", "paper")
+VERDICTS = ("holds", "fails", "not testable here")
+
+
+def start(item: str, namespace: dict) -> Run:
+    """The `Run` of a notebook, from the notebook's own `globals()`.
+
+    Raises UserError for parameters that the notebook does not declare (a cell injected by papermill may hold some),
+    for a value of another type than its default, and for an unknown profile; the nearest valid name is given.
+    """
+    declared = declared_parameters(item)
+    injected = _injected(namespace.get("In", []))
+    given = {name: namespace[name] for name in declared if name in namespace} | injected
+    return Run(item, check_parameters(item, given))
+
+
+def check_parameters(item: str, given: dict) -> dict:
+    """All parameters of an item, defaults filled in, after checking `given` against what its notebook declares."""
+    declared = declared_parameters(item)
+    for name, value in given.items():
+        if name not in declared:
+            raise unknown(f"parameter of {item}", name, declared)
+        default = declared[name]
+        fits = type(value) is type(default) or (isinstance(default, float) and type(value) is int)
+        if not fits:
+            raise UserError(
+                f"parameter {name} of {item} is {value!r} ({type(value).__name__}), but a {type(default).__name__} is "
+                f"wanted, as in {default!r}"
+            )
+    values = {name: type(default)(given.get(name, default)) for name, default in declared.items()}  # 150 is 150.0
+    if values["profile"] not in PROFILES:
+        raise unknown("profile", values["profile"], PROFILES)
+    return values
+
+
+@functools.cache
+def declared_parameters(item: str) -> dict:
+    """Names and defaults in the cell tagged `parameters` of an item's notebook."""
+    for cell in json.loads(notebook(item).read_text())["cells"]:
+        if "parameters" in cell.get("metadata", {}).get("tags", []):
+            return _assigned("".join(cell["source"]))
+    raise UserError(f"{notebook(item).name} has no cell tagged parameters")
+
+
+def notebook(item: str) -> Path:
+    """The notebook of an item such as fig04 (also fig4, figure4, table2)."""
+    name = normal_name(item)
+    paths = sorted(p for p in NOTEBOOKS.glob("*/*.ipynb") if p.parent.name != "workshop")  # exercises are no items
+    found = [p for p in paths if p.stem.startswith(f"{name}_")] + [p for p in paths if p.stem == name]
+    if not found:
+        names = {p.stem.split("_")[0] if p.parent.name == "paper" else p.stem for p in paths}
+        raise unknown("item", item, names, "See the README's table of notebooks.")
+    return found[0]
+
+
+def normal_name(item: str) -> str:
+    """fig4, figure4, Fig04 → fig04; table2 → tab02; other names as they are."""
+    for long, short in (("figure", "fig"), ("table", "tab"), ("fig", "fig"), ("tab", "tab")):
+        rest = item.lower().removeprefix(long)
+        if rest != item.lower() and rest.isdigit():
+            return f"{short}{int(rest):02d}"
+    return item
+
+
+def folder(item: str, parameters: dict) -> Path:
+    """Where a run with these (checked) parameters keeps its results."""
+    declared = declared_parameters(item)
+    differing = {k: v for k, v in parameters.items() if v != declared[k] and k != "profile"}
+    name = normal_name(item)
+    if differing:
+        name += "--" + hashlib.sha256(json.dumps(differing, sort_keys=True).encode()).hexdigest()[:8]
+    return results() / parameters["profile"] / name
+
+
+def is_plain(item: str, parameters: dict) -> bool:
+    """Whether a run is of the kind whose record is committed: profile mini, all (checked) parameters as declared."""
+    return parameters == declared_parameters(item) and parameters["profile"] == "mini"
+
+
+def _assigned(source: str) -> dict:
+    """Names assigned plain literals in a cell."""
+    return {
+        node.targets[0].id: ast.literal_eval(node.value)
+        for node in ast.parse(source).body
+        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name)
+    }
+
+
+def _injected(cells: list[str]) -> dict:
+    """What the cell that papermill injects assigns; only this can hold names that the notebook does not declare."""
+    found = {}
+    for source in cells:
+        if source.startswith("# Parameters"):
+            found |= _assigned(source)
+    return found
+
+
+@functools.cache
+def reported_claims() -> dict[str, dict]:
+    """The paper's claims by id, from data/reported/claims.csv."""
+    with open(DATA / "reported" / "claims.csv", newline="") as f:
+        return {row["id"]: row for row in csv.DictReader(f)}
+
+
+@functools.cache
+def items() -> dict[str, dict]:
+    """data/items.yaml: title, and models, images and sizes of every profile, by item."""
+    return yaml.safe_load((DATA / "items.yaml").read_text())
+
+
+class Run:
+    """One execution of a notebook. `parameters` are checked; `models`, `images` and `n_images` come from the item's
+    profile where the parameter is left empty."""
+
+    def __init__(self, item: str, parameters: dict):
+        self.item, self.parameters, self.profile = item, parameters, parameters["profile"]
+        entry = items().get(item, {})
+        self.title = entry.get("title", item)
+        self.settings = {**entry.get("mini", {}), **entry.get(self.profile, {})}
+        self.settings |= {
+            name: value for name, value in parameters.items() if value not in ("", 0) or name not in self.settings
+        }
+        self.at = SimpleNamespace(**{k: v for k, v in self.settings.items() if k != "profile"})
+        self.folder = folder(item, parameters)
+        self.models, self.not_here, self._measured, self._claims = [], [], [], []
+        self._features, self._drawn = {}, {}
+        self.progress = not in_batch()  # bars are for people, not for committed outputs
+        self._began = time.perf_counter()
+        print(f"{item}: {self.title}. Profile {self.profile}: {self.settings.get('models', '')}".rstrip(": "))
+
+    def load(self, names: str | None = None) -> list:
+        """The models of this run (or those named, separated by spaces), loaded; what cannot be had is named, left out.
+
+        With models given by hand a missing one is an error, since it was asked for.
+        """
+        from ..model import zoo
+
+        loaded = []
+        wanted = (names or self.settings["models"]).replace(",", " ").split()
+        for name in wanted:
+            try:
+                model = zoo.load(name)
+            except UserError as error:
+                if self.profile == "mini" or self.parameters.get("models"):
+                    raise
+                print(f"not reachable here: {name}")
+                self.not_here.append({"name": name, "reason": str(error)})
+                continue
+            loaded.append(model)
+            if model.name not in {m.name for m in self.models}:
+                self.models.append(model)
+        if not loaded:
+            raise UserError(
+                f"none of the models of profile {self.profile} is reachable here; {self.not_here[0]['reason']}"
+            )
+        return loaded
+
+    def images(self, model, n: int | None = None):
+        """The run's images as `model` sees them: `settings["images"]`, `n_images` of them, drawn by `seed`."""
+        from ..data import images
+
+        source = self.settings["images"]
+        if source == "imagenet" and not images.named_folder("imagenet"):
+            source = "photos"  # what ships with the packages, where no folder of photos was given
+        return images.load(source, model, n or self.settings["n_images"], self.parameters.get("seed", 0))
+
+    def examples(self, model, n: int = 4):
+        """A few images to look at: the first of the run's scenes, or photos that may be shown anywhere."""
+        from ..data import images
+
+        source = "scenes" if self.settings["images"] == "scenes" else "photos"
+        return images.load(source, model, n, self.parameters.get("seed", 0))
+
+    def measure(self, name: str, value, model: str = "", unit: str = "", paper=None, features: str = "") -> None:
+        """Put one number into the record (null where there is none, as for the cutoff of one mode).
+
+        `paper` is the paper's own value for its own model, shown beside it. `features`: fingerprints of the cached
+        features it was computed from, which `trace` describes.
+        """
+        value = value.item() if hasattr(value, "item") else value
+        if value is None or value != value or value in (float("inf"), float("-inf")):
+            value = None
+        row = {"name": name, "model": model, "value": value, "unit": unit, "paper": paper}
+        self._measured.append(row | ({"features": features} if features else {}))
+
+    def trace(self, about: dict[str, dict]) -> None:
+        """Put descriptions of cached features into the record by fingerprint: model's sha256, images, options."""
+        for key, told in about.items():
+            infinite = {k: None for k, v in told.items() if v == float("inf")}  # JSON has no such number
+            self._features[key] = {k: v for k, v in told.items() if k != "code"} | infinite
+
+    def measure_table(self, table, paper: dict | None = None, name: str = "{column}") -> None:
+        """`measure` every cell of a DataFrame whose index is models' labels; empty cells are recorded as null.
+
+        Where the index has further levels, `name` says what a number is called by their names, as
+        "{column}, {feature}, bias {bias:g}"; paper: {what it is called: the paper's value}.
+        """
+        import pandas as pd
+
+        full = {m.label: m.name for m in self.models}
+        for key, row in table.iterrows():
+            label, *rest = key if isinstance(key, tuple) else (key,)
+            levels = dict(zip(table.index.names[1:], rest, strict=True))
+            for column, value in row.items():
+                called = name.format(column=column, **levels)
+                value = None if pd.isna(value) else value
+                self.measure(called, value, full.get(label, label), paper=(paper or {}).get(called))
+
+    def caption(self, images=None) -> str:
+        """One line for below a figure: profile, models and images."""
+        models = ", ".join(m.name + (f" ({m.role})" if m.role != "trained" else "") for m in self.models)
+        return f"{self.item}, profile {self.profile}: {models}" + (f"; {images.source}" if images else "")
+
+    def claim(
+        self, claim: str, holds: bool | None, measured: str, text: str | None = None, paper: str | None = None
+    ) -> None:
+        """Judge a claim of the paper (an id of data/reported/claims.csv) or one of this collection's own (with `text`).
+
+        `holds` is None where it cannot be tested here; `measured` then says why.
+        """
+        reported = reported_claims().get(claim)
+        if reported is None and text is None:
+            raise unknown("claim", claim, reported_claims())
+        verdict = VERDICTS[2] if holds is None else VERDICTS[0] if holds else VERDICTS[1]
+        self._claims.append(
+            {
+                "id": claim,
+                "text": text or reported["claim"],
+                "verdict": verdict,
+                "measured": measured,
+                "paper": paper if paper is not None else (reported or {}).get("paper_value", ""),
+            }
+        )
+
+    def save(self, figure, name: str = "figure") -> None:
+        """Write a matplotlib figure as SVG and PNG into the run's folder, and what it draws into the record.
+
+        It stays open for the notebook to show.
+        """
+        from . import compare
+
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for suffix, options in ((".svg", {"metadata": {"Date": None}}), (".png", {"dpi": 150})):
+            temporary = self.folder / f".{name}{suffix}"
+            figure.savefig(temporary, bbox_inches="tight", **options)
+            os.replace(temporary, self.folder / f"{name}{suffix}")
+        self._drawn[name] = compare.summary(figure)
+
+    def claims(self):
+        """The verdicts as a table; writes record.json.
+
+        Raises UserError where the run differs from the committed record and `VITREG_CHECK` is set, as by `make test`.
+        """
+        import pandas as pd
+
+        from . import compare
+
+        path = self.write()
+        if is_plain(self.item, self.parameters):
+            compare.check(json.loads(path.read_text()))
+        table = pd.DataFrame(self._claims, columns=["id", "verdict", "text", "measured", "paper"])
+        return Verdicts(table)
+
+    def write(self) -> Path:
+        """Write record.json, whole or not at all."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        record = {
+            "item": self.item,
+            "title": self.title,
+            "profile": self.profile,
+            "parameters": self.parameters,
+            "settings": {k: v for k, v in self.settings.items() if k not in self.parameters or not self.parameters[k]},
+            "measured": self._measured,
+            "claims": self._claims,
+            "models": [{"name": m.name, "sha256": m.sha256, "role": m.role} for m in self.models],
+            **({"features": self._features} if self._features else {}),
+            "not_reachable_here": self.not_here,
+            "figures": list(self._drawn),
+            "drawn": self._drawn,
+            "environment": environment(),
+            "seconds": round(time.perf_counter() - self._began, 1),
+        }
+        path = self.folder / "record.json"
+        write_atomically(path, json.dumps(record, indent=1, allow_nan=False, default=float).encode())
+        return path
+
+
+class Verdicts:
+    """A table of claims that reads well as text and as a page."""
+
+    def __init__(self, table):
+        self.table = table
+
+    def __repr__(self) -> str:
+        rows = []
+        for row in self.table.itertuples():
+            rows.append(f"{row.id} {row.verdict.upper() if row.verdict == 'fails' else row.verdict}: {row.text}")
+            rows.append(f"     measured: {row.measured}" + (f"   paper: {row.paper}" if row.paper else ""))
+        return "\n".join(rows)
+
+    def _repr_html_(self) -> str:
+        return self.table.to_html(index=False, justify="left")
+
+
+def environment() -> dict:
+    """Versions and machine, without anything private."""
+    import torch
+
+    packages = {name: version(name) for name in ("torch", "timm", "numpy", "datasets")}
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+    return {"python": platform.python_version(), **packages, "system": sys.platform, "device": device}
+
+
+def read(item: str, parameters: dict) -> dict:
+    """The record of a finished run. Raises UserError when there is none or when a product is missing."""
+    place = folder(item, parameters)
+    path = place / "record.json"
+    if not path.exists():
+        raise UserError(f"{item} left no record.json: its last cell must call run.claims()")
+    record = json.loads(path.read_text())
+    missing = [f for f in record["figures"] if not (place / f"{f}.png").exists()]
+    if missing or not record["measured"]:
+        raise UserError(
+            f"{item} left an incomplete record: {'no ' + missing[0] + '.png' if missing else 'nothing measured'}"
+        )
+    return record

@@ -1,0 +1,343 @@
+"""Where a training without labels takes its images from: scenes, or the user's own (`--data FOLDER`).
+
+Everything goes by an image's position in the training (see `parallel.batch_range`), as in `folder`, whose reading,
+order and prefetching are used here. Images come as they are, in [0, 1]; views and masks are made on the device.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import random
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from ..base import UserError
+from ..data import formats, scenes
+from ..data.images import SUFFIXES
+from ..data.scenes import HELD_OUT, MEAN, STD, targets
+from . import parallel
+
+MARGIN = 8 / 7  # own images are read this much larger than the model's, 256 pixels for 224, so that crops stay sharp
+CAPTIONS = ("caption", "text", "txt")  # columns that hold a caption
+PICTURES = ("image", "jpg", "jpeg", "png", "webp")  # columns that hold an image
+HELD_OUT_EVERY = 20  # where a folder has no val/, every twentieth image is kept for evaluation
+SPLITS = {"train": ("train",), "val": ("val", "validation", "valid", "test")}
+
+
+def images(config, step: int, device) -> tuple[torch.Tensor, torch.Tensor]:
+    """This process's images (n, 3, size, size) of a step, in [0, 1], and their positions (n,), on the device."""
+    mine = parallel.batch_range(config, step)
+    index = torch.arange(mine.start, mine.stop, device=device)
+    if not config.data:
+        return scenes.render(index, config.image_size, config.seed, device).pixels, index
+    size = round(MARGIN * config.image_size)
+    return _stream(config, str(device), pictures(config.data, "train"), size).batch(step)[0], index
+
+
+def pairs(config, step: int, device) -> tuple[torch.Tensor, list[str]]:
+    """This process's images (n, 3, size, size) of a step, in [0, 1], and their captions."""
+    if not config.data:
+        batch = scenes.render(parallel.batch_range(config, step), config.image_size, config.seed, device)
+        return batch.pixels, batch.captions()
+    pixels, captions = _stream(config, str(device), captioned(config.data, "train"), config.image_size).batch(step)
+    return pixels, list(captions)
+
+
+def held_out(config, first: int, count: int) -> torch.Tensor:
+    """Images (n, 3, size, size) in [0, 1] that are never trained on: `count` from number `first` on, as far as there
+    are so many."""
+    if not config.data:
+        return scenes.render(range(HELD_OUT + first, HELD_OUT + first + count), config.image_size, config.seed).pixels
+    source = captioned(config.data, "val") if config.recipe == "clip" else pictures(config.data, "val")
+    return _read(config, source, _places(source, config.seed)[first : first + count])[0]
+
+
+def telemetry_images(config) -> torch.Tensor:
+    """The held-out images whose norms are watched, normalised."""
+    return (held_out(config, 0, config.telemetry_images) - MEAN) / STD
+
+
+def asking(config) -> int:
+    """How many of the images of `labelled` ask."""
+    return min(config.eval_images, len(pictures(config.data, "val"))) if config.data else config.eval_images
+
+
+def labelled(config, batch_size: int = 256) -> Iterator[tuple[torch.Tensor, dict[str, torch.Tensor]]]:
+    """Images and labels to look for neighbours: `eval_images` that ask (held out), then twice as many that answer.
+
+    labels: by attribute of a scene, or `class` of a folder, whose answers come from its training images.
+    """
+    count = config.eval_images
+    if not config.data:
+        first = HELD_OUT + config.telemetry_images
+        for index in torch.arange(first, first + 3 * count).split(batch_size):
+            batch = scenes.render(index, config.image_size, config.seed)
+            yield batch.pixels, targets(batch)
+        return
+    for split, wanted in (("val", count), ("train", 2 * count)):
+        source = pictures(config.data, split)
+        for part in _places(source, config.seed)[:wanted].split(batch_size):
+            pixels, labels = _read(config, source, part)
+            yield pixels, {"class": torch.tensor(labels)}
+
+
+class Captioned:
+    """Pairs of image and caption from Parquet files or WebDataset shards (.tar with .jpg and .txt), by `datasets`.
+
+    split: "train", or "val" for every twentieth pair, which is held out. Raises UserError for a folder without such
+    files or columns.
+    """
+
+    def __init__(self, root: Path, split: str):
+        from datasets import load_dataset
+
+        kind, files = next(
+            ((kind, found) for kind, end in (("parquet", "*.parquet"), ("webdataset", "*.tar"))
+             if (found := sorted(map(str, root.rglob(end))))),
+            (None, None),
+        )  # fmt: skip
+        if kind is None:
+            raise UserError(f"no pairs in {root}: *.parquet with image and caption, or *.tar with .jpg and .txt wanted")
+        rows = load_dataset(kind, data_files=files, split="train")
+        columns = [next((n for n in names if n in rows.features), None) for names in (PICTURES, CAPTIONS)]
+        if None in columns:
+            names = ", ".join(rows.features)
+            raise UserError(f"{files[0]} has the columns {names}: {PICTURES[0]} and {CAPTIONS[0]} are expected")
+        self.image, self.caption = columns
+        last = HELD_OUT_EVERY - 1
+        self.rows = rows.select([i for i in range(len(rows)) if (i % (last + 1) == last) == (split == "val")])
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def read(self, index: int):
+        """(PIL image in RGB, caption)."""
+        row = self.rows[index]
+        return row[self.image].convert("RGB"), row[self.caption]
+
+    def name(self, index: int) -> str:
+        return f"pair {index}"
+
+
+@functools.lru_cache(maxsize=2)
+def captioned(data: str, split: str) -> Captioned:
+    """The pairs in a folder. Raises UserError where there is none."""
+    root = Path(data).expanduser()
+    if not root.is_dir():
+        raise UserError(f"no folder {data!r} for --data: write the path of one with *.parquet or *.tar files of pairs")
+    return Captioned(root, split)
+
+
+@functools.lru_cache(maxsize=1)
+def _stream(config, device: str, source, size: int):
+    return Stream(config, device, Augmented(config, source, _plain(size)))
+
+
+def _plain(size: int):
+    """PIL image → (3, size, size) in [0, 1]: short side resized, centre cropped."""
+    from timm.data import create_transform
+
+    return create_transform(size, interpolation="bicubic", mean=(0.0,) * 3, std=(1.0,) * 3, crop_pct=1.0)
+
+
+def _places(source, seed: int) -> torch.Tensor:
+    return order(len(source), seed)
+
+
+def _read(config, source, places):
+    """(pixels, labels or captions) of the pictures at these places of a source."""
+    read = [source.read(i) for i in places.tolist()]
+    return torch.stack([_plain(config.image_size)(image) for image, _ in read]), [label for _, label in read]
+
+
+def pairs_held_out(config) -> tuple[torch.Tensor, list[str]]:
+    """At most `eval_images` pairs of a folder that are never trained on: images in [0, 1] and captions."""
+    source = captioned(config.data, "val")
+    return _read(config, source, _places(source, config.seed)[: config.eval_images])
+
+
+class Pictures:
+    """The images of one split with their class numbers, from a folder of classes or from Parquet files."""
+
+    def __init__(self, root: Path, split: str):
+        self.files, self.rows = [], None
+        names = SPLITS[split]
+        if shards := next((found for name in names if (found := formats.parquet_files(root, name))), None):
+            self.rows, self.classes = _parquet(shards)
+            return
+        folder = next((root / name for name in names if (root / name).is_dir()), None)
+        whole = folder is None and not any((root / name).is_dir() for name in SPLITS["train"])
+        if whole:
+            folder = root
+        if folder is None:
+            raise UserError(f"{root} has train/ but no val/: put held-out images, a subfolder a class, there")
+        self.classes = sorted(p.name for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
+        found = [
+            (path, number)
+            for number, name in enumerate(self.classes)
+            for path in sorted((folder / name).rglob("*"))
+            if path.suffix.lower() in SUFFIXES
+        ]
+        if not found:
+            raise UserError(
+                f"no images in {folder}: a subfolder a class with {', '.join(sorted(SUFFIXES))} is expected, "
+                "below train/ and val/, or the hub's files train-*.parquet and validation-*.parquet"
+            )
+        held_out = [i % HELD_OUT_EVERY == HELD_OUT_EVERY - 1 for i in range(len(found))]
+        self.files = [f for f, out in zip(found, held_out, strict=True) if out == (split == "val")] if whole else found
+
+    def __len__(self) -> int:
+        return len(self.files) if self.rows is None else len(self.rows)
+
+    def read(self, index: int):
+        """(PIL image in RGB, class number)."""
+        from PIL import Image
+
+        if self.rows is not None:
+            row = self.rows[index]
+            return row["image"].convert("RGB"), row["label"]
+        path, label = self.files[index]
+        with Image.open(path) as image:
+            return image.convert("RGB"), label
+
+    def name(self, index: int) -> str:
+        return f"row {index}" if self.rows is not None else self.files[index][0].name
+
+
+class Augmented(Dataset):
+    """Training images by position: (pixels, label, position). Each epoch has an order of its own.
+
+    source: what has `read`, `name` and a length; the labelled images of `config.data` if not given. transform: PIL
+    image → pixels; DeiT-III's if not given.
+    """
+
+    def __init__(self, config, source=None, transform=None):
+        self.pictures, self.seed = source or pictures(config.data, "train"), config.seed
+        self.transform = transform or self._deit3(config)
+
+    @staticmethod
+    def _deit3(config):
+        from timm.data import create_transform
+
+        return create_transform(
+            config.image_size,
+            is_training=True,
+            train_crop_mode=config.crop,
+            auto_augment=config.augment or None,
+            color_jitter=config.color_jitter or None,
+            interpolation="bicubic",
+            mean=(MEAN,) * 3,
+            std=(STD,) * 3,
+        )
+
+    def __getitem__(self, position: int):
+        epoch, place = divmod(position, len(self.pictures))
+        places = order(len(self.pictures), self.seed + 1_000_003 * epoch)
+        for attempt in range(100):  # an image that cannot be read is replaced by the next one of the epoch
+            index = int(places[(place + attempt) % len(places)])
+            try:
+                image, label = self.pictures.read(index)
+            except (OSError, SyntaxError, ValueError) as error:
+                warnings.warn(f"{self.pictures.name(index)} cannot be read and is left out: {error}", stacklevel=2)
+                continue
+            with seeded(self.seed, position):
+                return self.transform(image), label, position
+        raise UserError(f"100 images in a row cannot be read, {self.pictures.name(index)} the last of them")
+
+
+class Stream:
+    """Batches by position, read ahead by workers in the order in which the training asks for them."""
+
+    def __init__(self, config, device: str, data: Augmented | None = None):
+        self.config, self.device, self.data, self.batches = config, device, data or Augmented(config), None
+
+    def batch(self, step: int):
+        """(pixels, labels) of this process's images of the step, on the device; captions as they are."""
+        wanted = parallel.batch_range(self.config, step)
+        found = None if self.batches is None else next(self.batches, None)
+        if found is None or found[2].tolist() != list(wanted):  # at the start, or where micro-batches were halved
+            self.batches = iter(self._loader(step))
+            found = next(self.batches)
+        pixels, labels, _ = found
+        if torch.is_tensor(labels):
+            labels = labels.to(self.device, non_blocking=True)
+        return pixels.to(self.device, non_blocking=True), labels
+
+    def _loader(self, step: int) -> DataLoader:
+        workers = self.config.workers
+        return DataLoader(
+            self.data,
+            batch_sampler=_Once(parallel.following(self.config, step)),
+            num_workers=workers,
+            pin_memory=torch.device(self.device).type == "cuda",
+            prefetch_factor=4 if workers else None,
+            generator=torch.Generator(),  # or starting it would draw from the training's random state
+        )
+
+
+class _Once:
+    """An iterator as something that DataLoader iterates once."""
+
+    def __init__(self, iterator):
+        self.iterator = iterator
+
+    def __iter__(self):
+        return self.iterator
+
+
+@functools.lru_cache(maxsize=1)
+def stream(config, device: str) -> Stream:
+    """The stream of a training; the same one at every step."""
+    return Stream(config, device)
+
+
+@functools.lru_cache(maxsize=4)
+def pictures(data: str, split: str) -> Pictures:
+    """A split of the images in a folder, whose listing is read once. Raises UserError where there are none."""
+    root = Path(data).expanduser()
+    if not root.is_dir():
+        raise UserError(
+            f"no folder {data!r} for --data: write the path of one with train/CLASS/*.jpg and val/CLASS/*.jpg"
+        )
+    found = Pictures(root, split)
+    if split == "val" and found.classes != pictures(data, "train").classes:
+        raise UserError(f"{data}: the classes of val/ are not those of train/")
+    return found
+
+
+@functools.lru_cache(maxsize=2)
+def order(count: int, seed: int) -> torch.Tensor:
+    """A permutation of `count` places that follows from the seed."""
+    return torch.randperm(count, generator=torch.Generator().manual_seed(seed))
+
+
+def _parquet(shards: list[str]):
+    from datasets import load_dataset
+
+    rows = load_dataset("parquet", data_files=shards, split="train")
+    if missing := {"image", "label"} - rows.features.keys():
+        raise UserError(f"{shards[0]} has no column {sorted(missing)[0]}: image and label are expected")
+    names = getattr(rows.features["label"], "names", None) or [str(v) for v in range(max(rows["label"]) + 1)]
+    return rows, names
+
+
+@contextlib.contextmanager
+def seeded(seed: int, position: int):
+    """Inside, random numbers of Python, numpy and torch follow from (seed, position); after it they are as before."""
+    before = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    mixed = (seed * 0x9E3779B97F4A7C15 + position * 0xBF58476D1CE4E5B9) % 2**64
+    random.seed(mixed)
+    np.random.seed(mixed % 2**32)
+    torch.random.default_generator.manual_seed(mixed)  # of the CPU alone: torch.manual_seed would reach into CUDA
+    try:
+        yield
+    finally:
+        random.setstate(before[0])
+        np.random.set_state(before[1])
+        torch.set_rng_state(before[2])

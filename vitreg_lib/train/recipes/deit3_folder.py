@@ -1,0 +1,136 @@
+r"""DeiT-III (Touvron et al. 2022) on real images: what `vitreg train deit3 --data FOLDER` runs.
+
+Binary cross-entropy on the classes, 3-Augment, mixup and CutMix, stochastic depth, LayerScale, LAMB; all timm's. The
+defaults are those published for a ViT-B on ImageNet-1k (800 epochs), save that there each image is repeated thrice in
+a batch and that training is at 192 pixels, with 20 epochs at 224 after it. For ImageNet-22k, as in the paper, other
+settings were published (240 epochs). Neither was run here:
+
+    torchrun --nproc-per-node 8 -m vitreg_lib.cli train deit3 --data imagenet --registers 4 --compile
+    torchrun --nproc-per-node 32 -m vitreg_lib.cli train deit3 --data imagenet22k --registers 4 --compile \
+        --steps 1660000 --warmup 35000 --learning-rate 1e-3 --weight-decay 0.02 --drop-path 0.1 --loss ce \
+        --smoothing 0.1 --mixup 0 --crop rkrr
+
+Images are read by worker processes into pinned memory, ahead of the training. Which image comes when, and how it is
+augmented, follows from the seed and its position in the training alone: a resumed run sees what it would have seen.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+import torch.nn.functional as F
+from torch.utils.data import DataLoader, Dataset
+
+from ...base import UserError, unknown
+from ...data.scenes import MEAN, STD
+from ...model import mini
+from .. import parallel
+from ..images import order, pictures, seeded, stream
+from .deit3 import backbone
+
+__all__ = ["DEFAULTS", "backbone", "build", "evaluate", "loss", "telemetry_images"]
+DEFAULTS = dict(
+    size="b/16",
+    image_size=224,
+    steps=500_000,
+    batch_size=2048,
+    learning_rate=3e-3,
+    weight_decay=0.05,
+    warmup=3125,
+    optimizer="lamb",
+    drop_path=0.2,
+    eval_images=50_000,
+    save_every=1000,
+)
+LOSSES = ("bce", "ce")
+
+
+def build(config) -> torch.nn.Module:
+    """A fresh ViT with a linear head for the folder's classes."""
+    classes = pictures(config.data, "train").classes
+    pictures(config.data, "val")  # what is wrong with it is told before a training, not after
+    if config.loss not in LOSSES:
+        raise unknown("loss", config.loss, LOSSES)
+    if (config.mixup or config.cutmix) and config.batch_size // parallel.world() // config.accumulate % 2:
+        raise UserError(
+            "mixup and CutMix pair images: the batch of each process must be even (or --mixup 0 --cutmix 0)"
+        )
+    return mini.build(
+        config.size,
+        config.registers,
+        len(classes),
+        config.image_size,
+        drop_path_rate=config.drop_path,
+        init_values=config.layer_scale or None,
+    )
+
+
+def loss(module, config, step, device):
+    """The loss over what is mixed in, and the accuracy on the larger part of it.
+
+    Binary cross-entropy counts every class that is mixed in as wholly present, as DeiT-III does.
+    """
+    from timm.loss import BinaryCrossEntropy
+
+    pixels, labels = stream(config, str(device)).batch(step)
+    target = labels
+    if (config.mixup or config.cutmix) and len(pixels) % 2 == 0:
+        with seeded(config.seed, parallel.batch_range(config, step).start):
+            pixels, target = _mixup(config, module.num_classes)(pixels, labels)
+    logits = module(pixels)
+    if config.loss == "ce":
+        smoothing = config.smoothing if target.ndim == 1 else 0.0  # Mixup has smoothed what it mixed
+        value = F.cross_entropy(logits, target, label_smoothing=smoothing)
+    else:
+        threshold = None if config.smoothing else 0.0
+        value = BinaryCrossEntropy(smoothing=config.smoothing, target_threshold=threshold)(logits, target)
+    strongest = target.argmax(1) if target.ndim == 2 else target
+    return value, {"accuracy": (logits.argmax(1) == strongest).float().mean().item()}
+
+
+def telemetry_images(config) -> torch.Tensor:
+    """The first held-out images of an order that the seed gives."""
+    held_out = pictures(config.data, "val")
+    chosen = order(len(held_out), config.seed)[: config.telemetry_images].tolist()
+    return torch.stack([_centred(config)(held_out.read(i)[0]) for i in chosen])
+
+
+@torch.no_grad()
+def evaluate(module, config, device) -> dict[str, float]:
+    """Top-1 accuracy (0 to 1) on the held-out images, `eval_images` of them at most, centre crop."""
+    stream.cache_clear()  # ends the workers
+    module.eval()
+    held_out = pictures(config.data, "val")
+    chosen = order(len(held_out), config.seed)[: config.eval_images]
+    loader = DataLoader(_Centred(config, chosen), batch_size=64, num_workers=config.workers)
+    correct = 0
+    for pixels, labels in loader:
+        with torch.autocast("cuda", torch.bfloat16, enabled=torch.device(device).type == "cuda"):
+            correct += (module(pixels.to(device)).argmax(1).cpu() == labels).sum().item()
+    return {"accuracy": correct / len(chosen)}
+
+
+class _Centred(Dataset):
+    def __init__(self, config, chosen):
+        self.pictures, self.chosen, self.transform = pictures(config.data, "val"), chosen, _centred(config)
+
+    def __len__(self):
+        return len(self.chosen)
+
+    def __getitem__(self, place):
+        image, label = self.pictures.read(int(self.chosen[place]))
+        return self.transform(image), label
+
+
+def _centred(config):
+    from timm.data import create_transform
+
+    return create_transform(config.image_size, interpolation="bicubic", mean=(MEAN,) * 3, std=(STD,) * 3, crop_pct=0.95)
+
+
+@functools.lru_cache(maxsize=2)
+def _mixup(config, num_classes: int):
+    from timm.data import Mixup
+
+    return Mixup(config.mixup, config.cutmix, label_smoothing=config.smoothing, num_classes=num_classes)

@@ -1,0 +1,211 @@
+r"""Self-supervised training as in DINOv2 (Oquab et al. 2023): DINO between views, iBOT on masked patches, KoLeo.
+
+A student learns to give the same answer as its teacher, the moving average of itself, for another view of a scene:
+on the cls token for whole and small crops (DINO), on the patch tokens that only the teacher sees (iBOT). Teacher's
+answers are balanced over the prototypes by Sinkhorn-Knopp. Losses, heads, masks and schedules are lightly's.
+
+    vitreg train dinov2 --size s --registers 4
+    torchrun --nproc-per-node 8 -m vitreg_lib.cli train dinov2 --size l/14 --registers 4 --data imagenet \
+        --image-size 224 --global-size 224 --local-size 98 --local-crops 8 --prototypes 65536 --batch-size 1024 \
+        --optimizer adamw --learning-rate 1e-3 --steps 625000 --warmup 12500 --drop-path 0.3    # not run here
+
+Position embeddings are resized to a crop's grid with or without antialiasing (`antialias`): the paper's Figure 10
+compares the two.
+"""
+
+from __future__ import annotations
+
+import random
+import warnings
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from ...data.scenes import MEAN, STD
+from ...model import mini
+from .. import images, parallel, views
+from ..images import telemetry_images
+
+__all__ = ["after_step", "backbone", "build", "evaluate", "loss", "telemetry_images"]
+DEFAULTS = {"size": "s", "steps": 600, "batch_size": 64, "learning_rate": 5e-3, "weight_decay": 0.04, "clip_grad": 3.0}
+SEPARABLE = False  # answers are balanced, and embeddings spread, over the batch
+GLOBAL, LOCAL = (0.4, 1.0), (0.1, 0.4)  # shares of the scene's area in whole and small crops
+HEAD = {"hidden_dim": 192, "bottleneck_dim": 48}  # of mini ViTs
+FULL_HEAD = {"hidden_dim": 2048, "bottleneck_dim": 256}  # DINOv2's, from sizes ti/16 on, with its LayerScale
+FULL_LAYER_SCALE = 1e-5
+STUDENT_TEMPERATURE = 0.1
+TEACHER_TEMPERATURE = (0.04, 0.07)  # from the first step to three tenths of the training
+KOLEO = 0.1
+
+
+class DINOv2(nn.Module):
+    """Student and teacher: each a mini ViT, a head for the cls token and one for patches; and the mask token."""
+
+    def __init__(self, config):
+        super().__init__()
+        from lightly.loss import DINOLoss, IBOTPatchLoss
+        from lightly.models.modules import DINOv2ProjectionHead
+
+        self.student = vit(config, drop_path_rate=config.drop_path)
+        dim = self.student.embed_dim
+        head = dict(input_dim=dim, output_dim=config.prototypes, **(HEAD if config.size in mini.SIZES else FULL_HEAD))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # lightly's heads use torch's older weight_norm
+            self.student_heads = nn.ModuleDict({name: DINOv2ProjectionHead(**head) for name in ("cls", "patch")})
+            self.teacher_heads = nn.ModuleDict({name: DINOv2ProjectionHead(**head) for name in ("cls", "patch")})
+        self.mask_token = nn.Parameter(torch.zeros(dim))
+        self.teacher = vit(config)
+        for student, teacher in self.pairs():
+            teacher.load_state_dict(student.state_dict())
+            teacher.requires_grad_(False)
+        # the teacher's answers are balanced by Sinkhorn-Knopp before these see them, so their centres stay at zero
+        options = dict(student_temp=STUDENT_TEMPERATURE, center_momentum=1.0)
+        self.dino = DINOLoss(config.prototypes, **options)
+        self.ibot = IBOTPatchLoss(config.prototypes, **options)
+
+    def pairs(self):
+        """(student's part, teacher's part)."""
+        return (self.student, self.teacher), (self.student_heads, self.teacher_heads)
+
+
+def vit(config, **options) -> nn.Module:
+    """A fresh ViT without a head."""
+    scale = {} if config.size in mini.SIZES else {"init_values": FULL_LAYER_SCALE}
+    return mini.build(config.size, config.registers, 0, config.image_size, **scale, **options)
+
+
+def build(config) -> nn.Module:
+    """A fresh student with its teacher."""
+    return DINOv2(config)
+
+
+def backbone(module):
+    """The teacher: it is what DINOv2 evaluates and ships."""
+    return module.teacher
+
+
+def loss(module, config, step, device):
+    """DINO + iBOT + 0.1 KoLeo on two whole and `local_crops` small crops of each scene."""
+    from lightly.loss import KoLeoLoss
+
+    batch, index = images.images(config, step, device)
+
+    def view(number, size, scale):
+        return (views.crop(batch, index, size, scale, config.seed, number) - MEAN) / STD
+
+    whole = torch.cat([view(v, config.global_size, GLOBAL) for v in (0, 1)])
+    small = torch.cat([view(2 + v, config.local_size, LOCAL) for v in range(config.local_crops)])
+    first = int(index[0]) - step * config.batch_size
+    mask = masks(config, step)[:, first : first + len(index)].flatten(0, 1).to(device)
+    temperature = teacher_temperature(config, step)
+
+    with torch.no_grad():
+        seen = tokens(module.teacher, whole, antialias=config.antialias)
+        answers = balance(module.teacher_heads["cls"](seen[:, 0]), temperature).chunk(2)
+        hidden = balance(module.teacher_heads["patch"](patches(module.teacher, seen)[mask.flatten(1)]), temperature)
+    seen = tokens(module.student, whole, mask, module.mask_token, config.antialias)
+    cls = seen[:, 0]
+    said = module.student_heads["patch"](patches(module.student, seen)[mask.flatten(1)])
+    small_cls = tokens(module.student, small, antialias=config.antialias)[:, 0]
+    given = [
+        *module.student_heads["cls"](cls).chunk(2),
+        *module.student_heads["cls"](small_cls).chunk(config.local_crops),
+    ]
+
+    dino = module.dino(list(answers), given, teacher_temp=1.0)
+    ibot = module.ibot(hidden, said, mask, teacher_temp=1.0)
+    koleo = sum(KoLeoLoss()(parallel.gather(part)) for part in cls.chunk(2)) / 2
+    numbers = {"dino": dino.item(), "ibot": ibot.item(), "koleo": koleo.item()}
+    return dino + ibot + KOLEO * koleo, numbers
+
+
+def balance(logits: torch.Tensor, temperature: float) -> torch.Tensor:
+    """Log-probabilities (n, prototypes) of the teacher, balanced by three rounds of Sinkhorn-Knopp over all ranks.
+
+    As lightly's `sinkhorn` with one process. With several, lightly's holds only if all have equally many rows, and the
+    masked patches of ranks differ in number.
+    """
+    shares = (logits.float() / temperature).exp()
+    for _ in range(3):
+        shares = shares / parallel.all_reduce_sum(shares.sum(0))  # every prototype gets as much as the others
+        shares = shares / shares.sum(1, keepdim=True)  # every row gives one
+    return shares.clamp_min(1e-30).log()
+
+
+def tokens(vit, pixels, mask=None, mask_token=None, antialias: bool = True) -> torch.Tensor:
+    """Output tokens (n, prefix + patches, dim) of a mini ViT, after the final norm, on crops of any size.
+
+    mask: (n, rows, cols), True where the patch is replaced by `mask_token`.
+    """
+    from timm.layers import resample_abs_pos_embed
+
+    x = vit.patch_embed(pixels)  # (n, rows, cols, dim)
+    if mask is not None:
+        x = torch.where(mask[..., None], mask_token.to(x.dtype), x)
+    places = resample_abs_pos_embed(vit.pos_embed, list(x.shape[1:3]), num_prefix_tokens=0, antialias=antialias)
+    return vit.norm(vit.blocks(vit.norm_pre(mini.with_prefix(vit, x.flatten(1, 2) + places))))
+
+
+def patches(vit, tokens: torch.Tensor) -> torch.Tensor:
+    """The patch tokens among output tokens."""
+    return tokens[:, vit.num_prefix_tokens :]
+
+
+def masks(config, step: int) -> torch.Tensor:
+    """(2, batch, rows, cols) of both whole crops of the global batch: blocks in half of them, 10 to 50 % of each."""
+    from lightly.models.utils import random_block_mask
+
+    random.seed(f"{config.seed} {step}")  # what lightly draws from; the same on every rank and after resuming
+    grid = config.global_size // mini.patch_size(config.size)
+    return random_block_mask((2 * config.batch_size, grid, grid)).unflatten(0, (2, -1))
+
+
+def teacher_temperature(config, step: int) -> float:
+    """Rises linearly in the first three tenths of the training."""
+    low, high = TEACHER_TEMPERATURE
+    return low + (high - low) * min(1.0, step / max(1, 0.3 * config.steps))
+
+
+@torch.no_grad()
+def after_step(module, config, step) -> None:
+    """The teacher follows the student; its momentum rises from `momentum` to 1 on a cosine."""
+    from lightly.models.utils import update_momentum
+    from lightly.utils.scheduler import cosine_schedule
+
+    momentum = cosine_schedule(min(step, config.steps), config.steps, config.momentum, 1.0)
+    for student, teacher in module.pairs():
+        update_momentum(student, teacher, momentum)
+
+
+@torch.no_grad()
+def evaluate(module, config, device) -> dict[str, float]:
+    """k-NN accuracy (0 to 1) of the teacher's cls token for each attribute, and of a fresh random model beside it."""
+    torch.manual_seed(config.seed)
+    fresh = vit(config).to(device)
+    found = knn(module.teacher, config, device)
+    return found | {f"random_{name}": value for name, value in knn(fresh, config, device).items()}
+
+
+@torch.no_grad()
+def knn(vit, config, device, neighbours: int = 20) -> dict[str, float]:
+    """Accuracy of a weighted vote of the 20 nearest of twice `eval_images` other images, by cosine of cls tokens.
+
+    After DINO's evaluation (weights exp(cosine / 0.07)). `knn` is the mean over the attributes.
+    """
+    vit.eval()
+    features, truth = [], []
+    for pixels, labels in images.labelled(config):
+        features.append(F.normalize(vit.forward_features((pixels.to(device) - MEAN) / STD)[:, 0], dim=1).cpu())
+        truth.append(labels)
+    features = torch.cat(features)
+    asking = images.asking(config)
+    query, bank = features[:asking], features[asking:]
+    cosine, nearest = (query @ bank.T).topk(min(neighbours, len(bank)))
+    weight = (cosine / 0.07).exp()
+    found = {}
+    for name in truth[0]:
+        label = torch.cat([part[name] for part in truth])
+        votes = F.one_hot(label[asking:][nearest]) * weight[..., None]
+        found[f"knn_{name}"] = (votes.sum(1).argmax(1) == label[:asking]).float().mean().item()
+    return {"knn": sum(found.values()) / len(found), **found}

@@ -1,0 +1,126 @@
+"""The quest for the smallest ViT that needs registers: textures, some of which never matter.
+
+This training task is made for one question and is good for nothing else. An image is a grid of 6 x 6 patches of 2
+pixels a side, each filled with 11 random numbers; the twelfth is a mark, 0 or 1. Every patch has to give back its own
+texture; a *trigger*, a patch whose mark is 1, its own plus a fixed rotation of its left neighbour's. So a head that
+copies is needed at few patches, and at all others must look where it does no harm: Bigram-Backcopy (Guo et al. 2024) in
+the form of images. Some patches are *idle*: they look like all others, but no answer is asked of them, they are never
+triggers and nothing is ever copied from them. They are the four corners by default, as the corners of photos seldom
+matter. There is no plain background and, by default, no cls token; nothing in the loss mentions norms or attention.
+
+The ViT is timm's, small: three blocks with the usual MLP, fixed position embeddings of sines and cosines (as in MAE)
+and dropout of attention. Where the copying head comes to sit behind an MLP, a few neurons of that MLP give the corners
+the long norm; where it sits in the first block, nothing before it can, and there are no outliers. In a ViT of one block
+whose positions are learnt, the position embeddings take the long norm themselves.
+
+In the task `broadcast` (the two-layer toy of Fesser et al. 2026) every patch gives back its own texture plus a fixed
+rotation of the texture of the patch that scores highest on a hidden direction.
+
+`CHANGES` has the variants, workflow/sweep.py the runs, data/sweeps/emergence.parquet what came of them and the notebook
+beyond/emergence.ipynb the pictures.
+
+    vitreg train emergence                      # one CPU core: a minute or two
+    vitreg train emergence --registers 4
+    vitreg train emergence --variant fixed+three-blocks+usual-mlp      # without dropout
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from ...data.textures import GRID, LENGTH, PATCH, Batch, draw, held_out, task
+from .. import parallel
+
+DEFAULTS = {
+    "variant": "fixed+dropout+three-blocks+usual-mlp",
+    "image_size": 12,
+    "steps": 6000,
+    "batch_size": 16,
+    "learning_rate": 0.01,
+    "weight_decay": 0.4,
+    "optimizer": "adamw",
+    "eval_images": 512,
+    "telemetry_images": 32,
+    "save_every": 1000,
+}
+
+
+def build(config) -> torch.nn.Module:
+    """A fresh ViT that answers at every token: timm's class without pooling."""
+    from timm.models.vision_transformer import VisionTransformer
+
+    t = task(config)
+    arguments = dict(
+        img_size=GRID * PATCH,
+        patch_size=PATCH,
+        embed_dim=t.dim,
+        depth=t.depth,
+        num_heads=t.heads,
+        mlp_ratio=t.mlp_ratio,
+        num_classes=LENGTH,
+        global_pool="",
+        class_token=t.cls_token,
+        reg_tokens=config.registers,
+        no_embed_class=True,
+        init_values=t.layer_scale or None,
+        attn_drop_rate=t.attention_dropout,
+        weight_init="moco",  # Xavier: at this width timm's own 0.02 leaves copying on a plateau
+    )
+    model = VisionTransformer(**arguments)
+    if t.position:
+        model.pos_embed.data.copy_(t.position * waves(t.dim))
+    model.pos_embed.requires_grad_(not t.position_fixed)
+    if t.position_decay:
+        model.no_weight_decay = set  # timm's class names position embeddings, cls and registers
+    model.vit_arguments = arguments
+    return model
+
+
+def waves(dim: int) -> torch.Tensor:
+    """(36, dim) sines and cosines of row and column, of mean square 1: from there neighbours are soon found."""
+    frequency = torch.pi / GRID * 2.0 ** torch.linspace(-1, 2, dim // 4)
+    angle = torch.arange(GRID)[:, None] * frequency
+    one = math.sqrt(2) * torch.cat([angle.sin(), angle.cos()], 1)  # (6, dim / 2)
+    return torch.cat([one.repeat_interleave(GRID, 0), one.repeat(GRID, 1)], 1)
+
+
+def backbone(module):
+    """The ViT inside the module: itself."""
+    return module
+
+
+def errors(module, batch: Batch) -> torch.Tensor:
+    """(n, 36) mean squared error of each patch's answer; a texture has variance 1."""
+    given = module(batch.pixels)[:, module.num_prefix_tokens :]
+    return (given - batch.answer).square().mean(-1)
+
+
+def told(error: torch.Tensor, batch: Batch) -> dict[str, float]:
+    """The error at triggers and at the other patches that are asked."""
+    others = error[batch.asked & ~batch.trigger].mean().item()
+    return {"trigger_error": error[batch.trigger].mean().item(), "other_error": others}
+
+
+def loss(module, config, step, device):
+    """Mean squared error over the patches that are asked."""
+    indices = parallel.batch_range(config, step)
+    first = indices.start - step * config.batch_size
+    batch = draw(config, step, slice(first, first + len(indices)), device)
+    error = errors(module, batch)
+    # idle patches are equally many in each image, so that this is the mean of the means of a batch's parts
+    return error[batch.asked].mean(), told(error.detach(), batch)
+
+
+def telemetry_images(config) -> torch.Tensor:
+    """The held-out images whose norms are watched during training."""
+    return held_out(config, config.telemetry_images).pixels
+
+
+@torch.no_grad()
+def evaluate(module, config, device) -> dict[str, float]:
+    """Errors on held-out images, at triggers and at other patches; 1 is what a blank answer to a texture costs."""
+    module.eval()
+    batch = held_out(config, config.eval_images, device, part=1)
+    return told(errors(module, batch), batch)

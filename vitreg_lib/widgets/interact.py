@@ -1,0 +1,167 @@
+"""Interactive parts: ipywidgets around the functions of `plots`.
+
+Run by papermill, nbval or nbconvert (VITREG_BATCH is set), each shows the picture of its default state instead: a
+widget's own state is not kept in an executed notebook.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from .. import plots
+from ..base import in_batch
+
+
+def interact(draw, **controls):
+    """Call `draw(**values)`, which returns a figure, at every change of the controls; batch runs show one picture.
+
+    controls: (widget class name, options) by argument of `draw`, for instance layer=("IntSlider", {"max": 11}).
+    """
+    import matplotlib.pyplot as plt
+    from IPython.display import display
+
+    values = {name: options["value"] for name, (_, options) in controls.items()}
+    if in_batch():
+        figure = draw(**values)
+        plt.close(figure)
+        return figure
+    import ipywidgets
+
+    made = {
+        name: getattr(ipywidgets, kind)(description=name, continuous_update=False, **options)
+        if "Slider" in kind
+        else getattr(ipywidgets, kind)(description=name, **options)
+        for name, (kind, options) in controls.items()
+    }
+    output = ipywidgets.Output()
+
+    def update(change=None):
+        with output:  # an error of `draw` is shown here too: elsewhere JupyterLab would hide it in its log
+            output.clear_output(wait=True)
+            figure = draw(**{name: widget.value for name, widget in made.items()})
+            plt.close(figure)
+            display(figure)
+
+    for widget in made.values():
+        widget.observe(update, "value")
+    update()
+    return ipywidgets.VBox([ipywidgets.HBox(list(made.values())), output])
+
+
+def cutoff_slider(images, maps: dict[str, torch.Tensor]):
+    """Images and one model's norm maps (n, rows, cols), the tokens above a multiple of its median norm ringed.
+
+    The multiple slides; it starts at 3, on the model whose largest norm stands out most.
+    """
+    most = {name: (norms.max() / norms.median()).item() for name, norms in maps.items()}
+
+    def draw(model, times):
+        norms, cutoff = maps[model], times * maps[model].median().item()
+        figure = plots.norm_maps(images.pixels, {model: norms}, {model: cutoff})
+        share = (norms > cutoff).float().mean().item()
+        figure.suptitle(f"cutoff {times:g} × median = {cutoff:.3g}: {share:.2%} of these tokens above", fontsize=9)
+        return figure
+
+    return interact(
+        draw,
+        model=("Dropdown", {"value": max(most, key=most.get), "options": list(maps)}),
+        times=("FloatSlider", {"value": 3.0, "min": 0.5, "max": 10.0, "step": 0.1}),
+    )
+
+
+def layer_histogram(norms: dict[str, torch.Tensor]):
+    """The histogram of one block's patch norms for each model, norms (images, layers, patches). The block slides."""
+    from ..measure import outliers
+
+    deepest = max(values.shape[1] for values in norms.values()) - 1
+
+    def draw(layer):
+        at = {name: values[:, min(layer, values.shape[1] - 1)] for name, values in norms.items()}
+        cutoffs = {name: outliers.cutoff(values) for name, values in at.items()}
+        return plots.histograms(at, cutoffs, paper=f"block {layer}", columns=4)
+
+    return interact(draw, layer=("IntSlider", {"value": deepest, "min": 0, "max": deepest}))
+
+
+def token_kinds(captures: dict):
+    """Norms of patches, cls and registers apart, for captures of all layers by model. The block slides."""
+    deepest = max(len(capture.layers) for capture in captures.values()) - 1
+
+    def draw(layer):
+        return plots.token_kinds({n: c.norms_by_kind(min(layer, len(c.layers) - 1)) for n, c in captures.items()})
+
+    return interact(draw, layer=("IntSlider", {"value": deepest, "min": 0, "max": deepest}))
+
+
+def attention_rows(model, images):
+    """Attention of one query token at any block and head, on one image: maps and the shares of where it goes.
+
+    Queries are the prefix tokens and the patch at the centre.
+    """
+    from .. import plots
+    from ..measure import attention
+
+    rows, cols = model.anatomy.grid(images.x)
+    centre = attention.patch_token(model, images.x, rows // 2, cols // 2)
+    seen = model.capture(images, ("norms", "attention"), queries=[*range(model.anatomy.num_prefix_tokens), centre])
+    names = attention.query_names(seen)
+    deepest, mean = len(seen.layers) - 1, "mean of heads"
+
+    def draw(image, layer, head, query):
+        token = seen.queries[names.index(query)]
+        found = attention.relative(attention.maps(seen, layer, [token], None if head == mean else [head])[image, 0])
+        norms = attention.on_grid(seen, seen.norms[image, layer])
+        told = mean if head == mean else f"head {head}"
+        title = f"{model.label}, block {layer}, {told}"
+        return plots.query_view(images.pixels[image], found, norms, query, title)
+
+    return interact(
+        draw,
+        image=("IntSlider", {"value": 0, "min": 0, "max": len(images) - 1}),
+        layer=("IntSlider", {"value": deepest, "min": 0, "max": deepest}),
+        head=("Dropdown", {"value": mean, "options": [mean, *range(model.anatomy.num_heads)]}),
+        query=("Dropdown", {"value": names[0], "options": names}),
+    )
+
+
+def explore(
+    models="mini-deit3",
+    images: str = "photos",
+    image: int = 0,
+    layer: int = -1,
+    heads=(),
+    query: str = "cls",
+    cutoffs: str = "",
+    shared: bool = True,
+    component: int = 0,
+):
+    """The explorer: one image through one or two models, with layer, heads, query token and cutoff to choose.
+
+    models: one or two names separated by a space, or loaded `zoo.Model`s in a list (a single one by itself). images:
+    photos, scenes, or the path of a folder or an image; image: which of it, from 0. layer: a block, negative from the
+    end. heads: numbers as "0 3" or (0, 3), none for the mean of all. query: "cls", "register 2" or "patch (row, col)".
+    cutoffs: norms above which a patch is an outlier, one a model, as "150 rule"; empty: by the default rule.
+    shared: one colour scale for both models. component: 1 to 3, or 0 for the first three as colours.
+
+    Returns an `explorer_face.Explorer`: `.state`, `.views` (numbers and maps), `.static()` (a figure).
+    Raises UserError for what the models do not have, before anything is shown.
+    """
+    from . import explorer, page
+
+    store = explorer.Store()
+    if isinstance(models, str):
+        names = models.replace(",", " ").split()
+    else:
+        names = [store.add(model) for model in (models if isinstance(models, list | tuple) else [models])]
+    state = explorer.State(
+        tuple(names),
+        images,
+        image,
+        layer,
+        explorer.parse_heads(heads),
+        query,
+        explorer.parse_cutoffs(cutoffs),
+        shared,
+        component,
+    )
+    return page.Explorer(state, store)

@@ -1,0 +1,102 @@
+"""Train in a notebook and watch loss, the recipe's own numbers and the tokens' norms while it learns.
+
+The loop is the collection's own (`train.loop`). Its state lies in a folder, so a cell that was stopped goes on where it
+was when it is run again, and a finished run is shown at once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import pandas as pd
+import torch
+
+from ..base import in_batch, results
+
+SHORT = 12  # steps of `train` in batch (VITREG_BATCH): papermill and tests show that it runs, not what is learnt
+
+
+@dataclass
+class Watched:
+    """A training that has ended. telemetry: rows of `train.telemetry`; log: loss and the recipe's numbers, one row a
+    step; result: what `train.loop` returns; model: the trained backbone, as `vr.load` gives it."""
+
+    telemetry: pd.DataFrame
+    log: pd.DataFrame
+    result: dict
+    model: object
+
+
+def train(
+    registers: int = 4, size: str = "xs", steps: int = 800, batch_size: int = 32, seed: int = 0, every: int = 20
+) -> Watched:
+    """Train a mini ViT on scenes with labels; the picture below the cell is drawn anew every `every` steps.
+
+    `size` is one of `models.mini.SIZES`. In batch no more than `SHORT` steps are made, in a folder that is then gone.
+    """
+    folder = results() / "workshop" / f"{size}-reg{registers}-{steps}x{batch_size}-seed{seed}"
+    if in_batch():
+        print(f"in batch: {min(steps, SHORT)} of {steps} steps")
+        folder, steps = "", min(steps, SHORT)
+    sizes = dict(size=size, registers=registers, steps=steps, batch_size=batch_size, warmup=min(50, steps // 4))
+    return watch(folder, every, recipe="deit3", seed=seed, eval_images=256, telemetry_images=32, **sizes)
+
+
+def watch(folder: str | Path = "", every: int = 20, **options) -> Watched:
+    """Train as `vitreg train` does, with a live picture; in batch (VITREG_BATCH) only the last one is drawn.
+
+    folder: where the run's state is kept; empty: a temporary one. options: fields of `TrainConfig`, `recipe` among
+    them, over the recipe's own defaults. Raises what `train.loop.train` raises.
+    """
+    from ..model import zoo
+    from ..train import loop
+
+    config, recipe = loop.configure(**{"save_every": every, **options})
+    shown = not in_batch()
+    with contextlib.nullcontext(folder) if folder else tempfile.TemporaryDirectory() as place:
+        picture = _Picture(Path(place), config)
+
+        def on_step(step: int, loss: float) -> None:
+            if step % every == 0:
+                picture.draw(step)
+
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        result = loop.train(config, recipe, place, device, progress=shown, on_step=on_step if shown else None)
+        picture.draw(config.steps)
+        log, telemetry = picture.state()
+        model = zoo.load(f"file:{Path(place) / 'model.safetensors'}")
+    return Watched(telemetry, log, result, model)
+
+
+class _Picture:
+    """The figure below a cell, drawn anew in its place from what the loop has saved last."""
+
+    def __init__(self, folder: Path, config):
+        self.folder, self.config, self.handle = folder, config, None
+
+    def state(self) -> tuple[pd.DataFrame, pd.DataFrame] | None:
+        """Log and telemetry of the last save; None before the first."""
+        log, norms = self.folder / "log.csv", self.folder / "telemetry.parquet"
+        if not (log.exists() and norms.exists()):
+            return None
+        return pd.read_csv(log), pd.read_parquet(norms)
+
+    def draw(self, step: int) -> None:
+        import matplotlib.pyplot as plt
+        from IPython.display import display
+
+        from .. import plots
+
+        if (state := self.state()) is None:
+            return
+        c = self.config
+        title = f"{c.recipe} {c.size}, {c.registers} registers: step {step} of {c.steps}"
+        figure = plots.training(*state, c.steps, title)
+        plt.close(figure)
+        if self.handle is None:
+            self.handle = display(figure, display_id=True)
+        else:
+            self.handle.update(figure)

@@ -1,0 +1,94 @@
+"""The explorer's page as one still figure: a row of panels for each model."""
+
+from __future__ import annotations
+
+import matplotlib.pyplot as plt
+import torch
+from matplotlib.figure import Figure
+
+from ..plots.maps import COMPONENT
+from ..plots.style import ATTENTION, NORMS, PALETTE, picture, styled
+from .explorer import View, scales
+
+SIMILARITY = "cividis"  # colour map of neighbour similarity
+OUTLIER = PALETTE[5]
+
+
+@styled
+def explorer(views: list[View], shared: bool = True, component: int = 0) -> Figure:
+    """Image, attention, norms, components, neighbour similarity and the histogram of norms, a row a model.
+
+    Outliers are ringed on image and norm map; a cross marks the query where it is a patch. `shared`: one colour scale
+    for both models. `component`: 1 to 3, or 0 for the three as red, green and blue.
+    """
+    figure, axes = plt.subplots(
+        len(views), 6, figsize=(12.2, 2.75 * len(views)), squeeze=False, width_ratios=[1, 1, 1, 1, 1, 1.35]
+    )
+    for row, view, ranges in zip(axes, views, scales(views, shared), strict=True):
+        _row(figure, row, view, ranges, component)
+    return figure
+
+
+def _bar(figure: Figure, axis, image, label: str) -> None:
+    """A colour bar below a panel, inside its margin, so that the panels stay aligned."""
+    figure.colorbar(image, cax=axis.inset_axes([0, -0.1, 1, 0.055]), orientation="horizontal").set_label(label, size=8)
+
+
+def _row(figure: Figure, row, view: View, ranges: dict, component: int) -> None:
+    side = view.pixels.shape[-2:]
+    row[0].imshow(picture(view.pixels))
+    for place, outlier in enumerate(view.is_outlier.flatten().tolist()):
+        if outlier:
+            _square(row[0], *divmod(place, view.grid[1]), side[0] / view.grid[0], side[1] / view.grid[1])
+            _square(row[2], *divmod(place, view.grid[1]))
+    if view.patch:
+        y, x = (n + 0.5 for n in view.patch)
+        row[0].plot(x * side[1] / view.grid[1], y * side[0] / view.grid[0], "P", color="white", mec="black", ms=8)
+    row[0].set_ylabel(f"{view.label}\n({view.role})", fontsize=9)
+    row[0].set_title(view.image_name)
+    row[0].set_xlabel("\n".join(view.title.split(" · ")[:2]), fontsize=8)
+    drawn = (
+        ("attention", f"attention of {view.query}", ATTENTION, "× even"),
+        ("norms", "norm", NORMS, "L2 norm"),
+        ("similarity", "neighbour similarity", SIMILARITY, "mean cosine"),
+    )
+    for axis, (name, title, cmap, unit) in zip((row[1], row[2], row[4]), drawn, strict=True):
+        low, high = ranges[name]
+        image = axis.imshow(getattr(view, name), cmap=cmap, vmin=low, vmax=high, interpolation="nearest")
+        _bar(figure, axis, image, unit)
+        axis.set_title(title)
+    if component:
+        image = row[3].imshow(view.components[..., component - 1], cmap=COMPONENT, vmin=-3, vmax=3)
+        _bar(figure, row[3], image, "σ")
+        row[3].set_title(f"component {component}")
+    else:
+        row[3].imshow(view.components / 6 + 0.5, interpolation="nearest")
+        row[3].set_title("components 1 to 3")
+        row[3].set_xlabel("red, green, blue: −3 to 3 σ", fontsize=8)
+    for axis in row[:5]:
+        axis.set(xticks=[], yticks=[])
+        axis.grid(False)
+        for spine in axis.spines.values():
+            spine.set_visible(False)
+    _histogram(row[5], view)
+
+
+def _histogram(axis, view: View) -> None:
+    axis.stairs(view.set_counts.numpy(), view.edges.numpy(), fill=True, color="#BBBBBB", label="all images")
+    axis.stairs(view.counts.numpy(), view.edges.numpy(), color=PALETTE[0], label="this image")
+    axis.set_yscale("function", functions=(lambda v: v.clip(0) ** 0.5, lambda v: v**2))
+    axis.set(xlabel="L2 norm", ylim=(0, None), yticks=[0, 0.01, 0.1, 0.3])
+    axis.set_yticks([0, 0.01, 0.1, 0.3], ["0", "1 %", "10 %", "30 %"])
+    if torch.isfinite(torch.tensor(view.cutoff)):
+        how = "by rule" if view.by_rule else "by hand"
+        axis.axvline(view.cutoff, color=PALETTE[1], label=f"cutoff {view.cutoff:.3g}, {how}")
+    axis.set_title(f"outliers: {view.outlier_share:.1%} of patches")
+    axis.legend(loc="upper right", fontsize=7)
+
+
+def _square(axis, row: int, col: int, height: float = 1.0, width: float = 1.0) -> None:
+    """A ring round one patch; heights and widths in units of the picture."""
+    offset = 0.5
+    place = (col * width - offset, row * height - offset)
+    for line, colour in ((2.6, "black"), (1.4, OUTLIER)):
+        axis.add_patch(plt.Rectangle(place, width, height, fill=False, ec=colour, lw=line))
