@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vitreg_lib.data import images
+from vitreg_lib.hooks.capture import Capture
 from vitreg_lib.measure import outliers, pairs
 from vitreg_lib.model import zoo
 
@@ -184,3 +185,36 @@ def test_rules_are_scored_where_the_truth_is_known(on_planted):
     assert set(table.index.get_level_values("rule")) == set(outliers.RULES)
     assert table.xs("planted", level="model").f1.max() == table.f1[outliers.DEFAULT_RULE, "planted"]
     assert table.xs("other", level="model").f1.isna().all()
+
+
+def captured(norms: torch.Tensor, prefix: int = 1) -> Capture:
+    """A capture of blocks 3 and 4 with these patch norms after block 4, (images, rows, cols)."""
+    tokens = torch.cat([torch.full((len(norms), prefix), 999.0), norms.flatten(1)], 1)
+    return Capture(
+        (3, 4), tuple(norms.shape[1:]), True, prefix - 1, norms=torch.stack([tokens.clamp(max=1), tokens], 1)
+    )
+
+
+def test_outliers_are_those_of_the_norms_by_hand():
+    norms = TWO[torch.randperm(5000, generator=torch.Generator().manual_seed(1))].view(50, 10, 10)
+    found = outliers.find(captured(norms), model="a")
+    assert torch.equal(found.norms, norms)
+    assert torch.equal(found.mask, norms > outliers.cutoff(norms))
+    assert (found.cutoff, found.layer, found.cutoff_from) == (outliers.cutoff(norms), 4, "a")
+    assert found.share == pytest.approx(0.02)
+    by_hand = outliers.find(captured(norms), cut=20.0, model="a")
+    assert (by_hand.cutoff, by_hand.cutoff_from) == (20.0, "")
+    assert 0.3 < by_hand.share < 0.7
+    assert not outliers.find(captured(norms), layer=3, cut=20.0).mask.any()
+
+
+def test_a_model_with_registers_takes_the_cutoff_of_the_one_without():
+    plain, clean = TWO.view(50, 10, 10), ONE.view(50, 10, 10)
+    found = outliers.find_all(
+        {"b": captured(clean, 5), "a": captured(plain), "c": captured(clean)}, {"b": "a", "c": "gone"}
+    )
+    assert list(found) == ["b", "a", "c"]
+    assert found["b"].cutoff == found["a"].cutoff == outliers.cutoff(plain)
+    assert [found[name].cutoff_from for name in found] == ["a", "a", "c"]
+    assert found["c"].cutoff == math.inf
+    assert [round(found[name].share, 3) for name in found] == [0, 0.02, 0]

@@ -11,8 +11,11 @@ Norms are of patch tokens, before the final LayerNorm, in any shape.
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import torch
+
+from ..hooks.capture import Capture
 
 DEFAULT_RULE = "antimode"
 SEPARATED = 3.0  # times the median, for `separated_share`
@@ -95,6 +98,53 @@ def cutoff(norms: torch.Tensor, rule: str = DEFAULT_RULE) -> float:
     if norms.numel() == 0 or not norms.isfinite().all():
         raise ValueError("norms are empty or not finite: no cutoff can be chosen")
     return RULES[rule](norms)
+
+
+@dataclass(frozen=True)
+class Outliers:
+    """Which patch tokens of some images are outliers after one block, and by which cutoff.
+
+    mask: (images, rows, cols) bool. norms: (images, rows, cols), of the same tokens. cutoff: tokens of a larger norm
+    are outliers; infinite where the rule sees no second population. layer: the block. cutoff_from: label of the model
+    whose norms gave the cutoff, "" where it was set by hand or the model is not named.
+    """
+
+    mask: torch.Tensor
+    norms: torch.Tensor
+    cutoff: float
+    layer: int
+    cutoff_from: str = ""
+
+    @property
+    def share(self) -> float:
+        """Share (0 to 1) of the patch tokens that are outliers."""
+        return self.mask.float().mean().item()
+
+
+def find(seen: Capture, layer: int = -1, cut: float | Outliers | None = None, model: str = "") -> Outliers:
+    """The `Outliers` of a capture with norms, after one captured block (negative: from the last captured one).
+
+    The cutoff follows from the same norms by `DEFAULT_RULE`, unless `cut` gives it: a number, or the outliers of
+    another model, as those of the model without registers for the one with. `model`: label of the captured model.
+    """
+    block = seen.block(layer)
+    norms = seen.patch_norms[:, seen.layers.index(block)].unflatten(1, seen.grid)
+    if isinstance(cut, Outliers):
+        cut, model = cut.cutoff, cut.cutoff_from
+    elif cut is not None:
+        model = ""
+    else:
+        cut = cutoff(norms)
+    return Outliers(norms > cut, norms, cut, block, model)
+
+
+def find_all(seen: dict[str, Capture], pairs: dict[str, str] | None = None, layer: int = -1) -> dict[str, Outliers]:
+    """`find` for captures by model label; a model with registers takes the cutoff of its pair without.
+
+    pairs: {model with registers: the same model without}, as `pairs.pairs` gives it.
+    """
+    own = {name: find(each, layer, model=name) for name, each in seen.items()}
+    return {name: find(seen[name], layer, own.get((pairs or {}).get(name), found)) for name, found in own.items()}
 
 
 def outlier_share(norms: torch.Tensor, cut: float | None = None) -> float:
