@@ -107,7 +107,7 @@ def test_a_record_has_the_fields_of_the_design(run, results):
     run.claim("own", holds=None, measured="no such model", text="ours: something", paper="none")
     run.claim("C009", holds=False, measured="one mode")
     run.save(some_figure())
-    told = repr(run.claims())
+    told = repr(run.claims([("C010", "undecided", "ratio 4 to 12")]))
     found = json.loads((results / "mini" / "fig03" / "record.json").read_text())
     wanted = {"item", "title", "profile", "parameters", "measured", "claims", "models", "environment", "seconds"}
     assert wanted <= found.keys()
@@ -116,12 +116,32 @@ def test_a_record_has_the_fields_of_the_design(run, results):
         {"name": "outlier_share", "model": "m", "value": 0.25, "unit": "", "paper": 0.0237},
         {"name": "cutoff", "model": "m", "value": None, "unit": "", "paper": None},
     ]
-    assert [c["verdict"] for c in found["claims"]] == ["holds", "not testable here", "fails"]
+    assert [c["verdict"] for c in found["claims"]] == ["holds", "not testable here", "fails", "undecided"]
     assert all(c.keys() == {"id", "text", "verdict", "measured", "paper"} for c in found["claims"])
     assert found["claims"][0]["text"] == record.reported_claims()["C007"]["claim"]
     assert "FAILS" in told
     assert record.read(ITEM, run.parameters) == found
     assert str(Path.home()) not in json.dumps(found["environment"])
+
+
+def test_a_verdict_is_one_of_four(run):
+    with pytest.raises(ValueError, match="verdict 'maybe'"):
+        run.claim("C007", "maybe", "2 %")
+
+
+def test_claims_of_the_paper_and_ours_are_counted_and_shown_separately(run):
+    judged = [("own <1>", True, "a < b", "ours: one", "none"), ("C007", "undecided", "2 %"), ("C009", None, "no model")]
+    page = run.claims(judged)._repr_html_()
+    counts = record.tally(json.loads(run.write().read_text())["claims"])
+    assert counts["paper"] == {"holds": 0, "fails": 0, "undecided": 1, "not testable here": 1}
+    assert counts["ours"] == {"holds": 1, "fails": 0, "undecided": 0, "not testable here": 0}
+    assert (
+        page.index("The paper's claims") < page.index("C007") < page.index("collection's own") < page.index("a &lt; b")
+    )
+    assert "own &lt;1&gt;" in page and "own <1>" not in page
+    for verdict in ("holds", "undecided", "not testable here"):
+        colour, mark = record.VERDICTS[verdict]
+        assert colour in page and f"{mark} {verdict}" in page
 
 
 def test_models_of_a_run_are_recorded_with_their_digest(run):

@@ -236,12 +236,10 @@ def show(item: str, parameters: dict, differences: bool = False) -> None:
     table = Table(title=f"{item}: {found['title']} (profile {found['profile']})", title_justify="left", show_lines=True)
     for column in ("claim", "verdict", "measured", "paper"):
         table.add_column(column, overflow="fold")
-    colours = {"holds": "green", "fails": "red"}
     for claim in found["claims"]:
-        colour = colours.get(claim["verdict"], "yellow")
-        table.add_row(
-            f"{claim['id']} {claim['text']}", f"[{colour}]{claim['verdict']}[/]", claim["measured"], claim["paper"]
-        )
+        colour, mark = record.VERDICTS[claim["verdict"]]
+        verdict = f"[{colour}]{mark} {claim['verdict']}[/]"
+        table.add_row(f"{claim['id']} {claim['text']}", verdict, claim["measured"], claim["paper"])
     console.print(table)
     for missing in found["not_reachable_here"]:
         console.print(f"not reachable here: {missing['name']}")

@@ -8,11 +8,12 @@ import json
 from pathlib import Path
 
 from ..base import UserError, results, write_atomically
+from .run import VERDICTS, tally
 
 _STYLE = """body{font:15px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;
 color-scheme:light dark}
 table{border-collapse:collapse;width:100%}td,th{border-bottom:1px solid #8884;padding:.3rem .5rem;text-align:left;
-vertical-align:top}img{max-width:100%;background:#fff}.holds{color:#009E73}.fails{color:#D55E00}.other{color:#888}"""
+vertical-align:top}img{max-width:100%;background:#fff}"""
 
 
 def write(profile: str) -> Path:
@@ -22,6 +23,10 @@ def write(profile: str) -> Path:
         raise UserError(f"nothing made yet in profile {profile}: run `make reproduce-all PROFILE={profile}` first")
     parts = [f"<title>vitreg, profile {profile}</title><style>{_STYLE}</style><h1>Profile {profile}</h1>"]
     parts.append("<p>Numbers of this page come from the models named below each item; the paper's are beside them.</p>")
+    counts = tally([claim for _, record in records for claim in record["claims"]])
+    for title, side in (("Claims of the paper", "paper"), ("Claims of this collection's own", "ours")):
+        told = ", ".join(f"{number} {verdict}" for verdict, number in counts[side].items())
+        parts.append(f"<p>{title}: {sum(counts[side].values())} ({told}).</p>")
     for folder, record in records:
         parts.append(_section(folder, record))
     path = results() / profile / "report.html"
@@ -44,7 +49,8 @@ def _section(folder: Path, record: dict) -> str:
 
 
 def _row(claim: dict) -> str:
-    kind = claim["verdict"] if claim["verdict"] in ("holds", "fails") else "other"
-    cells = [f"{claim['id']} {claim['text']}", claim["verdict"], claim["measured"], claim["paper"]]
-    texts = "".join(f"<td{' class=' + kind if i == 1 else ''}>{html.escape(text)}" for i, text in enumerate(cells))
-    return f"<tr>{texts}</tr>"
+    colour, mark = VERDICTS[claim["verdict"]]
+    texts = [f"{claim['id']} {claim['text']}", f"{mark} {claim['verdict']}", claim["measured"], claim["paper"]]
+    styles = ["", f' style="border-left:6px solid {colour};white-space:nowrap"', "", ""]
+    cells = zip(styles, map(html.escape, texts), strict=True)
+    return "<tr>" + "".join(f"<td{style}>{text}</td>" for style, text in cells) + "</tr>"

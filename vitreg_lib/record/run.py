@@ -18,6 +18,7 @@ import ast
 import csv
 import functools
 import hashlib
+import html
 import json
 import os
 import platform
@@ -32,7 +33,12 @@ import yaml
 from ..base import DATA, NOTEBOOKS, UserError, in_batch, results, unknown, write_atomically
 
 PROFILES = ("mini", "small", "large", "paper")
-VERDICTS = ("holds", "fails", "not testable here")
+VERDICTS = {  # colour and mark, safe for colour-blind readers and legible without colour
+    "holds": ("#0072B2", "✓"),
+    "fails": ("#D55E00", "✗"),
+    "undecided": ("#E69F00", "~"),
+    "not testable here": ("#8A8A8A", "–"),
+}
 
 
 def start(item: str, namespace: dict) -> Run:
@@ -245,16 +251,19 @@ class Run:
         return f"{self.item}, profile {self.profile}: {models}" + (f"; {images.source}" if images else "")
 
     def claim(
-        self, claim: str, holds: bool | None, measured: str, text: str | None = None, paper: str | None = None
+        self, claim: str, holds: bool | str | None, measured: str, text: str | None = None, paper: str | None = None
     ) -> None:
         """Judge a claim of the paper (an id of data/reported/claims.csv) or one of this collection's own (with `text`).
 
-        `holds` is None where it cannot be tested here; `measured` then says why.
+        holds: True, False, "undecided" where the difference lies inside its interval, or None where the claim cannot be
+        tested here: the model without registers has no artifacts, or a model is missing; `measured` then says which.
         """
         reported = reported_claims().get(claim)
         if reported is None and text is None:
             raise unknown("claim", claim, reported_claims())
-        verdict = VERDICTS[2] if holds is None else VERDICTS[0] if holds else VERDICTS[1]
+        if isinstance(holds, str) and holds != "undecided":
+            raise ValueError(f"verdict {holds!r}: True, False, None or 'undecided'")
+        verdict = holds if isinstance(holds, str) else {True: "holds", False: "fails", None: "not testable here"}[holds]
         self._claims.append(
             {
                 "id": claim,
@@ -279,20 +288,19 @@ class Run:
             os.replace(temporary, self.folder / f"{name}{suffix}")
         self._drawn[name] = compare.summary(figure)
 
-    def claims(self):
-        """The verdicts as a table; writes record.json.
+    def claims(self, judged=()):
+        """The verdicts as a table, after those of `judged`, arguments of `claim`; writes record.json.
 
         Raises UserError where the run differs from the committed record and `VITREG_CHECK` is set, as by `make test`.
         """
-        import pandas as pd
-
         from . import compare
 
+        for arguments in judged:
+            self.claim(*arguments)
         path = self.write()
         if is_plain(self.item, self.parameters):
             compare.check(json.loads(path.read_text()))
-        table = pd.DataFrame(self._claims, columns=["id", "verdict", "text", "measured", "paper"])
-        return Verdicts(table)
+        return Verdicts(self._claims)
 
     def write(self) -> Path:
         """Write record.json, whole or not at all."""
@@ -318,21 +326,51 @@ class Run:
         return path
 
 
-class Verdicts:
-    """A table of claims that reads well as text and as a page."""
+def tally(claims: list[dict]) -> dict[str, dict[str, int]]:
+    """{"paper", "ours": {verdict: how many}} of a record's claims: those of the paper and this collection's own."""
+    counts = {side: dict.fromkeys(VERDICTS, 0) for side in ("paper", "ours")}
+    for claim in claims:
+        counts["paper" if claim["id"] in reported_claims() else "ours"][claim["verdict"]] += 1
+    return counts
 
-    def __init__(self, table):
-        self.table = table
+
+class Verdicts:
+    """The judged claims of a record, as text and as a page's table: the paper's first, then this collection's own."""
+
+    def __init__(self, claims: list[dict]):
+        own = [claim["id"] not in reported_claims() for claim in claims]
+        parts = {"The paper's claims": False, "This collection's own": True}
+        self.parts = {
+            title: [c for c, o in zip(claims, own, strict=True) if o == side] for title, side in parts.items()
+        }
 
     def __repr__(self) -> str:
         rows = []
-        for row in self.table.itertuples():
-            rows.append(f"{row.id} {row.verdict.upper() if row.verdict == 'fails' else row.verdict}: {row.text}")
-            rows.append(f"     measured: {row.measured}" + (f"   paper: {row.paper}" if row.paper else ""))
+        for claim in [c for part in self.parts.values() for c in part]:
+            verdict = claim["verdict"].upper() if claim["verdict"] == "fails" else claim["verdict"]
+            rows.append(f"{claim['id']} {verdict}: {claim['text']}")
+            paper = f"   paper: {claim['paper']}" if claim["paper"] not in ("", "none") else ""
+            rows.append(f"     measured: {claim['measured']}{paper}")
         return "\n".join(rows)
 
     def _repr_html_(self) -> str:
-        return self.table.to_html(index=False, justify="left")
+        left = "text-align:left;vertical-align:top"
+        head = "".join(f'<th style="{left}">{name}</th>' for name in ("verdict", "claim", "measured here", "the paper"))
+        rows = []
+        for title, claims in self.parts.items():
+            if claims:
+                rows.append(f'<tr><td colspan="4" style="{left}"><b>{title}</b></td></tr>')
+            for claim in claims:
+                colour, mark = VERDICTS[claim["verdict"]]
+                chip = f'<b style="border-left:6px solid {colour};padding-left:6px;white-space:nowrap">'
+                text = f"{html.escape(claim['text'])} <small>({html.escape(claim['id'])})</small>"
+                cells = (
+                    f"{chip}{mark} {claim['verdict']}</b>",
+                    text,
+                    *map(html.escape, (claim["measured"], claim["paper"])),
+                )
+                rows.append("<tr>" + "".join(f'<td style="{left}">{cell}</td>' for cell in cells) + "</tr>")
+        return f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
 
 
 def environment() -> dict:
