@@ -81,6 +81,16 @@ def test_judging_names_pairs_by_kind():
     assert pairs.judge(pairs.compare({"m": scores["m"]}), "-reg")[0] is None
 
 
+def test_a_pair_is_judged_where_the_model_without_registers_has_artifacts():
+    noise = torch.tensor([1.0, -1.0]).repeat(10)
+    table = pairs.compare({"m": torch.zeros(20), "m-reg4": noise, "n": torch.zeros(20), "n-reg4": noise - 2})
+    assert pairs.judge(table, "-reg", having=["m"])[0] == "undecided"
+    assert pairs.judge(table, "-reg", having=["n"])[0] is True
+    assert pairs.judge(table, "-reg", having=["m", "n"])[0] == "undecided"
+    verdict, measured = pairs.judge(table, "-reg", having=[])
+    assert verdict is None and measured.startswith("without registers no model of a pair has artifacts")
+
+
 def test_registers_enter_matter_and_leave():
     torch.manual_seed(0)
     model = Model("four", mini.build("xs", registers=4).eval(), "0" * 64, input_size=96)

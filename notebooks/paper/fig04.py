@@ -1,4 +1,4 @@
-"""Figure 4: plots of norms along training and by model size."""
+"""Figure 4: plots of norms along training and by model size, and its verdicts."""
 
 from __future__ import annotations
 
@@ -8,8 +8,10 @@ import pandas as pd
 import torch
 from matplotlib.figure import Figure
 
+from vitreg_lib.measure import outliers
 from vitreg_lib.plots.norms import _bands, _levels
 from vitreg_lib.plots.style import PALETTE, PAPER, _plain_log, styled
+from vitreg_lib.train import telemetry
 
 
 @styled
@@ -52,3 +54,38 @@ def norms_by_size(norms: dict[str, torch.Tensor]) -> Figure:
     axis.set_ylabel("patch norm / median\n(points: highest 0.5 %)")
     axis.legend(loc="lower right")
     return figure
+
+
+def claims(models, norms: dict, trained: dict, shares: dict, alike: bool):
+    """Arguments of `Run.claim`: C012 and C013 on a model with artifacts, C014 on telemetry, C015 on sizes; a control.
+
+    By label: norms (images, blocks, patches); trained, telemetry tables; shares, the outlier share by size, smallest
+    first. alike: whether the sizes were trained alike.
+    """
+    found = {name: (outliers.onset_layer(values), values.shape[1]) for name, values in norms.items()}
+    model = next((m for m in models if m.role == "trained" and found[m.label][0] is not None), None)
+    if model is None:
+        for claim in ("C012", "C013"):
+            yield claim, None, "no trained model here has outliers in any block"
+    else:
+        onset, depth = found[model.label]
+        text = f"{model.label}: outliers from block {onset} of {depth}, {onset / depth:.0%} of the depth"
+        yield "C012", 0.3 <= onset / depth <= 0.5, text
+        early = max(outliers.layer_shares(norms[model.label])[: max(1, depth // 4)])
+        text = f"{model.label}: at most {early:.2%} of tokens above the cutoff in the first quarter of the blocks"
+        yield "C013", early < 0.001, text
+    name, table = next(iter(trained.items()))
+    final, quarter = telemetry.share_at(table, 1.0), telemetry.share_at(table, 1 / 4)
+    text = f"{name}: {quarter:.2%} at a quarter, {final:.2%} at the end of training, last block"
+    yield "C014", quarter < 0.005 if final >= 0.005 else None, text
+    values, listed = list(shares.values()), ", ".join(f"{name} {share:.2%}" for name, share in shares.items())
+    if not alike or len(values) < 3:
+        yield "C015", None, f"released DINOv2 S, B and L are distilled from g; here: {listed}"
+    elif max(values) < 0.005:
+        yield "C015", None, f"no size of the ladder has artifacts: {listed}"
+    else:
+        yield "C015", values[0] < 0.001 and values[-1] >= 0.005, listed
+    for model in (m for m in models if m.role == "planted control"):
+        onset = found[model.label][0]
+        measured = f"found in block {onset}, planted in block {model.onset}"
+        yield "control-onset", onset == model.onset, measured, "the onset of the planted control is found", "none"

@@ -147,6 +147,15 @@ def find_all(seen: dict[str, Capture], pairs: dict[str, str] | None = None, laye
     return {name: find(seen[name], layer, own.get((pairs or {}).get(name), found)) for name, found in own.items()}
 
 
+def having(found: dict[str, Outliers]) -> set[str]:
+    """Labels of the models with artifacts: at least `MIN_SHARE` of the patch tokens are outliers by their own cutoff.
+
+    Claims about what registers remove are judged on these alone. A model that takes its cutoff from its pair without
+    registers is not among them.
+    """
+    return {name for name, each in found.items() if each.cutoff_from == name and each.share >= MIN_SHARE}
+
+
 def outlier_share(norms: torch.Tensor, cut: float | None = None) -> float:
     """Share (0 to 1) of tokens above `cut`, which follows from the norms by the default rule if not given."""
     return (norms > (cutoff(norms) if cut is None else cut)).float().mean().item()

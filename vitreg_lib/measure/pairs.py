@@ -34,7 +34,8 @@ def sign_test(without: torch.Tensor, with_registers: torch.Tensor) -> tuple[floa
 def compare(scores: dict[str, torch.Tensor]):
     """Every pair among `scores` {model: (images,)}: a DataFrame, one row a model with registers.
 
-    Columns: without (the model's name), median_without, median_with, share_lower (of images) and p (sign test).
+    Columns: without (the model's name), median_without, median_with, share_lower (of images), p (sign test that the
+    score is lower with registers) and p_higher (that it is higher).
     """
     import pandas as pd
 
@@ -42,29 +43,31 @@ def compare(scores: dict[str, torch.Tensor]):
     for name, plain in pairs(list(scores)).items():
         share, p = sign_test(scores[plain], scores[name])
         medians = {"median_without": scores[plain].nanmedian().item(), "median_with": scores[name].nanmedian().item()}
-        rows[name] = {"without": plain, **medians, "share_lower": share, "p": p}
-    columns = ["without", "median_without", "median_with", "share_lower", "p"]
+        p_higher = sign_test(scores[name], scores[plain])[1]
+        rows[name] = {"without": plain, **medians, "share_lower": share, "p": p, "p_higher": p_higher}
+    columns = ["without", "median_without", "median_with", "share_lower", "p", "p_higher"]
     return pd.DataFrame.from_dict(rows, orient="index", columns=columns)
 
 
-def judge(compared, kind: str = "-reg", level: float = 0.05) -> tuple[bool | None, str]:
+def judge(compared, kind: str = "-reg", having=None, level: float = 0.05) -> tuple[bool | str | None, str]:
     """(verdict, what was measured) over the pairs of a `kind`, "-reg" or "+ttr", for `run.claim`.
 
-    Holds where the score is lower with registers in every pair, p below `level`; None without such a pair.
+    compared: from `compare`. having: labels of the models that have artifacts. Other pairs are not judged, since
+    registers have nothing to remove there; None judges all. Holds where the score is lower with registers in every
+    judged pair (p below `level`), fails where it is higher in one, else "undecided"; None where no pair is judged.
     """
     chosen = compared[[kind in name for name in compared.index]]
     if not len(chosen):
         return None, f"no pair of this kind ({'trained with' if kind == '-reg' else 'added'} registers) in this profile"
-    told = [
+    text = "; ".join(
         f"{name}: {row.median_without:.3g} to {row.median_with:.3g}, "
-        + (
-            f"lower in {row.share_lower:.0%} of the images (p {row.p:.1g})"
-            if row.share_lower == row.share_lower
-            else "no image differs"
-        )
+        + (f"lower in {row.share_lower:.0%} of the images (p {row.p:.1g})" if row.share_lower >= 0 else "no difference")
         for name, row in chosen.iterrows()
-    ]
-    return bool((chosen.p < level).all()), "; ".join(told)
+    )
+    judged = chosen if having is None else chosen[chosen["without"].isin(list(having))]
+    if not len(judged):
+        return None, f"without registers no model of a pair has artifacts ({text})"
+    return (bool((judged.p < level).all()) or (False if (judged.p_higher < level).any() else "undecided")), text
 
 
 def pairs(names: list[str]) -> dict[str, str]:

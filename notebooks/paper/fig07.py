@@ -1,0 +1,40 @@
+"""Figure 7: its verdicts."""
+
+from __future__ import annotations
+
+from verdicts import WORDS, exists, of_family
+
+from vitreg_lib.measure import outliers
+
+NO_OUTLIERS = 0.001  # of the patch tokens: below this share a model with registers has none
+
+
+def claims(models, found: dict, pairs: dict[str, str], truths: dict, profile: str):
+    """Arguments of `Run.claim`: C023 to C028 by family, without and with registers; ours; then the controls.
+
+    found: `Outliers` by label, those of a model with registers by the cutoff of its pair; truths: bool masks or None.
+    """
+    having = outliers.having(found)
+    share = {name: f"{name}: {each.share:.2%}" for name, each in found.items()}
+    families = {"dinov2": ("C023", "C024"), "clip": ("C025", "C026"), "deit3": ("C027", "C028")}
+    for family, (without, with_registers) in families.items():
+        members = [m.label for m in of_family(models, family)]
+        plain = [name for name in members if name not in pairs]
+        chosen = [name for name in plain if name in having] or plain
+        text = "; ".join(share[name] for name in chosen) or f"no model {WORDS[family]} is at hand"
+        yield without, exists(bool(set(chosen) & having), profile) if plain else None, text
+        paired = [name for name in members if name in pairs]
+        judged = [name for name in paired if pairs[name] in having]
+        text = "; ".join(f"{share[pairs[name]]} to {share[name]}" for name in judged or paired)
+        missing = "no artifacts without registers" if paired else f"no pair {WORDS[family]} is at hand"
+        fewer = all(found[name].share < NO_OUTLIERS for name in judged)
+        yield with_registers, fewer if judged else None, text if judged else f"{missing}; {text}".strip("; ")
+    added = [m.label for m in models if m.role == "mended" and pairs.get(m.label) in having]
+    text = "; ".join(f"{share[pairs[name]]} to {share[name]}" for name in added) or "no such pair with artifacts"
+    fewer = all(found[name].share < NO_OUTLIERS for name in added) if added else None
+    yield "ours-added", fewer, text, "no patch token has a high norm once registers are added at test time", "none"
+    for name, truth in truths.items():
+        if truth is not None:
+            score = outliers.score(found[name].mask.flatten(1), truth)
+            text = f"the tail of {name} is found where it was put, and nowhere else"
+            yield f"control-{name}", score["f1"] >= 0.95, f"F1 {score['f1']:.3f}", text, "none"

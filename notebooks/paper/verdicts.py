@@ -1,0 +1,44 @@
+"""Which model a claim is judged on, and when: one rule for all figures and tables of the paper.
+
+- A claim about artifacts, or about what registers remove, is judged on models that have artifacts. Where none of the
+  models at hand has any, the claim is "not testable here".
+- A claim about a family (DeiT-III, OpenCLIP, DINOv2) is judged on models trained in the same way: with labels, with
+  captions, on images alone. The measured text names them.
+- A difference inside its interval is "undecided".
+- The existence of artifacts can fail only on the paper's own models (profiles large and paper): the paper says itself
+  that small models have none.
+"""
+
+from __future__ import annotations
+
+from scipy.stats import binomtest
+
+# what the names of models begin with, by the paper's family whose way of training they share
+FAMILIES = {"deit3": ("deit", "vit-ti"), "clip": ("clip",), "dinov2": ("dinov2",), "dino": ("dino-",)}
+WORDS = {"deit3": "trained with labels", "clip": "trained with captions", "dinov2": "trained as DINOv2", "dino": "DINO"}
+
+
+def of_family(models, family: str) -> list:
+    """The trained models among `models` whose training is that of a family of the paper, in order."""
+    return [m for m in models if m.role == "trained" and m.label.removeprefix("mini-").startswith(FAMILIES[family])]
+
+
+def specimen(models, having):
+    """The first trained model that has artifacts (its label is in `having`); None without one."""
+    return next((m for m in models if m.role == "trained" and m.label in having), None)
+
+
+def exists(found: bool, profile: str) -> bool | None:
+    """The verdict on a claim that artifacts exist: absence counts only for the paper's own models."""
+    return True if found else (False if profile in ("large", "paper") else None)
+
+
+def above(low: float, high: float, limit: float = 0.0) -> bool | str:
+    """True where the interval lies above the limit, False below it, "undecided" where the limit is inside."""
+    return True if low > limit else False if high < limit else "undecided"
+
+
+def majority(hits) -> bool | str:
+    """Is a property, bool (images,), that of most images? By the exact 95 % interval of the share."""
+    interval = binomtest(int(hits.sum()), len(hits)).proportion_ci(0.95)
+    return above(interval.low, interval.high, 0.5)
