@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import io
 import json
+import re
 import subprocess
 import sys
 import tokenize
@@ -100,3 +101,25 @@ def test_committed_outputs_are_small_and_say_nothing_of_a_machine(path):
             assert "Warning" not in text
     ran = [count for count in counts if count is not None]
     assert ran == list(range(1, len(ran) + 1)) and len(ran) in (0, len(counts))
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_what_a_notebook_names_of_the_library_and_of_the_file_beside_it_exists(path, monkeypatch):
+    """`vr.NAME.attribute` and `fig05.attribute`, which otherwise fail only when the cell runs."""
+    import importlib
+
+    import vitreg_lib as vr
+
+    monkeypatch.syspath_prepend(str(path.parent))
+    cells = json.loads(path.read_text())["cells"]
+    source = "\n".join("".join(c["source"]) for c in cells if c["cell_type"] == "code")
+    tree = ast.parse(re.sub(r"^[%!].*", "", source, flags=re.MULTILINE))
+    beside = {p.stem for p in path.parent.glob("*.py")}
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.Attribute):
+            continue
+        if isinstance(node.value, ast.Name) and node.value.id in beside:
+            assert hasattr(importlib.import_module(node.value.id), node.attr), f"{node.value.id}.{node.attr}"
+        inner = node.value
+        if isinstance(inner, ast.Attribute) and isinstance(inner.value, ast.Name) and inner.value.id == "vr":
+            assert hasattr(getattr(vr, inner.attr), node.attr), f"vr.{inner.attr}.{node.attr}"

@@ -1,12 +1,13 @@
 """Figures in one visual style, from tensors or data frames to an unsaved matplotlib Figure."""
 
-from .maps import bars, by_pair, grids, query_view, sheet
+from .maps import COMPONENT, bars, by_pair, grids, query_view, sheet
 from .norms import histograms, image_grid, norm_maps, norms_by_layer, token_kinds, training
 from .scores import boxes, scores
 from .style import ATTENTION, NORMS, PALETTE, PAPER, caption, picture, plt, styled
 
 __all__ = [
     "ATTENTION",
+    "COMPONENT",
     "NORMS",
     "PALETTE",
     "PAPER",
