@@ -14,6 +14,7 @@ import pytest
 
 from vitreg_lib import cli
 from vitreg_lib.base import ROOT, UserError
+from vitreg_lib.record import execute
 from vitreg_lib.record import run as record
 
 
@@ -24,12 +25,9 @@ def vitreg(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
 
 def failing(capsys, *arguments: str) -> str:
     """The one line that a failing command writes to stderr."""
-    try:
-        code = cli.main(list(arguments))
-    except SystemExit as stop:  # argparse's way
-        code = stop.code
+    code = cli.main(list(arguments))
     told = capsys.readouterr().err
-    assert code not in (0, None)
+    assert code in (1, 2)
     assert told.startswith("vitreg: ")
     assert told.count("\n") == 1, told
     return told
@@ -53,11 +51,12 @@ def failing(capsys, *arguments: str) -> str:
         ("report --profile small", "nothing made yet in profile small"),
         ("train --resume nowhere", "nowhere holds no run"),
         ("train", "name what to train (deit3, clip, "),
-        ("train dinov3", "invalid choice: 'dinov3'"),
-        ("train deit3 --steps many", "invalid int value: 'many'"),
-        ("train deit3 --mask-ratio 0.5", "unrecognized arguments: --mask-ratio"),
+        ("train dinov3", "No such command 'dinov3'. Did you mean 'dinov2'?"),
+        ("train deit3 --steps many", "Invalid value for '--steps'"),
+        ("train deit3 --mask-ratio 0.5", "No such option: --mask-ratio"),
         ("train --resume nowhere deit3", "leave deit3 out"),
         ("train clip --accumulate 2 --out results/test-refused", "--accumulate 2: clip compares the images of a batch"),
+        ("train --device cpu deit3", "write options after the recipe"),
         ("ship nowhere name about", "nowhere holds no finished run"),
     ],
 )
@@ -89,15 +88,13 @@ def test_debug_shows_the_traceback(results):
 
 def test_without_a_command_help_is_shown(capsys):
     assert cli.main([]) == 2
-    assert "commands:" in capsys.readouterr().out
+    assert "Commands" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("command", ["run", "report", "diagnose", "mend", "models", "data", "train", "ship"])
 def test_every_command_has_help(capsys, command):
-    with pytest.raises(SystemExit) as stop:
-        cli.main([command, "--help"])
-    assert stop.value.code == 0
-    assert capsys.readouterr().out.startswith(f"usage: vitreg {command}")
+    assert cli.main([command, "--help"]) == 0
+    assert capsys.readouterr().out.strip().startswith(f"Usage: vitreg {command}")
 
 
 def test_lists(capsys):
@@ -113,8 +110,8 @@ def test_lists(capsys):
 
 
 def test_values_take_the_type_of_the_default():
-    pairs = [("n_images", "64"), ("cutoff", "150"), ("models", "12"), ("rule", "mad"), ("seed", "true")]
-    assert cli.given("fig03", pairs, "small") == {
+    pairs = ["n_images=64", "cutoff=150", "models=12", "rule=mad", "seed=true"]
+    assert record.typed("fig03", pairs, "small") == {
         "n_images": 64,
         "cutoff": 150,
         "models": "12",
@@ -170,7 +167,7 @@ def test_a_notebook_that_ends_well_replaces_what_was_there(made_up):
     folder.mkdir(parents=True)
     for old in ("made_up.failed.ipynb", "made_up.ipynb", "record.json"):
         (folder / old).write_text("old")
-    assert cli.execute("made_up", {}, progress=False) == folder / "made_up.ipynb"
+    assert execute.execute("made_up", {}, progress=False) == folder / "made_up.ipynb"
     assert sorted(p.name for p in folder.iterdir()) == ["made_up.ipynb", "record.json"]
     executed = nbformat.read(folder / "made_up.ipynb", 4)
     assert [c.execution_count for c in executed.cells if c.cell_type == "code"] == [1, 2]

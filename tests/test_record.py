@@ -201,7 +201,7 @@ def test_a_figure_that_fails_half_way_leaves_the_old_one(run):
             Path(path).write_bytes(b"half")
             raise OSError("disk full")
 
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(UserError, match="figure.svg cannot be written: disk full"):
         run.save(Broken())
     assert {p.name: p.read_bytes() for p in run.folder.glob("figure.*")} == before
 
@@ -216,7 +216,7 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
         raise OSError("killed")
 
     monkeypatch.setattr(Path, "write_bytes", half)
-    with pytest.raises(OSError, match="killed"):
+    with pytest.raises(UserError, match="record.json cannot be written: killed"):
         write_atomically(path, b"new content")
     assert path.read_bytes() == b"old"
     monkeypatch.undo()

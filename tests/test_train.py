@@ -17,7 +17,7 @@ from vitreg_lib.base import UserError
 from vitreg_lib.data import scenes
 from vitreg_lib.model import zoo
 from vitreg_lib.model.weights import file_sha256
-from vitreg_lib.train import loop, ship, state, telemetry
+from vitreg_lib.train import command, loop, ship, state, telemetry
 from vitreg_lib.train.config import TrainConfig
 from vitreg_lib.train.recipes import deit3
 
@@ -54,7 +54,7 @@ def test_a_finished_run_has_nothing_left_to_do(straight):
     assert result["images"] == 80
     after = load_file(straight / "model.safetensors")
     assert all(torch.equal(before[k], after[k]) for k in before)
-    assert not list(straight.glob("*.tmp"))
+    assert not list(straight.glob(".*.tmp"))
 
 
 def test_the_loss_falls(tmp_path):
@@ -212,14 +212,17 @@ def test_an_unfinished_run_is_not_shipped(own_zoo, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["deit3", "clip", "dinov2", "mae"])
-def test_the_command_of_a_run_makes_the_same_run(name):
+def test_the_command_of_a_run_makes_the_same_run(name, monkeypatch):
     from vitreg_lib import cli
 
+    given = {}
+    monkeypatch.setattr(command, "train", lambda recipe, **options: given.update(options, recipe=recipe))
     config, _ = loop.configure(name, size="xs", registers=1, steps=10, drop_path=0.2, telemetry_images=4)
     config = replace(config, antialias=name != "dinov2")
     told = ship.command(asdict(config))
     assert told.startswith(f"vitreg train {name} --size xs --registers 1 --drop-path 0.2 --steps 10")
     assert ("--no-antialias" in told) == (name == "dinov2")
-    chosen = vars(cli._parser().parse_args(told.split()[1:]))
-    given = {k: chosen[k] for k in asdict(config) if k in chosen and k != "recipe"}
-    assert loop.configure(chosen["recipe"], **given)[0] == config
+    assert cli.main(told.split()[1:]) == 0
+    assert given["recipe"] == name
+    options = {k: v for k, v in given.items() if k in asdict(config) and v is not None}
+    assert loop.configure(options.pop("recipe"), **options)[0] == config

@@ -13,9 +13,10 @@ from __future__ import annotations
 import difflib
 import os
 import socket
+import threading
 import urllib.request
 from collections.abc import Iterable
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -41,9 +42,9 @@ def unknown(kind: str, value: str, valid: Iterable[str], hint: str = "") -> User
 
 @contextmanager
 def hub(what: str, instead: str):
-    """The hub's client; whatever fails in it is told as a UserError: `what` cannot be had, and what to do `instead`.
+    """The hub's client; whatever fails in it becomes a UserError: `what` cannot be had, do this `instead`.
 
-    It keeps to its cache where the hub's address cannot be found, or it would try for a minute.
+    Where the hub's address cannot be found, only its cache is used: the client would try for a minute.
     """
     from huggingface_hub import constants
 
@@ -64,17 +65,23 @@ def hub(what: str, instead: str):
         constants.HF_HUB_OFFLINE = before
 
 
-PLACES = ("VITREG_RESULTS", "VITREG_CACHE", "VITREG_MODELS", "VITREG_DATA")
-
-
 def env_folder(variable: str) -> Path | None:
     """The folder that an environment variable names, absolute; None where it is not set."""
     return Path(os.environ[variable]).expanduser().resolve() if os.environ.get(variable) else None
 
 
-def absolute_variables() -> None:
-    """Make the folders named by the environment absolute, for processes that run elsewhere."""
-    os.environ.update({name: str(path) for name in PLACES if (path := env_folder(name))})
+def enter_batch() -> None:
+    """Prepare the environment for kernels, which run in the notebook's folder with nobody watching.
+
+    Folders named by variables become absolute: they are relative to where the user stands.
+    """
+    places = ("VITREG_RESULTS", "VITREG_CACHE", "VITREG_MODELS", "VITREG_DATA")
+    os.environ.update({name: str(path) for name in places if (path := env_folder(name))}, VITREG_BATCH="1")
+
+
+def local_rank() -> int | None:
+    """The number of this process among those that torchrun started on this machine; None without torchrun."""
+    return int(os.environ["LOCAL_RANK"]) if "LOCAL_RANK" in os.environ else None
 
 
 def results() -> Path:
@@ -103,8 +110,27 @@ def shown(path: Path) -> str:
     return str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else path.name
 
 
+@contextmanager
+def written(path: Path):
+    """A temporary path beside `path`, to be written to inside; it takes the name of `path` when the block ends well.
+
+    Otherwise nothing is left and what was there stays. Several processes and threads may write the same file at once.
+    Raises UserError where the system refuses, as for want of room or rights.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield temporary
+        os.replace(temporary, path)
+    except OSError as error:
+        raise UserError(f"{shown(path)} cannot be written: {error.strerror or error}") from error
+    finally:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
 def write_atomically(path: Path, content: bytes) -> None:
-    """Write to a temporary name beside `path`, then rename; several processes may write the same at once."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    temporary.write_bytes(content)
-    os.replace(temporary, path)
+    """Write `content` to `path`, whole or not at all."""
+    with written(path) as temporary:
+        temporary.write_bytes(content)

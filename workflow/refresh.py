@@ -19,7 +19,7 @@ import workshop
 from nbconvert.preprocessors import ExecutePreprocessor
 from PIL import Image
 
-from vitreg_lib.base import NOTEBOOKS
+from vitreg_lib.base import NOTEBOOKS, enter_batch
 from vitreg_lib.record import compare
 from vitreg_lib.record import run as record
 
@@ -33,7 +33,7 @@ def refresh(path: Path) -> None:
     made = item and record.folder(item[1], record.check_parameters(item[1], {})) / "record.json"
     if made:
         made.unlink(missing_ok=True)  # what is written below is from this run
-    os.environ["VITREG_BATCH"] = "1"  # no progress bars, and widgets as pictures
+    enter_batch()  # no progress bars, and widgets as pictures
     os.environ.pop("VITREG_CHECK", None)  # the record is written anew, not checked
     runner = ExecutePreprocessor(timeout=1800, record_timing=False)
     runner.preprocess(notebook, {"metadata": {"path": str(path.parent)}})

@@ -11,9 +11,8 @@ import os
 import subprocess
 import sys
 
-from vitreg_lib import cli
 from vitreg_lib.base import NOTEBOOKS, ROOT, UserError
-from vitreg_lib.record import compare
+from vitreg_lib.record import compare, report
 from vitreg_lib.record import run as record
 
 
@@ -27,7 +26,11 @@ def main() -> int:
     chosen = parser.parse_args()
     try:
         items = paper_items() if chosen.item == "all" else [record.normal_name(chosen.item)]
-        given = {} if chosen.item == "all" else cli.given(items[0], chosen.pairs, chosen.profile)
+        given = (
+            {}
+            if chosen.item == "all"
+            else record.typed(items[0], [f"{name}={text}" for name, text in chosen.pairs], chosen.profile)
+        )
         checked = {item: record.check_parameters(item, given | {"profile": chosen.profile}) for item in items}
     except UserError as error:
         print(f"vitreg: {error}", file=sys.stderr)
@@ -47,7 +50,7 @@ def main() -> int:
     fresh = [item for item in items if written(item, checked[item]) != before[item]]
     print("all is up to date" if not fresh else f"made: {', '.join(fresh)}")
     if len(items) == 1:
-        cli.show(items[0], checked[items[0]])
+        report.show(items[0], checked[items[0]])
     elif chosen.profile == "mini":
         other = [item for item in items if compare.differences(record.read(item, checked[item]))]
         told = f"as recorded: {len(items) - len(other)} of {len(items)} items agree with data/records"

@@ -6,7 +6,6 @@ one, run workflow/sweep.py, and its rows join data/sweeps/emergence.parquet.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,7 +16,7 @@ import pandas as pd
 import sinks
 from matplotlib.figure import Figure
 
-from vitreg_lib.base import DATA, unknown
+from vitreg_lib.base import DATA, unknown, written
 from vitreg_lib.data import textures
 from vitreg_lib.plots.style import PALETTE, _plain_log, styled
 from vitreg_lib.train import loop, telemetry
@@ -118,8 +117,8 @@ def run(
         rows = sinks.measure(module, batch.pixels, places).assign(cell=name, seed=seed, step=step + 1, **error)
         before = pd.read_parquet(path) if path.exists() else rows.iloc[:0]
         rows = pd.concat([before[before.step <= step], rows], ignore_index=True)
-        rows.to_parquet(path.with_suffix(".tmp"), index=False)
-        os.replace(path.with_suffix(".tmp"), path)
+        with written(path) as temporary:
+            rows.to_parquet(temporary, index=False)
 
     recipe = SimpleNamespace(**vars(emergence) | {"after_step": after_step})
     loop.train(config, recipe, folder, "cpu", progress, on_step)
@@ -138,8 +137,8 @@ def record(rows: pd.DataFrame) -> None:
         before = table()
         same = (before.cell == rows.cell.iloc[0]) & (before.seed == rows.seed.iloc[0])
         rows = pd.concat([before[~same], rows], ignore_index=True)
-    rows.round(5).to_parquet(TABLE.with_suffix(".tmp"), index=False)
-    os.replace(TABLE.with_suffix(".tmp"), TABLE)
+    with written(TABLE) as temporary:
+        rows.round(5).to_parquet(temporary, index=False)
 
 
 def course(rows: pd.DataFrame, name: str, seed: int = 0) -> pd.DataFrame:

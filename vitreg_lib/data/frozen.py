@@ -8,12 +8,11 @@ gives the same pixels; the file is there so that results do not hang on the rend
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import torch
 
-from ..base import DATA
+from ..base import DATA, written
 from . import scenes
 from .images import SCENES_FROM
 
@@ -56,10 +55,8 @@ def write(path: Path = PATH) -> Path:
         columns["box_labels"].append(batch.shape[i][visible].tolist())
         columns["instances"].append(_picture(batch.instances[i].to(torch.uint8)))
         columns["depth"].append(_picture((batch.depth[i] * DEPTH_UNIT).round().to(torch.uint16)))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    Dataset.from_dict(columns, features=features).to_parquet(str(temporary))
-    os.replace(temporary, path)
+    with written(path) as temporary:
+        Dataset.from_dict(columns, features=features).to_parquet(str(temporary))
     return path
 
 

@@ -134,7 +134,6 @@ def remembered(about: dict, compute):
     except (OSError, ValueError, KeyError):
         pass  # not there, or damaged: computed below
     result = compute()
-    path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, json.dumps({"about": about, "result": result}).encode())
     return json.loads(json.dumps(result))
 

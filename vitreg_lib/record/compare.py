@@ -50,7 +50,6 @@ def digest(record: dict) -> dict:
 
 def write(record: dict) -> Path:
     """Commit a run's record; other items' files are not touched."""
-    FOLDER.mkdir(exist_ok=True)
     write_atomically(path(record["item"]), (_readable(digest(record)) + "\n").encode())
     return path(record["item"])
 

@@ -21,6 +21,7 @@ from ..hooks.capture import Capture
 from ..measure import attention, maps, outliers
 from ..model.model import Model
 from ..train import telemetry
+from . import report
 
 
 @dataclass
@@ -90,8 +91,6 @@ def _verdict(numbers: dict, has: bool, layer: int) -> str:
 
 def page(found: Diagnosis, path: Path | None = None) -> Path:
     """Write the diagnosis as one self-contained page; its path (results/diagnose/<model>.html by default)."""
-    import base64
-    import html
     import io
 
     import matplotlib.pyplot as plt
@@ -109,24 +108,13 @@ def page(found: Diagnosis, path: Path | None = None) -> Path:
             [(label, [found.shares])], label="share of images", cell=2.5
         ),
     }
-    parts = [f"<!doctype html><meta charset=utf-8><title>{html.escape(found.model.name)}</title>"]
-    parts.append(
-        "<style>body{font:15px/1.5 system-ui;max-width:50rem;margin:2rem auto;padding:0 1rem}"
-        "img{max-width:100%}</style>"
-    )
-    parts.append(f"<h1>{html.escape(found.model.name)}</h1><p><b>{html.escape(found.verdict)}</b></p>")
-    parts.append(f"<p>Measured on {html.escape(found.source)}; weights sha256 {found.model.sha256}.</p>")
-    rows = "".join(f"<tr><td>{k}<td>{v:.4g}</tr>" for k, v in found.numbers.items() if v is not None)
-    parts.append(f"<table>{rows}</table>")
+    pictures = {}
     for title, figure in figures.items():
         buffer = io.BytesIO()
         figure.savefig(buffer, dpi=120, bbox_inches="tight")
         plt.close(figure)
-        parts.append(
-            f"<h2>{title}</h2><img alt='{title}' "
-            f"src='data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}'>"
-        )
+        pictures[title] = buffer.getvalue()
+    values = dict(model=found.model, verdict=found.verdict, source=found.source, numbers=found.numbers)
     path = path or results() / "diagnose" / f"{re.sub(r'[^A-Za-z0-9._+-]', '_', found.model.name)}.html"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, "\n".join(parts).encode())
+    write_atomically(path, report.page("diagnose", **values, pictures=pictures).encode())
     return path

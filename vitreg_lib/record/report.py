@@ -1,19 +1,42 @@
-"""One page of all results of a profile: a table of verdicts, then each item's figures."""
+"""Verdicts and figures of finished items: in the terminal, or all of a profile on one page."""
 
 from __future__ import annotations
 
 import base64
-import html
+import functools
 import json
 from pathlib import Path
 
-from ..base import UserError, results, write_atomically
-from .run import VERDICTS, tally
+from ..base import UserError, results, shown, write_atomically
+from . import run as record
 
-_STYLE = """body{font:15px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;
-color-scheme:light dark}
-table{border-collapse:collapse;width:100%}td,th{border-bottom:1px solid #8884;padding:.3rem .5rem;text-align:left;
-vertical-align:top}img{max-width:100%;background:#fff}"""
+
+def show(item: str, parameters: dict, differences: bool = False) -> None:
+    """Print the verdicts of a finished item, whether it agrees with the committed record (all `differences` or the
+    first few), and where its figures and notebook are."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from . import compare
+
+    made = record.read(item, parameters)
+    console = Console(soft_wrap=False)
+    table = Table(title=f"{item}: {made['title']} (profile {made['profile']})", title_justify="left", show_lines=True)
+    for column in ("claim", "verdict", "measured", "paper"):
+        table.add_column(column, overflow="fold")
+    for claim in made["claims"]:
+        colour, mark = record.VERDICTS[claim["verdict"]]
+        verdict = f"[{colour}]{mark} {claim['verdict']}[/]"
+        table.add_row(f"{claim['id']} {claim['text']}", verdict, claim["measured"], claim["paper"])
+    console.print(table)
+    for missing in made["not_reachable_here"]:
+        console.print(f"not reachable here: {missing['name']}")
+    if record.is_plain(item, parameters):
+        print(compare.verdict(made, differences))
+    folder = record.folder(item, parameters)
+    for figure in made["figures"]:
+        print(f"figure: {shown(folder / figure)}.png")
+    print(f"notebook: {shown(folder / item)}.ipynb")
 
 
 def write(profile: str) -> Path:
@@ -21,36 +44,34 @@ def write(profile: str) -> Path:
     records = [(p.parent, json.loads(p.read_text())) for p in sorted((results() / profile).glob("*/record.json"))]
     if not records:
         raise UserError(f"nothing made yet in profile {profile}: run `make reproduce-all PROFILE={profile}` first")
-    parts = [f"<title>vitreg, profile {profile}</title><style>{_STYLE}</style><h1>Profile {profile}</h1>"]
-    parts.append("<p>Numbers of this page come from the models named below each item; the paper's are beside them.</p>")
-    counts = tally([claim for _, record in records for claim in record["claims"]])
-    for title, side in (("Claims of the paper", "paper"), ("Claims of this collection's own", "ours")):
-        told = ", ".join(f"{number} {verdict}" for verdict, number in counts[side].items())
-        parts.append(f"<p>{title}: {sum(counts[side].values())} ({told}).</p>")
-    for folder, record in records:
-        parts.append(_section(folder, record))
+    tally = record.tally([claim for _, made in records for claim in made["claims"]])
+    values = dict(profile=profile, records=records, tally=tally, verdicts=record.VERDICTS)
     path = results() / profile / "report.html"
-    write_atomically(path, ("<!doctype html><meta charset=utf-8>" + "\n".join(parts)).encode())
+    write_atomically(path, page("report", **values).encode())
     return path
 
 
-def _section(folder: Path, record: dict) -> str:
-    models = ", ".join(f"{m['name']}" + ("" if m["role"] == "trained" else f" ({m['role']})") for m in record["models"])
-    rows = "".join(_row(claim) for claim in record["claims"])
-    figures = "".join(
-        f'<p><img alt="{html.escape(record["title"])}" src="data:image/png;base64,'
-        f'{base64.b64encode((folder / f"{name}.png").read_bytes()).decode()}">'
-        for name in record["figures"]
-    )
-    return (
-        f"<h2 id={folder.name}>{folder.name}: {html.escape(record['title'])}</h2><p>Models: {html.escape(models)}</p>"
-        f"<table><tr><th>claim<th>verdict<th>measured<th>paper</tr>{rows}</table>{figures}"
-    )
+def page(name: str, **values) -> str:
+    """A self-contained page of HTML from record/pages/NAME.html, which stands on pages/base.html."""
+    return _templates().get_template(f"{name}.html").render(values)
 
 
-def _row(claim: dict) -> str:
-    colour, mark = VERDICTS[claim["verdict"]]
-    texts = [f"{claim['id']} {claim['text']}", f"{mark} {claim['verdict']}", claim["measured"], claim["paper"]]
-    styles = ["", f' style="border-left:6px solid {colour};white-space:nowrap"', "", ""]
-    cells = zip(styles, map(html.escape, texts), strict=True)
-    return "<tr>" + "".join(f"<td{style}>{text}</td>" for style, text in cells) + "</tr>"
+@functools.cache
+def _templates():
+    import jinja2
+
+    templates = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent / "pages"),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    templates.filters["data_url"] = data_url
+    return templates
+
+
+def data_url(picture: bytes | Path) -> str:
+    """A PNG, as bytes or as a file, as an address that a page can carry inside."""
+    content = picture if isinstance(picture, bytes) else picture.read_bytes()
+    return f"data:image/png;base64,{base64.b64encode(content).decode()}"

@@ -20,7 +20,6 @@ import functools
 import hashlib
 import html
 import json
-import os
 import platform
 import sys
 import time
@@ -30,7 +29,7 @@ from types import SimpleNamespace
 
 import yaml
 
-from ..base import DATA, NOTEBOOKS, UserError, in_batch, results, unknown, write_atomically
+from ..base import DATA, NOTEBOOKS, UserError, in_batch, results, unknown, write_atomically, written
 
 PROFILES = ("mini", "small", "large", "paper")
 VERDICTS = {  # colour and mark, safe for colour-blind readers and legible without colour
@@ -70,6 +69,26 @@ def check_parameters(item: str, given: dict) -> dict:
     if values["profile"] not in PROFILES:
         raise unknown("profile", values["profile"], PROFILES)
     return values
+
+
+def typed(item: str, pairs: list[str], profile: str | None = None) -> dict:
+    """Parameters from texts NAME=VALUE and a profile, typed as the item's notebook declares them.
+
+    Images that are a path are resolved here, where the user stands: the kernel runs elsewhere.
+    """
+    declared, given = declared_parameters(item), {}
+    for name, _, text in (pair.partition("=") for pair in pairs):
+        given[name] = text if isinstance(declared.get(name), str) else _literal(text)
+    if given.get("images") and Path(given["images"]).expanduser().exists():
+        given["images"] = str(Path(given["images"]).expanduser().resolve())
+    return given | ({"profile": profile} if profile else {})
+
+
+def _literal(text: str):
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return {"true": True, "false": False}.get(text.lower(), text)
 
 
 @functools.cache
@@ -281,11 +300,9 @@ class Run:
         """
         from . import compare
 
-        self.folder.mkdir(parents=True, exist_ok=True)
-        for suffix, options in ((".svg", {"metadata": {"Date": None}}), (".png", {"dpi": 150})):
-            temporary = self.folder / f".{name}{suffix}"
-            figure.savefig(temporary, bbox_inches="tight", **options)
-            os.replace(temporary, self.folder / f"{name}{suffix}")
+        for kind, options in (("svg", {"metadata": {"Date": None}}), ("png", {"dpi": 150})):
+            with written(self.folder / f"{name}.{kind}") as temporary:
+                figure.savefig(temporary, format=kind, bbox_inches="tight", **options)
         self._drawn[name] = compare.summary(figure)
 
     def claims(self, judged=()):
@@ -304,7 +321,6 @@ class Run:
 
     def write(self) -> Path:
         """Write record.json, whole or not at all."""
-        self.folder.mkdir(parents=True, exist_ok=True)
         record = {
             "item": self.item,
             "title": self.title,

@@ -10,7 +10,6 @@ Without torchrun there is one rank, and everything here is the identity.
 from __future__ import annotations
 
 import contextlib
-import os
 import warnings
 from collections.abc import Iterator
 
@@ -18,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from ..base import UserError
+from ..base import UserError, local_rank
 
 _part = (0, 1)  # which micro-batch of how many is being computed; set by `micro_batch` alone
 
@@ -100,10 +99,10 @@ def start(device: str) -> str:
 
     Communication is by nccl on GPUs and by gloo on CPUs.
     """
-    if "LOCAL_RANK" not in os.environ or _many():
+    if local_rank() is None or _many():
         return device
     if device == "cuda":
-        device = f"cuda:{os.environ['LOCAL_RANK']}"
+        device = f"cuda:{local_rank()}"
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
     return device

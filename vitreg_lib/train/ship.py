@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from dataclasses import fields
 from pathlib import Path
 
 import yaml
 
-from ..base import CHECKPOINTS, DATA, UserError, write_atomically
+from ..base import CHECKPOINTS, DATA, UserError, write_atomically, written
 from ..model.weights import file_sha256
 from . import loop
 from .config import MACHINE, TrainConfig
@@ -23,13 +22,11 @@ def ship(folder: str | Path, name: str, about: str) -> Path:
         raise UserError(f"{folder} holds no finished run: no result.json there")
     config = json.loads((folder / "config.json").read_text())
     result = json.loads((folder / "result.json").read_text())
-    CHECKPOINTS.mkdir(parents=True, exist_ok=True)
     target = CHECKPOINTS / f"{name}.safetensors"
     for source in (*sorted(folder.glob("model*.safetensors")), folder / "telemetry.parquet"):
         place = target.with_name(name + "." + source.name.removeprefix("model."))
-        temporary = place.with_name(place.name + ".tmp")
-        shutil.copyfile(source, temporary)
-        os.replace(temporary, place)
+        with written(place) as temporary:
+            shutil.copyfile(source, temporary)
     entry = {
         "file": target.name,
         "about": about,

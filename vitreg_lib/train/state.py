@@ -24,7 +24,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from ..base import UserError, shown, write_atomically
+from ..base import UserError, shown, write_atomically, written
 from . import parallel
 from .config import MACHINE, TrainConfig
 from .parallel import full
@@ -52,7 +52,6 @@ def claim(folder: Path, config: TrainConfig) -> None:
 
     Raises UserError where it holds a run of another one; how a run is computed (`config.MACHINE`) may change.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     path = folder / "config.json"
     wanted = asdict(config)
     if path.exists():
@@ -116,15 +115,12 @@ def save(folder: Path, run: Run) -> None:
     if parallel.rank():
         return
     try:
-        temporary = folder / "telemetry.parquet.tmp"
-        pd.concat(run.norms, ignore_index=True).to_parquet(temporary, index=False)
-        os.replace(temporary, folder / "telemetry.parquet")
+        with written(folder / "telemetry.parquet") as temporary:
+            pd.concat(run.norms, ignore_index=True).to_parquet(temporary, index=False)
         write_atomically(folder / "log.csv", pd.DataFrame(run.log).to_csv(index=False).encode())
         metadata = {"step": str(run.step), "accumulate": str(run.accumulate), "crc32": _checksum(tensors)}
         save_tensors(folder / "state.safetensors", tensors, metadata, previous=folder / "previous.safetensors")
-    except (OSError, SafetensorError) as error:
-        for unfinished in folder.glob("*.tmp"):
-            unfinished.unlink(missing_ok=True)
+    except (UserError, SafetensorError) as error:
         raise UserError(
             f"the state of step {run.step} could not be written ({error}); the last good one is kept. "
             f"Make room, then: vitreg train --resume {folder}"
@@ -135,11 +131,10 @@ def save_tensors(
     path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str], previous: Path | None = None
 ) -> None:
     """Write a safetensors file so that a half-written one never has its name; the one before becomes `previous`."""
-    temporary = path.with_name(path.name + ".tmp")
-    save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, temporary, metadata)
-    if previous is not None and path.exists():
-        os.replace(path, previous)
-    os.replace(temporary, path)
+    with written(path) as temporary:
+        save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, temporary, metadata)
+        if previous is not None and path.exists():
+            os.replace(path, previous)
 
 
 def save_weights(path: Path, model: nn.Module, metadata: dict[str, str], dtype=torch.float16) -> None:

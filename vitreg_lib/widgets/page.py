@@ -92,7 +92,6 @@ def keep_upload(name: str, content: bytes) -> Path:
         raise UserError(f"{name} cannot be read as an image") from error
     plain = "".join(c if c.isalnum() or c in ".-_" else "_" for c in Path(name).name).lstrip(".") or "image.png"
     path = results() / "uploads" / _digest(content) / plain
-    path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, content)
     return path
 
