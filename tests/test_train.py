@@ -99,7 +99,7 @@ def test_tensors_are_written_whole_or_not_at_all(tmp_path, monkeypatch):
         raise OSError("disk full")
 
     monkeypatch.setattr(state, "save_file", half)
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(UserError, match="state.safetensors cannot be written: disk full"):
         state.save_tensors(path, {"x": torch.zeros(3)}, {"step": "2"})
     assert path.read_bytes() == before
 

@@ -29,7 +29,12 @@ def main(arguments: list[str] | None = None) -> int:
     given = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in given
     try:
-        return app(_joined(given), prog_name="vitreg", standalone_mode=False) or 0
+        command = typer.main.get_command(app)
+        with command.make_context("vitreg", _joined(given)) as context:
+            command.invoke(context)
+        return 0
+    except typer.Exit as stop:
+        return stop.exit_code
     except KeyboardInterrupt as stop:
         line, code = str(stop) or "stopped; what was finished is kept", 1
     except BrokenPipeError:
