@@ -1,4 +1,4 @@
-"""How registers enter and leave a model, shown by computation (Fig. 6; claims C020 to C022).
+"""How registers enter and leave a model, shown by computation (Fig. 6), its drawing and its verdicts.
 
 Everything is read off, or changed, at the input of the first block, where the sequence is (cls, registers, patches):
 so it works alike for registers that were trained and for those added at test time.
@@ -96,3 +96,20 @@ def token_flow(grid: tuple[int, int], num_registers: int, has_cls: bool, dim: in
     axis.set(xlim=(0, right + 2.4), ylim=(-0.5, 3.2), title=f"{name}: {grid[0]} × {grid[1]} patches")
     axis.axis("off")
     return figure
+
+
+def claims(flow, effects, pairs: dict[str, str]):
+    """Arguments of `Run.claim`: C020 to C022 and ours; tables of `flow` and `effect` by label, and `pairs.pairs`."""
+    added = {name: int(flow.tokens_in[name] - flow.tokens_in[plain]) for name, plain in pairs.items()}
+    kept = {name: bool(flow.tokens_returned[name] == flow.tokens_returned[plain]) for name, plain in pairs.items()}
+    expected = all(count == flow.registers[name] - flow.registers[pairs[name]] for name, count in added.items())
+    text = "; ".join(f"{name}: {count} more tokens" for name, count in added.items())
+    yield "C020", bool(expected) if added else None, text or "no pair here"
+    text = "; ".join(f"{name}: {flow.tokens_returned[name]} tokens returned" for name in kept)
+    yield "C021", all(kept.values()) if kept else None, text or "no pair here"
+    text = f"registers of another image change the output by {effects.image.max():.0e}"
+    yield "C022", bool((effects.image == 0).all()), text
+    measured = f"noise changes the patches by {effects.noise.min():.1%} or more, another order by "
+    measured += f"{effects.permute.max():.0e}"
+    text = "patches depend on the registers' values, not on their order"
+    yield "ours-order", bool((effects.permute < 1e-4).all() and (effects.noise > 1e-3).all()), measured, text, "none"

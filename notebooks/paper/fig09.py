@@ -1,4 +1,4 @@
-"""Figure 9: how much registers' attention maps differ, and the plot of it."""
+"""Figure 9: how much registers' attention maps differ, the plot of it, and its verdicts."""
 
 from __future__ import annotations
 
@@ -7,11 +7,15 @@ import math
 import matplotlib.pyplot as plt
 import torch
 from matplotlib.figure import Figure
+from verdicts import COPIES, above, copies, registered
 
 from vitreg_lib.measure.attention import upsample
 from vitreg_lib.measure.maps import Grid, _centred, _flat
+from vitreg_lib.measure.pairs import interval
 from vitreg_lib.plots.maps import COMPONENT
 from vitreg_lib.plots.style import styled
+
+LEAST_SPREAD = 0.01  # of the attention: a smaller spread over objects does not count, however regular it is
 
 
 def object_spread(attn_maps: torch.Tensor, images, seed: int = 0, shuffles: int = 200):
@@ -82,3 +86,34 @@ def matrix(values: dict[str, torch.Tensor], names: list[str], label: str) -> Fig
         axis.set_title(title)
     figure.colorbar(drawn, ax=axes[0].tolist(), fraction=0.04, label=label)
     return figure
+
+
+def claims(models, alike: dict[str, torch.Tensor], spreads: dict, pairs: dict[str, str], having, profile: str):
+    """Arguments of `Run.claim`: C033 and C034 on models trained with registers, ours on those added at test time.
+
+    By label: alike (images,), the mean correlation of the registers' maps; spreads, `object_spread` or None.
+    """
+    trained, missing = registered(models, pairs, having, profile)
+    judged = [m for m in trained if not copies(m)]
+    if trained and not judged:
+        missing = f"the registers of {trained[0].label} are copies of one another (cosine above {COPIES})"
+    if not judged:
+        yield "C033", None, missing
+        yield "C034", None, missing
+    else:
+        name = judged[0].label
+        low, high = interval(alike[name])
+        text = f"{name}: mean correlation {alike[name].nanmean():.2f} ({low:.2f} to {high:.2f})"
+        verdict = above(-high, -low, -0.9)
+        yield "C033", verdict, text
+        if spreads[name] is None:
+            yield "C034", None, "needs images with object masks (scenes)"
+        else:
+            spread, shuffled, p = spreads[name]
+            text = f"{name}: spread over objects {spread:.3f}, shuffled {shuffled:.3f}, p {p:.2g}"
+            yield "C034", (p < 0.05 and spread - shuffled > LEAST_SPREAD) or (False if p >= 0.05 else "undecided"), text
+    for model in models:
+        if model.role == "mended":
+            value = alike[model.label].nanmean().item()
+            text = f"registers of {model.label}, added as equal zeros, stay copies of each other"
+            yield f"ours-{model.label}", value > 0.999, f"mean correlation {value:.4f}", text, "none"

@@ -14,7 +14,6 @@ import copy
 import dataclasses
 
 import torch
-import torch.nn.functional as F
 
 DINOV2_OFFSET = 0.1  # official default, together with antialias=False
 
@@ -55,24 +54,6 @@ def cubic_kernel(distance: torch.Tensor, a: float) -> torch.Tensor:
     near = ((a + 2) * d - (a + 3)) * d * d + 1
     far = ((d - 5) * d + 8) * d * a - 4 * a
     return torch.where(d <= 1, near, torch.where(d < 2, far, torch.zeros_like(d)))
-
-
-def unit_gradient(
-    grid_in: tuple[int, int] = (16, 16),
-    grid_out: tuple[int, int] = (7, 7),
-    antialias: bool = False,
-    offset: float | None = None,
-) -> torch.Tensor:
-    """The gradient that reaches each cell of `grid_in` when every output of the resize has gradient 1 (Fig. 11).
-
-    Computed by autograd through torch's own interpolation, (rows, cols) float64, sum = number of outputs. Equal to
-    the outer product of the two operators' column sums, so rows and columns stripe alike.
-    """
-    x = torch.zeros(1, 1, *grid_in, dtype=torch.float64, requires_grad=True)
-    with torch.enable_grad():
-        y = _interpolate(x, grid_out, antialias, offset)
-        (gradient,) = torch.autograd.grad(y, x, torch.ones_like(y))
-    return gradient[0, 0]
 
 
 def resize_pos_embed(
@@ -179,17 +160,6 @@ def stripe_ratio(maps: torch.Tensor, border: int = 0) -> torch.Tensor:
     return col_means.var(-1, correction=0) / row_means.var(-1, correction=0)
 
 
-def _interpolate(x: torch.Tensor, grid_out: tuple[int, int], antialias: bool, offset: float | None) -> torch.Tensor:
-    sizes = list(zip(x.shape[-2:], grid_out, strict=True))
-    for size_in, size_out in sizes:
-        _check_sizes(size_in, size_out, offset)
-    if offset is None:
-        return F.interpolate(x, size=tuple(grid_out), mode="bicubic", antialias=antialias)
-    # an antialiased axis of equal size is copied forward whatever the scale, but torch 2.14's backward does not know it
-    scale = tuple(1.0 if antialias and m == n else (n + offset) / m for m, n in sizes)
-    return F.interpolate(x, scale_factor=scale, mode="bicubic", antialias=antialias)
-
-
 def _antialiased_operator(size_in: int, centres: torch.Tensor, width: float, a: float) -> torch.Tensor:
     # the kernel is widened by `width`; cells whose index lies inside the rounded support count, the rest are cut
     cells = torch.arange(size_in, dtype=torch.float64)
@@ -208,3 +178,56 @@ def _check_sizes(size_in: int, size_out: int, offset: float | None) -> None:
         raise ValueError(
             f"offset {offset} out of range: above 0 and below 1, or None for by size (official: {DINOV2_OFFSET})"
         )
+
+
+def on_odd_and_even(is_outlier: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The place (row, col) with most outliers on the even images, and whether it has one on each of the odd ones.
+
+    is_outlier: (images, rows, cols) bool. The largest of many shares is large by chance; on other images it is not.
+    """
+    share = is_outlier[::2].float().mean(0)
+    place = torch.tensor(divmod(int(share.argmax()), share.shape[1]))
+    return place, is_outlier[1::2, place[0], place[1]]
+
+
+def claims10(model, is_outlier: torch.Tensor | None, table, resized: dict):
+    """Arguments of `Run.claim`: C035 to C038 on `model`, a trained one with artifacts; None where there is none.
+
+    is_outlier: (images, rows, cols) of that model; table: `place_scores` by label; resized: maps of the share.
+    """
+    from verdicts import above
+
+    from vitreg_lib.measure.pairs import interval
+
+    if model is None:
+        shares = "; ".join(f"{name}: largest share {row.largest_share:.0%}" for name, row in table.iterrows())
+        for claim in ("C035", "C036"):
+            yield claim, None, f"no trained model here has artifacts ({shares})"
+    else:
+        place, hits = on_odd_and_even(is_outlier)
+        low, high = interval(hits.float())
+        text = f"{model.label}, row {place[0]}, column {place[1]}: {hits.float().mean():.0%} ({low:.0%} to {high:.0%})"
+        yield "C035", above(low, high, 0.1), f"{text} of the other half of the images"
+        by_image = [place_scores(mask.float()) for mask in is_outlier]
+        gap = torch.tensor([scores["border_share"] - scores["centre_share"] for scores in by_image])
+        low, high = interval(gap)
+        row = table.loc[model.label]
+        text = f"{model.label}: border {row.border_share:.2%}, centre {row.centre_share:.2%}"
+        yield "C036", above(low, high), f"{text}, difference {100 * low:+.1f} to {100 * high:+.1f} points"
+    text = "; ".join(
+        f"{name}: column variance / row variance {stripe_ratio(share, 2).item():.2f}" for name, share in resized.items()
+    )
+    for claim in ("C037", "C038"):
+        yield claim, None, f"needs DINOv2 models trained without and with antialiasing. Resized at test time: {text}"
+
+
+def claims11(table):
+    """Arguments of `Run.claim`: C039 to C041; table: column_relative_std and row_relative_std of the three ways."""
+    plain, official, smooth = (table.iloc[i] for i in range(3))
+    text = f"relative std {plain.column_relative_std:.2f} by size, {official.column_relative_std:.2f} by scale factor"
+    yield "C039", bool(plain.column_relative_std > 0.2), text
+    text = f"{smooth.column_relative_std:.3f} antialiased, {plain.column_relative_std:.2f} plain"
+    yield "C040", bool(smooth.column_relative_std < plain.column_relative_std), text
+    one_axis = abs(plain.row_relative_std - plain.column_relative_std) > 0.1
+    text = f"rows {plain.row_relative_std:.2f}, columns {plain.column_relative_std:.2f}: both axes have stripes"
+    yield "C041", bool(one_axis), text

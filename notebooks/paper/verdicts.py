@@ -11,11 +11,14 @@
 
 from __future__ import annotations
 
+import torch
 from scipy.stats import binomtest
 
 # what the names of models begin with, by the paper's family whose way of training they share
 FAMILIES = {"deit3": ("deit", "vit-ti"), "clip": ("clip",), "dinov2": ("dinov2",), "dino": ("dino-",)}
 WORDS = {"deit3": "trained with labels", "clip": "trained with captions", "dinov2": "trained as DINOv2", "dino": "DINO"}
+
+COPIES = 0.99  # cosine of two registers: above it they are one register, whose maps cannot differ
 
 
 def of_family(models, family: str) -> list:
@@ -26,6 +29,29 @@ def of_family(models, family: str) -> list:
 def specimen(models, having):
     """The first trained model that has artifacts (its label is in `having`); None without one."""
     return next((m for m in models if m.role == "trained" and m.label in having), None)
+
+
+def registered(models, pairs: dict[str, str], having, profile: str) -> tuple[list, str]:
+    """The models trained with registers whose pair without has artifacts, and what to say where there is none.
+
+    Of the paper's own models (profiles large and paper) the pair need not be at hand: the paper measured it.
+    """
+    trained = [m for m in models if m.role == "trained" and m.anatomy.num_registers]
+    own = profile in ("large", "paper")
+    chosen = [m for m in trained if pairs.get(m.label) in having or (own and m.label not in pairs)]
+    names = ", ".join(m.label for m in trained)
+    reason = f"without registers the pairs of {names} have no artifacts" if names else "no model with trained registers"
+    return chosen, reason
+
+
+def copies(model) -> bool:
+    """Are the registers of a model, as they enter the first block, one and the same but for rounding?"""
+    registers = getattr(model.module, "reg_token", None)
+    if registers is None or registers.shape[1] < 2:
+        return False
+    unit = torch.nn.functional.normalize(registers[0].double(), dim=-1)
+    between = (unit @ unit.T)[~torch.eye(len(unit), dtype=torch.bool)]
+    return bool(between.max() > COPIES)
 
 
 def exists(found: bool, profile: str) -> bool | None:
