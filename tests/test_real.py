@@ -1,4 +1,4 @@
-"""The measurement on real weights, where nobody planted anything: one model with artifacts, two without."""
+"""The measurement on real weights, where nobody planted anything: two models with artifacts, one without."""
 
 from __future__ import annotations
 
@@ -44,12 +44,11 @@ def test_vit_ti_has_artifacts_in_the_four_corners_from_block_7_on(real):
     assert (by_place[~corners.flatten()] < 0.1).all()
 
 
-@pytest.mark.parametrize(("name", "median"), [("deit-ti", (12, 15)), ("dinov2-s", (37, 50))])
-def test_deit_ti_and_dinov2_s_are_clean(real, name, median):
-    output, norms, _ = measured(name)
+def test_dinov2_s_is_clean(real):
+    output, norms, _ = measured("dinov2-s")
     assert outliers.outlier_share(output) == 0
     assert outliers.onset_layer(norms) is None
-    assert median[0] < output.median() < median[1]
+    assert 37 < output.median() < 50
     assert output.max() < 60
 
 
@@ -96,9 +95,8 @@ def test_fig03_in_profile_small_says_what_is_known_of_them(real, results):
     vit, deit, dino = "vit_tiny_patch16_224", "deit_tiny_patch16_224", "vit_small_patch14_dinov2"
     assert values[vit, "outlier_share"] == pytest.approx(0.0203, abs=0.002)
     assert values[vit, "onset_layer"] == 7
-    for clean in (deit, dino):
-        assert values[clean, "outlier_share"] == 0
-        assert values[clean, "onset_layer"] is None
+    assert values[dino, "outlier_share"] == 0 and values[dino, "onset_layer"] is None
+    assert 0.03 < values[deit, "outlier_share"] < 0.06
     assert {m["role"] for m in found["models"]} == {"trained"}
     assert {c["verdict"] for c in found["claims"]} <= set(record.VERDICTS)
     assert "not reachable here" not in done.stdout

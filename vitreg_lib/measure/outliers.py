@@ -17,7 +17,11 @@ import torch
 
 from ..hooks.capture import Capture
 
-DEFAULT_RULE = "antimode"
+DEFAULT_RULE = "valley"
+BIN, LOWEST, BINS = 0.05, -2.5, 160  # of log(norm / median): width, lowest, number; up to 250 times the median
+DIP = 0.8  # a valley is lower than this share of the modes on both sides
+STANDS_OUT = 2.0  # by how many standard errors of a count the upper mode exceeds the valley
+MINORITY = 1 / 3  # of the tokens: a larger upper mode is a kind of content (it is that of 40 % in mini-clip)
 SEPARATED = 3.0  # times the median, for `separated_share`
 TWO_POPULATIONS = 2.0  # times the median: modes closer than this are kinds of content, not outliers
 MIN_SHARE = 0.005  # of patch tokens: from here on a layer holds outliers (Fig. 4 protocol)
@@ -80,7 +84,57 @@ def cutoff_mixture(norms: torch.Tensor, seed: int = 0) -> float:
     return float(torch.tensor(grid[crossing, 0]).exp())
 
 
+def histogram(norms: torch.Tensor, weights: torch.Tensor | None = None) -> torch.Tensor:
+    """(images, BINS) tokens, or their summed `weights`, by log(norm / median of all), for norms (images, patches)."""
+    bins = (((norms.float() / norms.median()).clamp_min(1e-9).log() - LOWEST) / BIN).long().clamp(0, BINS - 1)
+    weights = torch.ones_like(norms) if weights is None else weights
+    return torch.zeros(len(norms), BINS, device=norms.device).scatter_add_(1, bins, weights.float())
+
+
+def valleys(
+    counts: torch.Tensor, stands_out: float = STANDS_OUT, dip: float = DIP
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(valley, peak), the bins (n,) between main and upper mode, and of the upper mode, of histograms (n, BINS).
+
+    The main mode is the highest at or below the median. An upper mode is a bin above a valley that is lower than `dip`
+    of both modes, and exceeds it by `stands_out` standard errors of the counts; of several the one that exceeds it
+    most. Counts are smoothed by a Gaussian of 1.5 bins (8 % of the norm). -1 where there is no upper mode.
+    """
+    kernel = torch.exp(-0.5 * (torch.arange(-5, 6, device=counts.device) / 1.5) ** 2)
+    kernel /= kernel.sum()
+    smooth = torch.nn.functional.conv1d(counts[:, None], kernel[None, None], padding=5)[:, 0]
+    bins = torch.arange(counts.shape[1], device=counts.device).expand_as(counts)
+    median = (counts.cumsum(1) < counts.sum(1, keepdim=True) / 2).sum(1, keepdim=True)
+    main = smooth.masked_fill(bins > median + 1, -1).argmax(1, keepdim=True)
+    lowest, valley = smooth.masked_fill(bins < main, torch.inf).cummin(1)
+    dips = (lowest < dip * smooth) & (lowest < dip * smooth.gather(1, main)) & (bins > main)
+    # the sum of squares of the kernel is the variance of a smoothed count, in counts
+    errors = (smooth - lowest) / ((smooth + lowest).clamp_min(1e-12) * kernel.square().sum()).sqrt()
+    height, peak = errors.masked_fill(~dips, 0).max(1, keepdim=True)
+    first, level = valley.gather(1, peak), lowest.gather(1, peak)
+    flat = (bins >= first) & (bins < peak) & (smooth <= level + 1e-4)  # empty bins: the middle of them
+    middle = ((bins * flat).sum(1, keepdim=True) / flat.sum(1, keepdim=True).clamp_min(1)).long()
+    there = height >= stands_out
+    return torch.where(there, middle, -1)[:, 0], torch.where(there, peak, -1)[:, 0]
+
+
+def cutoff_valley(norms: torch.Tensor) -> float:
+    """The lowest valley between the main mode of the histogram of log norms and a mode above it (`valleys`).
+
+    Infinite where there is none, or where more than a third of the tokens lie beyond: outliers are few.
+    """
+    valley = valleys(histogram(norms.reshape(1, -1)))[0].item()
+    cut = norms.median().item() * bin_middle(valley) if valley >= 0 else math.inf
+    return cut if (norms > cut).float().mean() <= MINORITY else math.inf
+
+
+def bin_middle(valley: float) -> float:
+    """The middle of a bin of `histogram`, as a multiple of the median."""
+    return math.exp(LOWEST + (valley + 0.5) * BIN)
+
+
 RULES = {
+    "valley": cutoff_valley,
     "3x_median": cutoff_3x_median,
     "antimode": cutoff_antimode,
     "mad": cutoff_mad,
@@ -164,6 +218,26 @@ def outlier_share(norms: torch.Tensor, cut: float | None = None) -> float:
 def norm_ratio(norms: torch.Tensor, is_outlier: torch.Tensor) -> float | None:
     """Mean outlier norm / median patch norm; None without outliers."""
     return (norms[is_outlier].mean() / norms.median()).item() if is_outlier.any() else None
+
+
+def onset_of(norms: torch.Tensor, is_outlier: torch.Tensor, cut: float, layer: int) -> int:
+    """The block from which on at least half of the outliers of block `layer` are as far out as there, of its tokens.
+
+    As far out: above cut / median of block `layer`, in medians of the block. norms: (images, layers, patches).
+    """
+    factor = cut / norms[:, layer].median()
+    out = [(at[is_outlier] > factor * at.median()).float().mean() >= 0.5 for at in norms[:, : layer + 1].unbind(1)]
+    return max((i + 1 for i, each in enumerate(out) if not each), default=0)
+
+
+def place_share(is_outlier: torch.Tensor) -> float:
+    """Share (0 to 1) of the variance of is_outlier (images, patches) that its place on the grid explains.
+
+    Each image is foretold by the mean of the others, so chance explains nothing. NaN for one image.
+    """
+    y = is_outlier.float()
+    others = (y.sum(0) - y) / (len(y) - 1)
+    return max(0.0, 1 - ((y - others).square().sum() / (y - y.mean()).square().sum().clamp_min(1e-12)).item())
 
 
 def separated_share(norms: torch.Tensor) -> torch.Tensor:

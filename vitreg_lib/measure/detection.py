@@ -1,0 +1,286 @@
+"""Does a model have artifacts? One answer of three, from norms and attention, with what it rests on.
+
+    detection = vr.detect(model, images)          # the only verdict of this collection on artifacts
+    detection.answer                              # "artifacts", "none" or "undecided"
+    detection.outliers.mask                       # (images, rows, cols), which tokens; `Outliers` of the judged block
+    print(detection)                              # the answer in a sentence or two, with its numbers
+
+Three measurements are joined: the norm of a patch token, the attention that it receives from cls, and that from other
+patches. Tokens are sorted by norm × ⁴√(attention received); the root, since attention spreads four times as wide as
+norms. Artifacts are a second mode of that product (`outliers.valleys`) whose tokens are few, get at least three times
+an even share of attention, and are the tokens of largest norm, 1.5 times the median or more. Kinds of content make
+modes of norms too, but nobody looks at them more than at others; what a model looks at need not have a large norm.
+Where attention was not measured, a mode of norms counts from three times the median on, and its absence says nothing.
+
+Whether an answer lasts is asked of images that it was not made from: images are drawn with replacement, the valley is
+chosen from the drawn ones and tried on those left out, 200 times (the out-of-bag bootstrap). `support` is the share of
+draws that find artifacts there. Notebook fig03 scores all of this on a panel of models.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+import torch
+
+from .outliers import BINS, MINORITY, STANDS_OUT, Outliers, bin_middle, histogram, onset_of, place_share, valleys
+from .pairs import interval
+
+LIFT = 3.0  # attention received, in even shares: 5 to 20 in models with artifacts, 1 to 2.3 for kinds of content
+LARGEST = 0.9  # chance that a token of the second mode has a larger norm than another one (area under the curve)
+RATIO, APART = 1.5, 3.0  # mean norm of the second mode / median, with attention measured and without
+SURE = 0.9  # share of draws that find artifacts: from here on there are, and up to 1 - SURE there are none
+FEWEST = 5  # images for "artifacts": with fewer, even "in all of them" allows at 95 % that fewer than half have any
+FEWEST_NONE, RAREST = 10, 0.002  # for "none": images, and the share of tokens excluded at 95 % (three times 1 / tokens)
+DIP = 0.9  # how low the valley is, of both modes: attention says the rest
+FAR, A_TAIL = 5.0, 20  # fewer than 20 tokens beyond five times the median are neither a mode nor a heavy tail
+QUERIES = 32  # patches whose attention is looked at
+
+
+@dataclass(frozen=True)
+class Observed:
+    """What a detection rests on: norms of the patch tokens after every block, and the attention that they receive.
+
+    norms: (images, layers, patches). by_cls, by_patches: {block: (images, patches)}, mean over heads, of the cls token
+    and of a sample of patches, for the last third of the blocks; empty where not measured.
+    """
+
+    norms: torch.Tensor
+    grid: tuple[int, int]
+    by_cls: dict[int, torch.Tensor] = field(default_factory=dict)
+    by_patches: dict[int, torch.Tensor] = field(default_factory=dict)
+
+    def received(self, block: int) -> dict[str, torch.Tensor]:
+        """{"cls", "patches": (images, patches)}: attention to the tokens after a block, in even shares.
+
+        That is the attention of the next block, or the block's own after the last.
+        """
+        known = {"cls": self.by_cls, "patches": self.by_patches}
+        maps = {who: each.get(block + 1, each.get(block)) for who, each in known.items()}
+        return {who: at / at.mean(1, keepdim=True) for who, at in maps.items() if at is not None}
+
+
+@dataclass(frozen=True)
+class Detection:
+    """The answer ("artifacts", "none", "undecided"), why, and the numbers that it rests on.
+
+    outliers: the tokens after the judged block; no token and an infinite cutoff where nothing stands out.
+    share: of the patch tokens (0 to 1), with the ends of its 95 % interval over images. support: share of the draws
+    that find artifacts in images left out; NaN for one image. images_needed: how many would do, for "undecided".
+    norm_ratio: mean outlier norm / median. lift_cls, lift_patches: attention that outliers receive, in even shares.
+    overlap: share of the outliers among as many patches of most attention. onset: the block from which on they are
+    apart. place: share (0 to 1) of what is an outlier that its place on the grid explains. These six are None where
+    there is nothing to measure.
+    """
+
+    answer: str
+    reason: str
+    outliers: Outliers
+    share: tuple[float, float, float]
+    support: float
+    images: int
+    images_needed: int | None = None
+    norm_ratio: float | None = None
+    lift_cls: float | None = None
+    lift_patches: float | None = None
+    overlap: float | None = None
+    onset: int | None = None
+    place: float | None = None
+
+    @property
+    def has_artifacts(self) -> bool:
+        return self.answer == "artifacts"
+
+    @property
+    def kind(self) -> str | None:
+        """ "content-bound" where place explains less than 0.3, "position-bound" from 0.7 on, else "bound to both"."""
+        if self.place is None or not self.has_artifacts:
+            return None
+        return ("content-bound", "bound to both", "position-bound")[(self.place >= 0.3) + (self.place >= 0.7)]
+
+    @property
+    def strength(self) -> str | None:
+        """ "mild" below five times the median norm, else "strong" (the paper's have ten times)."""
+        return None if self.norm_ratio is None else "strong" if self.norm_ratio >= 5 else "mild"
+
+    def __str__(self) -> str:
+        if self.norm_ratio is None:
+            return f"{'No artifacts' if self.answer == 'none' else 'Undecided'}: {self.reason}."
+        first = f"Artifacts, {self.strength} and {self.kind}" if self.has_artifacts else "Undecided"
+        value, low, high = self.share
+        text = (
+            f"{first}: {self.reason}. After block {self.outliers.layer}, {value:.2%} of the patch tokens ({low:.2%} to "
+            f"{high:.2%}) have norms above {self.outliers.cutoff:.3g}, on average {self.norm_ratio:.1f} times the "
+            "median"
+        )
+        lifts = {"cls": self.lift_cls, "other patches": self.lift_patches}
+        received = [f"{times:.1f} from {who}" for who, times in lifts.items() if times is not None]
+        if received:
+            text += f"; of attention they get, in even shares, {' and '.join(received)}"
+        if self.has_artifacts:
+            text += f"; place explains {self.place:.0%} of where they are; they are apart from block {self.onset} on"
+        return text + "."
+
+
+def detect(model, images, progress: bool = False) -> Detection:
+    """The `Detection` of a `Model` on normalised images (n, 3, height, width) or an `Images` set; one forward pass."""
+    return judge(observe(model, images, progress), model.label)
+
+
+def observe(model, images, progress: bool = False, batch_size: int = 32) -> Observed:
+    """The `Observed` of a `Model` on images, in batches; attention rows are kept for cls and `QUERIES` patches only."""
+    if hasattr(model, "observed"):  # measured before, and read from a file
+        return model.observed(images)
+    from tqdm.auto import tqdm
+
+    x, anatomy = getattr(images, "x", images), model.anatomy
+    rows, cols = anatomy.grid(x)
+    prefix, patches, first = anatomy.num_prefix_tokens, rows * cols, int(anatomy.has_cls)
+    sample = torch.linspace(0, patches - 1, min(QUERIES, patches)).long() + prefix
+    late = range(anatomy.depth - max(1, anatomy.depth // 3), anatomy.depth)
+    norms, by_cls, by_patches = [], {i: [] for i in late}, {i: [] for i in late}
+    for batch in tqdm(x.split(batch_size), disable=not progress, leave=False):
+        seen = model.capture(batch, ("norms", "attention"), queries=[0] * first + sample.tolist())
+        norms.append(seen.patch_norms)
+        for layer in late:
+            received = seen.attention[layer].mean(1)[..., prefix:]  # (images, queries, patches)
+            by_cls[layer].append(received[:, 0])
+            by_patches[layer].append(received[:, first:].mean(1))
+    cls, others = ({i: torch.cat(parts) for i, parts in each.items()} for each in (by_cls, by_patches))
+    return Observed(torch.cat(norms), (rows, cols), cls if first else {}, others)
+
+
+def judge(observed: Observed, label: str = "", draws: int = 200, seed: int = 0) -> Detection:
+    """The `Detection` from what was observed. `label` names the model, which `Outliers.cutoff_from` then says.
+
+    Judged is the last block after which there are artifacts, else the last one. `seed` draws the images.
+    """
+    images, depth, patches = observed.norms.shape
+    blocks = [i for i in range(depth) if _stand_out(observed, i)[0]]
+    block = blocks[-1] if blocks else depth - 1
+    there, valley, product = _stand_out(observed, block)
+    support = _support(observed, block, draws, seed)
+    norms = observed.norms[:, block]
+    cut = _separating(norms, product > product.median() * bin_middle(valley)) if there else math.inf
+    answer, reason, needed = _answer(there, support, norms, bool(observed.received(block)))
+    cut = math.inf if answer == "none" else cut
+    mask = norms > cut
+    outliers = Outliers(mask.unflatten(1, observed.grid), norms.unflatten(1, observed.grid), cut, block, label)
+    shares = mask.float().mean(1)
+    share = (shares.mean().item(), *interval(shares, seed=seed))
+    numbers = _numbers(observed, outliers) if mask.any() else {}
+    return Detection(answer, reason, outliers, share, support, images, needed, **numbers)
+
+
+def _numbers(observed: Observed, outliers: Outliers) -> dict:
+    """The fields of a `Detection` that describe its outliers."""
+    mask, norms = outliers.mask.flatten(1), outliers.norms.flatten(1)
+    received = observed.received(outliers.layer)
+    lifts = {f"lift_{who}": at[mask].mean().item() for who, at in received.items()}
+    at = received.get("cls", received.get("patches"))
+    if at is not None:
+        rank = at.argsort(1, descending=True).argsort(1)
+        lifts["overlap"] = (rank < mask.sum(1, keepdim=True))[mask].float().mean().item()
+    return lifts | {
+        "norm_ratio": (norms[mask].mean() / norms.median()).item(),
+        "onset": onset_of(observed.norms, mask, outliers.cutoff, outliers.layer),
+        "place": place_share(mask) if len(mask) > 1 else None,
+    }
+
+
+def _answer(there: bool, support: float, norms: torch.Tensor, attended: bool) -> tuple[str, str, int | None]:
+    """(answer, reason, how many images would do) for one block."""
+    images, patches = norms.shape
+    many = f"{images} image" + "s" * (images != 1)
+    least = max(FEWEST_NONE, math.ceil(3 / RAREST / patches))
+    if there and images < FEWEST:
+        return "undecided", f"{many} carry no verdict, {least} would do", least
+    if there and support >= SURE:
+        return "artifacts", f"found again in {support:.0%} of the redraws of {many}", None
+    if support > 1 - SURE:
+        needed = max(least, math.ceil(images * min(4.0, 2 / support)))
+        return "undecided", f"found again in {support:.0%} of the redraws of {many}, about {needed} would do", needed
+    if images < least:
+        return "undecided", f"nothing stands out, but {many} carry no verdict, {least} would do", least
+    largest, far = (norms.max() / norms.median()).item(), int((norms > FAR * norms.median()).sum())
+    if 0 < far < A_TAIL:
+        needed = math.ceil(images * A_TAIL / far)
+        return "undecided", f"{far} tokens of up to {largest:.0f} times the median are too few; {needed} images", needed
+    if not attended:
+        return (
+            "undecided",
+            f"norms alone show no second mode at {APART:.0f} times the median; attention would decide",
+            None,
+        )
+    return (
+        "none",
+        f"no second mode of norm and attention in {many}, the largest norm is {largest:.1f} times the median",
+        None,
+    )
+
+
+def _binned(observed: Observed, block: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """(images, 3 + attentions, BINS) and the product (images, patches) that sorts tokens into the bins.
+
+    Sums over the tokens of a bin: 1, norm in medians, rank of the norm (0 to 1), and attention received, if measured.
+    """
+    norms = observed.norms[:, block].float()
+    received = list(observed.received(block).values())
+    usual = torch.stack(received).clamp_min(1e-4).log().mean(0).exp() if received else torch.ones_like(norms)
+    product = norms * usual**0.25
+    rank = (norms.flatten().argsort().argsort().float() / norms.numel()).view_as(norms)
+    weights = [torch.ones_like(norms), norms / norms.median(), rank, *received]
+    return torch.stack([histogram(product, each) for each in weights], 1), product
+
+
+def _tests(sums: torch.Tensor, valley: torch.Tensor) -> torch.Tensor:
+    """(draws,) bool: whether the tokens beyond the valley (draws,) are artifacts, for sums (draws, 3 + …, BINS)."""
+    below = sums.cumsum(2)
+    at = valley.clamp_min(0)[:, None, None].expand(-1, sums.shape[1], 1)
+    beyond = (below[:, :, -1:] - below.gather(2, at))[:, :, 0]
+    count = beyond[:, 0].clamp_min(1e-9)
+    share = count / below[:, 0, -1]
+    ratio, rank, *lifts = (beyond[:, 1:] / count[:, None]).unbind(1)
+    above = (rank - share / 2) / (1 - share)  # Mann and Whitney's U: how often a norm beyond is the larger one
+    attended = torch.stack(lifts).mean(0) >= LIFT if lifts else torch.ones_like(share, dtype=torch.bool)
+    return (valley >= 0) & (share <= MINORITY) & (above >= LARGEST) & (ratio >= (RATIO if lifts else APART)) & attended
+
+
+def _stand_out(observed: Observed, block: int) -> tuple[bool, int, torch.Tensor]:
+    """(whether there are artifacts after a block by all images at once, the valley's bin, the product)."""
+    sums, product = _binned(observed, block)
+    total = sums.sum(0, keepdim=True)
+    attended = sums.shape[1] > 3
+    valley, _ = valleys(total[:, 0], STANDS_OUT / 2 if attended else STANDS_OUT, DIP)
+    return bool(_tests(total, valley)), int(valley), product
+
+
+def _support(observed: Observed, block: int, draws: int, seed: int) -> float:
+    """Share of draws whose valley has artifacts beyond it in the images left out; NaN for one image."""
+    sums, _ = _binned(observed, block)
+    n = len(sums)
+    drawn = torch.randint(n, (draws, n), generator=torch.Generator().manual_seed(seed))
+    times = torch.zeros(draws, n).scatter_add_(1, drawn, torch.ones(draws, n))
+    times = times[(times == 0).any(1)]
+    if not len(times):
+        return math.nan
+    valley, peak = valleys(times @ sums[:, 0], STANDS_OUT / 2, DIP)
+    left = ((times == 0).float() @ sums.flatten(1)).unflatten(1, sums.shape[1:])
+    below, half = left[:, 0].cumsum(1), ((peak - valley) // 2).clamp(1, 8)
+
+    def around(centre):
+        ends = (centre + half).clamp(0, BINS - 1), (centre - half - 1).clamp(0, BINS - 1)
+        last, first = (below.gather(1, end[:, None])[:, 0] for end in ends)
+        return last - first
+
+    denser = around(peak) > around(valley) if sums.shape[1] == 3 else torch.ones_like(valley, dtype=torch.bool)
+    return (_tests(left, valley) & denser).float().mean().item()
+
+
+def _separating(norms: torch.Tensor, group: torch.Tensor) -> float:
+    """The norm that best separates the tokens of a group from the others: fewest on the wrong side, their middle."""
+    inside, outside = (histogram(norms, part.float()).sum(0).cumsum(0) for part in (group, ~group))
+    wrong = inside + outside[-1] - outside
+    best = (wrong == wrong.min()).nonzero()[:, 0].float().mean().item()
+    return norms.median().item() * bin_middle(best + 0.5)
