@@ -57,7 +57,6 @@ def failing(capsys, *arguments: str) -> str:
         ("train --resume nowhere deit3", "leave deit3 out"),
         ("train clip --accumulate 2 --out results/test-refused", "--accumulate 2: clip compares the images of a batch"),
         ("train --device cpu deit3", "write options after the recipe"),
-        ("ship nowhere name about", "nowhere holds no finished run"),
     ],
 )
 def test_what_is_wrong_is_told_in_one_line(capsys, results, arguments, told):
@@ -91,7 +90,7 @@ def test_without_a_command_help_is_shown(capsys):
     assert "Commands" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("command", ["run", "report", "diagnose", "mend", "models", "data", "train", "ship"])
+@pytest.mark.parametrize("command", ["run", "report", "diagnose", "mend", "models", "data", "train"])
 def test_every_command_has_help(capsys, command):
     assert cli.main([command, "--help"]) == 0
     assert capsys.readouterr().out.strip().startswith(f"Usage: vitreg {command}")

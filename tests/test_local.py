@@ -80,28 +80,31 @@ def test_across_registers_compares_the_same_places():
     tokens, broken, pixels, outlier = planted_tokens(0)
     models = {"a": broken, "a-reg4": tokens, "b": tokens}
     masks = {"a": outlier, "a-reg4": outlier & False, "b": outlier & False}
-    table = tab05.across_registers(models, dict.fromkeys(models, pixels), masks, seeds=(0, 1), max_tokens=400)
+    table = tab05.across_registers(
+        models, dict.fromkeys(models, pixels), masks, {"a-reg4": "a"}, (0, 1), max_tokens=400
+    )
     assert set(table.index.unique("group")) == {"normal", "shared", "places"}
     tested = table.xs(("own", 0), level=("fit", "seed")).test
     assert tested["a-reg4", "normal"] == 8 * 16 and tested["a-reg4", "shared"] == tested["a", "shared"] == 8 * 14
     assert tested["b", "shared"] == 8 * 16 and tested["b", "places"] == 8 * 2  # borrowed places, all its own are normal
-    change = tab05.register_changes(table)
+    change = tab05.register_changes(table, {"a-reg4": "a", "elsewhere": "a"})
     assert list(change.index) == ["a-reg4"] and change.without["a-reg4"] == "a" and change.readable["a-reg4"]
     assert change.points["a-reg4"] == 0 and abs(change.l2_ratio["a-reg4"] - 1) < 1e-3
-    moved = tab05.register_changes(table, "places")
+    moved = tab05.register_changes(table, {"a-reg4": "a"}, "places")
     assert moved.points["a-reg4"] > 20 and moved.l2_ratio["a-reg4"] < 0.5
 
 
 def test_a_worse_model_is_seen_and_noise_is_not_readable():
     tokens, _, pixels, outlier = planted_tokens(1)
     _, noisy, _, _ = planted_tokens(1, worse=3.0)
-    masks = dict.fromkeys(("a", "a+ttr4"), outlier)
-    table = tab05.across_registers({"a": tokens, "a+ttr4": noisy}, dict.fromkeys(masks, pixels), masks, (0,), 400)
-    change = tab05.register_changes(table, "normal", "all").loc["a+ttr4"]
+    masks, pairs = dict.fromkeys(("a", "a+ttr4"), outlier), {"a+ttr4": "a"}
+    models, everywhere = {"a": tokens, "a+ttr4": noisy}, dict.fromkeys(masks, pixels)
+    table = tab05.across_registers(models, everywhere, masks, pairs, (0,), 400)
+    change = tab05.register_changes(table, pairs, "normal", "all").loc["a+ttr4"]
     assert change.points < -10 and change.l2_ratio > 2
     blind = {name: torch.randn(40, 16, 19, generator=torch.Generator().manual_seed(2)) for name in masks}
-    table = tab05.across_registers(blind, dict.fromkeys(masks, pixels), masks, (0,), 400)
-    assert not tab05.register_changes(table).readable["a+ttr4"]
+    table = tab05.across_registers(blind, everywhere, masks, pairs, (0,), 400)
+    assert not tab05.register_changes(table, pairs).readable["a+ttr4"]
 
 
 def test_same_masks_are_fitted_once_with_the_same_result():

@@ -17,6 +17,7 @@ from vitreg_lib.hooks.anatomy import layer_scale
 from vitreg_lib.hooks.capture import capture
 from vitreg_lib.model import mend, mini, planted, zoo
 from vitreg_lib.model.model import Model, weights_sha256
+from workflow import plant
 
 REAL = Path(os.environ.get("VITREG_MODELS") or Path(__file__).resolve().parents[2] / "shared" / "real")
 
@@ -26,7 +27,7 @@ def control():
     """A planted control on a random mini ViT: no trained weights are needed to know where its artifacts are."""
     torch.manual_seed(0)
     base = Model("random-mini", mini.build("m").eval().requires_grad_(False), "0" * 64, input_size=96)
-    return planted.plant(base)
+    return plant.plant(base)
 
 
 @pytest.fixture(scope="module")

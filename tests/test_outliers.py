@@ -14,6 +14,7 @@ from vitreg_lib.data import images
 from vitreg_lib.hooks.capture import Capture
 from vitreg_lib.measure import outliers, pairs
 from vitreg_lib.model import zoo
+from vitreg_lib.model.model import Model
 
 
 def modes(*parts: tuple[float, int], spread: float = 0.12, seed: int = 0) -> torch.Tensor:
@@ -138,8 +139,13 @@ def test_summary_has_the_recurring_names():
 
 
 def test_pairs_match_a_model_with_registers_to_the_same_without():
-    names = ["a", "a-reg4", "b+ttr1", "b", "c-reg4"]
-    assert pairs.pairs(names) == {"a-reg4": "a", "b+ttr1": "b"}
+    plain = [Model(name, None, "", label=name) for name in ("a", "timm's b")]
+    plain[1].label, plain[1].entry = "b", "b of the zoo"
+    options = {"a four": ("a", "trained"), "b one": ("timm's b", "test time"), "b two": ("b of the zoo", "trained")}
+    options["c four"] = ("c", "trained")
+    models = plain + [Model(n, None, "", label=n, base=b, registers_from=r) for n, (b, r) in options.items()]
+    assert pairs.pairs(models) == {"a four": "a", "b one": "b", "b two": "b"}
+    assert pairs.pairs(models, "test time") == {"b one": "b"}
 
 
 def test_norms_are_quantised_when_registers_differ_more_than_images():

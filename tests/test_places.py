@@ -12,15 +12,17 @@ import where_artifacts_sit
 
 from vitreg_lib.data import images as image_sets
 from vitreg_lib.measure import attention, pairs
-from vitreg_lib.model import mend, mini, planted
+from vitreg_lib.model import mend, mini
 from vitreg_lib.model.model import Model
+from workflow import plant
 
 
 @pytest.fixture(scope="module")
 def control():
     torch.manual_seed(0)
-    base = Model("random-mini", mini.build("m", num_classes=24).eval().requires_grad_(False), "0" * 64, input_size=96)
-    return planted.plant(base)
+    module = mini.build("m", num_classes=24).eval().requires_grad_(False)
+    base = Model("random-mini", module, "0" * 64, input_size=96, head={"colour": (8, 16)})
+    return plant.plant(base)
 
 
 @pytest.fixture(scope="module")
@@ -75,19 +77,26 @@ def test_sign_test_leaves_equal_pairs_out_and_tells_which_is_lower():
 
 
 def test_judging_names_pairs_by_kind():
-    scores = {"m": torch.arange(20.0), "m-reg4": torch.arange(20.0) - 1, "m+ttr1": torch.arange(20.0) + 1}
-    table = pairs.compare(scores)
-    assert pairs.judge(table, "-reg")[0] is True and pairs.judge(table, "+ttr")[0] is False
-    assert pairs.judge(pairs.compare({"m": scores["m"]}), "-reg")[0] is None
+    scores = {"m": torch.arange(20.0), "m with four": torch.arange(20.0) - 1, "m mended": torch.arange(20.0) + 1}
+    origins = {"m": "none", "m with four": "trained", "m mended": "test time", "not scored": "trained"}
+    bases = {name: "" if name == "m" else "m" for name in origins}
+    models = [Model(n, None, "", label=n, base=bases[n], registers_from=origin) for n, origin in origins.items()]
+    table = pairs.compare(scores, models)
+    assert list(table.index) == ["m with four", "m mended"] and set(table.without) == {"m"}
+    assert pairs.judge(table, "trained")[0] is True and pairs.judge(table, "test time")[0] is False
+    assert pairs.judge(pairs.compare({"m": scores["m"]}, models), "trained")[0] is None
 
 
 def test_a_pair_is_judged_where_the_model_without_registers_has_artifacts():
     noise = torch.tensor([1.0, -1.0]).repeat(10)
-    table = pairs.compare({"m": torch.zeros(20), "m-reg4": noise, "n": torch.zeros(20), "n-reg4": noise - 2})
-    assert pairs.judge(table, "-reg", having=["m"])[0] == "undecided"
-    assert pairs.judge(table, "-reg", having=["n"])[0] is True
-    assert pairs.judge(table, "-reg", having=["m", "n"])[0] == "undecided"
-    verdict, measured = pairs.judge(table, "-reg", having=[])
+    models = [Model(name, None, "", label=name) for name in ("m", "n")]
+    models += [Model(f"{b} with", None, "", label=f"{b} with", base=b, registers_from="trained") for b in ("m", "n")]
+    scores = {"m": torch.zeros(20), "m with": noise, "n": torch.zeros(20), "n with": noise - 2}
+    table = pairs.compare(scores, models)
+    assert pairs.judge(table, having=["m"])[0] == "undecided"
+    assert pairs.judge(table, having=["n"])[0] is True
+    assert pairs.judge(table, having=["m", "n"])[0] == "undecided"
+    verdict, measured = pairs.judge(table, having=[])
     assert verdict is None and measured.startswith("without registers no model of a pair has artifacts")
 
 

@@ -11,6 +11,7 @@ from vitreg_lib.data import images
 from vitreg_lib.model import mini, planted, zoo
 from vitreg_lib.model.model import Model, weights_sha256
 from vitreg_lib.train.state import save_weights
+from workflow import plant
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +42,7 @@ def test_a_base_that_fails_keeps_no_hook():
 
     base.module.blocks[4].mlp.forward = fails
     with pytest.raises(RuntimeError, match="in the middle"):
-        planted.plant(base)
+        plant.plant(base)
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in base.module.modules())
 
 
@@ -54,7 +55,7 @@ def gap(one, other, x) -> float:
 def test_widening_keeps_the_function_exactly_but_for_the_epsilon_of_layer_norm():
     """A LayerNorm over more dimensions has a smaller variance; with its epsilon made smaller alike, nothing differs."""
     base = stirred().module.double()
-    wide = planted._widen(base).double().eval()
+    wide = plant._widen(base).double().eval()
     for module in wide.modules():
         if isinstance(module, torch.nn.LayerNorm):
             module.eps *= base.embed_dim / wide.embed_dim
@@ -65,7 +66,7 @@ def test_widening_keeps_the_function_exactly_but_for_the_epsilon_of_layer_norm()
 
 def test_widening_keeps_the_trained_function(pictures):
     base = zoo.load("mini-deit3", "cpu").module
-    assert gap(planted._widen(base).eval(), base, pictures.x) < 1e-3
+    assert gap(plant._widen(base).eval(), base, pictures.x) < 1e-3
 
 
 def slow_truth(image: np.ndarray) -> np.ndarray:
@@ -124,6 +125,25 @@ def test_a_grey_image_has_all_positions_and_a_checkered_one_none():
     assert not planted.truth(stripes).any()
 
 
+def test_nothing_is_known_at_another_size():
+    with pytest.raises(ValueError, match="at 96 x 96 pixels, not at 80 x 96"):
+        planted.truth(torch.zeros(1, 3, 80, 96))
+
+
+def test_planting_again_makes_the_shipped_checkpoint(model):
+    """Two scales and seven components are measured on images, which rounds differently on other processors."""
+    again = plant.plant(zoo.load("mini-deit3", "cpu"))
+    assert (again.role, again.onset, again.module.vit_arguments) == (
+        model.role,
+        model.onset,
+        model.module.vit_arguments,
+    )
+    for name, value in again.module.state_dict().items():
+        shipped = model.module.state_dict()[name]
+        gap = ((value - shipped).abs().max() / shipped.abs().max().clamp_min(1e-12)).item()
+        assert gap < 1e-4, f"{name}: largest gap {gap:.1e} of its largest entry"
+
+
 def test_it_is_a_plain_timm_model_without_hooks(model):
     module = model.module
     assert type(module) is VisionTransformer
@@ -155,7 +175,7 @@ def test_the_norm_follows_the_ratio_that_is_asked_for(pictures):
     base = zoo.load("mini-deit3", "cpu")
     norms = {}
     for ratio in (10.0, 20.0):
-        model = planted.plant(base, layer=2, ratio=ratio)
+        model = plant.plant(base, layer=2, ratio=ratio)
         assert model.onset == 2
         seen = model.capture(pictures, layers=2).patch_norms
         norms[ratio] = (seen[:, 0][model.truth(pictures)].mean() / seen.median()).item()
@@ -170,7 +190,7 @@ def test_every_mini_size_of_three_blocks_and_more_can_be_planted(size, pictures)
     with torch.no_grad():
         for parameter in module.parameters():
             parameter += 0.05 * torch.randn_like(parameter)
-    model = planted.plant(Model(size, module, "", input_size=96))
+    model = plant.plant(Model(size, module, "", input_size=96))
     seen = model.capture(pictures).patch_norms[:, -1]
     truth = model.truth(pictures)
     assert seen[truth].min() > 3 * seen.median()
@@ -179,12 +199,12 @@ def test_every_mini_size_of_three_blocks_and_more_can_be_planted(size, pictures)
 def test_planting_leaves_the_base_alone():
     base = zoo.load("mini-deit3", "cpu")
     before = weights_sha256(base.module)
-    planted.plant(base)
+    plant.plant(base)
     assert weights_sha256(base.module) == before
 
 
 @pytest.mark.parametrize(
-    ("options", "plant", "told"),
+    ("options", "how", "told"),
     [
         (dict(registers=2), {}, "without registers"),
         (dict(class_token=False, global_pool="avg"), {}, "with a cls token"),
@@ -195,6 +215,6 @@ def test_planting_leaves_the_base_alone():
         ({}, dict(sink="drain"), "unknown sink 'drain'; known are nop, broadcast"),
     ],
 )
-def test_a_base_that_does_not_fit_is_refused(options, plant, told):
+def test_a_base_that_does_not_fit_is_refused(options, how, told):
     with pytest.raises(ValueError, match=told):
-        planted.plant(stirred(**options), **plant)
+        plant.plant(stirred(**options), **how)

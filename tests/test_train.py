@@ -17,9 +17,10 @@ from vitreg_lib.base import UserError
 from vitreg_lib.data import scenes
 from vitreg_lib.model import zoo
 from vitreg_lib.model.weights import file_sha256
-from vitreg_lib.train import command, loop, ship, state, telemetry
+from vitreg_lib.train import command, loop, state, telemetry
 from vitreg_lib.train.config import TrainConfig
 from vitreg_lib.train.recipes import deit3
+from workflow import ship
 
 TINY = TrainConfig(
     size="xs",

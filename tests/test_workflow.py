@@ -42,7 +42,8 @@ def test_a_notebook_depends_on_the_modules_that_it_reaches(depends):
 
 def test_a_notebook_depends_on_the_checkpoints_of_its_models(depends):
     needed = inputs(depends, "fig03")
-    assert "data/checkpoints/mini-deit3.safetensors" in needed  # also the planted control's base
+    assert "data/checkpoints/mini-deit3.safetensors" in needed  # also the random control's architecture
+    assert "data/checkpoints/planted.safetensors" in needed
     assert "data/checkpoints/mini-deit3-reg4.safetensors" not in needed
     assert "data/checkpoints/mini-deit3-reg4.safetensors" in inputs(depends, "fig07")
     other = inputs(depends, "fig03", models="mini-deit3-xs+ttr2")

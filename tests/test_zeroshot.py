@@ -101,7 +101,7 @@ def shipped(tmp_path, monkeypatch):
     monkeypatch.setattr(base, "CHECKPOINTS", tmp_path)
     module = mini.build("xxs", num_classes=24).eval()
     reference = zoo.load("mini-deit3-xxs", "cpu")
-    model = dataclasses.replace(reference, module=module, label="mini-clip", name="mini-clip")
+    model = dataclasses.replace(reference, module=module, label="mini-clip", name="mini-clip", entry="mini-clip")
     return SimpleNamespace(model=model, tower=tower.eval())
 
 

@@ -62,11 +62,54 @@ def same_outputs(loaded, expected):
 def test_every_shipped_entry_loads_and_is_what_its_entry_says(name):
     model = zoo.load(name, "cpu")
     size = 12 if "corners" in name else 96
-    assert (model.name, model.label, model.role, model.input_size) == (name, name, "trained", size)
+    role = "planted control" if name == "planted" else "trained"
+    assert (model.name, model.label, model.entry, model.role, model.input_size) == (name, name, name, role, size)
     assert model.sha256 == zoo.entries()[name]["sha256"]
     assert not model.module.training
     assert not any(p.requires_grad for p in model.module.parameters())
     assert zoo.available(name) == "shipped"
+
+
+@pytest.mark.parametrize("name", [n for n, entry in zoo.entries().items() if "base" in entry])
+def test_a_base_is_the_same_model_without_registers(name):
+    entry, plain = zoo.entries()[name], zoo.entries()[zoo.entries()[name]["base"]]
+    if "file" in entry:
+        model, without = zoo.load(name, "cpu"), zoo.load(entry["base"], "cpu")
+        assert model.registers > without.registers == 0
+        assert (model.registers_from, without.registers_from, without.base) == ("trained", "none", "")
+        assert model.family == without.family == name.split("-")[1].replace("corners", "emergence")
+        rest = [{k: v.shape for k, v in m.module.state_dict().items() if k != "reg_token"} for m in (model, without)]
+        assert rest[0] == rest[1]
+    else:
+        assert entry["family"] == plain["family"]
+        assert entry["timm"].replace("_reg4", "") == plain["timm"]
+
+
+def test_facts_come_from_entry_metadata_or_anatomy_and_never_from_a_name(tmp_path, tiny):
+    """A file whose name looks like a model with registers, of a family is none of these."""
+    path = tmp_path / "mini-dinov2-reg4.safetensors"
+    save_file(tiny(depth=12, img_size=224, embed_dim=192).state_dict(), path)
+    model = zoo.load(f"file:{path}#vit_tiny_patch16_224", "cpu")
+    assert (model.registers, model.registers_from, model.base, model.family, model.entry) == (0, "none", "", "", "")
+    assert model.head == {"imagenet": (0, 1000)}
+    mini = zoo.load("mini-deit3-reg4", "cpu")
+    assert (mini.registers, mini.registers_from, mini.base, mini.family) == (4, "trained", "mini-deit3", "deit3")
+    assert mini.head == {"shape": (0, 8), "colour": (8, 16), "texture": (16, 20), "background": (20, 24)}
+    copied = tmp_path / "whatever.safetensors"
+    shutil.copy(base.CHECKPOINTS / "planted.safetensors", copied)
+    facts = zoo.load(f"file:{copied}", "cpu")
+    assert (facts.role, facts.onset, facts.entry) == ("planted control", 5, "")
+    fresh = zoo.load("random:mini-deit3-reg4", "cpu")
+    assert (fresh.registers, fresh.registers_from, fresh.base) == (4, "random", "random:mini-deit3")
+    assert (fresh.family, fresh.entry, fresh.role) == ("", "mini-deit3-reg4", "random control")
+
+
+def test_a_name_says_how_many_registers_are_added():
+    assert zoo.split("mini-deit3+ttr4") == ("mini-deit3", 4)
+    assert zoo.split("mini-deit3-reg4") == ("mini-deit3-reg4", None)
+    for wrong in ("mini-deit3+ttr", "mini-deit3+ttr65", "mini-deit3+ttrx"):
+        with pytest.raises(UserError, match=r"write \+ttrN with N from 0 to 64, for instance mini-deit3\+ttr4"):
+            zoo.split(wrong)
 
 
 def test_planted_and_random_are_controls(planted):
@@ -233,9 +276,11 @@ def test_a_missing_checkpoint_is_named(checkpoint):
 
 
 def test_controls_of_a_damaged_checkpoint_are_refused_too(tmp_path, monkeypatch):
-    (tmp_path / zoo.entries()["mini-deit3"]["file"]).write_bytes(b"nothing")
+    for name in ("mini-deit3", "planted"):
+        (tmp_path / zoo.entries()[name]["file"]).write_bytes(b"nothing")
     monkeypatch.setattr(zoo, "CHECKPOINTS", tmp_path)
     assert "damaged" in refused("planted")
+    assert "damaged" in refused("mini-random")
     assert "damaged" in refused("mini-random")
 
 
@@ -372,8 +417,9 @@ def test_the_digest_of_weights_sees_names_shapes_types_and_values(tiny):
 
 
 def test_shipped_weights_are_small_and_in_half_precision():
-    for entry in zoo.entries().values():
+    """But the planted control: its numbers are to stay what they were before it was a file."""
+    for name, entry in zoo.entries().items():
         if "file" in entry:
             state = load_file(base.CHECKPOINTS / entry["file"])
-            assert {v.dtype for v in state.values()} == {torch.float16}
+            assert {v.dtype for v in state.values()} == {torch.float32 if name == "planted" else torch.float16}
             assert all(v.isfinite().all() for v in state.values())

@@ -203,18 +203,6 @@ def data(
             print(f"{name:16} {sets.state(name):14} {about}{how}")
 
 
-@app.command()
-def ship(
-    run: Annotated[str, typer.Argument(help="the run's folder")],
-    name: Annotated[str, typer.Argument(help="its name in data/models.yaml")],
-    about: Annotated[str, typer.Argument(help="one sentence")],
-):
-    """Put a finished training run into the zoo of this checkout."""
-    from .train.ship import ship
-
-    print(shown(ship(run, name, about)))
-
-
 def _table(entry: dict) -> None:
     for key, value in entry.items():
         print(f"{key:12} {value}")

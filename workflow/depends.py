@@ -34,7 +34,7 @@ def settings(item: str, parameters: dict) -> str:
 def checkpoints(item: str, parameters: dict) -> list[Path]:
     """The shipped weights, text towers and telemetry of the models that the item loads."""
     names = _bases(item, parameters)
-    names |= {e[k] for n in names if (e := zoo.entries().get(n)) for k in ("planted", "random") if k in e}
+    names |= {e["random"] for n in names if "random" in (e := zoo.entries().get(n, {}))}
     suffixes = (".safetensors", ".text.safetensors", ".telemetry.parquet")
     files = [CHECKPOINTS / f"{n}{suffix}" for n in sorted(names) for suffix in suffixes]
     return [path for path in files if path.exists()]
@@ -62,7 +62,7 @@ def _bases(item: str, parameters: dict) -> set[str]:
     entry = record.items().get(item, {})
     profile = {**entry.get("mini", {}), **entry.get(parameters["profile"], {})}
     named = " ".join(str(parameters.get(k) or v) for k, v in profile.items() if k not in ("images", "n_images"))
-    return {re.sub(r"\+ttr\d+$", "", name) for name in named.replace(",", " ").split()}
+    return {zoo.split(name)[0] for name in named.replace(",", " ").split()}
 
 
 def _reached(source: str, folder: Path) -> list[Path]:

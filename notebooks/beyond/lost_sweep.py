@@ -18,6 +18,7 @@ from torch import Tensor
 
 from vitreg_lib.measure import objects as L
 from vitreg_lib.measure import outliers, pairs
+from vitreg_lib.plots.maps import wrapped
 from vitreg_lib.plots.style import styled
 
 FACTORS = ("layer", "site", "normalised", "bias")
@@ -70,8 +71,7 @@ def grid(
 
 def conditions(model, images) -> dict[str, Tensor | None]:
     """Which patches (images, patches) take part: all (None), and, where the model has outliers, those that are none."""
-    norms = model.capture(images, "norms", layers=-1).patch_norms[:, -1]
-    outlying = norms > outliers.cutoff(norms)
+    outlying = outliers.find(model.capture(images, "norms", layers=-1)).mask.flatten(1)
     masked = {f"{model.label}, masked": ~outlying} if outlying.any() else {}
     return {model.label: None} | masked
 
@@ -182,7 +182,7 @@ def tokencut(model, images, truth: list[Tensor]) -> Tensor:
 
 def as_published(model, images, truth: list[Tensor]):
     """`code_differences` on the features that the paper takes of a `zoo.Model`'s last block, as they are."""
-    site = L.paper_site(model.name)
+    site = L.paper_site(model)
     seen = model.capture(images, site, layers=-1)
     return code_differences(L.features(seen, site), seen.grid, truth, model.anatomy.patch_size[0])
 
@@ -215,15 +215,16 @@ def code_differences(features: Tensor, shape: tuple[int, int], truth: list[Tenso
     return pd.DataFrame.from_dict(rows, orient="index")
 
 
-def claims(hits: dict, baseline: tuple[str, Tensor], controls, choices, faults, seed: int = 0):
+def claims(hits: dict, baseline: tuple[str, Tensor], models, choices, faults, seed: int = 0):
     """Arguments of `Run.claim` one after the other, all ours.
 
-    By model or condition: hits of `grid`, chosen from by `seed`; the best baseline's name and hits; names that are
-    random controls, judged as baselines alone; `choices`; faults: tables of `code_differences`, one below the other. A
-    model with registers is compared with the same without, a masked one with the same unmasked.
+    By model or condition: hits of `grid`, chosen from by `seed`; the best baseline's name and hits; the models, of
+    which random controls are judged as baselines alone; `choices`; faults: tables of `code_differences`, one below the
+    other. A model with registers is compared with the same without, a masked one with the same unmasked.
     """
-    base_of = pairs.pairs([n for n in hits if "masked" not in n])
-    base_of |= {name: name.removesuffix(", masked") for name in hits if "masked" in name}
+    controls = [model.label for model in models if model.role == "random control"]
+    base_of = pairs.pairs(models)
+    base_of |= {name: model.label for model in models if (name := f"{model.label}, masked") in hits}
     best = {name: honest_best(found, seed) for name, found in hits.items()}
     free, costs_nothing = baseline
     for name, (found, chosen) in best.items():
@@ -303,7 +304,7 @@ def setting_grids(tables: dict, zero: float, label: str = "CorLoc − best basel
             axis.grid(False)
             axis.tick_params(length=0, labelbottom=number == len(kinds) - 1, labelleft=axis is row[0])
             if number == 0:
-                axis.set_title(name.replace("+", "\n+").replace("-reg", "\n-reg").replace(", ", ",\n"), fontsize=8)
+                axis.set_title(",\n".join(wrapped(part) for part in name.split(", ")), fontsize=8)
         told = {"q": "queries", "k": "keys", "v": "values"}[site] + ("\nlength 1" if unit else "\nlengths kept")
         row[0].set_ylabel(f"{told}\nblock", fontsize=7)
         if number == len(kinds) - 1:

@@ -52,9 +52,9 @@ def measure(model, images, is_outlier: torch.Tensor, found: mend.Found, labels=N
 
     outlier_share: patch tokens above the untouched model's cutoff. largest_patch_norm. register_norm: mean of the
     registers, NaN without. attention_on_outliers: cls in the last block, share of its attention on the *places* of the
-    untouched model's outliers, NaN without cls. accuracy and cross_entropy where labels are known; on scenes those of
-    the main object's colour, which the mini ViTs learn best. corloc: LOST on the last block's keys, L2-normalised, on
-    scenes (the published rule: IoU of 0.5 with any object).
+    untouched model's outliers, NaN without cls. accuracy and cross_entropy where labels are known and the model's head
+    answers them; on scenes those of the main object's colour, which the mini ViTs learn best. corloc: LOST on the last
+    block's keys, L2-normalised, on scenes (the published rule: IoU of 0.5 with any object).
     """
     layers = sorted({found.layer, model.anatomy.depth - 1})
     seen = model.capture(images, ("norms", "attention", "k"), layers=layers, queries=[0])
@@ -69,12 +69,13 @@ def measure(model, images, is_outlier: torch.Tensor, found: mend.Found, labels=N
     }
     if images.scenes is not None:
         result["corloc"] = _corloc(seen, images, layers[-1])
-    if labels is None:
+    question = "imagenet" if images.scenes is None else "colour"
+    if labels is None or question not in model.head:
         return result, None
     with torch.no_grad():
         logits = torch.cat([model.module(x.to(model.weights)).float().cpu() for x in images.x.split(32)])
-    if images.scenes is not None:  # mini ViTs have 24 outputs: 8 shapes, 8 colours, 4 textures, 4 backgrounds
-        logits, labels = logits[:, 8:16], images.scenes.colour[:, 0]
+    logits = logits[:, slice(*model.head[question])]
+    labels = labels if images.scenes is None else images.scenes.colour[:, 0]
     right = logits.argmax(1) == labels
     result["accuracy"] = right.float().mean().item()
     result["cross_entropy"] = torch.nn.functional.cross_entropy(logits, labels).item()

@@ -11,10 +11,10 @@ def claims(models, pictures: dict, attention: dict, on_places: dict, having):
     By label: pictures; attention (images, rows, cols); on_places (images,), the share of attention at the places of
     outliers of the model without registers. having: labels of the models with artifacts.
     """
-    compared = pairs.compare(on_places)
-    yield "C001", *pairs.judge(compared, "-reg", having)
+    compared = pairs.compare(on_places, models)
+    yield "C001", *pairs.judge(compared, "trained", having)
     text = "registers added at test time take attention away from the places of outliers"
-    yield "ours-added", *pairs.judge(compared, "+ttr", having), text, "none"
+    yield "ours-added", *pairs.judge(compared, "test time", having), text, "none"
     for model in models:
         truth = model.truth(pictures[model.label])
         if truth is None or not truth.any():

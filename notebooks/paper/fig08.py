@@ -7,7 +7,6 @@ import numpy as np
 from matplotlib.figure import Figure
 from tab02 import LOWER_IS_BETTER, PANELS, TASKS
 
-from vitreg_lib.measure.pairs import without_registers
 from vitreg_lib.plots.style import PALETTE, styled
 
 ASKED = {  # the claims of Figure 8 in this module's words
@@ -38,20 +37,23 @@ def scores_by_registers(ladders: dict) -> Figure:
     return figure
 
 
-def ladders(names) -> dict[str, list[str]]:
-    """{family: names by number of registers, from none} of the models of which at least three numbers are here."""
+def ladders(models) -> dict[str, list]:
+    """{ladder: models by number of registers, from none}, for each base with at least three numbers of one origin.
 
-    def count(name):
-        rest = name.removeprefix(without_registers(name))
-        return int(rest.removeprefix("-reg").removeprefix("+ttr") or 0)
+    A ladder is called by its base and where its registers come from: "mini-dinov2-reg" (trained), "vit-ti+ttr".
+    """
+    plain, result = {model.label: model for model in models}, {}
+    for base, origin in dict.fromkeys((m.base, m.registers_from) for m in models if m.base in plain):
+        members = [m for m in models if m.base == base and m.registers_from == origin]
+        if len(members) >= 2:
+            name = base + {"trained": "-reg", "test time": "+ttr"}.get(origin, f", {origin}")
+            result[name] = [plain[base], *sorted(members, key=lambda model: model.registers)]
+    return result
 
-    kinds = [(without_registers(n), kind) for n in names for kind in ("-reg", "+ttr") if kind in n]
-    found = {}
-    for base, kind in dict.fromkeys(kinds):
-        members = [n for n in names if n == base or (without_registers(n) == base and kind in n)]
-        if base in names and len(members) >= 3:
-            found[base + kind] = sorted(members, key=count)
-    return found
+
+def rows(table, members):
+    """The rows of one ladder's models in a table by label, with a column registers."""
+    return table.loc[[m.label for m in members]].assign(registers=[m.registers for m in members])
 
 
 def by_registers(table, counts) -> dict[str, tuple[bool | None, str]]:

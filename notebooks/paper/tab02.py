@@ -223,7 +223,7 @@ def table(found: dict[str, Scores]):
 def changes(found: dict[str, Scores], pairs: dict[str, str], draws: int = 1000, seed: int = 0):
     """What registers change in each score: a DataFrame indexed by (model with registers, task).
 
-    pairs: {model with registers: the same without} (`outliers.pairs`). Columns without, change, low, high: the change
+    pairs: {model with registers: the same without} (`pairs.pairs`). Columns without, change, low, high: the change
     of the mean score and the middle 95 % of a bootstrap that draws seeds and test images, the same for both models.
     """
     import pandas as pd
@@ -270,12 +270,6 @@ def reported(registers: bool) -> dict[tuple[str, str], float]:
         task, scale = metrics[row.metric]
         found[families[row.model], task] = row.value / scale
     return found
-
-
-def family(name: str) -> str:
-    """The paper's training method that a model stands for: "deit3", "clip", "dinov2", or "" for others."""
-    plain = name.removeprefix("mini-")
-    return next((f for f in ("deit3", "clip", "dinov2") if plain.startswith(f)), "")
 
 
 def judge(change, task: str, tolerance: float) -> tuple[bool | None, str]:

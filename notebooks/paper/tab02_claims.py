@@ -11,24 +11,21 @@ from vitreg_lib.measure.pairs import pairs
 REPORTED_ZEROSHOT = (0.599, 0.601)  # Table 2b, OpenCLIP without and with registers
 
 
-def reported_changes(names) -> dict[tuple[str, str], float]:
-    """{(model with registers, task): the change that the paper reports for its family}, for names in pairs."""
+def reported_changes(models) -> dict[tuple[str, str], float]:
+    """{(model with registers, task): the change that the paper reports for its family}, for the pairs among models."""
     before, after = (tab02.reported(registers=r) for r in (False, True))
-    found = {}
-    for name in pairs(list(names)):
-        for family, task in after:
-            if family == tab02.family(name):
-                found[name, task] = after[family, task] - before[family, task]
-    return found
+    family = {model.label: model.family for model in models}
+    changes = {key: after[key] - before[key] for key in after}
+    return {(name, task): c for name in pairs(models) for (of, task), c in changes.items() if of == family[name]}
 
 
-def measure(run, table, change, asked) -> None:
+def measure(run, models, table, change, asked) -> None:
     """Put `scores.table`, `scores.changes` and the accuracies of `zeroshot.evaluate` into a run's record."""
-    with_registers = pairs(list(table.index))
+    with_registers, family = pairs(models), {model.label: model.family for model in models}
     for name, row in table.iterrows():
         paper = tab02.reported(registers=name in with_registers)
         for column, value in row.items():
-            run.measure(column, value, name, paper=paper.get((tab02.family(name), column)))
+            run.measure(column, value, name, paper=paper.get((family[name], column)))
     for (name, task), row in change.iterrows():
         run.measure(f"change of {task} with registers", row.change, name)
     for (name, question), row in asked.iterrows():
@@ -41,8 +38,8 @@ def of_table2(models, table, change, hits: dict, profile: str) -> Iterator[tuple
 
     table of `scores.table`, change of `scores.changes`, hits of `zeroshot.evaluate`.
     """
-    base = pairs([m.label for m in models])
-    trained = {tab02.family(name): name for name in reversed(base) if "-reg" in name}
+    base, family = pairs(models), {model.label: model.family for model in models}
+    trained = {family[name]: name for name in reversed(pairs(models, "trained"))}
     for (family, task), claim in tab02.CLAIMS.items():
         name = trained.get(family)
         if name and task in table:
@@ -50,7 +47,7 @@ def of_table2(models, table, change, hits: dict, profile: str) -> Iterator[tuple
             yield claim, holds, f"{name}: {told}"
         else:
             yield claim, None, f"no pair of {family}, or no {task}, in profile {profile}"
-    for name, task in (key for key in change.index if "+ttr" in key[0]):
+    for name, task in (key for key in change.index if key[0] in pairs(models, "test time")):
         text = f"ours: registers added to {base[name]} at test time do not worsen its {task}"
         yield f"ours-{name}-{task}", *tab02.judge(change.loc[name, task], task, tab02.TOLERANCE[task]), text, "none"
     for name in (m.label for m in models if m.role == "random control"):

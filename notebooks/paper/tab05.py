@@ -8,7 +8,6 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from vitreg_lib.measure import pairs
 from vitreg_lib.plots.style import PALETTE, PAPER, styled
 from vitreg_lib.probes.local import READABLE, _both_probes, same_places
 
@@ -44,19 +43,24 @@ def draw_register_changes(fair, as_paper) -> Figure:
 
 
 def across_registers(
-    tokens: dict[str, Tensor], pixels: dict[str, Tensor], masks: dict[str, Tensor], seeds=(0, 1, 2), max_tokens=3000
+    tokens: dict[str, Tensor],
+    pixels: dict[str, Tensor],
+    masks: dict[str, Tensor],
+    pairs: dict[str, str],
+    seeds=(0, 1, 2),
+    max_tokens=3000,
 ):
     """Local probes of models without and with registers on the same images (Table 5): (model, group, fit, seed).
 
-    By name: tokens (images, patches, dim), pixels (images, patches, values), outlier masks (images, rows, cols).
-    Groups: "normal", the model's own non-outliers, as the paper compares them; "shared", the tokens at places where no
-    model of its family (NAME, NAME-regN, NAME+ttrN) has an outlier, so that both are asked about the same patches;
+    By label: tokens (images, patches, dim), pixels (images, patches, values), outlier masks (images, rows, cols), and
+    `pairs.pairs`. Groups: "normal", the model's own non-outliers, as the paper compares them; "shared", the tokens at
+    places where neither it nor its pairs have an outlier, so that both are asked about the same patches;
     "places", those at the places where one has. A family without outliers borrows places by `same_places`, for that
     last group alone. Columns as `local_probes`; a seed splits the images and draws the tokens.
     """
     import pandas as pd
 
-    family = {name: pairs.without_registers(name) for name in tokens}
+    family = {name: pairs.get(name, name) for name in tokens}
     union = {name: torch.stack([masks[o] for o in masks if family[o] == family[name]]).any(0) for name in tokens}
     borrowed = same_places(union)
     rows = {}
@@ -69,7 +73,7 @@ def across_registers(
     return pd.concat(rows, names=["model", "seed"]).reorder_levels(["model", "group", "fit", "seed"])
 
 
-def register_changes(table, group: str = "shared", fit: str = "own"):
+def register_changes(table, pairs: dict[str, str], group: str = "shared", fit: str = "own"):
     """What registers change in one group of an `across_registers` table: a DataFrame, one row a model with registers.
 
     right: the smaller of the two accuracies; readable: whether it is at least five times chance, without which equal
@@ -79,7 +83,10 @@ def register_changes(table, group: str = "shared", fit: str = "own"):
     import pandas as pd
 
     part, rows = table.xs((group, fit), level=("group", "fit")), {}
-    for name, base in pairs.pairs(list(part.index.unique("model"))).items():
+    here = part.index.unique("model")
+    for name, base in pairs.items():
+        if name not in here or base not in here:
+            continue
         one, other = part.loc[name], part.loc[base]
         change = {
             "points": 100 * (one.accuracy - other.accuracy),

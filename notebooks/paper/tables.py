@@ -101,7 +101,7 @@ def lenders(models, cutoffs: dict[str, float]) -> dict[str, str]:
         m.label: (m.input_size // m.anatomy.patch_size[0], m.input_size // m.anatomy.patch_size[1]) for m in models
     }
     own = [m.label for m in models if cutoffs[m.label] < float("inf")]
-    bases = pairs.pairs([m.label for m in models])
+    bases = pairs.pairs(models)
     found = {}
     for model in models:
         first = [model.label, bases.get(model.label, ""), *own]

@@ -14,8 +14,8 @@ from __future__ import annotations
 import torch
 from scipy.stats import binomtest
 
-# what the names of models begin with, by the paper's family whose way of training they share
-FAMILIES = {"deit3": ("deit", "vit-ti"), "clip": ("clip",), "dinov2": ("dinov2",), "dino": ("dino-",)}
+# families of models by the paper's family whose way of training they share
+FAMILIES = {"deit3": ("deit3", "deit", "augreg"), "clip": ("clip",), "dinov2": ("dinov2",), "dino": ("dino",)}
 WORDS = {"deit3": "trained with labels", "clip": "trained with captions", "dinov2": "trained as DINOv2", "dino": "DINO"}
 
 COPIES = 0.99  # cosine of two registers: above it they are one register, whose maps cannot differ
@@ -23,7 +23,7 @@ COPIES = 0.99  # cosine of two registers: above it they are one register, whose 
 
 def of_family(models, family: str) -> list:
     """The trained models among `models` whose training is that of a family of the paper, in order."""
-    return [m for m in models if m.role == "trained" and m.label.removeprefix("mini-").startswith(FAMILIES[family])]
+    return [m for m in models if m.role == "trained" and m.family in FAMILIES[family]]
 
 
 def specimen(models, having):

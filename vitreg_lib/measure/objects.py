@@ -227,9 +227,9 @@ def features(seen, site: str, layer: int = -1) -> Tensor:
     return seen.patches(per_head.transpose(1, 2).flatten(2))
 
 
-def paper_site(name: str) -> str:
-    """The features that Table 3 takes for a model of that name: "k" for DINOv2, "v" for all others."""
-    return "k" if "dinov2" in name else "v"
+def paper_site(model) -> str:
+    """The features that Table 3 takes of a `zoo.Model`: "k" for the family DINOv2, "v" for all others."""
+    return "k" if model.family == "dinov2" else "v"
 
 
 def steps(model, images, site: str = "", bias: float = 0.0, layer: int = -1, progress: bool = False) -> Lost:
@@ -237,7 +237,7 @@ def steps(model, images, site: str = "", bias: float = 0.0, layer: int = -1, pro
 
     Raises ValueError for another site.
     """
-    site = site or paper_site(model.name)
+    site = site or paper_site(model)
     if site not in ("q", "k", "v"):
         raise ValueError(f"unknown features {site!r}: choose 'q', 'k' or 'v'")
     seen = model.capture(images, site, layers=layer, progress=progress)

@@ -94,9 +94,10 @@ def with_test_time_registers(model, n: int, neurons: Neurons | None = None):
     """A `zoo.Model` with `n` registers added at test time; the given model is left as it was.
 
     `neurons` by default those that `find` finds on a handful of images. Its name ends in +ttrN, its role is "mended",
-    its anatomy counts the new registers. Given no `neurons`, NothingToMend is raised for a model without outliers and
-    for one that keeps more than half of them: a mended name never stands for a model that is what it was. UserError
-    for attention with a bias for each pair of places, in which a new token has no place.
+    its base the given model, and its anatomy counts the new registers. Raises NothingToMend, where no `neurons` are
+    given, for a model without outliers and for one that keeps more than half of them: a mended name never stands for a
+    model that is what it was. Raises UserError for attention with a bias for each pair of places, in which a new token
+    has no place.
     """
     neurons = _found_neurons(model) if neurons is None else tuple(neurons)
     name = f"{model.name}+ttr{n}"
@@ -108,6 +109,8 @@ def with_test_time_registers(model, n: int, neurons: Neurons | None = None):
         module=add_registers(model.module, neurons, n),
         sha256=hashlib.sha256(f"{model.sha256} {n} {sorted(neurons)}".encode()).hexdigest(),
         role="mended",
+        base=model.label or model.name,
+        registers_from="test time",
         about=f"{model.name}, {n} registers added at test time, {len(neurons)} neurons moved (block:neuron {which})",
     )
 

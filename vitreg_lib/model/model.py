@@ -1,9 +1,9 @@
-"""A model with what is needed to feed, to name and to judge it."""
+"""A model with the facts about it that measurements need."""
 
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import nn
@@ -14,12 +14,18 @@ from ..hooks.anatomy import Anatomy, dissect
 
 @dataclass
 class Model:
-    """A model with what is needed to feed and to name it.
+    """A model and the facts about it: how to feed it, how to name it, what it is.
 
     name: its full name; label: the name it was asked for by, short enough for a figure.
     sha256: of its weights file, or of its weights where there is no single file.
     role: "trained", "planted control", "random control" or "mended". about: one sentence.
     input_size: pixels a side. mean, std, interpolation, crop, crop_mode: its own preprocessing, in timm's words.
+    onset: the first block after which a planted control's artifacts are there.
+    entry: its name in data/models.yaml, also of a control or a mended model made from it; "" for none.
+    family: how it was trained, as "deit3", "clip", "dinov2"; "" where nothing says so.
+    base: label of the same model without registers; "" for a model without.
+    registers_from: "none", "trained", "fine-tuned", "test time", "empty" (plain zeros), or "random" (fresh weights).
+    head: which logits mean what, {question: (first, end)}, as {"imagenet": (0, 1000)}; empty where it is not known.
     """
 
     name: str
@@ -34,7 +40,12 @@ class Model:
     crop: float = 1.0
     crop_mode: str = "center"
     label: str = ""
-    onset: int | None = None  # the block from which on a planted control's artifacts are there
+    onset: int | None = None
+    entry: str = ""
+    family: str = ""
+    base: str = ""
+    registers_from: str = "none"
+    head: dict[str, tuple[int, int]] = field(default_factory=dict)
 
     @property
     def anatomy(self) -> Anatomy:
@@ -53,6 +64,11 @@ class Model:
     def is_control(self) -> bool:
         return "control" in self.role
 
+    @property
+    def registers(self) -> int:
+        """How many registers it has."""
+        return self.anatomy.num_registers
+
     def normalise(self, pixels: torch.Tensor) -> torch.Tensor:
         """Pixels in [0, 1] (n, 3, height, width) as the model wants them."""
         mean, std = (torch.tensor(values).view(1, 3, 1, 1).to(pixels) for values in (self.mean, self.std))
@@ -63,9 +79,9 @@ class Model:
         return _capture.capture(self.module, getattr(images, "x", images), keep, **options)
 
     def truth(self, images) -> torch.Tensor | None:
-        """(n, patches) bool, where a control's artifacts are: known for the planted one, nowhere in the random one.
+        """(n, patches) bool: where a control has artifacts, by its making; nowhere in the random one.
 
-        None for a trained model, whose truth nobody knows.
+        None for other models: nobody knows.
         """
         if self.role == "planted control":
             from . import planted

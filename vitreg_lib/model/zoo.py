@@ -1,7 +1,7 @@
 """From a name to a model that is ready to be looked into.
 
 mini-deit3, vit-ti …      an entry of data/models.yaml
-planted, mini-random      the two controls
+planted, mini-random      the two controls, entries too
 timm:NAME, or NAME alone  a model of timm: VITREG_MODELS first, then the hub's cache, then the hub
 file:PATH                 .safetensors, or .pt/.pth (weights only), or a folder in timm's hub layout;
                           file:PATH#ARCH names timm's architecture where the file does not
@@ -11,7 +11,9 @@ NAME+ttrN                 any of them with N registers added at test time (see `
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+import itertools
 import json
 from pathlib import Path
 
@@ -20,8 +22,11 @@ import yaml
 from torch import nn
 
 from ..base import CHECKPOINTS, DATA, UserError, env_folder, hub, unknown
+from ..data.scenes import ATTRIBUTES
 from .model import Model, weights_sha256
 from .weights import _at_size, _fill, _line, _read_json, _read_pickle, _read_safetensors, file_sha256
+
+FACTS = ("role", "family", "base", "registers_from", "head", "onset")  # fields of `Model` that an entry may give
 
 
 @functools.cache
@@ -30,17 +35,25 @@ def entries() -> dict[str, dict]:
     return yaml.safe_load((DATA / "models.yaml").read_text())
 
 
+def split(name: str) -> tuple[str, int | None]:
+    """The name before +ttrN, and N; None where no registers are to be added. Raises UserError for another N."""
+    base, added, number = name.partition("+ttr")
+    if added and (not number.isdecimal() or int(number) > 64):
+        raise UserError(f"{name!r}: write +ttrN with N from 0 to 64, for instance {name.partition('+')[0]}+ttr4")
+    return base, int(number) if added else None
+
+
 def load(name: str, device: str | None = None, image_size: int | None = None) -> Model:
     """The model of that name, in evaluation mode, on `device` (CUDA where there is one, by default).
 
     `image_size` asks for another input size than the model's own; position embeddings are interpolated.
     Raises UserError for an unknown name, weights that cannot be had, or a damaged file.
     """
-    base, mended, registers = name.partition("+ttr")
-    if mended:
+    base, added = split(name)
+    if added is not None:
         from . import mend
 
-        model = mend.with_test_time_registers(load(base, device, image_size), _register_count(name, registers))
+        model = mend.with_test_time_registers(load(base, device, image_size), added)
         model.label = name
         return model
     if base.startswith("random:"):
@@ -52,6 +65,8 @@ def load(name: str, device: str | None = None, image_size: int | None = None) ->
     else:
         model = _timm(base, base.removeprefix("timm:"), image_size)
     model.label = model.label or base
+    if model.registers and model.registers_from == "none":
+        model.registers_from = "trained" if model.role == "trained" else "random"
     model.module.eval().requires_grad_(False)
     model.module.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     return model
@@ -62,7 +77,7 @@ def available(name: str) -> str:
     entry = entries()[name]
     if "file" in entry:
         return "shipped" if (CHECKPOINTS / entry["file"]).exists() else "not here"
-    if "planted" in entry or "random" in entry:
+    if "random" in entry:
         return "computed"
     if _folder(entry["timm"]):
         return "VITREG_MODELS"
@@ -74,43 +89,43 @@ def available(name: str) -> str:
     return "not here"
 
 
-def _register_count(name: str, text: str) -> int:
-    if not text.isdecimal() or int(text) > 64:
-        raise UserError(f"{name!r}: write +ttrN with N from 0 to 64, for instance {name.partition('+')[0]}+ttr4")
-    return int(text)
-
-
 def _entry(name: str, image_size: int | None) -> Model:
     entry = entries()[name]
-    about = entry.get("about", "")
-    if "planted" in entry:
-        from . import planted
-
-        return planted.plant(load(entry["planted"], "cpu", image_size), name, about)
     if "random" in entry:
         model = _random(f"random:{entry['random']}", image_size)
-        model.name, model.about = name, about
-        return model
-    if "timm" in entry:
+        model.name = name
+    elif "timm" in entry:
         model = _timm(name, entry["timm"], image_size or entry.get("input_size"))
-        model.about = about
-        return model
+    else:
+        model = _shipped(name, entry, image_size)
+    model.about = entry.get("about", "")
+    return model
+
+
+def _shipped(name: str, entry: dict, image_size: int | None) -> Model:
     path = CHECKPOINTS / entry["file"]
+    mend = "`git checkout -- data/checkpoints` restores it"
     if not path.exists():
+        raise UserError(f"{name}: data/checkpoints/{path.name} is not here; {mend}")
+    sha256 = file_sha256(path)
+    if sha256 != entry["sha256"]:
         raise UserError(
-            f"{name}: data/checkpoints/{path.name} is not here; `git checkout -- data/checkpoints` restores it"
+            f"{name}: data/checkpoints/{path.name} is damaged or not the shipped one (sha256 {sha256[:12]}…, expected "
+            f"{entry['sha256'][:12]}…); {mend}"
         )
-    found = file_sha256(path)
-    if found != entry["sha256"]:
-        raise UserError(
-            f"{name}: data/checkpoints/{path.name} is damaged or not the shipped one (sha256 {found[:12]}…, expected "
-            f"{entry['sha256'][:12]}…); `git checkout -- data/checkpoints` restores it"
-        )
-    return _mini_file(name, path, about, image_size)
+    return with_facts(_mini_file(name, path, image_size), entry, name)
 
 
-def _mini_file(name, path, about="", image_size=None):
-    """A checkpoint that carries timm's arguments in its metadata, as this project's training writes them."""
+def with_facts(model: Model, facts: dict, entry: str = "") -> Model:
+    """The model with the facts that an entry of models.yaml, or a file's metadata, states about it."""
+    given = {fact: facts[fact] for fact in FACTS if fact in facts}
+    if "head" in given:
+        given["head"] = {question: tuple(ends) for question, ends in given["head"].items()}
+    return dataclasses.replace(model, **given, **({"entry": entry} if entry else {}))
+
+
+def _mini_file(name: str, path: Path, image_size: int | None = None) -> Model:
+    """A checkpoint with timm's arguments and the training's settings in its metadata, as this project writes them."""
     metadata, tensors = _read_safetensors(path)
     from timm.models.vision_transformer import VisionTransformer
 
@@ -120,21 +135,33 @@ def _mini_file(name, path, about="", image_size=None):
     size = image_size or module.patch_embed.img_size[0]
     if image_size:
         module.set_input_size((image_size, image_size))
-    return Model(name, module, file_sha256(path), about=about, input_size=size)
+    config = json.loads(metadata.get("config", "{}"))
+    facts = {"family": config.get("recipe", ""), **json.loads(metadata.get("facts", "{}"))}
+    head = _scenes_head(module) if config.get("recipe", "deit3") == "deit3" and not config.get("data") else {}
+    return with_facts(Model(name, module, file_sha256(path), input_size=size, head=head), facts)
+
+
+def _scenes_head(module: nn.Module) -> dict[str, tuple[int, int]]:
+    """Which logits answer which question about scenes, for a head of as many as the attributes have values."""
+    ends = torch.tensor([0, *map(len, ATTRIBUTES.values())]).cumsum(0).tolist()
+    return dict(zip(ATTRIBUTES, itertools.pairwise(ends), strict=True)) if module.num_classes == ends[-1] else {}
 
 
 def _random(name: str, image_size: int | None) -> Model:
     inner = name.removeprefix("random:")
+    entry = entries().get(inner, {})
     with torch.random.fork_rng(devices=[]):  # the CPU's state alone: torch.manual_seed would reach into CUDA
         torch.default_generator.manual_seed(0)
-        if "file" in entries().get(inner, {}):
+        if "file" in entry:
             model = _entry(inner, image_size)
             model.module.init_weights("")
-            sha256 = weights_sha256(model.module)
-            return Model(name, model.module, sha256, "random control", input_size=model.input_size)
-        architecture = entries().get(inner, {}).get("timm", inner.removeprefix("timm:"))
-        module = _create(architecture, image_size, pretrained=False)
-    return _with_config(name, module, weights_sha256(module), image_size, role="random control")
+        else:
+            module = _create(entry.get("timm", inner.removeprefix("timm:")), image_size, pretrained=False)
+            model = _with_config(name, module, "", image_size)
+    base = f"random:{entry['base']}" if "base" in entry else ""
+    facts = dict(role="random control", entry=inner if entry else "", family="", base=base, onset=None)
+    facts |= dict(name=name, about="", registers_from="none", sha256=weights_sha256(model.module))
+    return dataclasses.replace(model, **facts)
 
 
 def _create(architecture: str, image_size: int | None, **options) -> nn.Module:
@@ -154,14 +181,17 @@ def _create(architecture: str, image_size: int | None, **options) -> nn.Module:
         raise unknown("model", architecture.split(":")[-1], known, "See `vitreg models`.") from None
 
 
-def _with_config(name, module, sha256, image_size, role="trained") -> Model:
+def _with_config(name: str, module: nn.Module, sha256: str, image_size: int | None) -> Model:
     import timm.data
 
     config = timm.data.resolve_model_data_config(module)
     size = image_size or config["input_size"][-1]
-    options = dict(mean=tuple(config["mean"]), std=tuple(config["std"]), interpolation=config["interpolation"])
+    head = {"imagenet": (0, 1000)} if timm.data.infer_imagenet_subset(module) == "imagenet-1k" else {}
+    options = dict(
+        head=head, mean=tuple(config["mean"]), std=tuple(config["std"]), interpolation=config["interpolation"]
+    )
     options |= dict(crop=config["crop_pct"], crop_mode=config["crop_mode"])
-    return Model(name, module, sha256, role, input_size=size, **options)
+    return Model(name, module, sha256, input_size=size, **options)
 
 
 def _folder(timm_name: str) -> Path | None:
@@ -182,16 +212,17 @@ def _folder(timm_name: str) -> Path | None:
 
 
 def _timm(name: str, timm_name: str, image_size: int | None) -> Model:
+    known = next((entry for entry in entries().items() if entry[1].get("timm") == timm_name), ("", {}))
     folder = _folder(timm_name)
     if folder:
-        return _hub_folder(timm_name, folder, image_size)
+        return with_facts(_hub_folder(timm_name, folder, image_size), known[1], known[0])
     instead = (
         f"put a folder with config.json and model.safetensors from the hub's timm/{timm_name} into a folder named by "
         "VITREG_MODELS, or use --profile mini, which works offline"
     )
     with hub(f"{name}: its weights", instead):
         module = _create(timm_name, image_size, pretrained=True)
-    return _with_config(timm_name, module, weights_sha256(module), image_size)
+    return with_facts(_with_config(timm_name, module, weights_sha256(module), image_size), known[1], known[0])
 
 
 def _hub_folder(name: str, folder: Path, image_size: int | None) -> Model:
@@ -218,7 +249,7 @@ def _file(name: str, image_size: int | None) -> Model:
     if path.suffix == ".safetensors":
         metadata, tensors = _read_safetensors(path)
         if "vit" in metadata:
-            return _mini_file(name, path, image_size=image_size)
+            return _mini_file(name, path, image_size)
     elif path.suffix in (".pt", ".pth"):
         tensors = _read_pickle(path)
     else:

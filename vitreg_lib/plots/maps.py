@@ -6,6 +6,8 @@ a patch, never smoothed: an artifact is one patch wide.
 
 from __future__ import annotations
 
+import re
+
 import matplotlib
 import matplotlib.pyplot as plt
 import numpy as np
@@ -85,13 +87,15 @@ def query_view(pixels: torch.Tensor, attention: torch.Tensor, norms: torch.Tenso
     return figure
 
 
-def by_pair(maps: dict[str, torch.Tensor]) -> list[dict[str, torch.Tensor]]:
-    """Groups for `sheet`: each model without registers together with those that are the same with registers."""
-    from ..measure.pairs import pairs
+def by_pair(maps: dict[str, torch.Tensor], pairs: dict[str, str]) -> list[dict[str, torch.Tensor]]:
+    """Groups for `sheet`: each model together with the same with registers.
 
-    base = pairs(list(maps))
-    groups: dict[str, dict] = {name: {name: maps[name]} for name in maps if name not in base}
-    for name, without in base.items():
+    pairs: {model with registers: the same model without}, as `pairs.pairs` gives it.
+    """
+    groups: dict[str, dict] = {name: {name: maps[name]} for name in maps if name not in pairs}
+    for name, without in pairs.items():
+        while without in pairs:  # registers added to a model that has its own
+            without = pairs[without]
         groups[without][name] = maps[name]
     return list(groups.values())
 
@@ -102,7 +106,7 @@ def _group(columns, group: dict[str, torch.Tensor], cmap: str, scale: str, limit
     values = torch.stack([m.float().amin((1, 2)) for m in group.values() if m.ndim == 3] or [torch.zeros(1)])
     tops = torch.stack([m.float().amax((1, 2)) for m in group.values() if m.ndim == 3] or [torch.ones(1)])
     for column, (name, maps) in zip(columns.T, group.items(), strict=True):
-        column[0].set_title(_wrapped(name), fontsize=8)
+        column[0].set_title(wrapped(name), fontsize=8)
         for i, (axis, content) in enumerate(zip(column, maps, strict=False)):
             if content.ndim == 3:
                 axis.imshow(picture(content), interpolation="nearest")
@@ -126,13 +130,14 @@ def _range(content: torch.Tensor) -> tuple[float, float]:
     return (low, high) if high - low > 1e-3 * abs(high) else (low - abs(high), high + abs(high))
 
 
-def _wrapped(name: str) -> str:
-    """A model's name on two lines where it is long."""
-    for mark in ("+ttr", "-reg", ", ", " "):
-        if len(name) > 11 and mark in name and "\n" not in name:
-            head, tail = name.split(mark, 1)
-            return f"{head},\n{tail}" if mark == ", " else f"{head}\n{mark.strip()}{tail}"
-    return name
+def wrapped(name: str) -> str:
+    """A name on two lines where it is long: broken before a plus, after a comma, at a space, or before a last part."""
+    if len(name) <= 11 or "\n" in name:
+        return name
+    for pattern, lines in ((r"(.+)(\+.*)", r"\1\n\2"), (r"(.+?), (.*)", r"\1,\n\2"), (r"(.+?) (.*)", r"\1\n\2")):
+        if re.fullmatch(pattern, name):
+            return re.sub(pattern, lines, name)
+    return re.sub(r"(.+-.+)(-\w{4,})", r"\1\n\2", name)
 
 
 @styled
@@ -182,7 +187,7 @@ def bars(table: pd.DataFrame, label: str, line: float | None = None, line_label:
                 axis.text(place, 0, "none", rotation=90, ha="center", va="bottom", fontsize=7, color=PAPER)
     if line is not None:
         axis.axhline(line, color=PAPER, ls="--", lw=1, label=line_label or None)
-    axis.set_xticks(range(len(table)), [_wrapped(str(name)) for name in table.index])
+    axis.set_xticks(range(len(table)), [wrapped(str(name)) for name in table.index])
     axis.grid(axis="x", visible=False)
     axis.set_ylabel(label)
     if len(table.columns) > 1 or line_label:
@@ -200,7 +205,7 @@ def _rows_of_panels(names: list[str], count: int, titles: tuple[str, ...], cell:
         axis.grid(False)
         axis.spines[:].set_visible(False)
     for axis, name in zip(grid[:, 0], names, strict=True):
-        axis.set_ylabel(_wrapped(name), rotation=0, ha="right", va="center", fontsize=8)
+        axis.set_ylabel(wrapped(name), rotation=0, ha="right", va="center", fontsize=8)
     axes = grid.reshape(len(names), count, len(titles) + 1)[..., :-1]
     for panels in axes[0]:
         for axis, title in zip(panels, titles, strict=True):

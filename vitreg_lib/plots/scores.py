@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
+
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
+from .maps import wrapped
 from .style import PALETTE, PAPER, _bare, picture, styled
 
 
@@ -28,9 +31,7 @@ def scores(table, label: str, lines: dict[str, float]) -> Figure:
         axis.errorbar(x, found["value"], ends, label=setting, **style)
     for style, (name, value) in zip(("--", ":", "-."), lines.items(), strict=False):
         axis.axhline(value, color=PAPER, ls=style, lw=1, label=f"{name}: {value:.0f}")
-    axis.set_xticks(
-        range(len(models)), [m.replace("+", "\n+").replace("-reg", "\n-reg").replace(":", ":\n") for m in models]
-    )
+    axis.set_xticks(range(len(models)), ["\n".join(map(wrapped, re.split(r"(?=\+)|(?<=:)", name))) for name in models])
     axis.set(ylabel=label, xlim=(-0.6, len(models) - 0.4), ylim=(min(0, axis.get_ylim()[0]), None))
     axis.grid(axis="x", visible=False)
     figure.legend(*axis.get_legend_handles_labels(), loc="outside upper center", ncols=3)

@@ -80,7 +80,7 @@ def text_tower(model):
     from ..base import CHECKPOINTS
     from ..model import zoo
 
-    name = model.label.removeprefix("random:").partition("+ttr")[0]
+    name = model.entry
     entry = zoo.entries().get(name, {})
     path = CHECKPOINTS / f"{name}.text.safetensors"
     if path.exists():

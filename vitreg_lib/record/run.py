@@ -232,9 +232,12 @@ class Run:
     def measure(self, name: str, value, model: str = "", unit: str = "", paper=None, features: str = "") -> None:
         """Put one number into the record (null where there is none, as for the cutoff of one mode).
 
-        `paper` is the paper's own value for its own model, shown beside it. `features`: fingerprints of the cached
-        features it was computed from, which `trace` describes.
+        `model` is a model's label or name, recorded as its full name; what follows ", " (a condition) is kept. `paper`
+        is the paper's own value for its own model, shown beside it. `features`: fingerprints of the cached features it
+        was computed from, which `trace` describes.
         """
+        label, comma, condition = model.partition(", ")
+        model = {m.label: m.name for m in self.models}.get(label, label) + comma + condition
         value = value.item() if hasattr(value, "item") else value
         if value is None or value != value or value in (float("inf"), float("-inf")):
             value = None
@@ -255,14 +258,13 @@ class Run:
         """
         import pandas as pd
 
-        full = {m.label: m.name for m in self.models}
         for key, row in table.iterrows():
             label, *rest = key if isinstance(key, tuple) else (key,)
             levels = dict(zip(table.index.names[1:], rest, strict=True))
             for column, value in row.items():
                 called = name.format(column=column, **levels)
                 value = None if pd.isna(value) else value
-                self.measure(called, value, full.get(label, label), paper=(paper or {}).get(called))
+                self.measure(called, value, label, paper=(paper or {}).get(called))
 
     def caption(self, images=None) -> str:
         """One line for below a figure: profile, models and images."""
@@ -329,7 +331,7 @@ class Run:
             "settings": {k: v for k, v in self.settings.items() if k not in self.parameters or not self.parameters[k]},
             "measured": self._measured,
             "claims": self._claims,
-            "models": [{"name": m.name, "sha256": m.sha256, "role": m.role} for m in self.models],
+            "models": [{"name": m.name, "label": m.label, "sha256": m.sha256, "role": m.role} for m in self.models],
             **({"features": self._features} if self._features else {}),
             "not_reachable_here": self.not_here,
             "figures": list(self._drawn),

@@ -363,7 +363,7 @@ class Store:
         from ..model import zoo
 
         def make():
-            self.busy(f"loading {name} …" + (" adding registers takes some seconds" if "+ttr" in name else ""))
+            self.busy(f"loading {name} …" + (" adding registers takes some seconds" if zoo.split(name)[1] else ""))
             return zoo.load(name)
 
         return _kept(self._models, name, make, 4)

@@ -325,7 +325,7 @@ def _models(chosen: tuple[str, ...]) -> list[str]:
     from ..model import zoo
 
     names = []
-    for name in zoo.entries():
+    for name, entry in zoo.entries().items():
         if zoo.available(name) != "not here":
-            names += [name] if "-reg" in name else [name, f"{name}+ttr4"]
+            names += [name] if "base" in entry else [name, f"{name}+ttr4"]
     return names + [name for name in chosen if name not in names]

@@ -1,18 +1,24 @@
-"""Put a finished run into the zoo: weights and telemetry into data/checkpoints/, its record into data/models.yaml."""
+"""Put a finished training run into the zoo: weights and telemetry into data/checkpoints, its entry into models.yaml.
+
+python workflow/ship.py runs/deit3-m-reg4-seed0 mini-deit3-reg4 "mini ViT, supervised on scenes, 4 registers"
+"""
 
 from __future__ import annotations
 
 import json
 import shutil
+import sys
 from dataclasses import fields
 from pathlib import Path
 
 import yaml
 
-from ..base import CHECKPOINTS, DATA, UserError, write_atomically, written
-from ..model.weights import file_sha256
-from . import loop
-from .config import MACHINE, TrainConfig
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from vitreg_lib.base import CHECKPOINTS, DATA, UserError, shown, write_atomically, written  # noqa: E402
+from vitreg_lib.model.weights import file_sha256  # noqa: E402
+from vitreg_lib.model.zoo import FACTS  # noqa: E402
+from vitreg_lib.train import loop  # noqa: E402
+from vitreg_lib.train.config import MACHINE, TrainConfig  # noqa: E402
 
 
 def ship(folder: str | Path, name: str, about: str) -> Path:
@@ -27,17 +33,18 @@ def ship(folder: str | Path, name: str, about: str) -> Path:
         place = target.with_name(name + "." + source.name.removeprefix("model."))
         with written(place) as temporary:
             shutil.copyfile(source, temporary)
-    entry = {
-        "file": target.name,
-        "about": about,
-        "sha256": file_sha256(target),
-        "command": command(config),
-        **result,
-    }
+    put(name, target, about, {"command": command(config), **result})
+    return target
+
+
+def put(name: str, weights: Path, about: str, result: dict) -> None:
+    """Write the entry of shipped weights into data/models.yaml; facts that the old one gave are kept."""
     path = DATA / "models.yaml"
-    entries = yaml.safe_load(path.read_text())
     text = path.read_text()
-    if name in entries:  # drop the old entry, up to the next top-level key
+    old = yaml.safe_load(text).get(name, {})
+    facts = {fact: old[fact] for fact in FACTS if fact in old}
+    entry = {"file": weights.name, "about": about, **facts, "sha256": file_sha256(weights), **result}
+    if old:  # drop the old entry, up to the next top-level key
         lines = text.splitlines(keepends=True)
         start = lines.index(f"{name}:\n")
         end = next(
@@ -47,18 +54,26 @@ def ship(folder: str | Path, name: str, about: str) -> Path:
         text = "".join(lines[:start] + lines[end:])
     text = text.rstrip("\n") + "\n" + yaml.safe_dump({name: entry}, sort_keys=False, allow_unicode=True, width=1000)
     write_atomically(path, text.encode())
-    return target
 
 
 def command(config: dict) -> str:
     """The `vitreg train` line that makes this run again: what differs from the recipe's defaults and matters to it."""
     default, _ = loop.configure(config["recipe"])
-    told = ["vitreg train", config["recipe"]]
+    words = ["vitreg train", config["recipe"]]
     for field in fields(TrainConfig):
         name, value = field.name, config.get(field.name)
         idle = field.metadata["help"].startswith("with --data") and not config.get("data")
         if name in MACHINE or name not in config or idle or value == getattr(default, name):
             continue
         flag = name.replace("_", "-")
-        told.append({True: f"--{flag}", False: f"--no-{flag}"}[value] if type(value) is bool else f"--{flag} {value}")
-    return " ".join(told)
+        words.append({True: f"--{flag}", False: f"--no-{flag}"}[value] if type(value) is bool else f"--{flag} {value}")
+    return " ".join(words)
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 4:
+        sys.exit(__doc__)
+    try:
+        print(shown(ship(*sys.argv[1:])))
+    except UserError as error:
+        sys.exit(str(error))
