@@ -61,3 +61,13 @@ def test_what_can_be_used_is_listed():
     assert {"start", "load", "capture", "outliers", "plots", "widgets"} <= set(dir(vr))
     for name in dir(vr):
         assert getattr(vr, name) is not None, name
+
+
+def test_the_picture_of_the_architecture_is_up_to_date(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "workflow"))
+    import architecture
+
+    assert {("hooks", "base"), ("model", "hooks"), ("cli", "record")} & set(architecture.edges())
+    drawn = architecture.stated(architecture.PICTURE.read_text())
+    assert drawn == architecture.edges(), "python workflow/architecture.py draws it anew"
+    assert architecture.JOBS.keys() == architecture.PLACES.keys() == {*ORDER, "notebooks", "workflow"}
