@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
+import tempfile
+import threading
 import time
+from pathlib import Path
 
 import nbformat
 import pytest
@@ -38,7 +42,10 @@ def failing(capsys, *arguments: str) -> str:
     [
         ("run figg03", "unknown item 'figg03': did you mean fig03"),
         ("run fig03 -p n_image 3", "unknown parameter of fig03 'n_image': did you mean n_images"),
-        ("run fig03 -p n_images many", "but a int is wanted, as in 0"),
+        ("run fig03 -p n_images many", "but an int is wanted, as in 0"),
+        ("run fig03 -p n_images -5", "parameter n_images is -5, but at least 0 is wanted"),
+        ("run fig03 -p models mini-diet3", "unknown model 'mini-diet3': did you mean mini-deit3"),
+        ("run fig11_resizing", "unknown item 'fig11_resizing': did you mean fig11"),
         ("run fig03 --profile huge", "'huge'"),
         ("run fig03 -p profile huge", "unknown profile 'huge'"),
         ("run", "item"),
@@ -140,17 +147,20 @@ def made_up(tmp_path, monkeypatch, results):
 
 LEAVES_A_RECORD = """
 import json, os, pathlib
-folder = pathlib.Path(os.environ["VITREG_RESULTS"], "mini", "made_up")
+folder = pathlib.Path(os.environ["VITREG_MAKING"])
 (folder / "record.json").write_text(json.dumps({"figures": [], "measured": [1]}))
 """
 
 
-def test_a_failing_notebook_leaves_no_record_and_its_failed_copy(made_up, capsys):
-    """Also when the record was written before the cell that fails."""
+def test_a_failing_notebook_leaves_the_earlier_results_and_its_failed_copy(made_up, capsys):
+    """Also when a record was written before the cell that fails."""
     folder = made_up(LEAVES_A_RECORD, 'raise ValueError("layer 12 out of range\\nsecond line")')
+    folder.mkdir(parents=True)
+    (folder / "record.json").write_text("of an earlier run")
     told = failing(capsys, "run", "made_up", "--quiet")
     assert told.startswith("vitreg: made_up: ValueError: layer 12 out of range (cell 3; see made_up.failed.ipynb)")
-    assert [p.name for p in folder.iterdir()] == ["made_up.failed.ipynb"]
+    assert sorted(p.name for p in folder.iterdir()) == ["made_up.failed.ipynb", "record.json"]
+    assert (folder / "record.json").read_text() == "of an earlier run"
 
 
 def test_a_notebook_without_a_record_fails(made_up, capsys):
@@ -161,15 +171,92 @@ def test_a_notebook_without_a_record_fails(made_up, capsys):
     assert [p.name for p in folder.iterdir()] == ["made_up.failed.ipynb"]
 
 
+def test_a_killed_kernel_is_named_with_what_it_took_and_what_helps(made_up, capsys):
+    made_up("import os, signal; os.kill(os.getpid(), signal.SIGKILL)")
+    told = failing(capsys, "run", "made_up", "--quiet")
+    assert re.search(
+        r"made_up: its kernel was killed after it had taken \d+\.\d GiB.*: use JOBS=1, a smaller n_imag", told
+    )
+    assert "see made_up.failed.ipynb" in told
+
+
+def test_a_long_folder_for_temporary_files_is_too_long_for_sockets(made_up, tmp_path, monkeypatch):
+    long = tmp_path / ("x" * 100)
+    long.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(long))
+    folder = made_up(LEAVES_A_RECORD)
+    execute.execute("made_up", {}, progress=False)
+    assert (folder / "record.json").exists()
+
+
 def test_a_notebook_that_ends_well_replaces_what_was_there(made_up):
     folder = made_up(LEAVES_A_RECORD)
     folder.mkdir(parents=True)
     for old in ("made_up.failed.ipynb", "made_up.ipynb", "record.json"):
         (folder / old).write_text("old")
+    making = folder.with_name(".made_up.making")  # of a run that was killed
+    making.mkdir()
+    (making / "record.json").write_text("half")
     assert execute.execute("made_up", {}, progress=False) == folder / "made_up.ipynb"
     assert sorted(p.name for p in folder.iterdir()) == ["made_up.ipynb", "record.json"]
     executed = nbformat.read(folder / "made_up.ipynb", 4)
     assert [c.execution_count for c in executed.cells if c.cell_type == "code"] == [1, 2]
+    assert not making.exists()
+
+
+def test_results_whose_replacement_was_killed_half_way_come_back(tmp_path):
+    folder, before = tmp_path / "fig03", tmp_path / ".fig03.before"
+    before.mkdir()
+    (before / "record.json").write_text("earlier")
+    execute._recover(folder)
+    assert (folder / "record.json").read_text() == "earlier"
+    assert not before.exists()
+
+
+def test_temporary_folders_of_dead_processes_are_swept(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    left, used = tmp_path / f"vitreg-kernel-{dead.pid}-x", tmp_path / f"vitreg-kernel-{os.getpid()}-x"
+    left.mkdir()
+    used.mkdir()
+    with execute._kernel_folder() as place:
+        assert place.parent == (tmp_path if len(str(tmp_path)) <= execute.SOCKET_LENGTH else Path("/tmp"))
+        assert left.exists() == (place.parent != tmp_path)
+        assert used.exists()
+    assert not place.exists()
+
+
+HOLDS = """
+import pathlib, sys, time
+from vitreg_lib.record import execute
+with execute.locked(pathlib.Path(sys.argv[1]), "made_up"):
+    print("locked", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_the_second_run_of_an_item_waits_and_says_for_whom_and_a_dead_one_holds_nothing(tmp_path, capfd):
+    folder = tmp_path / "mini" / "made_up"
+    first = subprocess.Popen([sys.executable, "-c", HOLDS, str(folder)], stdout=subprocess.PIPE, text=True, cwd=ROOT)
+    assert first.stdout.readline() == "locked\n"
+    entered = threading.Event()
+
+    def second():
+        with execute.locked(folder, "made_up"):
+            entered.set()
+
+    waiting = threading.Thread(target=second)
+    waiting.start()
+    told = ""
+    while "waiting for it" not in told and waiting.is_alive():
+        told += capfd.readouterr().err
+    assert f"made_up is being made by process {first.pid} since " in told
+    assert not entered.is_set()
+    first.kill()
+    first.wait()
+    waiting.join(60)
+    assert entered.is_set()
 
 
 @pytest.mark.slow
@@ -192,7 +279,7 @@ def test_a_killed_run_leaves_nothing_that_is_taken_for_whole_and_the_next_goes_o
     command = [sys.executable, "-m", "vitreg_lib.cli", "run", "fig03", "--quiet", "--no-report"]
     command += ["-p", "n_images", "4", "-p", "models", "mini-deit3-s"]
     running = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    unfinished = folder / ".fig03.ipynb"
+    unfinished = folder.with_name(f".{folder.name}.making") / "fig03.ipynb"
     until = time.monotonic() + 120
     while time.monotonic() < until and running.poll() is None:
         if unfinished.exists() and '"execution_count": 2' in unfinished.read_text():
@@ -207,7 +294,7 @@ def test_a_killed_run_leaves_nothing_that_is_taken_for_whole_and_the_next_goes_o
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert json.loads((folder / "record.json").read_text())["parameters"]["n_images"] == 4
-    assert not unfinished.exists()
+    assert not unfinished.parent.exists()
 
 
 @pytest.mark.slow

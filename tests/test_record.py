@@ -41,10 +41,18 @@ def test_defaults_are_those_of_the_parameters_cell():
     [
         ({"n_image": 3}, "unknown parameter of fig03 'n_image': did you mean n_images"),
         ({"zzz": 3}, "unknown parameter of fig03 'zzz': known: cutoff, images"),
-        ({"n_images": "many"}, "parameter n_images of fig03 is 'many' (str), but a int is wanted, as in 0"),
-        ({"n_images": 2.5}, "is 2.5 (float), but a int is wanted"),
-        ({"seed": True}, "is True (bool), but a int is wanted"),
-        ({"models": 3}, "parameter models of fig03 is 3 (int), but a str is wanted"),
+        ({"n_images": "many"}, "parameter n_images is 'many' (str), but an int is wanted, as in 0"),
+        ({"n_images": 2.5}, "is 2.5 (float), but an int is wanted"),
+        ({"n_images": -5}, "parameter n_images is -5, but at least 0 is wanted"),
+        ({"seed": True}, "is True (bool), but an int is wanted"),
+        ({"models": False}, "parameter models is False (bool), but a str is wanted"),
+        ({"models": 3}, "unknown model '3'"),
+        ({"models": "mini-diet3"}, "unknown model 'mini-diet3': did you mean mini-deit3"),
+        ({"models": "mini-deit3 timm:vit_tiny_path16_224"}, "unknown model 'vit_tiny_path16_224': did you mean vit_ti"),
+        ({"models": "mini-deit3+ttr99"}, "write +ttrN with N from 0 to 64"),
+        ({"models": "file:nowhere.pth"}, "file:nowhere.pth: no such file"),
+        ({"cutoff": "inf"}, "parameter cutoff is 'inf' (str), but a float is wanted"),
+        ({"cutoff": float("nan")}, "parameter cutoff is nan"),
         ({"profile": "smal"}, "unknown profile 'smal': did you mean small"),
     ],
 )
@@ -52,6 +60,31 @@ def test_bad_parameters_are_refused_with_the_nearest(given, told):
     with pytest.raises(UserError) as error:
         record.check_parameters(ITEM, given)
     assert told in str(error.value)
+
+
+def test_what_papermill_passes_is_taken_where_its_meaning_is_clear():
+    def checked(item, **given):
+        values = record.check_parameters(item, given)
+        return {name: values[name] for name in given}
+
+    assert checked("fig03", n_images="64", cutoff="150", rule=3) == {"n_images": 64, "cutoff": 150.0, "rule": "3"}
+    assert checked("fig03", n_images=64.0) == {"n_images": 64}
+    assert checked("fig12", registers=4, models="ti/16/224") == {"registers": "4", "models": "ti/16/224"}
+    assert checked("tab03", normalize="false") == {"normalize": False}
+    assert checked("fig09", layer="-1") == {"layer": -1}
+
+
+def test_an_edited_parameters_cell_is_read_or_refused_in_one_line():
+    assert record._assigned("n_images: int = 5\nmodels = 'a'") == {"n_images": 5, "models": "a"}
+    with pytest.raises(UserError, match=r"parameter n_images = 2 \* n: write a plain number or text"):
+        record._assigned("n_images = 2 * n")
+
+
+def test_paths_are_resolved_where_the_user_stands(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "photos").mkdir()
+    given = record.typed("fig03", ["images=photos", "models=mini-deit3 file:w.pth+ttr2#arch"])
+    assert given == {"images": f"{tmp_path}/photos", "models": f"mini-deit3 file:{tmp_path}/w.pth+ttr2#arch"}
 
 
 def test_start_reads_what_a_notebook_holds(results):
@@ -68,7 +101,9 @@ def test_start_refuses_what_papermill_injects_and_the_notebook_does_not_declare(
     assert not results.exists()
 
 
-@pytest.mark.parametrize("name", ["fig3", "fig03", "figure3", "Figure03", "FIG3"])
+@pytest.mark.parametrize(
+    "name", ["fig03_norm_maps", "notebooks/paper/fig03_norm_maps.ipynb", "fig3", "fig03", "figure3", "Figure03", "FIG3"]
+)
 def test_an_item_has_many_spellings(name):
     assert record.normal_name(name) == ITEM
     assert record.notebook(name).name == "fig03_norm_maps.ipynb"

@@ -4,6 +4,7 @@ VITREG_RESULTS   where results go, by default results/ of the repository
 VITREG_CACHE     where features are kept, by default cache/ of the results
 VITREG_MODELS    a folder of models in timm's hub layout, looked in before the hub
 VITREG_DATA      a folder of data sets, one folder each
+VITREG_MAKING    where the run of a notebook writes until it is whole; set by `vitreg run`
 VITREG_BATCH     set: nobody watches; no progress bars, widgets as pictures
 VITREG_CHECK     set: a run that differs from its committed record is an error
 """

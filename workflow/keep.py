@@ -11,7 +11,7 @@ from vitreg_lib.base import ROOT, results
 
 def main(profile: str) -> None:
     """Copy what results/<profile>/ holds for items with their default parameters."""
-    for record in sorted((results() / profile).glob("*/record.json")):
+    for record in sorted((results() / profile).glob("[!.]*/record.json")):
         if "--" in record.parent.name:
             continue
         target = ROOT / "docs" / "results" / profile / record.parent.name

@@ -1,57 +1,157 @@
-"""Run an item's notebook by papermill, so that its results are whole or those of the run before."""
+"""Run an item's notebook by papermill, so that its results are whole or still those of the run before.
+
+The notebook writes into a folder beside its results, `.ITEM.making`. When all products are there, the folder takes the
+place of the earlier results; a run that fails or is killed leaves those as they were. A lock on the item's folder lets
+one process at a time make it. The system releases the lock of a process that dies.
+"""
 
 from __future__ import annotations
 
 import logging
 import os
+import resource
+import shutil
+import sys
 import tempfile
+import time
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from ..base import UserError, enter_batch, shown
+from ..base import UserError, enter_batch, shown, write_atomically
 from . import run as record
+
+SOCKET_LENGTH = 80  # characters of a folder's path that leave room for a socket's name, of 107 in all
 
 
 def execute(item: str, given: dict, progress: bool = True) -> Path:
     """Run an item's notebook by papermill into its results folder; the executed notebook's path.
 
-    It is written under a temporary name and renamed when all went well; a failed one is kept as *.failed.ipynb.
-    Raises UserError when a cell fails, or when the record or a figure is missing afterwards.
+    A notebook that fails is kept beside the earlier results as *.failed.ipynb.
+    Raises UserError when a cell fails, the kernel dies, or the record or a figure is missing afterwards.
     """
+    parameters = record.check_parameters(item, given)
+    enter_batch()
+    folder = record.folder(item, parameters)
+    with locked(folder, item):
+        _recover(folder)
+        making = folder.with_name(f".{folder.name}.making")
+        shutil.rmtree(making, ignore_errors=True)  # of a run that was killed
+        making.mkdir(parents=True)
+        try:
+            with _kernel_folder() as place:
+                os.environ["VITREG_MAKING"] = str(making)
+                _run(item, given, making, place, progress)
+            record.read_folder(item, making)
+        except BaseException as error:
+            failed = folder / f"{item}.failed.ipynb"
+            if (making / f"{item}.ipynb").exists():
+                folder.mkdir(exist_ok=True)
+                os.replace(making / f"{item}.ipynb", failed)
+            raise _explained(error, item, failed) from error
+        else:
+            _put(making, folder)
+        finally:
+            os.environ.pop("VITREG_MAKING", None)
+            shutil.rmtree(making, ignore_errors=True)
+    return folder / f"{item}.ipynb"
+
+
+@contextmanager
+def locked(folder: Path, item: str):
+    """Inside, no other process makes the results of this folder; waits for one that does and says which."""
+    from filelock import FileLock, Timeout
+
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder.with_name(f".{folder.name}.lock"))
+    holder = folder.with_name(f".{folder.name}.process")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        with suppress(OSError):
+            print(f"{item} is being made by {holder.read_text()}; waiting for it", file=sys.stderr, flush=True)
+        lock.acquire()
+    try:
+        write_atomically(holder, f"process {os.getpid()} since {time.strftime('%H:%M:%S')}".encode())
+        yield
+    finally:
+        holder.unlink(missing_ok=True)
+        lock.release()
+
+
+def _run(item: str, given: dict, making: Path, place: Path | None, progress: bool) -> None:
     import papermill
     from traitlets.config import Config
 
-    parameters = record.check_parameters(item, given)
-    folder = record.folder(item, parameters)
-    folder.mkdir(parents=True, exist_ok=True)
-    unfinished, finished = folder / f".{item}.ipynb", folder / f"{item}.ipynb"
-    failed = folder / f"{item}.failed.ipynb"
-    for earlier in (folder / "record.json", finished, failed):
-        earlier.unlink(missing_ok=True)
-    enter_batch()
     logging.getLogger("papermill").setLevel(logging.ERROR)
-    with tempfile.TemporaryDirectory(prefix="vitreg-") as sockets:
-        # sockets in a folder of their own: kernels started at the same time cannot race for ports
-        transport = {"transport": "ipc", "ip": f"{sockets}/kernel"} if os.name == "posix" else {}
-        try:
-            papermill.execute_notebook(
-                str(record.notebook(item)),
-                str(unfinished),
-                parameters=given,
-                kernel_name="python3",
-                progress_bar=progress,
-                start_timeout=180,
-                cwd=str(record.notebook(item).parent),  # as JupyterLab and nbval do
-                config=Config(KernelManager=transport),
-            )
-            record.read(item, parameters)
-        except BaseException as error:
-            (folder / "record.json").unlink(missing_ok=True)
-            if unfinished.exists():
-                unfinished.replace(failed)
-            if not isinstance(error, papermill.PapermillExecutionError):
-                raise
-            line = f"{error.evalue}" if error.ename == "UserError" else f"{error.ename}: {error.evalue}"
-            raise UserError(f"{item}: {line.splitlines()[0]} (cell {error.exec_count}; see {shown(failed)})") from error
-        finally:
-            unfinished.with_suffix(".tmp").unlink(missing_ok=True)
-    return unfinished.replace(finished)
+    # sockets in a folder of their own: kernels started at the same time cannot race for ports
+    transport = {"transport": "ipc", "ip": f"{place}/kernel"} if place else {}
+    papermill.execute_notebook(
+        str(record.notebook(item)),
+        str(making / f"{item}.ipynb"),
+        parameters=given,
+        kernel_name="python3",
+        progress_bar=progress,
+        start_timeout=180,
+        cwd=str(record.notebook(item).parent),  # as JupyterLab and nbval do
+        config=Config(KernelManager=transport),
+    )
+
+
+@contextmanager
+def _kernel_folder():
+    """A temporary folder for a kernel's sockets and connection file; None where sockets cannot be used.
+
+    Its name holds this process's number, by which the next run removes it if this one is killed.
+    """
+    if os.name != "posix":
+        yield None
+        return
+    root = tempfile.gettempdir() if len(tempfile.gettempdir()) <= SOCKET_LENGTH else "/tmp"
+    for left in Path(root).glob("vitreg-kernel-*-*"):
+        if not _is_alive(int(left.name.split("-")[2])):
+            shutil.rmtree(left, ignore_errors=True)
+    with tempfile.TemporaryDirectory(prefix=f"vitreg-kernel-{os.getpid()}-", dir=root) as place:
+        os.environ["JUPYTER_RUNTIME_DIR"] = place  # the home folder may be read-only
+        yield Path(place)
+
+
+def _is_alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        return True
+    return True
+
+
+def _recover(folder: Path) -> None:
+    """Put earlier results back where a kill came between the two renames of `_put`."""
+    before = folder.with_name(f".{folder.name}.before")
+    if before.exists() and not folder.exists():
+        os.replace(before, folder)
+    shutil.rmtree(before, ignore_errors=True)
+
+
+def _put(making: Path, folder: Path) -> None:
+    """Let finished results take the place of earlier ones."""
+    before = folder.with_name(f".{folder.name}.before")
+    if folder.exists():
+        os.replace(folder, before)
+    os.replace(making, folder)
+    shutil.rmtree(before, ignore_errors=True)
+
+
+def _explained(error: BaseException, item: str, failed: Path) -> BaseException:
+    """The error of a run as one line: which cell, what it said, what helps."""
+    place = f"see {shown(failed)}"
+    if hasattr(error, "evalue"):  # papermill's, for a cell that raised
+        line = f"{error.evalue}" if error.ename == "UserError" else f"{error.ename}: {error.evalue}"
+        return UserError(f"{item}: {line.splitlines()[0]} (cell {error.exec_count}; {place})")
+    if type(error).__name__ == "DeadKernelError":
+        peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20
+        return UserError(
+            f"{item}: its kernel was killed after it had taken {peak:.1f} GiB, most often for want of memory: "
+            f"use JOBS=1, a smaller n_images, or close other programs ({place})"
+        )
+    return error

@@ -41,7 +41,7 @@ def show(item: str, parameters: dict, differences: bool = False) -> None:
 
 def write(profile: str) -> Path:
     """Write results/<profile>/report.html, self-contained; its path. Raises UserError where nothing was made yet."""
-    records = [(p.parent, json.loads(p.read_text())) for p in sorted((results() / profile).glob("*/record.json"))]
+    records = [(p.parent, json.loads(p.read_text())) for p in sorted((results() / profile).glob("[!.]*/record.json"))]
     if not records:
         raise UserError(f"nothing made yet in profile {profile}: run `make reproduce-all PROFILE={profile}` first")
     tally = record.tally([claim for _, made in records for claim in made["claims"]])

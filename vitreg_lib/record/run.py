@@ -29,7 +29,8 @@ from types import SimpleNamespace
 
 import yaml
 
-from ..base import DATA, NOTEBOOKS, UserError, in_batch, results, unknown, write_atomically, written
+from ..base import DATA, NOTEBOOKS, UserError, env_folder, in_batch, results, shown, unknown, write_atomically, written
+from . import values
 
 PROFILES = ("mini", "small", "large", "paper")
 VERDICTS = {  # colour and mark, safe for colour-blind readers and legible without colour
@@ -53,42 +54,29 @@ def start(item: str, namespace: dict) -> Run:
 
 
 def check_parameters(item: str, given: dict) -> dict:
-    """All parameters of an item, defaults filled in, after checking `given` against what its notebook declares."""
+    """All parameters of an item, defaults filled in, after checking `given` against what its notebook declares.
+
+    Raises UserError for a name that is not declared, a value that does not fit, an unknown profile or model.
+    """
     declared = declared_parameters(item)
-    for name, value in given.items():
+    for name in given:
         if name not in declared:
             raise unknown(f"parameter of {item}", name, declared)
-        default = declared[name]
-        fits = type(value) is type(default) or (isinstance(default, float) and type(value) is int)
-        if not fits:
-            raise UserError(
-                f"parameter {name} of {item} is {value!r} ({type(value).__name__}), but a {type(default).__name__} is "
-                f"wanted, as in {default!r}"
-            )
-    values = {name: type(default)(given.get(name, default)) for name, default in declared.items()}  # 150 is 150.0
-    if values["profile"] not in PROFILES:
-        raise unknown("profile", values["profile"], PROFILES)
-    return values
+    checked = {name: values.taken(name, default, given.get(name, default)) for name, default in declared.items()}
+    if checked["profile"] not in PROFILES:
+        raise unknown("profile", checked["profile"], PROFILES)
+    usual = declared.get("models") or str(items().get(item, {}).get("mini", {}).get("models", ""))
+    if not usual or values.is_model(usual.split()[0]):  # Figure 12 takes sizes of architectures
+        values.check_models(checked.get("models", ""))
+    return checked
 
 
 def typed(item: str, pairs: list[str], profile: str | None = None) -> dict:
-    """Parameters from texts NAME=VALUE and a profile, typed as the item's notebook declares them.
-
-    Images that are a path are resolved here, where the user stands: the kernel runs elsewhere.
-    """
+    """Parameters from texts NAME=VALUE and a profile, typed as the item's notebook declares them."""
     declared, given = declared_parameters(item), {}
     for name, _, text in (pair.partition("=") for pair in pairs):
-        given[name] = text if isinstance(declared.get(name), str) else _literal(text)
-    if given.get("images") and Path(given["images"]).expanduser().exists():
-        given["images"] = str(Path(given["images"]).expanduser().resolve())
+        given[name] = values.resolved(name, text if isinstance(declared.get(name), str) else values.literal(text))
     return given | ({"profile": profile} if profile else {})
-
-
-def _literal(text: str):
-    try:
-        return ast.literal_eval(text)
-    except (ValueError, SyntaxError):
-        return {"true": True, "false": False}.get(text.lower(), text)
 
 
 @functools.cache
@@ -106,18 +94,20 @@ def notebook(item: str) -> Path:
     paths = sorted(p for p in NOTEBOOKS.glob("*/*.ipynb") if p.parent.name != "workshop")  # exercises are no items
     found = [p for p in paths if p.stem.startswith(f"{name}_")] + [p for p in paths if p.stem == name]
     if not found:
-        names = {p.stem.split("_")[0] if p.parent.name == "paper" else p.stem for p in paths}
+        names = {p.stem for p in paths} | {p.stem.split("_")[0] for p in paths if p.parent.name == "paper"}
         raise unknown("item", item, names, "See the README's table of notebooks.")
     return found[0]
 
 
 def normal_name(item: str) -> str:
-    """fig4, figure4, Fig04 → fig04; table2 → tab02; other names as they are."""
+    """fig4, figure4, Fig04, fig04_norms_by_layer_training_size → fig04; table2 → tab02; other names as they are."""
     for long, short in (("figure", "fig"), ("table", "tab"), ("fig", "fig"), ("tab", "tab")):
         rest = item.lower().removeprefix(long)
         if rest != item.lower() and rest.isdigit():
             return f"{short}{int(rest):02d}"
-    return item
+    stem = item.removesuffix(".ipynb").rpartition("/")[2]
+    paper = (NOTEBOOKS / "paper" / f"{stem}.ipynb").exists()
+    return stem.split("_")[0] if paper else stem if stem != item else item
 
 
 def folder(item: str, parameters: dict) -> Path:
@@ -137,11 +127,16 @@ def is_plain(item: str, parameters: dict) -> bool:
 
 def _assigned(source: str) -> dict:
     """Names assigned plain literals in a cell."""
-    return {
-        node.targets[0].id: ast.literal_eval(node.value)
-        for node in ast.parse(source).body
-        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name)
-    }
+    assigned = {}
+    for node in ast.parse(source).body:
+        target = node.targets[0] if isinstance(node, ast.Assign) else getattr(node, "target", None)
+        if isinstance(node, ast.Assign | ast.AnnAssign) and isinstance(target, ast.Name):
+            try:
+                assigned[target.id] = ast.literal_eval(node.value)
+            except ValueError as error:
+                text = ast.unparse(node.value)
+                raise UserError(f"parameter {target.id} = {text}: write a plain number or text") from error
+    return assigned
 
 
 def _injected(cells: list[str]) -> dict:
@@ -179,7 +174,7 @@ class Run:
             name: value for name, value in parameters.items() if value not in ("", 0) or name not in self.settings
         }
         self.at = SimpleNamespace(**{k: v for k, v in self.settings.items() if k != "profile"})
-        self.folder = folder(item, parameters)
+        self.folder = env_folder("VITREG_MAKING") or folder(item, parameters)
         self.models, self.not_here, self._measured, self._claims = [], [], [], []
         self._features, self._drawn = {}, {}
         self.progress = not in_batch()  # bars are for people, not for committed outputs
@@ -402,13 +397,21 @@ def environment() -> dict:
 
 def read(item: str, parameters: dict) -> dict:
     """The record of a finished run. Raises UserError when there is none or when a product is missing."""
-    place = folder(item, parameters)
+    return read_folder(item, folder(item, parameters))
+
+
+def read_folder(item: str, place: Path) -> dict:
+    """The record in a folder. Raises UserError when there is none, it is damaged, or a product is missing."""
     path = place / "record.json"
     if not path.exists():
         raise UserError(f"{item} left no record.json: its last cell must call run.claims()")
-    record = json.loads(path.read_text())
-    missing = [f for f in record["figures"] if not (place / f"{f}.png").exists()]
-    if missing or not record["measured"]:
+    try:
+        record = json.loads(path.read_text())
+        figures, measured = record["figures"], record["measured"]
+    except (ValueError, KeyError) as error:
+        raise UserError(f"{shown(path)} is damaged: run {item} again") from error
+    missing = [f for f in figures if not (place / f"{f}.png").exists()]
+    if missing or not measured:
         raise UserError(
             f"{item} left an incomplete record: {'no ' + missing[0] + '.png' if missing else 'nothing measured'}"
         )
