@@ -45,7 +45,7 @@ def failing(capsys, *arguments: str) -> str:
         ("run fig03 -p n_images many", "but an int is wanted, as in 0"),
         ("run fig03 -p n_images -5", "parameter n_images is -5, but at least 0 is wanted"),
         ("run fig03 -p models mini-diet3", "unknown model 'mini-diet3': did you mean mini-deit3"),
-        ("run fig11_resizing", "unknown item 'fig11_resizing': did you mean fig11"),
+        ("run fig11_resizing", "unknown item 'fig11_resizing': did you mean fig11_resizing_gradients"),
         ("run fig03 --profile huge", "'huge'"),
         ("run fig03 -p profile huge", "unknown profile 'huge'"),
         ("run", "item"),
