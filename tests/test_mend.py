@@ -220,6 +220,13 @@ def test_real_vit_ti_is_mended_by_one_neuron(vit_ti):
     assert 450 < norms.mean() < 600, f"mean register norm {norms.mean():.0f}"
 
 
-def test_real_deit_ti_has_nothing_to_mend(vit_ti):
-    with pytest.raises(mend.NothingToMend):
-        mend.find(zoo.load("deit-ti", "cpu"))
+def test_real_deit_ti_is_mended_by_a_few_neurons_before_and_at_the_onset(vit_ti):
+    found = mend.find(zoo.load("deit-ti", "cpu"))
+    assert 2 <= len(found.neurons) <= 10 and {block for block, _ in found.neurons} <= set(range(4, 9))
+    assert (found.layer, found.onset) == (11, 8)
+    assert 0.04 < found.share_before < 0.06 and found.share_after < 0.1 * found.share_before
+
+
+def test_real_dinov2_s_has_nothing_to_mend(vit_ti):
+    with pytest.raises(mend.NothingToMend, match="nothing to mend: no second mode"):
+        mend.find(zoo.load("dinov2-s", "cpu"))

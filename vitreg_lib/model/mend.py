@@ -27,7 +27,7 @@ from torch import nn
 from ..base import UserError
 from ..hooks.anatomy import Anatomy, dissect, layer_scale
 from ..hooks.capture import evaluating, hooks, second_linear
-from ..measure import outliers
+from ..measure.detection import detect
 
 Neurons = Sequence[tuple[int, int]]  # (block, neuron)
 COUNTS = (1, 2, 3, 5, 7, 10, 15, 20, 30, 50)  # how many neurons are tried, fewest first
@@ -66,17 +66,11 @@ def find(model, images=None, max_neurons: int = 50) -> Found:
     outliers.
     """
     x = _pixels(handful(model) if images is None else images)
-    norms = model.capture(x).patch_norms  # (images, layers, patches)
-    holds = outliers.layers_with_outliers(norms)
-    if not holds:
-        raise NothingToMend(
-            f"{model.name} has nothing to mend: after no block are {outliers.MIN_SHARE:.1%} of the patch tokens "
-            "outliers by the rule of `outliers.cutoff`"
-        )
-    layer = holds[-1]
-    onset = outliers.onset_layer(norms[:, : layer + 1])
-    cutoff = outliers.cutoff(norms[:, layer])
-    is_outlier = norms[:, layer] > cutoff
+    found = detect(model, x)
+    if found.answer == "none" or not found.outliers.mask.any():
+        raise NothingToMend(f"{model.name} has nothing to mend: {found.reason}")
+    layer, cutoff, onset = found.outliers.layer, found.outliers.cutoff, found.onset
+    is_outlier = found.outliers.mask.flatten(1)
     table = rank(model.module, x, is_outlier, range(onset + 1)).head(max(max_neurons, 10))
     ranked = list(zip(table.block, table.neuron, strict=True))
     before, best = is_outlier.float().mean().item(), None
