@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import functools
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import torch
 import torch.nn.functional as F
@@ -40,6 +40,7 @@ _ANGLES = 512  # steps of the tables that hold each shape's outline as a functio
 _TILT = math.pi / 6  # objects stand upright, give or take thirty degrees
 _NEAR, _FAR, _BACKDROP = 1.5, 8.0, 10.0  # depth of the nearest and farthest object and of the background
 _DRAWS_PER_OBJECT, _DRAWS_PER_SCENE, _NOISE = 10, 24, 6  # independent uniform numbers; soft noise is 6 x 6
+_CAPTIONED = {"colour", "shape", "texture", "visible", "place", "background"}  # what captions speak of
 HELD_OUT = 1 << 40  # scenes from this index on are never trained on
 MEAN = STD = 0.5
 ATTRIBUTES = {
@@ -90,7 +91,13 @@ class Scenes:
 
     def captions(self) -> list[str]:
         """One sentence an image: the main object, one other with its relation, the background."""
-        return [self._caption(i) for i in range(len(self))]
+        here = replace(self, **{f.name: getattr(self, f.name).cpu() for f in fields(self) if f.name in _CAPTIONED})
+        return [here._caption(i) for i in range(len(self))]
+
+    def split(self, sizes: list[int]) -> list[Scenes]:
+        """Parts of the batch with so many scenes each."""
+        columns = {f.name: getattr(self, f.name).split(sizes) for f in fields(self)}
+        return [Scenes(**{name: parts[i] for name, parts in columns.items()}) for i in range(len(sizes))]
 
     def _caption(self, i: int) -> str:
         def noun(k):

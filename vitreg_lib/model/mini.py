@@ -35,6 +35,15 @@ def with_prefix(vit: nn.Module, patches):
     return torch.cat([*(p.expand(len(patches), -1, -1) for p in prefix), patches], 1)
 
 
+def start_registers(vit: nn.Module) -> None:
+    """Start a ViT's registers as different vectors: normal, with a standard deviation of 0.02 as its position embeddings.
+
+    timm starts them with 1e-6. Nothing but their value tells registers from each other, so from there they stay copies.
+    """
+    if vit.reg_token is not None:
+        nn.init.normal_(vit.reg_token, std=0.02)
+
+
 def build(size: str = "m", registers: int = 0, num_classes: int = 8, image_size: int = 96, **options) -> nn.Module:
     """A fresh ViT: cls token, LayerScale, any image size that patches divide; patches of 8 pixels at mini sizes.
 
@@ -71,5 +80,6 @@ def build(size: str = "m", registers: int = 0, num_classes: int = 8, image_size:
     )
     arguments |= options
     model = VisionTransformer(**arguments)
+    start_registers(model)
     model.vit_arguments = arguments  # written beside the weights, so that a checkpoint says how to build its model
     return model

@@ -22,6 +22,7 @@ RECIPES = {  # what each learns from; also the name of its module
     "clip": "captions",
     "dinov2": "images alone: views of a scene, masked patches",
     "mae": "images alone: pixels of masked patches",
+    "lejepa": "images alone: views of a scene, without a teacher",
     "emergence": "an artificial task, for the study of how artifacts begin",
 }
 EXAMPLES = """\b

@@ -211,15 +211,29 @@ def distribute(loss: Loss, config) -> nn.Module:
 
 
 def optimizer(module: nn.Module, config, device: str) -> torch.optim.Optimizer:
-    """timm's optimiser of that name, with a fused step on a GPU where it has one."""
-    from timm.optim import create_optimizer_v2
+    """timm's optimiser of that name, with a fused step on a GPU where it has one.
 
-    options = dict(opt=config.optimizer, lr=config.learning_rate, weight_decay=config.weight_decay)
+    No weight decay on vectors, and none on what a ViT inside the module names: positions, cls token, registers.
+    """
+    from timm.optim import create_optimizer_v2, param_groups_weight_decay
+
+    kept = [
+        f"{prefix}.{name}".lstrip(".")
+        for prefix, part in module.named_modules()
+        if hasattr(part, "no_weight_decay")
+        for name in part.no_weight_decay()
+    ]
+    groups = param_groups_weight_decay(module, config.weight_decay, no_weight_decay_list=kept)
+    options = dict(opt=config.optimizer, lr=config.learning_rate)
     if torch.device(device).type == "cuda":
+        if config.optimizer == "muon" and not config.fsdp:
+            from .muon import Muon
+
+            return Muon(groups, lr=config.learning_rate, momentum=0.9)
         with contextlib.suppress(TypeError, RuntimeError):
-            return create_optimizer_v2(module, **options, fused=True)
+            return create_optimizer_v2(groups, **options, fused=True)
     try:
-        return create_optimizer_v2(module, **options)
+        return create_optimizer_v2(groups, **options)
     except ValueError as error:
         raise UserError(f"unknown optimiser {config.optimizer!r}: adamw, lamb, sgd or another of timm's") from error
 

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from ...data import scenes
 from ...data.scenes import ATTRIBUTES, HELD_OUT, MEAN, STD, targets
 from ...model import mini
-from .. import parallel
+from .. import images
 
 NUM_LABELS = sum(map(len, ATTRIBUTES.values()))
 
@@ -32,7 +32,7 @@ def backbone(module):
 
 def loss(module, config, step, device):
     """Binary cross-entropy summed over the labels, and the accuracy of the shape on the batch."""
-    batch = scenes.render(parallel.batch_range(config, step), config.image_size, config.seed, device)
+    batch = images.rendered(config, step, device)
     logits = module((batch.pixels - MEAN) / STD)
     wanted = torch.cat([F.one_hot(t, len(ATTRIBUTES[name])) for name, t in targets(batch).items()], 1).to(logits.dtype)
     value = F.binary_cross_entropy_with_logits(logits, wanted, reduction="none").sum(1).mean()

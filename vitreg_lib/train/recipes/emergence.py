@@ -31,6 +31,7 @@ import math
 import torch
 
 from ...data.textures import GRID, LENGTH, PATCH, Batch, draw, held_out, task
+from ...model import mini
 from .. import parallel
 
 DEFAULTS = {
@@ -69,6 +70,7 @@ def build(config) -> torch.nn.Module:
         weight_init="moco",  # Xavier: at this width timm's own 0.02 leaves copying on a plateau
     )
     model = VisionTransformer(**arguments)
+    mini.start_registers(model)
     if t.position:
         model.pos_embed.data.copy_(t.position * waves(t.dim))
     model.pos_embed.requires_grad_(not t.position_fixed)

@@ -1,0 +1,96 @@
+r"""Self-supervised training as LeJEPA (Balestriero & LeCun 2025): views agree, and their embeddings are Gaussian.
+
+Each view of a scene has to give the mean embedding of its whole views. That alone would be solved by one answer for
+all images; so the embeddings of each view are also compared with a standard normal, along random directions, by the
+test of Epps and Pulley (SIGReg). There is no teacher, no prototype and no mask. At this size it learns what DINOv2's
+loss does not: see docs/log.md.
+
+    vitreg train lejepa --registers 4
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from ...data.scenes import MEAN, STD
+from .. import images, parallel, views
+from ..images import telemetry_images
+from .dinov2 import knn, tokens, vit
+
+__all__ = ["backbone", "build", "evaluate", "loss", "telemetry_images"]
+DEFAULTS = {"size": "s", "steps": 2500, "batch_size": 128, "learning_rate": 5e-3, "weight_decay": 0.04}
+SEPARABLE = False  # the embeddings of a batch are compared with a distribution
+GLOBAL, LOCAL = (0.5, 1.0), (0.15, 0.5)  # shares of the scene's area in whole and small crops
+HIDDEN, WIDTH = 256, 64  # of the projector and of its answer
+SLICES, KNOTS, REACH = 256, 17, 3.0  # random directions; points of the characteristic function, from 0 to here
+WEIGHT = 0.05  # of SIGReg, lambda in the paper
+
+
+class LeJEPA(nn.Module):
+    """A mini ViT and the projector in whose space views are compared."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.vit = vit(config, drop_path_rate=config.drop_path)
+        self.projector = nn.Sequential(
+            nn.Linear(self.vit.embed_dim, HIDDEN, bias=False),
+            nn.BatchNorm1d(HIDDEN),
+            nn.GELU(),
+            nn.Linear(HIDDEN, HIDDEN, bias=False),
+            nn.BatchNorm1d(HIDDEN),
+            nn.GELU(),
+            nn.Linear(HIDDEN, WIDTH),
+        )
+
+
+def build(config) -> nn.Module:
+    """A fresh ViT with its projector."""
+    return LeJEPA(config)
+
+
+def backbone(module):
+    """The ViT, without the projector."""
+    return module.vit
+
+
+def loss(module, config, step, device):
+    """(1 - lambda) × squared distance of all views to the mean of the whole ones + lambda × SIGReg."""
+    batch, index = images.images(config, step, device)
+
+    def view(number, size, scale):
+        return (views.crop(batch, index, size, scale, config.seed, number) - MEAN) / STD
+
+    whole = torch.cat([view(v, config.global_size, GLOBAL) for v in (0, 1)])
+    small = torch.cat([view(2 + v, config.local_size, LOCAL) for v in range(config.local_crops)])
+    cls = torch.cat([tokens(module.vit, x, antialias=config.antialias)[:, 0] for x in (whole, small)])
+    given = module.projector(cls).float().unflatten(0, (2 + config.local_crops, len(index)))  # (views, n, WIDTH)
+    agree = (given - given[:2].mean(0)).square().mean()
+    gauss = sigreg(torch.stack([parallel.gather(part) for part in given]))
+    return (1 - WEIGHT) * agree + WEIGHT * gauss, {"agree": agree.item(), "sigreg": gauss.item()}
+
+
+def sigreg(embeddings: torch.Tensor) -> torch.Tensor:
+    """How far embeddings (views, n, dim) are from a standard normal: a scalar, about 1 for a normal sample.
+
+    The mean over views and random directions of n times the squared distance between the characteristic function of
+    the projected sample and that of a standard normal, weighted by the latter (Epps and Pulley 1983).
+    """
+    slices = torch.randn(embeddings.shape[-1], SLICES, device=embeddings.device)
+    along = embeddings @ (slices / slices.norm(dim=0))
+    t = torch.linspace(0, REACH, KNOTS, device=embeddings.device)
+    normal = (-t.square() / 2).exp()
+    weight = normal * 2 * REACH / (KNOTS - 1)  # twice, for the negative half
+    weight[[0, -1]] /= 2  # the trapezoidal rule
+    at = along[..., None] * t
+    distance = (at.cos().mean(1) - normal).square() + at.sin().mean(1).square()
+    return (distance @ weight).mean() * embeddings.shape[1]
+
+
+@torch.no_grad()
+def evaluate(module, config, device) -> dict[str, float]:
+    """k-NN accuracy (0 to 1) of the cls token for each attribute, and of a fresh random model beside it."""
+    torch.manual_seed(config.seed)
+    fresh = vit(config).to(device)
+    trained = knn(module.vit, config, device)
+    return trained | {f"random_{name}": value for name, value in knn(fresh, config, device).items()}
