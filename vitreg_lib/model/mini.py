@@ -35,19 +35,27 @@ def with_prefix(vit: nn.Module, patches):
     return torch.cat([*(p.expand(len(patches), -1, -1) for p in prefix), patches], 1)
 
 
-def start_registers(vit: nn.Module) -> None:
-    """Start a ViT's registers as different vectors: normal, with a standard deviation of 0.02 as its position embeddings.
+def start_registers(vit: nn.Module, std: float = 0.02) -> None:
+    """Start a ViT's registers as different vectors: normal numbers with the standard deviation `std`.
 
     timm starts them with 1e-6. Nothing but their value tells registers from each other, so from there they stay copies.
     """
     if vit.reg_token is not None:
-        nn.init.normal_(vit.reg_token, std=0.02)
+        nn.init.normal_(vit.reg_token, std=std)
 
 
-def build(size: str = "m", registers: int = 0, num_classes: int = 8, image_size: int = 96, **options) -> nn.Module:
+def build(
+    size: str = "m",
+    registers: int = 0,
+    num_classes: int = 8,
+    image_size: int = 96,
+    register_start: float = 0.02,
+    **options,
+) -> nn.Module:
     """A fresh ViT: cls token, LayerScale, any image size that patches divide; patches of 8 pixels at mini sizes.
 
-    size: one of `SIZES`, or of `FULL` with the patch's side, as in "b/16". `options` go to timm's VisionTransformer.
+    size: one of `SIZES`, or of `FULL` with the patch's side, as in "b/16". register_start: see
+    `start_registers`. `options` go to timm's VisionTransformer.
     Raises UserError for an unknown size.
     """
     from timm.models.vision_transformer import VisionTransformer
@@ -80,6 +88,6 @@ def build(size: str = "m", registers: int = 0, num_classes: int = 8, image_size:
     )
     arguments |= options
     model = VisionTransformer(**arguments)
-    start_registers(model)
+    start_registers(model, register_start)
     model.vit_arguments = arguments  # written beside the weights, so that a checkpoint says how to build its model
     return model

@@ -37,7 +37,12 @@ class Clip(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.visual = mini.build(
-            config.size, config.registers, config.embed_dim, config.image_size, drop_path_rate=config.drop_path
+            config.size,
+            config.registers,
+            config.embed_dim,
+            config.image_size,
+            config.register_start,
+            drop_path_rate=config.drop_path,
         )
         self.text = text_tower(config.text_width, config.text_layers, config.embed_dim, config.context)
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))

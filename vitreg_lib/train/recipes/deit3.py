@@ -22,7 +22,14 @@ NUM_LABELS = sum(map(len, ATTRIBUTES.values()))
 
 def build(config) -> torch.nn.Module:
     """A fresh mini ViT with a linear head for the 24 labels."""
-    return mini.build(config.size, config.registers, NUM_LABELS, config.image_size, drop_path_rate=config.drop_path)
+    return mini.build(
+        config.size,
+        config.registers,
+        NUM_LABELS,
+        config.image_size,
+        config.register_start,
+        drop_path_rate=config.drop_path,
+    )
 
 
 def backbone(module):

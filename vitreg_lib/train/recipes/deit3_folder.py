@@ -61,6 +61,7 @@ def build(config) -> torch.nn.Module:
         config.registers,
         len(classes),
         config.image_size,
+        config.register_start,
         drop_path_rate=config.drop_path,
         init_values=config.layer_scale or None,
     )

@@ -72,7 +72,7 @@ class DINOv2(nn.Module):
 def vit(config, **options) -> nn.Module:
     """A fresh ViT without a head."""
     scale = {} if config.size in mini.SIZES else {"init_values": FULL_LAYER_SCALE}
-    return mini.build(config.size, config.registers, 0, config.image_size, **scale, **options)
+    return mini.build(config.size, config.registers, 0, config.image_size, config.register_start, **scale, **options)
 
 
 def build(config) -> nn.Module:

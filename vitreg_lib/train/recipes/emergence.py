@@ -70,7 +70,7 @@ def build(config) -> torch.nn.Module:
         weight_init="moco",  # Xavier: at this width timm's own 0.02 leaves copying on a plateau
     )
     model = VisionTransformer(**arguments)
-    mini.start_registers(model)
+    mini.start_registers(model, config.register_start)
     if t.position:
         model.pos_embed.data.copy_(t.position * waves(t.dim))
     model.pos_embed.requires_grad_(not t.position_fixed)

@@ -61,10 +61,11 @@ def loss(module, config, step, device):
     def view(number, size, scale):
         return (views.crop(batch, index, size, scale, config.seed, number) - MEAN) / STD
 
-    whole = torch.cat([view(v, config.global_size, GLOBAL) for v in (0, 1)])
-    small = torch.cat([view(2 + v, config.local_size, LOCAL) for v in range(config.local_crops)])
-    cls = torch.cat([tokens(module.vit, x, antialias=config.antialias)[:, 0] for x in (whole, small)])
-    given = module.projector(cls).float().unflatten(0, (2 + config.local_crops, len(index)))  # (views, n, WIDTH)
+    crops = [view(v, config.global_size, GLOBAL) for v in (0, 1)]
+    crops += [view(2 + v, config.local_size, LOCAL) for v in range(config.local_crops)]
+    groups = [torch.cat(part) for part in (crops[:2], crops[2:]) if part]  # crops of one size together
+    cls = torch.cat([tokens(module.vit, x, antialias=config.antialias)[:, 0] for x in groups])
+    given = module.projector(cls).float().unflatten(0, (len(crops), len(index)))  # (views, n, WIDTH)
     agree = (given - given[:2].mean(0)).square().mean()
     gauss = sigreg(torch.stack([parallel.gather(part) for part in given]))
     return (1 - WEIGHT) * agree + WEIGHT * gauss, {"agree": agree.item(), "sigreg": gauss.item()}

@@ -32,7 +32,8 @@ class MaskedAutoencoder(nn.Module):
         super().__init__()
         from timm.models.vision_transformer import Block
 
-        self.encoder = mini.build(config.size, config.registers, 0, config.image_size, drop_path_rate=config.drop_path)
+        options = dict(register_start=config.register_start, drop_path_rate=config.drop_path)
+        self.encoder = mini.build(config.size, config.registers, 0, config.image_size, **options)
         self.patch_size = mini.patch_size(config.size)
         decoder = DECODER if config.size in mini.SIZES else FULL_DECODER
         dim, heads = decoder["dim"], decoder["heads"]

@@ -1,0 +1,231 @@
+"""A task on scenes in which some patches never matter: does a small ViT grow artifacts on images worth looking at?
+
+The quest of recipes/emergence.py on scenes of 64 pixels, 64 patches of 8. Each patch carries a stamp, four blocks of
+random colour added to the scene, which stays visible, and two small dots, each of them there or not. Every patch has
+to give back its own mean colours in four quarters (twelve numbers); where exactly one dot is there, a quarter of the
+patches, also a fixed rotation of its left neighbour's. The four corners are never asked and never copied from. The
+labels of the scene are asked of the mean of the patches.
+
+A recipe as workflow/retrain.py runs it, no part of the library: docs/log.md says what came of it.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from vitreg_lib.base import unknown
+from vitreg_lib.data import scenes
+from vitreg_lib.data.scenes import ATTRIBUTES, HELD_OUT, targets
+from vitreg_lib.model import mini
+from vitreg_lib.train import images, parallel
+
+SIDE, PATCH = 64, 8
+GRID, LENGTH = SIDE // PATCH, 12
+PATCHES = GRID * GRID
+CORNERS = (0, GRID - 1, PATCHES - GRID, PATCHES - 1)
+DEFAULTS = {
+    "image_size": SIDE,
+    "steps": 6000,
+    "batch_size": 16,
+    "learning_rate": 0.01,
+    "weight_decay": 0.4,
+    "optimizer": "adamw",
+    "eval_images": 512,
+    "telemetry_images": 32,
+    "save_every": 2000,
+}
+CHANGES = {
+    "both": {},
+    "single": {"dots": 1},
+    "faint": {"stamp": 0.25},
+    "strong": {"stamp": 1.0},
+    "register-decay": {"register_decay": True},
+    "four-blocks": {"depth": 4},
+    "two-blocks": {"depth": 2},
+    "wide": {"dim": 32},
+    "no-labels": {"labels": 0.0},
+    "more-labels": {"labels": 0.1},
+    "rare": {"share": 0.125},
+    "one-head": {"heads": 1},
+}
+
+
+@dataclass(frozen=True)
+class Task:
+    """dots: 2 (marked where exactly one is there) or 1. share: of the patches that are marked. stamp: its amplitude,
+    in units of pixels that go from -1 to 1. labels: weight of the scene's labels. register_decay: weight decay acts on registers.
+    """
+
+    dots: int = 2
+    share: float = 0.25
+    stamp: float = 0.5
+    labels: float = 0.02
+    dim: int = 24
+    depth: int = 3
+    heads: int = 2
+    register_decay: bool = False
+
+
+def task(config) -> Task:
+    """The `Task` of `config.variant`: names of `CHANGES` joined by "+". Raises UserError for an unknown one."""
+    changes = {}
+    for name in (config.variant or "both").split("+"):
+        if name not in CHANGES:
+            raise unknown("variant", name, CHANGES)
+        changes |= CHANGES[name]
+    return Task(**changes)
+
+
+@dataclass
+class Batch:
+    """pixels (n, 3, 64, 64), from -1 to 1 and beyond; trigger (n, 64); answer (n, 64, 12); own part of it; labels."""
+
+    pixels: torch.Tensor
+    trigger: torch.Tensor
+    answer: torch.Tensor
+    labels: torch.Tensor
+
+
+@functools.lru_cache(maxsize=8)
+def rotation(seed: int) -> torch.Tensor:
+    """The rotation (12, 12) of what is copied."""
+    return torch.linalg.qr(torch.randn(LENGTH, LENGTH, generator=torch.Generator().manual_seed(7919 + seed)))[0]
+
+
+def draw(config, step: int, seen: scenes.Scenes, device="cpu") -> Batch:
+    """The images of a step, on the scenes `seen`."""
+    t, n = task(config), len(seen)
+    generator = torch.Generator().manual_seed((config.seed * 2654435761 + step) % 2**32)
+    stamp = torch.randn(n, 3, 2 * GRID, 2 * GRID, generator=generator).to(device)
+    pixels = 2 * seen.pixels - 1 + t.stamp * F.interpolate(stamp, scale_factor=PATCH // 2)
+    own = F.avg_pool2d(pixels, PATCH // 2)  # (n, 3, 16, 16)
+    own = own.unflatten(3, (GRID, 2)).unflatten(2, (GRID, 2)).permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
+    # of two dots exactly one is there with probability 2 p (1 - p) = share
+    chance = t.share if t.dots == 1 else (1 - math.sqrt(1 - 2 * t.share)) / 2
+    dots = (torch.rand(n, t.dots, GRID, GRID, generator=generator) < chance).to(device)
+    dots &= ~idle(device).view(GRID, GRID)
+    for which, (row, col) in zip(range(t.dots), ((1, 1), (5, 5)), strict=False):
+        for r in (row, row + 1):
+            for c in (col, col + 1):
+                pixels[:, :, r::PATCH, c::PATCH] += 2.0 * dots[:, which, None]
+    trigger = dots.sum(1).flatten(1) == 1
+    may = torch.arange(PATCHES, device=device) % GRID > 0
+    may &= ~idle(device) & ~idle(device).roll(1)
+    trigger &= may
+    answer = own + trigger[..., None] * (own.roll(1, 1) @ rotation(config.seed).to(device))
+    labels = torch.cat([F.one_hot(v, len(ATTRIBUTES[name])) for name, v in targets(seen).items()], 1).float()
+    return Batch(pixels, trigger, answer, labels)
+
+
+def idle(device="cpu") -> torch.Tensor:
+    """(64,) which patches are never asked and never copied from."""
+    mask = torch.zeros(PATCHES, dtype=torch.bool, device=device)
+    mask[list(CORNERS)] = True
+    return mask
+
+
+def held_out(config, count: int, device="cpu", part: int = 0) -> Batch:
+    """`count` images that are never trained on; another `part` has others."""
+    first = HELD_OUT + part * 100_000
+    return draw(config, (1 << 30) + part, scenes.render(range(first, first + count), SIDE, config.seed, device), device)
+
+
+class Stamped(nn.Module):
+    """timm's ViT, which answers at every token, and a head for the labels on the mean of the patches."""
+
+    def __init__(self, config):
+        super().__init__()
+        from timm.models.vision_transformer import VisionTransformer
+
+        t = task(config)
+        arguments = dict(
+            img_size=SIDE,
+            patch_size=PATCH,
+            embed_dim=t.dim,
+            depth=t.depth,
+            num_heads=t.heads,
+            mlp_ratio=4.0,
+            num_classes=LENGTH,
+            global_pool="",
+            class_token=False,
+            reg_tokens=config.registers,
+            no_embed_class=True,
+            init_values=None,
+            attn_drop_rate=0.1,
+            weight_init="moco",
+        )
+        self.vit = VisionTransformer(**arguments)
+        self.vit.vit_arguments = arguments
+        mini.start_registers(self.vit, config.register_start)
+        self.vit.pos_embed.data.copy_(waves(t.dim))
+        self.vit.pos_embed.requires_grad_(False)
+        if t.register_decay:
+            self.vit.no_weight_decay = set
+        self.labels = nn.Linear(t.dim, sum(map(len, ATTRIBUTES.values())))
+
+    def forward(self, pixels):
+        """Answers (n, 64, 12) of the patches, logits (n, 24) of the scene's labels."""
+        tokens = self.vit.forward_features(pixels)[:, self.vit.num_prefix_tokens :]
+        return self.vit.head(tokens), self.labels(tokens.mean(1))
+
+
+def waves(dim: int) -> torch.Tensor:
+    """(64, dim) sines and cosines of row and column, of mean square 1."""
+    frequency = torch.pi / GRID * 2.0 ** torch.linspace(-1, 2, dim // 4)
+    angle = torch.arange(GRID)[:, None] * frequency
+    one = math.sqrt(2) * torch.cat([angle.sin(), angle.cos()], 1)
+    return torch.cat([one.repeat_interleave(GRID, 0), one.repeat(GRID, 1)], 1)
+
+
+def build(config) -> nn.Module:
+    """A fresh module."""
+    return Stamped(config)
+
+
+def backbone(module) -> nn.Module:
+    """The ViT."""
+    return module.vit
+
+
+def _losses(module, config, batch: Batch):
+    t = task(config)
+    answers, logits = module(batch.pixels)
+    error = (answers - batch.answer).square().mean(-1)
+    asked = ~idle(error.device)
+    labels = F.binary_cross_entropy_with_logits(logits, batch.labels, reduction="none").sum(1).mean()
+    return error, error[:, asked].mean() + t.labels * labels, logits
+
+
+def loss(module, config, step, device):
+    """Mean squared error over the patches that are asked, and the labels with their small weight."""
+    assert parallel.world() == 1
+    batch = draw(config, step, images.rendered(config, step, device), device)
+    error, value, _ = _losses(module, config, batch)
+    return value, {"trigger_error": error[batch.trigger].mean().item()}
+
+
+def telemetry_images(config) -> torch.Tensor:
+    """The held-out images whose norms are watched."""
+    return held_out(config, config.telemetry_images).pixels
+
+
+@torch.no_grad()
+def evaluate(module, config, device) -> dict[str, float]:
+    """Explained variance (1: all right) of answers at marked patches and at others; accuracy of the labels."""
+    module.eval()
+    batch = held_out(config, config.eval_images, device, part=1)
+    error, _, logits = _losses(module, config, batch)
+    others = ~batch.trigger & ~idle(device)
+    found = {}
+    for name, where in (("marked", batch.trigger), ("others", others)):
+        found[f"explained_{name}"] = 1 - (error[where].mean() / batch.answer[where].var(0).mean()).item()
+    sizes = [len(names) for names in ATTRIBUTES.values()]
+    for name, given, wanted in zip(ATTRIBUTES, logits.split(sizes, 1), batch.labels.split(sizes, 1), strict=True):
+        found[f"accuracy_{name}"] = (given.argmax(1) == wanted.argmax(1)).float().mean().item()
+    return found
