@@ -14,9 +14,9 @@ from vitreg_lib.data import scenes
 from vitreg_lib.model.text import load_text, tokenizer
 from vitreg_lib.train import loop, views
 from vitreg_lib.train.config import TrainConfig
-from vitreg_lib.train.recipes import clip, deit3, dinov2, mae
+from vitreg_lib.train.recipes import clip, deit3, dinov2, lejepa, mae
 
-RECIPES = {"deit3": deit3, "clip": clip, "dinov2": dinov2, "mae": mae}
+RECIPES = {"deit3": deit3, "clip": clip, "dinov2": dinov2, "lejepa": lejepa, "mae": mae}
 
 
 def config(recipe: str, **options) -> TrainConfig:
@@ -242,6 +242,38 @@ class TestMae:
                 wanted = (wanted - wanted.mean()) / (wanted.var() + 1e-4).sqrt()
                 errors.append((said[i, patch] - wanted).square().mean())
         torch.testing.assert_close(value, torch.stack(errors).mean(), rtol=1e-4, atol=1e-5)
+
+
+class TestLeJEPA:
+    def test_sigreg_is_the_test_of_epps_and_pulley(self):
+        x = torch.randn(2, 40, 3, generator=torch.Generator().manual_seed(1))
+        torch.manual_seed(5)
+        value = lejepa.sigreg(x)
+        torch.manual_seed(5)
+        directions = torch.randn(3, lejepa.SLICES).T
+        t = torch.linspace(-3, 3, 33)  # both halves, the same trapezoidal rule
+        wanted = []
+        for view in x:
+            for direction in directions:
+                along = view @ (direction / direction.norm())
+                sample = torch.exp(1j * t[:, None] * along).mean(1)
+                gap = (sample - torch.exp(-t.square() / 2)).abs().square() * torch.exp(-t.square() / 2)
+                wanted.append(40 * torch.trapezoid(gap, t))
+        torch.testing.assert_close(value, torch.stack(wanted).mean(), rtol=1e-4, atol=1e-5)
+
+    def test_sigreg_tells_a_normal_sample_from_others(self):
+        normal = torch.randn(1, 2000, 8, generator=torch.Generator().manual_seed(0))
+        others = {"collapsed": torch.zeros_like(normal), "long": 2 * normal, "two values": normal.sign()}
+        assert lejepa.sigreg(normal) < 2
+        for name, other in others.items():
+            assert lejepa.sigreg(other) > 10, name
+
+    def test_views_agree_where_all_give_one_answer(self):
+        chosen = config("lejepa", local_crops=0)
+        module = lejepa.build(chosen)
+        with torch.no_grad():
+            module.projector[-1].weight.zero_()
+        assert lejepa.loss(module, chosen, 0, "cpu")[1]["agree"] == pytest.approx(0, abs=1e-9)
 
 
 def test_a_recipes_defaults_are_fields_of_the_configuration():

@@ -24,8 +24,12 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE), str(HERE.parent / "notebooks" / "beyond")]
-WANTED = 0.6  # k-NN over the four attributes
 LEJEPA = dict(recipe="lejepa", steps=1500, batch_size=256, warmup=100)
+VIEWS = {  # of lejepa, tried with 4 registers; the models with other numbers are trained as the best of them
+    "mini-lejepa-reg4-small": dict(),
+    "mini-lejepa-reg4-whole": dict(local_crops=0),
+    "mini-lejepa-reg4-large": dict(local_crops=0, global_size=96),
+}
 LONG = dict(recipe="dinov2", steps=1500, batch_size=128)
 STAMPED = dict(recipe="stamped")
 
@@ -37,21 +41,18 @@ def jobs() -> dict[str, dict]:
         "many-reg4": dict(recipe="many", run="reg4"),
         "many-reg0": dict(recipe="many", run="reg0"),
         "mini-deit3-reg4": dict(recipe="deit3", registers=4, steps=2500, **start),
-        "mini-lejepa-reg4": dict(**LEJEPA, registers=4, **start),
-        "mini-lejepa": dict(**LEJEPA),
+        **{name: dict(**LEJEPA, registers=4, **start, **views) for name, views in VIEWS.items()},
         "mini-clip-reg4": dict(recipe="clip", registers=4, **start),
         "many-reg4-four-blocks": dict(recipe="many", run="reg4-four-blocks"),
         "many-reg0-four-blocks": dict(recipe="many", run="reg0-four-blocks"),
         "long-dinov2-reg4": dict(**LONG, registers=4, **start),
-        **{f"mini-lejepa-reg{n}": dict(**LEJEPA, registers=n, **start) for n in (16, 8, 2, 1)},
+        **{f"mini-lejepa-reg{n}": dict(**LEJEPA, registers=n, **start, views="best") for n in (0, 16, 8, 2, 1)},
         "many-reg16": dict(recipe="many", run="reg16"),
         "mini-clip": dict(recipe="clip"),
         **{f"mini-dinov2-reg{n}": dict(recipe="dinov2", registers=n, **start) for n in (4, 2, 8, 16)},
         "start0.02-deit3-reg4": dict(recipe="deit3", registers=4, steps=2500, register_start=0.02),
-        "start0.02-lejepa-reg4": dict(**LEJEPA, registers=4, register_start=0.02),
+        "start0.02-lejepa-reg4": dict(**LEJEPA, registers=4, register_start=0.02, views="best"),
     }
-    later = {f"long-dinov2-reg{n}": dict(**LONG, registers=n, **start) for n in (0, 1, 2, 8, 16)}
-    gpu |= {name: job | {"if_good": "long-dinov2-reg4"} for name, job in later.items()}
     cpu = {"mini-corners-reg4": dict(recipe="emergence", registers=4, **start)}
     cpu["start0.02-corners-reg4"] = dict(recipe="emergence", registers=4, register_start=0.02)
     for seed in range(3):  # a seed of all cells before the next one
@@ -70,12 +71,19 @@ CELLS = {
 }
 
 
+def best_views(out: Path) -> dict | None:
+    """The views of the best of `VIEWS` by k-NN, of those that are done; None where none is."""
+    paths = {name: out / "runs" / name / "done.json" for name in VIEWS}
+    done = {name: json.loads(path.read_text())["knn"] for name, path in paths.items() if path.exists()}
+    return VIEWS[max(done, key=done.get)] if done else None
+
+
 def recipe_of(job: dict, **changes):
     """The configuration of a job and its recipe."""
     from vitreg_lib.train import loop
     from vitreg_lib.train.config import TrainConfig
 
-    options = {k: v for k, v in job.items() if k not in ("device", "recipe", "if_good")} | changes
+    options = {k: v for k, v in job.items() if k not in ("device", "recipe", "views")} | changes
     if job["recipe"] != "stamped":
         return loop.configure(job["recipe"], **options)
     import stamped
@@ -91,6 +99,8 @@ def work(name: str, out: Path, device: str, **changes) -> None:
 
     torch.set_num_threads(1)
     job, folder = jobs()[name], out / "runs" / name
+    if "views" in job:
+        changes = (best_views(out) or {}) | changes
     config, recipe = recipe_of(job, **changes)
     result = loop.train(config, recipe, folder, device or job["device"], progress=False)
     module = recipe.build(config)
@@ -143,7 +153,7 @@ class Pool:
         folder.mkdir(parents=True, exist_ok=True)
         self.tries[name] = self.tries.get(name, 0) + 1
         if self.wanted[name]["recipe"] == "many":
-            left = (self.until - time.time()) / 60 - 0.75  # its measuring takes a while
+            left = (self.until - time.time()) / 60 - 1.0  # its measuring takes a while
             command = [sys.executable, str(HERE / "stamped_many.py"), self.wanted[name]["run"], "--out", str(folder)]
             command += ["--minutes", f"{left:.2f}", "--device", self.device or "cuda", "--steps", str(self.steps)]
         else:
@@ -168,12 +178,10 @@ class Pool:
             for device, slots in self.slots.items():
                 busy = sum(self._device(wanted[n]) == device for n in self.running)
                 for name in [n for n in waiting if self._device(wanted[n]) == device]:
-                    if busy < slots and self._good(wanted[name]):
+                    if busy < slots and self._ready(wanted[name], waiting):
                         waiting.remove(name)
                         self.start(name)
                         busy += 1
-            if not self.running and not any(self._good(wanted[n]) for n in waiting):
-                return
             time.sleep(0.5)
         for process, _ in self.running.values():
             process.send_signal(signal.SIGTERM)  # the loop ends its step and saves
@@ -186,10 +194,9 @@ class Pool:
     def _device(self, job: dict) -> str:
         return self.device or job["device"]
 
-    def _good(self, job: dict) -> bool:
-        """Whether the job on which this one depends has come out well; jobs without one are always run."""
-        path = self.out / "runs" / job.get("if_good", "") / "done.json"
-        return "if_good" not in job or (path.exists() and json.loads(path.read_text()).get("knn", 0) >= WANTED)
+    def _ready(self, job: dict, waiting: list[str]) -> bool:
+        """Whether the jobs on whose results this one depends are over."""
+        return "views" not in job or not any(name in waiting or name in self.running for name in VIEWS)
 
 
 def collect(out: Path) -> None:

@@ -9,9 +9,11 @@ them. Cells share the images of their seed. Float32 throughout; the arithmetic i
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -206,14 +208,14 @@ class Images:
 
 def measure(many: Many, names: list[str], device: str) -> list[dict]:
     """One row a model and layer: what sinks.measure says, what the model has learnt, how alike its registers are."""
-    rows = []
+    rows, held_out = [], functools.cache(lambda config: stamped.held_out(config, 64, device, part=2))
     for i, (cell, config) in enumerate(zip(names, many.configs, strict=True)):
+        world = replace(config, seed=0)  # of which all images are, and the rotation of what is copied
         module = stamped.build(config)
         module.load_state_dict(many.state(i))
         module = module.eval().to(device)
-        learnt = stamped.evaluate(module, config, device)
-        batch = stamped.held_out(config, 64, device, part=2)
-        table = sinks.measure(module.vit, batch.pixels, stamped.idle().expand(64, -1))
+        learnt = stamped.evaluate(module, world, device)
+        table = sinks.measure(module.vit, held_out(world).pixels, stamped.idle().expand(64, -1))
         named = dict(cell=cell, seed=config.seed, registers=config.registers, **learnt)
         if config.registers > 1:
             unit = F.normalize(module.vit.reg_token[0].detach(), dim=1)

@@ -78,7 +78,8 @@ def sigreg(embeddings: torch.Tensor) -> torch.Tensor:
     the projected sample and that of a standard normal, weighted by the latter (Epps and Pulley 1983).
     """
     slices = torch.randn(embeddings.shape[-1], SLICES, device=embeddings.device)
-    along = embeddings @ (slices / slices.norm(dim=0))
+    with torch.autocast(embeddings.device.type, enabled=False):
+        along = embeddings @ (slices / slices.norm(dim=0))
     t = torch.linspace(0, REACH, KNOTS, device=embeddings.device)
     normal = (-t.square() / 2).exp()
     weight = normal * 2 * REACH / (KNOTS - 1)  # twice, for the negative half

@@ -1,10 +1,11 @@
-"""Muon with matrices of one shape together is timm's Muon."""
+"""The optimiser of a training, and what a GPU is given in larger portions than a CPU."""
 
+import pytest
 import torch
 from timm.optim.muon import Muon as Timm
 from torch import nn
 
-from vitreg_lib.train import images, parallel
+from vitreg_lib.train import images, loop, parallel
 from vitreg_lib.train.config import TrainConfig
 from vitreg_lib.train.muon import Muon
 
@@ -47,3 +48,19 @@ def test_scenes_rendered_ahead_are_those_of_their_step(monkeypatch):
     assert counts == [12, 12, 6]
     with parallel.micro_batch(1, 2):
         assert torch.equal(images.rendered(config, 1, "meta").pixels, wanted[1].pixels[3:])
+
+
+@pytest.mark.parametrize("recipe", ["deit3", "clip", "dinov2", "lejepa", "mae", "emergence"])
+def test_registers_start_apart_and_without_weight_decay(recipe):
+    config, module = loop.configure(recipe, registers=4, register_start=0.3)
+    torch.manual_seed(0)
+    trained = module.build(config)
+    optimizer = parallel.optimizer(trained, config, "cpu")
+    decayed = {id(p) for group in optimizer.param_groups if group["weight_decay"] for p in group["params"]}
+    names = [name for name, p in trained.named_parameters() if id(p) in decayed]
+    assert any(name.endswith("mlp.fc1.weight") for name in names)
+    assert not [name for name in names if name.endswith(("reg_token", "cls_token", "pos_embed"))]
+    registers = module.backbone(trained).reg_token[0]
+    unit = torch.nn.functional.normalize(registers, dim=1)
+    assert (unit @ unit.T).fill_diagonal_(-1).max() < 0.9
+    assert 0.2 < registers.std() < 0.4
