@@ -9,6 +9,7 @@ import torch
 
 import vitreg_lib as vr
 from vitreg_lib.data import images
+from vitreg_lib.hooks.capture import Capture
 from vitreg_lib.measure import detection, outliers
 from vitreg_lib.measure.detection import Observed
 from vitreg_lib.model import zoo
@@ -33,7 +34,7 @@ def observed(norms: torch.Tensor, mask: torch.Tensor | None = None, lift: float 
     if mask is not None:
         maps = torch.where(mask, lift * maps, maps)
     attention = {} if mask is None else {0: maps / maps.sum(1, keepdim=True)}
-    return Observed(norms[:, None], (14, 14), attention, attention)
+    return Observed(Capture((0,), (14, 14), False, 0, norms=norms[:, None]), attention, attention)
 
 
 def test_tokens_apart_in_norm_and_attention_are_artifacts_with_their_numbers():

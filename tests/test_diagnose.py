@@ -1,6 +1,7 @@
 """The diagnosis of a model against controls whose truth is known."""
 
 import pytest
+import torch
 
 import vitreg_lib as vr
 from vitreg_lib import cli
@@ -30,7 +31,7 @@ def test_attention_on_planted_outliers_exceeds_their_share(planted):
 def test_attention_on_outliers_is_the_mean_over_images(planted):
     model, images, found = planted
     rows = model.capture(images, "attention", layers=-1, queries=[0]).attention[7].mean(1)[:, 0, 1:]
-    is_outlier = found.captured.patch_norms[:, found.layer] > found.numbers["cutoff"]
+    is_outlier = found.captured.patch_norms[:, -1] > found.numbers["cutoff"]
     share = (rows * is_outlier).sum(1) / rows.sum(1)
     assert found.numbers["attention_on_outliers"] == pytest.approx(share.mean().item(), rel=1e-5)
 
@@ -38,14 +39,35 @@ def test_attention_on_outliers_is_the_mean_over_images(planted):
 def test_places_are_those_of_the_truth(planted):
     model, images, found = planted
     truth = model.truth(images).float().mean(0).view(12, 12)
-    assert (found.shares - truth).abs().max() < 0.1
+    assert (found.places - truth).abs().max() < 0.1
 
 
 def test_random_control_is_clean():
     model = vr.load("mini-random")
-    found = diagnose.diagnose(model, vr.images.load("scenes", model, 8))
+    found = diagnose.diagnose(model, vr.images.load("scenes", model, 24))
     assert found.verdict.startswith("No artifacts")
     assert found.numbers["onset_layer"] is None and found.numbers["outlier_share"] == 0
+
+
+@pytest.mark.parametrize("n", [1, 2, 4])
+def test_few_photos_claim_nothing(n, real, capsys, results):
+    assert cli.main(["diagnose", "deit-ti", "--n-images", str(n)]) == 0
+    text = capsys.readouterr().out
+    assert "Undecided" in text and "would do" in text
+    assert "None" not in text and "Artifacts," not in text and "No artifacts" not in text
+
+
+def test_registers_that_are_copies_are_called_so(planted):
+    model = vr.load("planted+ttr4")  # all of them begin as the same token
+    verdict = diagnose.diagnose(model, vr.images.load("scenes", model, 4))
+    assert verdict.numbers["largest_cosine_of_registers"] == pytest.approx(1, abs=1e-4)
+    assert "copies of each other" in verdict.verdict
+    torch.manual_seed(0)
+    differing = vr.load("mini-dinov2-reg4")
+    differing.module.reg_token.data.normal_()
+    apart = diagnose.diagnose(differing, vr.images.load("scenes", differing, 4))
+    assert apart.numbers["largest_cosine_of_registers"] < diagnose.COPIES and "4 registers differ" in apart.verdict
+    assert planted[2].numbers["largest_cosine_of_registers"] is None
 
 
 def test_page_is_self_contained(planted, tmp_path):

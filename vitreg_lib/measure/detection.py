@@ -19,11 +19,13 @@ draws that find artifacts there. Notebook fig03 scores all of this on a panel of
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from dataclasses import dataclass, field
 
 import torch
 
+from ..hooks.capture import Capture
 from .outliers import BINS, MINORITY, STANDS_OUT, Outliers, bin_middle, histogram, onset_of, place_share, valleys
 from .pairs import interval
 
@@ -33,23 +35,27 @@ RATIO, APART = 1.5, 3.0  # mean norm of the second mode / median, with attention
 SURE = 0.9  # share of draws that find artifacts: from here on there are, and up to 1 - SURE there are none
 FEWEST = 5  # images for "artifacts": with fewer, even "in all of them" allows at 95 % that fewer than half have any
 FEWEST_NONE, RAREST = 10, 0.002  # for "none": images, and the share of tokens excluded at 95 % (three times 1 / tokens)
-DIP = 0.9  # how low the valley is, of both modes: attention says the rest
+DIP, STANDS = 0.9, 0.5  # of `valleys`: a shallow valley will do where attention says the rest
 FAR, A_TAIL = 5.0, 20  # fewer than 20 tokens beyond five times the median are neither a mode nor a heavy tail
 QUERIES = 32  # patches whose attention is looked at
 
 
 @dataclass(frozen=True)
 class Observed:
-    """What a detection rests on: norms of the patch tokens after every block, and the attention that they receive.
+    """What a detection rests on: norms after every block, and the attention that patch tokens receive.
 
-    norms: (images, layers, patches). by_cls, by_patches: {block: (images, patches)}, mean over heads, of the cls token
-    and of a sample of patches, for the last third of the blocks; empty where not measured.
+    seen: a `Capture` of norms. by_cls, by_patches: {block: (images, patches)}, mean over heads, of the cls token and
+    of a sample of patches, for the last third of the blocks; empty where not measured.
     """
 
-    norms: torch.Tensor
-    grid: tuple[int, int]
+    seen: Capture
     by_cls: dict[int, torch.Tensor] = field(default_factory=dict)
     by_patches: dict[int, torch.Tensor] = field(default_factory=dict)
+
+    @property
+    def norms(self) -> torch.Tensor:
+        """(images, layers, patches)"""
+        return self.seen.patch_norms
 
     def received(self, block: int) -> dict[str, torch.Tensor]:
         """{"cls", "patches": (images, patches)}: attention to the tokens after a block, in even shares.
@@ -119,7 +125,9 @@ class Detection:
         if received:
             text += f"; of attention they get, in even shares, {' and '.join(received)}"
         if self.has_artifacts:
-            text += f"; place explains {self.place:.0%} of where they are; they are apart from block {self.onset} on"
+            text += (
+                f"; place explains {self.place:.0%} of where they are; they are so far out from block {self.onset} on"
+            )
         return text + "."
 
 
@@ -139,16 +147,33 @@ def observe(model, images, progress: bool = False, batch_size: int = 32) -> Obse
     prefix, patches, first = anatomy.num_prefix_tokens, rows * cols, int(anatomy.has_cls)
     sample = torch.linspace(0, patches - 1, min(QUERIES, patches)).long() + prefix
     late = range(anatomy.depth - max(1, anatomy.depth // 3), anatomy.depth)
-    norms, by_cls, by_patches = [], {i: [] for i in late}, {i: [] for i in late}
+    norms, by_cls, by_patches = [], {i: [] for i in late}, {i: [] for i in late}  # of one batch each
     for batch in tqdm(x.split(batch_size), disable=not progress, leave=False):
         seen = model.capture(batch, ("norms", "attention"), queries=[0] * first + sample.tolist())
-        norms.append(seen.patch_norms)
+        norms.append(seen.norms)
         for layer in late:
             received = seen.attention[layer].mean(1)[..., prefix:]  # (images, queries, patches)
             by_cls[layer].append(received[:, 0])
             by_patches[layer].append(received[:, first:].mean(1))
     cls, others = ({i: torch.cat(parts) for i, parts in each.items()} for each in (by_cls, by_patches))
-    return Observed(torch.cat(norms), (rows, cols), cls if first else {}, others)
+    whole = dataclasses.replace(seen, norms=torch.cat(norms), attention={}, queries=())
+    return Observed(whole, cls if first else {}, others)
+
+
+def registers_alike(model, images) -> float | None:
+    """Largest cosine between two registers after the last block, mean over images; None with fewer than two.
+
+    1 is one register twice: registers have no order, so training may leave them copies of each other.
+    """
+    if model.anatomy.num_registers < 2:
+        return None
+    seen = model.capture(getattr(images, "x", images)[:8], "tokens", layers=-1)
+    first = int(seen.has_cls)
+    unit = torch.nn.functional.normalize(
+        seen.tokens[seen.layers[-1]][:, first : seen.num_prefix_tokens].double(), dim=-1
+    )
+    between = (unit @ unit.mT).masked_fill(torch.eye(unit.shape[1], dtype=torch.bool), -1)
+    return between.flatten(1).amax(1).mean().item()
 
 
 def judge(observed: Observed, label: str = "", draws: int = 200, seed: int = 0) -> Detection:
@@ -156,7 +181,7 @@ def judge(observed: Observed, label: str = "", draws: int = 200, seed: int = 0) 
 
     Judged is the last block after which there are artifacts, else the last one. `seed` draws the images.
     """
-    images, depth, patches = observed.norms.shape
+    images, depth, _ = observed.norms.shape
     blocks = [i for i in range(depth) if _stand_out(observed, i)[0]]
     block = blocks[-1] if blocks else depth - 1
     there, valley, product = _stand_out(observed, block)
@@ -166,7 +191,7 @@ def judge(observed: Observed, label: str = "", draws: int = 200, seed: int = 0) 
     answer, reason, needed = _answer(there, support, norms, bool(observed.received(block)))
     cut = math.inf if answer == "none" else cut
     mask = norms > cut
-    outliers = Outliers(mask.unflatten(1, observed.grid), norms.unflatten(1, observed.grid), cut, block, label)
+    outliers = Outliers(*(each.unflatten(1, observed.seen.grid) for each in (mask, norms)), cut, block, label)
     shares = mask.float().mean(1)
     share = (shares.mean().item(), *interval(shares, seed=seed))
     numbers = _numbers(observed, outliers) if mask.any() else {}
@@ -192,17 +217,17 @@ def _numbers(observed: Observed, outliers: Outliers) -> dict:
 def _answer(there: bool, support: float, norms: torch.Tensor, attended: bool) -> tuple[str, str, int | None]:
     """(answer, reason, how many images would do) for one block."""
     images, patches = norms.shape
-    many = f"{images} image" + "s" * (images != 1)
+    many, carry = (f"{images} images", "carry") if images != 1 else ("1 image", "carries")
     least = max(FEWEST_NONE, math.ceil(3 / RAREST / patches))
     if there and images < FEWEST:
-        return "undecided", f"{many} carry no verdict, {least} would do", least
+        return "undecided", f"{many} {carry} no verdict, {least} would do", least
     if there and support >= SURE:
         return "artifacts", f"found again in {support:.0%} of the redraws of {many}", None
     if support > 1 - SURE:
         needed = max(least, math.ceil(images * min(4.0, 2 / support)))
         return "undecided", f"found again in {support:.0%} of the redraws of {many}, about {needed} would do", needed
     if images < least:
-        return "undecided", f"nothing stands out, but {many} carry no verdict, {least} would do", least
+        return "undecided", f"nothing stands out, but {many} {carry} no verdict, {least} would do", least
     largest, far = (norms.max() / norms.median()).item(), int((norms > FAR * norms.median()).sum())
     if 0 < far < A_TAIL:
         needed = math.ceil(images * A_TAIL / far)
@@ -251,8 +276,7 @@ def _stand_out(observed: Observed, block: int) -> tuple[bool, int, torch.Tensor]
     """(whether there are artifacts after a block by all images at once, the valley's bin, the product)."""
     sums, product = _binned(observed, block)
     total = sums.sum(0, keepdim=True)
-    attended = sums.shape[1] > 3
-    valley, _ = valleys(total[:, 0], STANDS_OUT / 2 if attended else STANDS_OUT, DIP)
+    valley, _ = valleys(total[:, 0], STANDS if sums.shape[1] > 3 else STANDS_OUT, DIP)
     return bool(_tests(total, valley)), int(valley), product
 
 
@@ -265,7 +289,7 @@ def _support(observed: Observed, block: int, draws: int, seed: int) -> float:
     times = times[(times == 0).any(1)]
     if not len(times):
         return math.nan
-    valley, peak = valleys(times @ sums[:, 0], STANDS_OUT / 2, DIP)
+    valley, peak = valleys(times @ sums[:, 0], STANDS, DIP)
     left = ((times == 0).float() @ sums.flatten(1)).unflatten(1, sums.shape[1:])
     below, half = left[:, 0].cumsum(1), ((peak - valley) // 2).clamp(1, 8)
 

@@ -3,8 +3,7 @@
     vitreg diagnose timm:vit_base_patch16_224.dino
     vitreg diagnose file:weights.pth#vit_small_patch16_224 --images folder/of/photos
 
-The answer rests on norms before the final LayerNorm at every block: a cutoff by the default rule (`outliers`), the
-block where outliers appear, their places, and the attention that cls gives them.
+The answer is that of `measure.detection`: artifacts, none, or undecided, with how many images would decide.
 """
 
 from __future__ import annotations
@@ -18,75 +17,73 @@ import torch
 from .. import plots
 from ..base import results, write_atomically
 from ..hooks.capture import Capture
-from ..measure import attention, maps, outliers
+from ..measure import detection
 from ..model.model import Model
 from ..train import telemetry
 from . import report
 
+COPIES = 0.99  # cosine from which on two registers are one
+
 
 @dataclass
 class Diagnosis:
-    """What was found; `numbers` by name as in records, `verdict` in a sentence or two, the norms to draw.
+    """What a model was found to have; `numbers` by name as in records, None for what there is nothing to measure of.
 
-    layer: the block that was judged, the last one with outliers, else the last. captured: norms of all blocks.
-    shares: (rows, cols) how often (0 to 1) each place of the grid holds an outlier.
+    verdict: some sentences. detection: the answer with its outliers. captured: norms of all blocks, to draw.
+    places: (rows, cols) how often (0 to 1) each place of the grid holds an outlier. source: what the images are.
     """
 
     model: Model
+    detection: detection.Detection
     numbers: dict[str, float | int | None]
     verdict: str
-    layer: int
     captured: Capture
-    shares: torch.Tensor
+    places: torch.Tensor
     source: str
 
 
 def diagnose(model: Model, images, progress: bool = False) -> Diagnosis:
-    """The `Diagnosis` of a model from an `Images` set of it; a few photos are enough, twenty are better."""
-    seen = model.capture(images, "norms", progress=progress)
-    norms = seen.patch_norms
-    holding = outliers.layers_with_outliers(norms)
-    layer = holding[-1] if holding else seen.layers[-1]
-    cut = outliers.cutoff(norms[:, layer])
-    is_outlier = norms[:, layer] > cut
-    shares = is_outlier.float().mean(0).unflatten(0, seen.grid)
+    """The `Diagnosis` of a model from an `Images` set of it; ten photos can carry an answer, fifty are better."""
+    observed = detection.observe(model, images, progress)
+    found = detection.judge(observed, model.label)
+    mask, norms = found.outliers.mask, found.outliers.norms
+    of_cls, any_outlier = observed.received(found.outliers.layer).get("cls"), bool(mask.any())
+    alike = detection.registers_alike(model, images)
     numbers = {
-        "outlier_share": is_outlier.float().mean().item(),
-        "cutoff": cut if cut < float("inf") else None,
-        "norm_ratio": outliers.norm_ratio(norms[:, layer], is_outlier),
-        "onset_layer": outliers.onset_layer(norms),
-        "blocks": len(seen.layers),
-        "median_norm": norms[:, layer].median().item(),
-        "largest_norm": norms[:, layer].max().item(),
-        "places_in_half_of_the_images": int((shares >= 0.5).sum()),
-        "attention_on_outliers": None,
+        "images": found.images,
+        "images_needed": found.images_needed,
+        "support": found.support if found.images > 1 else None,
+        "outlier_share": found.share[0],
+        "outlier_share_low": found.share[1],
+        "outlier_share_high": found.share[2],
+        "cutoff": found.outliers.cutoff if any_outlier else None,
+        "norm_ratio": found.norm_ratio,
+        "onset_layer": found.onset,
+        "blocks": model.anatomy.depth,
+        "median_norm": norms.median().item(),
+        "largest_norm": norms.max().item(),
+        "explained_by_place": found.place,
+        "attention_on_outliers": (of_cls * mask.flatten(1)).mean().item()
+        if any_outlier and of_cls is not None
+        else None,
+        "overlap_of_attention_and_norm": found.overlap,
+        "largest_cosine_of_registers": alike,
     }
-    if holding and model.anatomy.has_cls:
-        of_cls, _ = attention.cls_or_mean(model, images)
-        on_outliers = maps.attention_on(of_cls, is_outlier.unflatten(1, seen.grid))
-        numbers["attention_on_outliers"] = on_outliers.nanmean().item()
-    return Diagnosis(model, numbers, _verdict(numbers, bool(holding), layer), layer, seen, shares, images.source)
+    verdict = f"{found} {_registers(model.anatomy.num_registers, alike)}".strip()
+    if found.has_artifacts and numbers["attention_on_outliers"] is not None:
+        verdict += f" The cls token gives them {numbers['attention_on_outliers']:.0%} of its attention to patches."
+    if found.has_artifacts:
+        verdict += " `vitreg mend` tries to move them to registers at test time."
+    return Diagnosis(model, found, numbers, verdict, observed.seen, mask.float().mean(0), images.source)
 
 
-def _verdict(numbers: dict, has: bool, layer: int) -> str:
-    if not has:
-        ratio = numbers["largest_norm"] / numbers["median_norm"]
-        return (
-            f"No artifacts: at none of the {numbers['blocks']} blocks do norms of patch tokens form a second mode with "
-            f"at least 0.5 % of the tokens; the largest is {ratio:.1f} times the median."
-        )
-    text = (
-        f"Artifacts: {numbers['outlier_share']:.2%} of the patch tokens after block {layer} lie above "
-        f"{numbers['cutoff']:.3g}, with {numbers['norm_ratio']:.1f} times the median norm, "
-        f"from block {numbers['onset_layer']} of {numbers['blocks']} on."
-    )
-    fixed = numbers["places_in_half_of_the_images"]
-    if fixed:
-        text += f" {fixed} places of the grid hold one in at least half of the images: they sit by position."
-    if numbers["attention_on_outliers"] is not None:
-        share = f"{numbers['attention_on_outliers']:.0%}"
-        text += f" The cls token gives them {share} of its attention to patches in the last block."
-    return text + " `vitreg mend` tries to move them to registers at test time."
+def _registers(number: int, alike: float | None) -> str:
+    """A sentence on whether a model's registers differ; empty for fewer than two."""
+    if alike is None:
+        return ""
+    copies = f"at least two of its {number} registers are copies of each other"
+    text = copies if alike >= COPIES else f"its {number} registers differ"
+    return f"{text[0].upper()}{text[1:]} (largest cosine between two {alike:.3f})."
 
 
 def page(found: Diagnosis, path: Path | None = None) -> Path:
@@ -96,16 +93,13 @@ def page(found: Diagnosis, path: Path | None = None) -> Path:
     import matplotlib.pyplot as plt
 
     label = found.model.label
-    judged = found.captured.patch_norms[:, found.layer]
-    cut = found.numbers["cutoff"] or float("inf")
+    outliers = found.detection.outliers
     table = telemetry.table(found.captured)
     figures = {
-        "Norms of patch tokens after every block": plots.norms_by_layer(
-            {label: table}, {label: found.numbers["onset_layer"]}
-        ),
-        f"Norms after block {found.layer}": plots.histograms({label: judged}, {label: cut}),
+        "Norms of patch tokens after every block": plots.norms_by_layer({label: table}, {label: found.detection.onset}),
+        f"Norms after block {outliers.layer}": plots.histograms({label: outliers.norms}, {label: outliers.cutoff}),
         "How often a place holds an outlier (0 to 1)": plots.image_grid(
-            [(label, [found.shares])], label="share of images", cell=2.5
+            [(label, [found.places])], label="share of images", cell=2.5
         ),
     }
     pictures = {}
