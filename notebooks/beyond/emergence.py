@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 
 from vitreg_lib.base import DATA, unknown, written
 from vitreg_lib.data import textures
-from vitreg_lib.plots.style import PALETTE, _plain_log, styled
+from vitreg_lib.plots.style import PALETTE, plain_log, styled
 from vitreg_lib.train import loop, telemetry
 from vitreg_lib.train.config import TrainConfig
 from vitreg_lib.train.recipes import emergence
@@ -261,7 +261,7 @@ def birth(cells: dict[str, pd.DataFrame]) -> Figure:
         axis.set_ylabel(name)
     axes[3, 0].set_ylim(bottom=0)
     axes[1, 0].set_ylim(top=max(5.0, axes[1, 0].get_ylim()[1]))
-    _plain_log(axes[1, 0].yaxis)
+    plain_log(axes[1, 0].yaxis)
     lines = [axes[row, 0].get_legend_handles_labels() for row in (0, 1)]
     handles, labels = (above + below for above, below in zip(*lines, strict=True))
     figure.legend(handles, labels, loc="outside upper center", ncols=3)
@@ -294,7 +294,7 @@ def cells(verdicts: pd.DataFrame) -> Figure:
             axis.axvline(wanted, color=WANTED, lw=3, alpha=0.7, zorder=0)
         axis.set_xlabel(title)
     axes[1].set_xscale("log")
-    _plain_log(axes[1].xaxis)
+    plain_log(axes[1].xaxis)
     axes[0].set_yticks(range(len(names)), names)
     axes[0].invert_yaxis()
     return figure

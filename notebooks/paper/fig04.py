@@ -9,8 +9,8 @@ import torch
 from matplotlib.figure import Figure
 
 from vitreg_lib.measure import outliers
-from vitreg_lib.plots.norms import _bands, _levels
-from vitreg_lib.plots.style import PALETTE, PAPER, _plain_log, styled
+from vitreg_lib.plots.norms import bands, quantile_levels
+from vitreg_lib.plots.style import PALETTE, PAPER, plain_log, styled
 from vitreg_lib.train import telemetry
 
 
@@ -20,9 +20,9 @@ def norms_by_step(tables: dict[str, pd.DataFrame]) -> Figure:
     figure, axes = plt.subplots(2, len(tables), figsize=(2.3 * len(tables) + 0.6, 4.8), squeeze=False, sharex=True)
     for (above, below), (name, table) in zip(axes.T, tables.items(), strict=True):
         last = table[table.layer == table.layer.max()]
-        _bands(above, last.step / last.step.max(), _levels(last), PALETTE[0])
+        bands(above, last.step / last.step.max(), quantile_levels(last), PALETTE[0])
         above.set(title=name, yscale="log")
-        _plain_log(above.yaxis)
+        plain_log(above.yaxis)
         worst = table.groupby("step").outlier_share.max()
         below.plot(worst.index / worst.index.max(), 100 * worst, color=PALETTE[0])
         below.axvline(1 / 3, color=PAPER, ls=":")

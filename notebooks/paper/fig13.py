@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from matplotlib.figure import Figure
 
-from vitreg_lib.plots.maps import _box, _rows_of_panels, _signed
-from vitreg_lib.plots.style import NORMS, PALETTE, picture, styled
+from vitreg_lib.plots.maps import COMPONENT
+from vitreg_lib.plots.style import NORMS, PALETTE, bare, draw_box, picture, styled, wrapped
 
 
 @styled
@@ -19,13 +20,13 @@ def discovery(pixels: torch.Tensor, found: dict, patch_sizes: dict[str, int], tr
     LOST cuts; the part that holds the seed, LOST's box (solid) and the true boxes (dashed).
     """
     titles = ("inverse\ndegree", "similarity\nto seed", "seed\nexpansion", "box")
-    figure, axes = _rows_of_panels(list(found), len(pixels), titles)
+    figure, axes = rows_of_panels(list(found), len(pixels), titles)
     for row, (name, result) in zip(axes, found.items(), strict=True):
         rows, cols = result.degrees.shape[1:]
         for i, panels in enumerate(row):
             panels[0].imshow(-result.degrees[i].numpy(), cmap=NORMS, interpolation="nearest")
             for axis, values in zip(panels[1:3], (result.seed_similarity[i], result.expansion[i]), strict=True):
-                _signed(axis, values)
+                signed(axis, values)
             for axis in panels[:3]:
                 axis.plot(
                     int(result.seeds[i]) % cols, int(result.seeds[i]) // cols, "x", color=PALETTE[1], ms=5, mew=1.6
@@ -34,7 +35,30 @@ def discovery(pixels: torch.Tensor, found: dict, patch_sizes: dict[str, int], tr
             part = result.component[i].repeat_interleave(image.shape[0] // rows, 0)
             part = part.repeat_interleave(image.shape[1] // cols, 1).numpy()[..., None]
             panels[3].imshow(np.where(part, image, 0.65 + 0.35 * image))
+            line = dict(lw=1.4, clip_on=False)
             for box in [] if truth is None else truth[i]:
-                _box(panels[3], box, PALETTE[0], "--")
-            _box(panels[3], result.boxes[i] * patch_sizes[name], PALETTE[1], "-")
+                draw_box(panels[3], box, edgecolor=PALETTE[0], ls="--", **line)
+            draw_box(panels[3], result.boxes[i] * patch_sizes[name], edgecolor=PALETTE[1], **line)
     return figure
+
+
+def rows_of_panels(names: list[str], count: int, titles: tuple[str, ...], cell: float = 0.95):
+    """(figure, axes (names, images, titles)), bare, names on the left, a gap between images."""
+    widths = ([1.0] * len(titles) + [0.12]) * count
+    figure = plt.figure(figsize=(cell * sum(widths) + 1.0, cell * len(names) + 0.5))
+    grid = figure.subplots(len(names), len(widths), squeeze=False, width_ratios=widths)
+    for axis in grid.flat:
+        bare(axis)
+    for axis, name in zip(grid[:, 0], names, strict=True):
+        axis.set_ylabel(wrapped(name), rotation=0, ha="right", va="center", fontsize=8)
+    axes = grid.reshape(len(names), count, len(titles) + 1)[..., :-1]
+    for panels in axes[0]:
+        for axis, title in zip(panels, titles, strict=True):
+            axis.set_title(title, fontsize=8)
+    return figure, axes
+
+
+def signed(axis, values: torch.Tensor) -> None:
+    """A map in two colours, white at 0."""
+    most = float(values.abs().max()) or 1.0
+    axis.imshow(values.numpy(), cmap=COMPONENT, vmin=-most, vmax=most, interpolation="nearest")

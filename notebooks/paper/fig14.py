@@ -6,11 +6,11 @@ import math
 
 import torch
 import torch.nn.functional as F
+from fig13 import rows_of_panels, signed
 from matplotlib.figure import Figure
 
 from vitreg_lib.hooks.capture import evaluating, hooks
 from vitreg_lib.measure.maps import Grid, _flat, _grid_of
-from vitreg_lib.plots.maps import _rows_of_panels, _signed
 from vitreg_lib.plots.style import picture, styled
 
 
@@ -62,12 +62,12 @@ def expansions(pixels: torch.Tensor, maps: dict[str, dict[str, torch.Tensor]], s
     maps: {model: {kind: (images, rows, cols)}}, drawn white at 0; spots: masks of the same shapes, ringed.
     """
     kinds = tuple(next(iter(maps.values())))
-    figure, axes = _rows_of_panels(list(maps), len(pixels), ("image", *kinds))
+    figure, axes = rows_of_panels(list(maps), len(pixels), ("image", *kinds))
     for row, (name, found) in zip(axes, maps.items(), strict=True):
         for i, panels in enumerate(row):
             panels[0].imshow(picture(pixels[i]))
             for axis, kind in zip(panels[1:], kinds, strict=True):
-                _signed(axis, found[kind][i])
+                signed(axis, found[kind][i])
                 if spots is not None:
                     place = spots[name][kind][i].nonzero()
                     axis.scatter(place[:, 1], place[:, 0], s=30, facecolors="none", edgecolors="black", linewidths=1)

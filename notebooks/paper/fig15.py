@@ -10,7 +10,7 @@ import torch
 from matplotlib.figure import Figure
 
 from vitreg_lib.base import env_folder
-from vitreg_lib.plots.style import PALETTE, _plain_log, styled
+from vitreg_lib.plots.style import PALETTE, plain_log, styled
 
 
 def kinds_table(kinds: dict[str, dict[str, torch.Tensor]]):
@@ -60,7 +60,7 @@ def registers_by_layer(norms: dict[str, torch.Tensor]) -> Figure:
             axis.plot(range(len(line)), line, color=PALETTE[register % len(PALETTE)], label=f"register {register + 1}")
         axis.set(title=name, xlabel="block (from 0)", yscale="log")
         axis.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(integer=True, nbins=7))
-    _plain_log(axes[0, 0].yaxis)
+    plain_log(axes[0, 0].yaxis)
     axes[0, 0].set_ylabel("norm of the mean register")
     axes[0, 0].legend()
     return figure

@@ -8,7 +8,7 @@ import torch
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 
-from vitreg_lib.plots.style import NORMS, PALETTE, _plain_log, styled
+from vitreg_lib.plots.style import NORMS, PALETTE, plain_log, styled
 
 
 @styled
@@ -24,7 +24,7 @@ def crowds(norms: torch.Tensor, bins: int = 60) -> Figure:
     blocks = np.arange(norms.shape[1] + 1) - 0.5
     drawn = axis.pcolormesh(blocks, edges, shown, cmap=NORMS + "_r", norm=LogNorm(1, counts.max()))
     axis.set(xlabel="block (from 0)", ylabel="L2 norm of patch tokens", yscale="log", xticks=range(norms.shape[1]))
-    _plain_log(axis.yaxis)
+    plain_log(axis.yaxis)
     axis.grid(False)
     figure.colorbar(drawn, label="tokens")
     return figure

@@ -6,8 +6,6 @@ a patch, never smoothed: an artifact is one patch wide.
 
 from __future__ import annotations
 
-import re
-
 import matplotlib
 import matplotlib.pyplot as plt
 import numpy as np
@@ -15,7 +13,7 @@ import pandas as pd
 import torch
 from matplotlib.figure import Figure
 
-from .style import ATTENTION, NORMS, PALETTE, PAPER, picture, styled
+from .style import ATTENTION, NORMS, PALETTE, PAPER, picture, styled, wrapped
 
 COMPONENT = "RdBu_r"  # colour map of signed maps, white at zero
 
@@ -130,16 +128,6 @@ def _range(content: torch.Tensor) -> tuple[float, float]:
     return (low, high) if high - low > 1e-3 * abs(high) else (low - abs(high), high + abs(high))
 
 
-def wrapped(name: str) -> str:
-    """A name on two lines where it is long: broken before a plus, after a comma, at a space, or before a last part."""
-    if len(name) <= 11 or "\n" in name:
-        return name
-    for pattern, lines in ((r"(.+)(\+.*)", r"\1\n\2"), (r"(.+?), (.*)", r"\1,\n\2"), (r"(.+?) (.*)", r"\1\n\2")):
-        if re.fullmatch(pattern, name):
-            return re.sub(pattern, lines, name)
-    return re.sub(r"(.+-.+)(-\w{4,})", r"\1\n\2", name)
-
-
 @styled
 def grids(maps: dict[str, torch.Tensor], label: str, cmap: str = NORMS, shared: bool = True, low=None) -> Figure:
     """One heat map (rows, cols) a name, side by side, and below it the profiles of its columns and of its rows.
@@ -193,36 +181,3 @@ def bars(table: pd.DataFrame, label: str, line: float | None = None, line_label:
     if len(table.columns) > 1 or line_label:
         figure.legend(*axis.get_legend_handles_labels(), loc="outside upper center", ncols=4)
     return figure
-
-
-def _rows_of_panels(names: list[str], count: int, titles: tuple[str, ...], cell: float = 0.95):
-    """(figure, axes (names, images, titles)), bare, names on the left, a gap between images."""
-    widths = ([1.0] * len(titles) + [0.12]) * count
-    figure = plt.figure(figsize=(cell * sum(widths) + 1.0, cell * len(names) + 0.5))
-    grid = figure.subplots(len(names), len(widths), squeeze=False, width_ratios=widths)
-    for axis in grid.flat:
-        axis.set(xticks=[], yticks=[])
-        axis.grid(False)
-        axis.spines[:].set_visible(False)
-    for axis, name in zip(grid[:, 0], names, strict=True):
-        axis.set_ylabel(wrapped(name), rotation=0, ha="right", va="center", fontsize=8)
-    axes = grid.reshape(len(names), count, len(titles) + 1)[..., :-1]
-    for panels in axes[0]:
-        for axis, title in zip(panels, titles, strict=True):
-            axis.set_title(title, fontsize=8)
-    return figure, axes
-
-
-def _signed(axis, values: torch.Tensor) -> None:
-    """A map in two colours, white at 0."""
-    most = float(values.abs().max()) or 1.0
-    axis.imshow(values.numpy(), cmap=COMPONENT, vmin=-most, vmax=most, interpolation="nearest")
-
-
-def _box(axis, box: torch.Tensor, colour: str, style: str) -> None:
-    left, top, right, bottom = (float(v) - 0.5 for v in box)
-    axis.add_patch(
-        matplotlib.patches.Rectangle(
-            (left, top), right - left, bottom - top, fill=False, edgecolor=colour, ls=style, lw=1.4, clip_on=False
-        )
-    )

@@ -9,7 +9,7 @@ import pandas as pd
 import torch
 from matplotlib.figure import Figure
 
-from .style import NORMS, PALETTE, PAPER, _bare, _plain_log, picture, styled
+from .style import NORMS, PALETTE, PAPER, bare, picture, plain_log, styled
 
 
 @styled
@@ -33,7 +33,7 @@ def image_grid(
     for (name, cells), row_axes, row_maps in zip(rows, axes, maps, strict=True):
         drawn = None
         for axis, content in zip(row_axes, list(cells) + [None] * (count - len(cells)), strict=True):
-            _bare(axis)
+            bare(axis)
             if content is None:
                 continue
             if content.ndim == 3:
@@ -70,7 +70,7 @@ def norm_maps(pixels: torch.Tensor, maps: dict[str, torch.Tensor], cutoffs: dict
         if cutoffs[name] <= high:
             bar.ax.axhline(cutoffs[name], color=PALETTE[1], lw=1.5)
     for axis in axes.flat:
-        _bare(axis)
+        bare(axis)
     return figure
 
 
@@ -92,10 +92,10 @@ def histograms(
             axis.axvline(cut, color=PALETTE[1], lw=1.3, label="cutoff")
             told = f"cutoff {cut:.3g}, {(values > cut).float().mean().item():.2%} above"
         axis.set(xscale="log", yscale="log", title=f"{name}\n{told}", xlabel="L2 norm of patch tokens")
-        _plain_log(axis.xaxis, 5)
+        plain_log(axis.xaxis, 5)
     for axis in axes[:, 0]:
         axis.set_ylabel("tokens")
-        _plain_log(axis.yaxis)
+        plain_log(axis.yaxis)
     known = {text: line for axis in axes.flat for line, text in zip(*axis.get_legend_handles_labels(), strict=True)}
     figure.legend(known.values(), known.keys(), loc="outside right upper")
     for axis in axes.flat[len(norms) :]:
@@ -105,7 +105,7 @@ def histograms(
     return figure
 
 
-def _bands(axis, x, levels: dict[float, np.ndarray], colour) -> None:
+def bands(axis, x, levels: dict[float, np.ndarray], colour) -> None:
     """Median line, the middle half and the middle 98 % as bands, the largest value dashed."""
     axis.fill_between(x, levels[0.01], levels[0.99], color=colour, alpha=0.18, lw=0, label="1 to 99 %")
     axis.fill_between(x, levels[0.25], levels[0.75], color=colour, alpha=0.35, lw=0, label="middle half")
@@ -113,7 +113,7 @@ def _bands(axis, x, levels: dict[float, np.ndarray], colour) -> None:
     axis.plot(x, levels[1.0], color=PALETTE[1], lw=1, ls="--", label="largest")
 
 
-def _levels(table: pd.DataFrame) -> dict[float, np.ndarray]:
+def quantile_levels(table: pd.DataFrame) -> dict[float, np.ndarray]:
     return {q: table[f"q{q:g}"].to_numpy() for q in (0.01, 0.25, 0.5, 0.75, 0.99, 1.0)}
 
 
@@ -122,13 +122,13 @@ def norms_by_layer(tables: dict[str, pd.DataFrame], onsets: dict[str, int]) -> F
     """Figure 4(a): quantiles of patch norms after each block, one panel a model; tables as `telemetry.table`."""
     figure, axes = plt.subplots(1, len(tables), figsize=(2.6 * len(tables) + 0.4, 2.9), squeeze=False)
     for axis, (name, table) in zip(axes[0], tables.items(), strict=True):
-        _bands(axis, table.layer, _levels(table), PALETTE[0])
+        bands(axis, table.layer, quantile_levels(table), PALETTE[0])
         onset = onsets.get(name)
         told = "no outliers" if pd.isna(onset) else f"outliers from block {onset} of {len(table)}"
         if not pd.isna(onset):
             axis.axvline(onset, color=PALETTE[2], ls=":")
         axis.set(title=f"{name}\n{told}", xlabel="block (from 0)", yscale="log")
-        _plain_log(axis.yaxis)
+        plain_log(axis.yaxis)
         axis.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(integer=True, nbins=7))
     axes[0, 0].set_ylabel("L2 norm of patch tokens")
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=4)
@@ -153,21 +153,21 @@ def training(log: pd.DataFrame, telemetry: pd.DataFrame, steps: int, title: str 
         numbers.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=len(names))
         if smooth[names].min().min() > 0 and smooth[names].max().max() > 20 * smooth[names].max().min():
             numbers.set_yscale("log")  # else the smaller would be a line along the bottom
-            _plain_log(numbers.yaxis)
+            plain_log(numbers.yaxis)
     numbers.set(xlabel="step", ylabel="on the batch", xlim=(0, steps))
 
     last = telemetry[telemetry.layer == telemetry.layer.max()]
-    _bands(by_step, last.step, _levels(last), PALETTE[0])
+    bands(by_step, last.step, quantile_levels(last), PALETTE[0])
     for colour, name in ((PALETTE[2], "cls"), (PALETTE[3], "register")):
         if last[f"{name}_norm"].notna().any():
             by_step.plot(last.step, last[f"{name}_norm"], color=colour, ls="-.", label=f"{name}, mean")
     by_step.set(xlabel="step", ylabel="L2 norm, last block", yscale="log", xlim=(0, steps))
     now = telemetry[telemetry.step == telemetry.step.max()]
-    _bands(by_block, now.layer, _levels(now), PALETTE[0])
+    bands(by_block, now.layer, quantile_levels(now), PALETTE[0])
     by_block.set(xlabel="block (from 0)", ylabel=f"L2 norm, step {now.step.max()}", yscale="log")
     by_block.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(integer=True, nbins=8))
     for axis in (by_step, by_block):
-        _plain_log(axis.yaxis)
+        plain_log(axis.yaxis)
     figure.legend(*by_step.get_legend_handles_labels(), loc="outside lower center", ncols=6)
     figure.suptitle(title, fontsize=9)
     return figure

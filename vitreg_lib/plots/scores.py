@@ -8,10 +8,8 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from matplotlib.figure import Figure
-from matplotlib.patches import Rectangle
 
-from .maps import wrapped
-from .style import PALETTE, PAPER, _bare, picture, styled
+from .style import PALETTE, PAPER, bare, draw_box, picture, styled, wrapped
 
 
 @styled
@@ -45,22 +43,15 @@ def boxes(pixels: torch.Tensor, found: dict[str, torch.Tensor], truth: list[torc
     rows = -(-count // columns)
     figure, axes = plt.subplots(rows, columns, figsize=(1.5 * columns, 1.5 * rows + 0.45), squeeze=False)
     for axis in axes.flat:
-        _bare(axis)
+        bare(axis)
     handles = {}
     for i, axis in zip(range(count), axes.flat, strict=False):
         axis.imshow(picture(pixels[i]))
         for box in truth[i]:
-            handles["an object (truth)"] = _box(axis, box, color="white", ls="--", lw=1)
+            handles["an object (truth)"] = draw_box(axis, box, color="white", ls="--", lw=1)
         for colour, width, (name, all_boxes) in zip(PALETTE[1:], (2.6, 1.4, 1), found.items(), strict=False):
-            handles[name] = _box(axis, all_boxes[i], color=colour, lw=width)
+            handles[name] = draw_box(axis, all_boxes[i], color=colour, lw=width)
     legend = figure.legend(handles.values(), handles.keys(), loc="outside upper center", ncols=1 + len(found))
     legend.get_frame().set(facecolor=PAPER, alpha=0.35)
     legend.set_frame_on(True)
     return figure
-
-
-def _box(axis, box: torch.Tensor, **style) -> Rectangle:
-    """Draw left, top, right, bottom in pixels; pictures count pixels from their centres."""
-    left, top, right, bottom = (float(edge) - 0.5 for edge in box)
-    patch = Rectangle((left, top), right - left, bottom - top, fill=False, **style)
-    return axis.add_patch(patch)

@@ -3,11 +3,14 @@ labelled line and the profile and models in the caption."""
 
 from __future__ import annotations
 
+import re
+
 import matplotlib
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 
 # The backend is chosen here: chosen inside `rc_context`, a notebook's would lose its "interactive" when the context
 # ends, and every figure of the notebook but the first would stay unseen.
@@ -62,21 +65,24 @@ def picture(pixels: torch.Tensor) -> np.ndarray:
     return pixels.clamp(0, 1).permute(1, 2, 0).cpu().numpy()
 
 
-def _bare(axis) -> None:
-    """No ticks, grid or frame: a picture."""
+def bare(axis) -> None:
+    """Take ticks, grid and frame away, for a picture."""
     axis.set(xticks=[], yticks=[])
     axis.grid(False)
-    for spine in axis.spines.values():
-        spine.set_visible(False)
+    axis.spines[:].set_visible(False)
 
 
-def _plain_log(axis, most: int = 8) -> None:
-    """Ticks of a log axis as plain numbers: 1, 2 and 5 times powers of ten, or the powers alone if `most` are exceeded.
+def draw_box(axis, box: torch.Tensor, **style) -> Rectangle:
+    """Draw a box (left, top, right, bottom) given in pixels; a picture counts pixels from their centres."""
+    left, top, right, bottom = (float(edge) - 0.5 for edge in box)
+    return axis.add_patch(Rectangle((left, top), right - left, bottom - top, fill=False, **style))
 
-    Called after the data are drawn, since the number of ticks hangs on the axis' range.
-    """
-    low, high = axis.get_view_interval()
-    few = 3 * np.log10(high / low) > most
-    axis.set_major_locator(matplotlib.ticker.LogLocator(subs=(1,) if few else (1, 2, 5), numticks=most))
-    axis.set_major_formatter(matplotlib.ticker.FuncFormatter(lambda v, _: f"{v:g}"))
-    axis.set_minor_locator(matplotlib.ticker.NullLocator())
+
+def wrapped(name: str) -> str:
+    """A name on two lines where it is long: broken before a plus, after a comma, at a space, or before a last part."""
+    if len(name) <= 11 or "\n" in name:
+        return name
+    for pattern, lines in ((r"(.+)(\+.*)", r"\1\n\2"), (r"(.+?), (.*)", r"\1,\n\2"), (r"(.+?) (.*)", r"\1\n\2")):
+        if re.fullmatch(pattern, name):
+            return re.sub(pattern, lines, name)
+    return re.sub(r"(.+-.+)(-\w{4,})", r"\1\n\2", name)
