@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import matplotlib.pyplot as plt
-import numpy as np
 import pandas as pd
 import torch
 from matplotlib.figure import Figure
@@ -38,19 +37,25 @@ def norms_by_step(tables: dict[str, pd.DataFrame]) -> Figure:
 @styled
 def norms_by_size(norms: dict[str, torch.Tensor]) -> Figure:
     """Figure 4(c): output norms / their median, one violin a model, smallest first; the line at 3 is the cutoff."""
+    import seaborn as sns
+
     figure, axis = plt.subplots(figsize=(1.4 * len(norms) + 1.6, 2.9))
-    ratios = [(v.flatten() / v.median()).cpu() for v in norms.values()]
-    # a body shows the bulk and hides the few that matter: the highest 0.5 % are drawn as points
-    for body in axis.violinplot([r.log10().numpy() for r in ratios], showextrema=False, widths=0.8)["bodies"]:
-        body.set(facecolor=PALETTE[0], alpha=0.5)
-    for place, ratio in enumerate(ratios, 1):
-        top = ratio.sort(descending=True).values[: max(1, len(ratio) // 200)].log10()
-        axis.scatter(place + torch.linspace(-0.1, 0.1, len(top)), top, s=3, color=PALETTE[1], linewidths=0)
-    axis.axhline(np.log10(3), color=PALETTE[2], ls="--", lw=1, label="3 × median")
-    low, high = min(float(r.min()) for r in ratios), max(3.5, max(float(r.max()) for r in ratios))
-    ticks = [t for t in (0.1, 0.2, 0.5, 1, 2, 3, 5, 10, 20, 50) if low <= t <= high]
-    axis.set_yticks(np.log10(ticks), [f"{t:g}" for t in ticks])
-    axis.set_xticks(range(1, len(norms) + 1), [n.replace(" ", "\n") for n in norms])
+    ratios = {name.replace(" ", "\n"): (v.flatten() / v.median()).cpu() for name, v in norms.items()}
+    style = dict(color=PALETTE[5], inner=None, cut=0, density_norm="width", linewidth=0.5, log_scale=True)
+    sns.violinplot({name: ratio.numpy() for name, ratio in ratios.items()}, ax=axis, **style)
+    # a violin shows the bulk and hides the few that matter: the highest 0.5 % are drawn as points
+    for place, ratio in enumerate(ratios.values()):
+        top = ratio.sort(descending=True).values[: max(1, len(ratio) // 200)]
+        axis.scatter(
+            (place + torch.linspace(-0.1, 0.1, len(top))).numpy(),
+            top.numpy(),
+            s=3,
+            color=PALETTE[1],
+            linewidths=0,
+            zorder=3,
+        )
+    axis.axhline(3, color=PALETTE[2], ls="--", lw=1, label="3 × median")
+    plain_log(axis.yaxis)
     axis.set_ylabel("patch norm / median\n(points: highest 0.5 %)")
     axis.legend(loc="lower right")
     return figure

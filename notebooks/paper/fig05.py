@@ -8,6 +8,7 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from vitreg_lib.plots.scores import dots
 from vitreg_lib.plots.style import PALETTE, PAPER, styled
 from vitreg_lib.probes.local import READABLE, groups
 
@@ -26,18 +27,25 @@ def densities(values: dict[str, dict[str, torch.Tensor]], label: str, titles: di
 
     The axis is stretched towards 1 (by the logarithm of 1 - cosine), where uniform patches crowd.
     """
+    import pandas as pd
+    import seaborn as sns
+
     marks = (0, 0.5, 0.9, 0.99, 0.999)
     width = 3.0 * len(values) + 0.8
     figure, axes = plt.subplots(1, len(values), figsize=(width, 2.8), squeeze=False, sharey=True)
     edges = np.linspace(_stretched(-0.6), _stretched(0.9995), 41)
     for axis, (name, found) in zip(axes[0], values.items(), strict=True):
-        for group, numbers in found.items():
-            x = _stretched(numbers.double().numpy()).clip(edges[0], edges[-1])
-            share, _ = np.histogram(x, edges)
-            axis.stairs(100 * share / len(x), edges, color=GROUPS[group], label=group, lw=1.5)
-            axis.axvline(np.median(x), color=GROUPS[group], ls=":", lw=1.2)
+        x = {group: _stretched(numbers.double().numpy()).clip(edges[0], edges[-1]) for group, numbers in found.items()}
+        table = pd.DataFrame(
+            [(group, value) for group, numbers in x.items() for value in numbers], columns=["group", "x"]
+        )
+        style = dict(bins=edges, stat="percent", common_norm=False, element="step", fill=False, lw=1.5, legend=False)
+        sns.histplot(table, x="x", hue="group", palette=GROUPS, hue_order=list(x), ax=axis, **style)
+        for group, numbers in x.items():
+            axis.axvline(np.median(numbers), color=GROUPS[group], ls=":", lw=1.2)
+            axis.plot([], [], color=GROUPS[group], lw=1.5, label=group)
         axis.set_xticks([_stretched(mark) for mark in marks], [f"{mark:g}" for mark in marks])
-        axis.set(title=(titles or {}).get(name, name), xlabel=label)
+        axis.set(title=(titles or {}).get(name, name), xlabel=label, ylabel="")
     axes[0, 0].set_ylabel("tokens of the group (%)")
     axes[0, 0].plot([], [], color=PAPER, ls=":", lw=1.2, label="median of the group")
     widest = max(axes[0], key=lambda axis: len(axis.get_legend_handles_labels()[1]))
@@ -56,31 +64,27 @@ def by_group(tables: dict, columns: dict[str, str], cap: dict[str, float] | None
     tables: {model: DataFrame indexed by (group, fit)}; columns: {column: axis label}; cap: the top of a column's axis,
     where larger values are drawn with the fit's name and their number.
     """
+    styles = dict(zip(FITS, zip((PAPER, PALETTE[4], PALETTE[0]), "soD", strict=True), strict=True))
     size = (2.2 * len(tables) + 1.0, 1.9 * len(columns) + 0.6)
     figure, axes = plt.subplots(len(columns), len(tables), figsize=size, squeeze=False, sharey="row")
-    for number, (column, label) in enumerate(columns.items()):
+    for row, (column, label) in zip(axes, columns.items(), strict=True):
         top = (cap or {}).get(column, np.inf)
-        for axis, (name, table) in zip(axes[number], tables.items(), strict=True):
-            groups = [g for g in table.index.get_level_values("group").unique() if table.loc[g, column].notna().any()]
-            over = dict.fromkeys(groups, 0)  # numbers already written beside a group
-            for (fit, told), marker, colour in zip(FITS.items(), "soD", (PAPER, PALETTE[4], PALETTE[0]), strict=True):
-                values = np.array([table.loc[(group, fit), column] for group in groups])
-                axis.plot(groups, values.clip(max=top), marker, color=colour, ms=5, alpha=0.9)
-                for group, value in zip(groups, values, strict=True):
-                    if value > top:
-                        figures = f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
-                        text = f"{told.removeprefix('trained on ')}: {figures}"
-                        place = dict(xytext=(-5, -3 - 9 * over[group]), textcoords="offset points", ha="right")
-                        axis.annotate(text, (group, top), fontsize=7, color=PAPER, **place)
-                        over[group] += 1
-            axis.margins(x=0.15)
+        for axis, table in zip(row, tables.values(), strict=True):
+            shown = table[column].dropna().rename("value").reset_index().assign(low=np.nan, high=np.nan)
+            dots(axis, shown.assign(value=shown.value.clip(upper=top)), "value", "group", "fit", styles)
+            places = {group: place for place, group in enumerate(shown.group.unique())}
+            for group, part in shown[shown.value > top].groupby("group"):
+                text = [f"{fit}: {v:{',.0f' if v >= 100 else '.3g'}}" for fit, v in part[["fit", "value"]].to_numpy()]
+                place = dict(xytext=(0, 4), textcoords="offset points", ha="center", va="bottom")
+                axis.annotate("\n".join(text), (places[group], top), fontsize=7, color=PAPER, **place)
+            axis.set(xlim=(-0.6, len(places) - 0.4))
             axis.tick_params(axis="x", labelsize=7)
-            if not number:
-                axis.set_title((titles or {}).get(name, name))
         highest = max(min(float(table[column].max()), top) for table in tables.values())
-        axes[number, 0].set_ylim(0, 1.08 * highest)
-        axes[number, 0].set_ylabel(label)
-    figure.legend(axes[0, 0].get_lines()[:3], FITS.values(), loc="outside upper center", ncols=min(3, 1 + len(tables)))
+        row[0].set(ylim=(0, 1.08 * highest), ylabel=label)
+    for axis, name in zip(axes[0], tables, strict=True):
+        axis.set_title((titles or {}).get(name, name))
+    handles = [axes[0, 0].plot([], [], marker, color=colour, ms=4.5)[0] for colour, marker in styles.values()]
+    figure.legend(handles, FITS.values(), loc="outside upper center", ncols=min(3, 1 + len(tables)))
     return figure
 
 

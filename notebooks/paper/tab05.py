@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import matplotlib.pyplot as plt
-import numpy as np
 import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from vitreg_lib.plots.scores import dots
 from vitreg_lib.plots.style import PALETTE, PAPER, styled
 from vitreg_lib.probes.local import READABLE, _both_probes, same_places
 
@@ -18,25 +18,25 @@ def draw_register_changes(fair, as_paper) -> Figure:
 
     fair, as_paper: DataFrames of `probes.local.register_changes` with the same rows.
     """
+    import pandas as pd
+
     figure, axes = plt.subplots(1, 2, figsize=(7.4, 0.42 * len(fair) + 1.5), sharey=True)
+    styles = {"same places": (PALETTE[0], "D"), "as the paper": (PALETTE[4], "o")}
+    both = pd.concat(dict(zip(styles, (fair, as_paper), strict=True)), names=["compared", "model"]).reset_index()
     panels = (("points", 0.0, (-2, 2), "position right, with − without (points)"),)
     panels += (("l2_ratio", 1.0, (0.95, 1.05), "pixel error, with / without"),)
     for axis, (column, none, band, label) in zip(axes, panels, strict=True):
         axis.axvspan(*band, color=PAPER, alpha=0.12, lw=0, label="counts as unchanged")
         axis.axvline(none, color=PAPER, lw=1)
-        for shift, (name, table) in zip(
-            (-0.13, 0.13), (("same places", fair), ("as the paper", as_paper)), strict=True
-        ):
-            y = np.arange(len(table)) + shift
-            colour, marker = (PALETTE[0], "D") if shift < 0 else (PALETTE[4], "o")
-            spread = table[f"{column}_sd"]
-            axis.errorbar(table[column], y, xerr=spread, fmt=marker, ms=4, lw=1.2, color=colour, label=name)
+        spread = both[f"{column}_sd"]
+        ends = both.assign(low=both[column] - spread, high=both[column] + spread)
+        dots(axis, ends, column, "model", "compared", styles, orient="h", dodge=0.3, legend="full")
+        axis.get_legend().remove()
         axis.set_xlabel(label)
         axis.grid(axis="y", visible=False)
     value = {"points": -0.5, "l2_ratio": 16.0 / 15.9}
     for axis, column in zip(axes, value, strict=True):
         axis.plot([value[column]], [-0.75], "v", color=PAPER, clip_on=False, label="the paper's")
-    axes[0].set_yticks(range(len(fair)), fair.index)
     axes[0].set_ylim(len(fair) - 0.5, -0.8)
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=4)
     return figure

@@ -11,11 +11,14 @@ from collections.abc import Iterator
 
 import matplotlib.pyplot as plt
 import numpy as np
+import pandas as pd
 import tables
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
 from vitreg_lib.base import DATA
 from vitreg_lib.data import sets
+from vitreg_lib.plots.scores import dots
 from vitreg_lib.plots.style import PALETTE, PAPER, styled
 
 COLUMNS = "IN1k P205 Airc. CF10 CF100 CUB Cal101 Cars DTD Flow. Food Pets SUN VOC".split()  # claims C066 to C079
@@ -34,11 +37,11 @@ TOKENS = {  # colour, marker, what it is called
     "register": (PALETTE[3], "^", "register"),
 }
 
+MARKS = {token: (colour, marker) for token, (colour, marker, _) in TOKENS.items()}
+
 
 def reported():
     """The paper's Table 1 with the spread of Table 6: a DataFrame by (task, token), score and sd from 0 to 1."""
-    import pandas as pd
-
     rows = pd.read_csv(DATA / "reported" / "table6.csv")
     named = rows.setting.str.extract(r"token=\[?(?P<token>\w+)\]?;dataset=(?P<task>.+)")
     rows = rows.assign(token=named.token.str.lower(), task=named.task, share=rows.value / 100)
@@ -49,8 +52,6 @@ def reported():
 
 def reported_by_registers() -> dict[str, dict[int, float]]:
     """The paper's Table 4: {token: {registers: score in %}}, of the columns that can be read."""
-    import pandas as pd
-
     rows = pd.read_csv(DATA / "reported" / "table4.csv").dropna(subset="value")
     token = rows.setting.str.extract(r"token=\[?([^\];]+)")[0].str.lower()
     return {t: dict(zip(part.registers, part.value, strict=True)) for t, part in rows.groupby(token, sort=False)}
@@ -178,8 +179,6 @@ def _no_gap(gap, told: str) -> tuple[bool | None, str]:
 
 def _of_planted(found: tables.Classified, name: str, fair) -> Iterator[tuple]:
     """What was planted is known: it can be classified itself, and the outlier token should do as well as it."""
-    import pandas as pd
-
     scores = found.table.score.to_dict()
     tasks = list(fair.loc[name].index)
     truth = pd.Series({t: 100 * scores[name, t, "planted"] for t in tasks})
@@ -274,38 +273,22 @@ def by_task(tables: dict, label: str = "right (%)") -> Figure:
     counts = [len(t.index.get_level_values(0).unique()) for t in tables.values()]
     height = 0.21 * max(counts) + 1.2
     figure, axes = plt.subplots(1, len(tables), figsize=(2.35 * len(tables) + 0.6, height), squeeze=False, sharex=True)
-    drawn = {}
     for axis, (title, table) in zip(axes[0], tables.items(), strict=True):
-        tasks = list(table.index.get_level_values(0).unique())
-        place = {task: -i for i, task in enumerate(tasks)}
-        for token, (colour, marker, name) in TOKENS.items():
-            rows = table[table.index.get_level_values(1) == token]
-            if len(rows):
-                y = [place[task] for task, _ in rows.index]
-                error = 100 * rows.sd.fillna(0)
-                size = 9 if marker == "|" else 4
-                drawn[name] = axis.errorbar(
-                    100 * rows.score,
-                    y,
-                    xerr=error,
-                    fmt=marker,
-                    ms=size,
-                    mew=1.6,
-                    color=colour,
-                    lw=1,
-                    alpha=0.9,
-                    ls="none",
-                )
+        rows = (100 * table[["score", "sd"]]).rename_axis(["task", "token"]).reset_index()
+        tasks = list(rows.task.unique())
+        rows = rows.assign(low=rows.score - rows.sd, high=rows.score + rows.sd)
+        dots(axis, rows, "score", "task", "token", MARKS, orient="h", dodge=False, markeredgewidth=1.6)
         if "chance" in table:
-            known = table.chance.groupby(level=0, sort=False).first()
-            drawn["chance"] = axis.scatter(
-                100 * known, [place[t] for t in known.index], marker="x", s=14, color=PAPER, lw=1
-            )
-        axis.set_yticks(list(place.values()), tasks)
-        axis.set(title=title, xlabel=label, ylim=(-len(tasks) + 0.4, 0.6))
-        axis.set_xlim(0, 102)
+            chance = table.chance.groupby(level=0, sort=False).first()
+            axis.scatter(100 * chance, [tasks.index(t) for t in chance.index], marker="x", s=14, color=PAPER, lw=1)
+        axis.set(title=title, xlabel=label, ylim=(len(tasks) - 0.4, -0.6), xlim=(0, 102))
         axis.tick_params(axis="y", length=0, labelsize=8)
-    figure.legend(drawn.values(), drawn.keys(), loc="outside upper center", ncols=min(len(drawn), 3))
+    shown = {token for table in tables.values() for token in table.index.unique(1)}
+    _legend(
+        figure,
+        {TOKENS[token][2]: token for token in TOKENS if token in shown},
+        any("chance" in t for t in tables.values()),
+    )
     return figure
 
 
@@ -318,20 +301,23 @@ def gaps_by_task(tables: dict[str, dict], label: str = "outlier less other (poin
     counts = [max(len(t) for t in found.values()) for found in tables.values()]
     height = 0.21 * max(counts) + 1.2
     figure, axes = plt.subplots(1, len(tables), figsize=(2.35 * len(tables) + 0.6, height), squeeze=False, sharex=True)
-    drawn = {}
     for axis, (title, found) in zip(axes[0], tables.items(), strict=True):
-        for number, (token, table) in enumerate(found.items()):
-            colour, marker, name = TOKENS[token]
-            y = -np.arange(len(table)) - 0.12 + 0.24 * number * (len(found) > 1)
-            drawn[f"to a {name}"] = axis.errorbar(
-                table.gap, y, xerr=table.sd.fillna(0), fmt=marker, ms=4, color=colour, lw=1.2, capsize=2, ls="none"
-            )
+        rows = pd.concat(found, names=["token", "task"]).reset_index()
+        rows = rows.assign(low=rows.gap - rows.sd, high=rows.gap + rows.sd)
+        styles = {token: MARKS[token] for token in found}
+        dots(axis, rows, "gap", "task", "token", styles, orient="h", capsize=0.15)
         axis.axvline(0, color=PAPER, lw=0.8)
-        axis.set_yticks(-np.arange(len(table)), list(table.index))
-        axis.set(title=title, xlabel=label, ylim=(-len(table) + 0.3, 0.7))
+        axis.set(title=title, xlabel=label, ylim=(rows.task.nunique() - 0.3, -0.7))
         axis.tick_params(axis="y", length=0, labelsize=8)
-    figure.legend(drawn.values(), drawn.keys(), loc="outside upper center", ncols=2)
+    _legend(figure, {f"to a {TOKENS[t][2]}": t for t in TOKENS if any(t in found for found in tables.values())})
     return figure
+
+
+def _legend(figure: Figure, tokens: dict[str, str], chance: bool = False) -> None:
+    """A legend above the panels: {text: kind of token}, and a cross for chance."""
+    marks = {text: MARKS[token] for text, token in tokens.items()} | ({"chance": (PAPER, "x")} if chance else {})
+    lines = [Line2D([], [], color=colour, marker=marker, ls="none", ms=5) for colour, marker in marks.values()]
+    figure.legend(lines, marks, loc="outside upper center", ncols=min(len(lines), 3))
 
 
 @styled

@@ -79,25 +79,29 @@ def histograms(
     norms: dict[str, torch.Tensor], cutoffs: dict[str, float], paper: str | None = None, columns: int = 3
 ) -> Figure:
     """Histogram of patch norms for each model, on log axes, with its cutoff and the share of tokens above it."""
+    import seaborn as sns
+
     columns = min(columns, len(norms))
     rows = -(-len(norms) // columns)
     figure, axes = plt.subplots(rows, columns, figsize=(2.5 * columns + 0.4, 2.3 * rows), squeeze=False, sharey=True)
     for axis, (name, values) in zip(axes.flat, norms.items(), strict=False):
         values, cut = values.flatten().cpu(), cutoffs[name]
         highest = max(float(values.max()), cut if np.isfinite(cut) else 0)
-        axis.hist(values.numpy(), bins=np.geomspace(float(values.min()) * 0.95, highest * 1.1, 80), color=PALETTE[0])
+        decades = np.log10([float(values.min()) * 0.95, highest * 1.1])
+        style = dict(bins=79, binrange=decades, log_scale=True, color=PALETTE[0], alpha=1, linewidth=0)
+        sns.histplot(x=values.numpy(), ax=axis, **style)
         axis.axvline(float(values.median()), color=PALETTE[4], lw=1.5, ls=":", label="median")
-        told = "one mode: no cutoff"
+        text = "one mode: no cutoff"
         if np.isfinite(cut):
             axis.axvline(cut, color=PALETTE[1], lw=1.3, label="cutoff")
-            told = f"cutoff {cut:.3g}, {(values > cut).float().mean().item():.2%} above"
-        axis.set(xscale="log", yscale="log", title=f"{name}\n{told}", xlabel="L2 norm of patch tokens")
+            text = f"cutoff {cut:.3g}, {(values > cut).float().mean().item():.2%} above"
+        axis.set(yscale="log", title=f"{name}\n{text}", xlabel="L2 norm of patch tokens", ylabel="")
         plain_log(axis.xaxis, 5)
     for axis in axes[:, 0]:
         axis.set_ylabel("tokens")
         plain_log(axis.yaxis)
-    known = {text: line for axis in axes.flat for line, text in zip(*axis.get_legend_handles_labels(), strict=True)}
-    figure.legend(known.values(), known.keys(), loc="outside right upper")
+    lines = {text: line for axis in axes.flat for line, text in zip(*axis.get_legend_handles_labels(), strict=True)}
+    figure.legend(lines.values(), lines.keys(), loc="outside right upper")
     for axis in axes.flat[len(norms) :]:
         axis.set_visible(False)
     if paper:
@@ -175,25 +179,26 @@ def training(log: pd.DataFrame, telemetry: pd.DataFrame, steps: int, title: str 
 
 @styled
 def token_kinds(tables: dict[str, dict[str, torch.Tensor]]) -> Figure:
-    """Figure 15: norms of patches, cls and each register apart; one panel a model, {kind: norms}."""
+    """Figure 15: norms of patches, cls and each register; one panel a model, one violin a kind of token.
+
+    tables: {model: {kind: norms}}. Each violin ends at the least and largest norm, a line marks its median; a kind
+    whose norm is the same in every image is a line.
+    """
+    import seaborn as sns
+
     widths = [len(kinds) + 1 for kinds in tables.values()]
     figure, axes = plt.subplots(
         1, len(tables), figsize=(0.45 * sum(widths) + 1.4, 3.0), squeeze=False, sharey=True, width_ratios=widths
     )
+    style = dict(inner=None, cut=0, density_norm="width", linewidth=0.5, log_scale=True)
     for axis, (name, kinds) in zip(axes[0], tables.items(), strict=True):
-        for place, (kind, values) in enumerate(kinds.items()):
-            colour = {"patches": PALETTE[0], "cls": PALETTE[2]}.get(kind, PALETTE[1])
-            values = values.flatten().cpu().numpy()
-            if np.ptp(values) > 0:
-                bodies = axis.violinplot(np.log10(values), [place], showextrema=False, widths=0.8)["bodies"]
-                bodies[0].set(facecolor=colour, alpha=0.5)
-            axis.plot([place - 0.3, place + 0.3], [np.log10(np.median(values))] * 2, color=colour, lw=1.5)
-            axis.plot([place], [np.log10(values.max())], marker="_", color=colour, ms=6)
-        axis.set_xticks(range(len(kinds)), list(kinds), rotation=45, ha="right")
-        axis.set_xlim(-0.8, len(kinds) - 0.2)
+        norms = {kind: values.flatten().cpu().numpy() for kind, values in kinds.items()}
+        colours = [{"patches": PALETTE[0], "cls": PALETTE[2]}.get(kind, PALETTE[1]) for kind in kinds]
+        sns.violinplot(norms, palette=colours, ax=axis, **style)
+        for place, values in enumerate(norms.values()):
+            axis.plot([place - 0.3, place + 0.3], [np.median(values)] * 2, color="black", lw=1.2)
+        axis.tick_params(axis="x", rotation=45)
         axis.set_title(name)
-    low, high = axes[0, 0].get_ylim()
-    ticks = [t for e in range(-2, 5) for t in (10**e, 2 * 10**e, 5 * 10**e) if low <= np.log10(t) <= high]
-    axes[0, 0].set_yticks(np.log10(ticks), [f"{t:g}" for t in ticks])
-    axes[0, 0].set_ylabel("L2 norm\n(line: median, tick: largest)")
+    plain_log(axes[0, 0].yaxis)
+    axes[0, 0].set_ylabel("L2 norm (line: median)")
     return figure

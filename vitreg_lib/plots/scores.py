@@ -5,11 +5,40 @@ from __future__ import annotations
 import re
 
 import matplotlib.pyplot as plt
-import numpy as np
 import torch
 from matplotlib.figure import Figure
 
 from .style import PALETTE, PAPER, bare, draw_box, picture, styled, wrapped
+
+
+def dots(axis, table, value: str, place: str, kind: str, styles: dict[str, tuple], **options) -> None:
+    """Draw dots with their intervals: one a row of `table`, at its `place`, dodged by its `kind`.
+
+    table: DataFrame with columns `value`, low, high, `place` and `kind`; where low and high are NaN the dot has no
+    interval. styles: {kind: (colour, marker)}. options: of seaborn's `pointplot`; orient="h" puts places on the y axis.
+    """
+    import seaborn as sns
+
+    # seaborn takes an interval from samples: of low, value and high the median is the value and the range the interval
+    ends = table.melt([place, kind], [value, "low", "high"], var_name="end", value_name="_score")
+    across = options.pop("orient", "v") == "v"
+    options = {"dodge": 0.16 * (len(styles) - 1), "linestyle": "none", "markersize": 4.5, "legend": False} | options
+    sns.pointplot(
+        ends,
+        x=place if across else "_score",
+        y="_score" if across else place,
+        hue=kind,
+        hue_order=list(styles),
+        palette=[colour for colour, _ in styles.values()],
+        markers=[marker for _, marker in styles.values()],
+        estimator="median",
+        errorbar=("pi", 100),
+        err_kws={"linewidth": 1.2},
+        orient="v" if across else "h",
+        ax=axis,
+        **options,
+    )
+    axis.set(xlabel="", ylabel="")
 
 
 @styled
@@ -18,20 +47,16 @@ def scores(table, label: str, lines: dict[str, float]) -> Figure:
 
     table: DataFrame indexed by (model, setting) with columns value, low, high.
     """
-    models = list(table.index.get_level_values(0).unique())
-    settings = list(table.index.get_level_values(1).unique())
+    rows = table.rename_axis(["model", "setting"]).reset_index()
+    models, settings = rows.model.unique(), rows.setting.unique()
     figure, axis = plt.subplots(figsize=(max(4.5, 1.25 * len(models) + 1.2), 3.2))
-    for number, setting in enumerate(settings):
-        found = table.xs(setting, level=1).reindex(models)
-        x = np.arange(len(models)) + (number - (len(settings) - 1) / 2) * 0.16
-        ends = [(found["value"] - found["low"]).clip(lower=0), (found["high"] - found["value"]).clip(lower=0)]
-        style = dict(fmt="oDs^"[number % 4], ms=4, lw=1.2, color=PALETTE[number])
-        axis.errorbar(x, found["value"], ends, label=setting, **style)
+    styles = {setting: (PALETTE[n], "oDs^"[n % 4]) for n, setting in enumerate(settings)}
+    dots(axis, rows, "value", "model", "setting", styles, legend="full")
     for style, (name, value) in zip(("--", ":", "-."), lines.items(), strict=False):
         axis.axhline(value, color=PAPER, ls=style, lw=1, label=f"{name}: {value:.0f}")
     axis.set_xticks(range(len(models)), ["\n".join(map(wrapped, re.split(r"(?=\+)|(?<=:)", name))) for name in models])
     axis.set(ylabel=label, xlim=(-0.6, len(models) - 0.4), ylim=(min(0, axis.get_ylim()[0]), None))
-    axis.grid(axis="x", visible=False)
+    axis.get_legend().remove()
     figure.legend(*axis.get_legend_handles_labels(), loc="outside upper center", ncols=3)
     return figure
 

@@ -86,3 +86,15 @@ def wrapped(name: str) -> str:
         if re.fullmatch(pattern, name):
             return re.sub(pattern, lines, name)
     return re.sub(r"(.+-.+)(-\w{4,})", r"\1\n\2", name)
+
+
+def plain_log(axis, most: int = 8) -> None:
+    """Ticks of a log axis as plain numbers: 1, 2 and 5 times powers of ten, or the powers alone if `most` are exceeded.
+
+    Called after the data are drawn, since the number of ticks depends on the range of the axis.
+    """
+    low, high = axis.get_view_interval()
+    few = 3 * np.log10(high / low) > most
+    axis.set_major_locator(matplotlib.ticker.LogLocator(subs=(1,) if few else (1, 2, 5), numticks=most))
+    axis.set_major_formatter(matplotlib.ticker.FuncFormatter(lambda v, _: f"{v:g}"))
+    axis.set_minor_locator(matplotlib.ticker.NullLocator())
