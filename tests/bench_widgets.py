@@ -9,7 +9,7 @@ from __future__ import annotations
 import statistics
 import time
 
-from vitreg_lib.widgets import widgets
+from vitreg_lib import widgets
 
 
 def main(models: str = "mini-deit3 mini-deit3-reg4") -> None:

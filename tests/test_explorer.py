@@ -18,8 +18,9 @@ from vitreg_lib.hooks import capture
 from vitreg_lib.measure import attention, maps, outliers
 from vitreg_lib.model import zoo
 from vitreg_lib.record import run as record
-from vitreg_lib.widgets import explorer
-from vitreg_lib.widgets.explorer import State
+from vitreg_lib.widgets import state as choice
+from vitreg_lib.widgets import view as explorer
+from vitreg_lib.widgets.state import State, Store
 
 PAIR = State(models=("mini-deit3", "mini-deit3-reg4"), images="scenes", image=1)
 
@@ -32,14 +33,14 @@ def a_reader(monkeypatch):
 
 @pytest.fixture(scope="module")
 def store():
-    return explorer.Store()
+    return Store()
 
 
 @pytest.fixture(scope="module")
 def registers():
     """The mini model with registers, scene 1 and all that the library keeps of it: rows of all tokens too."""
     model = zoo.load("mini-deit3-reg4", "cpu")
-    found = images.load("scenes", model, explorer.MAX_IMAGES)
+    found = images.load("scenes", model, choice.MAX_IMAGES)
     x = found.x[1:2]
     tokens = model.anatomy.num_prefix_tokens + 144
     return model.capture(x, ("norms", "tokens", "attention"), queries=range(tokens)), model.capture(found, "norms")
@@ -118,14 +119,14 @@ def test_what_is_not_there_is_refused_in_one_line(store, changes, told):
 
 
 def test_heads_and_cutoffs_are_read_from_text():
-    assert explorer.parse_heads("0 3") == explorer.parse_heads((3, 0)) == explorer.parse_heads("3,0") == (0, 3)
-    assert explorer.parse_heads("mean") == explorer.parse_heads("") == ()
-    assert explorer.parse_cutoffs("150 rule") == (150.0, None)
+    assert choice.parse_heads("0 3") == choice.parse_heads((3, 0)) == choice.parse_heads("3,0") == (0, 3)
+    assert choice.parse_heads("mean") == choice.parse_heads("") == ()
+    assert choice.parse_cutoffs("150 rule") == (150.0, None)
     for wrong in ("x", "1.5", "-1"):
         with pytest.raises(UserError, match="head"):
-            explorer.parse_heads(wrong)
+            choice.parse_heads(wrong)
     with pytest.raises(UserError, match="cutoffs"):
-        explorer.parse_cutoffs("high")
+        choice.parse_cutoffs("high")
 
 
 @pytest.mark.parametrize("query", ["cls", "register 2", "patch (3, 4)"])
@@ -144,30 +145,30 @@ def test_the_copied_commands_are_accepted_by_their_notebooks(store, query):
                 checked["images"],
                 checked["image"],
                 checked["layer"],
-                explorer.parse_heads(checked["heads"]),
+                choice.parse_heads(checked["heads"]),
                 checked["query"],
-                explorer.parse_cutoffs(checked["cutoffs"]),
+                choice.parse_cutoffs(checked["cutoffs"]),
             )
             assert again == state
 
 
 def test_the_store_keeps_little_and_forgets_what_failed():
     told = []
-    store = explorer.Store(told.append)
+    store = Store(told.append)
     one = store.seen("mini-deit3", "scenes", 0)
     assert store.seen("mini-deit3", "scenes", 0) is one
     assert len(told) == 3  # model, norms of the images, all layers of one
     with pytest.raises(UserError):
         store.seen("mini-deit3", "scenes", 99)
     assert len(store._seen) == 1
-    kept = explorer.KEPT_BYTES
+    kept = choice.KEPT_BYTES
     try:
-        explorer.KEPT_BYTES = 1
+        choice.KEPT_BYTES = 1
         for image in range(4):
             store.seen("mini-deit3", "scenes", image)
         assert list(store._seen) == [("mini-deit3", "scenes", 2), ("mini-deit3", "scenes", 3)]
     finally:
-        explorer.KEPT_BYTES = kept
+        choice.KEPT_BYTES = kept
 
 
 def test_in_batch_it_is_a_picture_and_otherwise_a_page(monkeypatch):
@@ -213,6 +214,6 @@ def test_an_upload_is_kept_for_batch_runs_and_a_damaged_one_refused(results):
     shown.page._asked(0, {"kind": "upload", "name": "../my photo.png"}, [memoryview(buffer.getvalue())])
     assert shown.state.images.endswith("my_photo.png")
     assert results in Path(shown.state.images).parents
-    assert shown.views[0].image_name == "my_photo"
+    assert shown.views[0].seen.image_name == "my_photo"
     shown.page._asked(0, {"kind": "upload", "name": "x.png"}, [memoryview(buffer.getvalue()[:60])])
     assert "x.png cannot be read as an image" in shown.page.status.value

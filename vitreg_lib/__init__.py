@@ -40,7 +40,6 @@ SHORT = {  # what `vr.NAME` stands for: a function (module:name) or a module
     "telemetry": "train.telemetry",
     "plots": "plots",
     "widgets": "widgets",
-    "explorer": "widgets.explorer",
     "record": "record.run",
     "diagnose": "record.diagnose",
 }

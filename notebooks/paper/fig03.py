@@ -1,11 +1,13 @@
-"""Figure 3: its verdicts."""
+"""Figure 3: its verdicts, and the cutoff on a slider."""
 
 from __future__ import annotations
 
 import math
 
+import torch
 from verdicts import of_family, specimen
 
+from vitreg_lib import plots, widgets
 from vitreg_lib.measure import outliers
 
 
@@ -45,3 +47,24 @@ def claims(models, output: dict, table, is_outlier: dict, truths: dict):
         measured = f"precision {score['precision']:.3f}, recall {score['recall']:.3f}, truth {truth.float().mean():.2%}"
         good = min(score["precision"], score["recall"]) >= 0.95
         yield f"control-{model.label}", good, f"{measured} of tokens", text, "none"
+
+
+def cutoff_slider(images, maps: dict[str, torch.Tensor]):
+    """Images and one model's norm maps (n, rows, cols), the tokens above a multiple of its median norm ringed.
+
+    The multiple slides; it starts at 3, on the model whose largest norm stands out most.
+    """
+    most = {name: (norms.max() / norms.median()).item() for name, norms in maps.items()}
+
+    def draw(model, times):
+        norms, cutoff = maps[model], times * maps[model].median().item()
+        figure = plots.norm_maps(images.pixels, {model: norms}, {model: cutoff})
+        share = (norms > cutoff).float().mean().item()
+        figure.suptitle(f"cutoff {times:g} × median = {cutoff:.3g}: {share:.2%} of these tokens above", fontsize=9)
+        return figure
+
+    return widgets.interact(
+        draw,
+        model=("Dropdown", {"value": max(most, key=most.get), "options": list(maps)}),
+        times=("FloatSlider", {"value": 3.0, "min": 0.5, "max": 10.0, "step": 0.1}),
+    )

@@ -18,8 +18,8 @@ import numpy as np
 import pytest
 
 from vitreg_lib.base import NOTEBOOKS, ROOT
-from vitreg_lib.widgets import explorer
-from vitreg_lib.widgets.explorer import State
+from vitreg_lib.widgets import view as explorer
+from vitreg_lib.widgets.state import State, Store
 
 pytestmark = pytest.mark.slow
 PATIENCE = 60  # seconds for a page on a busy machine; it answers in a tenth of one
@@ -47,7 +47,7 @@ CLOCK = """() => {  // milliseconds from each input to the page's next picture
 @pytest.fixture(scope="module")
 def store():
     """The library's own store of models and captures, for what the page is compared with."""
-    return explorer.Store()
+    return Store()
 
 
 @pytest.fixture(scope="module")
@@ -99,7 +99,7 @@ def assert_shows(page, state: State, store) -> list:
 
 def compare(page, place: int, view: explorer.View, scales: dict, component: int) -> None:
     """One card against one view: the colour of every patch of every panel, and the numbers."""
-    from vitreg_lib.widgets.patch_canvas import message, palette
+    from vitreg_lib.widgets.canvas import message, palette
 
     sent = message(view, scales, component, 0)
     assert number(page, place, "label") == view.label

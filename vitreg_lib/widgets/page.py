@@ -1,4 +1,4 @@
-"""The explorer's page: controls of ipywidgets, one `PatchCanvas` a model, all drawn from `explorer.look`."""
+"""The explorer's page: controls of ipywidgets, one `PatchCanvas` a model, all drawn from `view.look`."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from dataclasses import replace
 from pathlib import Path
 
 from ..base import UserError, in_batch, results, shown, write_atomically
-from . import explorer
-from .explorer import State, Store, View
+from .state import State, Store, fitting
+from .view import View, commands, look, scales
 
 
 class Explorer:
-    """The explorer of `widgets.explore`. Shown by a notebook it is the page, in batch runs its picture.
+    """The explorer of `widgets.explore`. A notebook shows the page, a batch run its picture.
 
     state: what is chosen; views: what is shown, a `View` a model; `choose(layer=3)` changes the state as the controls
     do; `static()` is the page as a matplotlib Figure; `commands` repeat it in batch.
@@ -25,22 +25,22 @@ class Explorer:
     def __init__(self, state: State, store: Store):
         self.state, self.store = state, store
         self.page = None
-        self.views: list[View] = explorer.look(state, store)
+        self.views: list[View] = look(state, store)
         if not in_batch():
             self.page = Page(self)
 
     def choose(self, **changes) -> None:
         """Change the state and show its views; for what the models do not have, UserError, and all stays as it was."""
         state = replace(self.state, **changes)
-        self.views = explorer.look(state, self.store)
+        self.views = look(state, self.store)
         self.state = state
         if self.page:
             self.page.show()
 
     @property
     def commands(self) -> str:
-        """`explorer.commands` of what is shown."""
-        return explorer.commands(self.state, self.views)
+        """Shell commands that repeat in batch what is shown."""
+        return commands(self.state, self.views)
 
     def static(self):
         """The page as it is now, as a matplotlib Figure: for export to HTML or PDF, and to be saved."""
@@ -54,25 +54,24 @@ class Explorer:
 
     def save(self) -> list[Path]:
         """Write the page as PNG and SVG under results/explorer/, named by what it shows."""
-        folder = results() / "explorer"
-        folder.mkdir(parents=True, exist_ok=True)
         view = self.views[0]
-        words = "-".join([*self.state.models, view.image_name, f"block {view.layer}", view.query])
+        words = "-".join([*self.state.models, view.seen.image_name, f"block {view.layer}", view.query])
         stem = "".join(c if c.isalnum() or c in "+-" else "_" for c in words) + f"-{_digest(repr(self.state).encode())}"
-        figure = self.static()
-        paths = [folder / f"{stem}.{kind}" for kind in ("png", "svg")]
+        paths = [results() / "explorer" / f"{stem}.{kind}" for kind in ("png", "svg")]
+        paths[0].parent.mkdir(parents=True, exist_ok=True)
         for path in paths:
-            buffer = io.BytesIO()
-            figure.savefig(buffer, format=path.suffix[1:], bbox_inches="tight", dpi=150)
-            write_atomically(path, buffer.getvalue())
+            write_atomically(path, self._drawn(path.suffix[1:], 150))
         return paths
+
+    def _drawn(self, kind: str, dpi: int) -> bytes:
+        buffer = io.BytesIO()
+        self.static().savefig(buffer, format=kind, bbox_inches="tight", dpi=dpi)
+        return buffer.getvalue()
 
     def _repr_mimebundle_(self, include=None, exclude=None):
         if self.page:
             return self.page.box._repr_mimebundle_(include=include, exclude=exclude)
-        buffer = io.BytesIO()
-        self.static().savefig(buffer, format="png", dpi=80, bbox_inches="tight")
-        return {"image/png": base64.b64encode(buffer.getvalue()).decode(), "text/plain": repr(self)}
+        return {"image/png": base64.b64encode(self._drawn("png", 80)).decode(), "text/plain": repr(self)}
 
     def __repr__(self) -> str:
         return "\n".join(f"{view.label}: {view.title}" for view in self.views)
@@ -104,31 +103,33 @@ class Page:
     """The controls and canvases of one `Explorer`; `box` is what a notebook shows."""
 
     def __init__(self, owner: Explorer):
-        import ipywidgets as w
-
-        from .patch_canvas import PatchCanvas
-
         if "google.colab" in sys.modules:  # Colab shows widgets of other makers on request only
             from google.colab import output
 
             output.enable_custom_widget_manager()
         self.owner, self.serial, self.quiet = owner, 0, False
         owner.store.busy = self.busy
+        self._make()
+        self.box = self._arranged()
+        self._listen()
+        self.show()
 
-        def control(kind, label, **options):
-            return kind(description=label, style={"description_width": "54px"}, layout={"width": "auto"}, **options)
+    def _make(self) -> None:
+        import ipywidgets as w
 
-        deferred = {"continuous_update": False}
-        self.source, self.image = control(w.Dropdown, "Images"), control(w.Dropdown, "Image")
-        self.first, self.second = control(w.Dropdown, "Model"), control(w.Dropdown, "Beside")
-        self.layer, self.query = control(w.IntSlider, "Layer"), control(w.Dropdown, "Query")
-        self.heads = w.Box().add_class("vr-heads")
-        self.opacity = control(w.FloatSlider, "Overlay", min=0, max=1, step=0.05, value=0.7)
-        self.component = control(w.Dropdown, "PCA")
+        from .canvas import PatchCanvas
+
+        self.source, self.image = _control(w.Dropdown, "Images"), _control(w.Dropdown, "Image")
+        self.first, self.second = _control(w.Dropdown, "Model"), _control(w.Dropdown, "Beside")
+        self.query, self.component = _control(w.Dropdown, "Query"), _control(w.Dropdown, "PCA")
         self.component.options = [("1 to 3 as RGB", 0)] + [(f"component {n}", n) for n in (1, 2, 3)]
+        self.layers, self.heads = w.Box().add_class("vr-wide"), w.Box().add_class("vr-heads").add_class("vr-wide")
+        self.layer = None  # in `layers`, made for the models' number of blocks
+        self.opacity = _control(w.FloatSlider, "Overlay", min=0, max=1, step=0.05, value=0.7)
         self.shared = w.Checkbox(description="One colour scale for both", indent=False)
-        self.path = control(w.Text, "Path", placeholder="path of a folder or an image", **deferred)
-        self.named = control(w.Text, "Models", placeholder="timm:NAME, file:PATH; one or two", **deferred)
+        once = {"continuous_update": False}
+        self.path = _control(w.Text, "Path", placeholder="path of a folder or an image", **once)
+        self.named = _control(w.Text, "Models", placeholder="timm:NAME, file:PATH; one or two", **once)
         self.upload = w.FileUpload(accept="image/*", multiple=False, description="Upload an image")
         self.rule = w.Button(description="Cutoff by rule", tooltip="Let the default rule choose the cutoffs again")
         self.saved = w.Button(description="Save figure", icon="save", tooltip="PNG and SVG under results/explorer")
@@ -138,43 +139,31 @@ class Page:
         self.command.add_class("vr-command")
         self.canvases = [PatchCanvas(), PatchCanvas()]
 
-        more = w.Accordion(
-            [w.Box([self.path, self.upload, self.named]).add_class("vr-more")], titles=["Other images and models"]
-        )
-        more.selected_index = None
-        rows = [self.source, self.image, self.first, self.second]
-        rows += [self.layer.add_class("vr-wide"), self.query, self.opacity]
-        rows += [self.heads.add_class("vr-wide"), self.component, self.shared]
+    def _arranged(self):
+        import ipywidgets as w
+
+        rows = [self.source, self.image, self.first, self.second, self.layers, self.query, self.opacity]
+        rows += [self.heads, self.component, self.shared]
         actions = [self.rule, self.saved, self.copied, self.status]
-        self.box = w.VBox(
-            [
-                w.Box(rows).add_class("vr-controls"),
-                w.Box(actions).add_class("vr-actions"),
-                self.command,
-                *self.canvases,
-                more,
-            ]
-        ).add_class("vr-explorer")
-        self._listen()
-        self.show()
+        more = [w.Box([self.path, self.upload, self.named]).add_class("vr-more")]
+        parts = [w.Box(rows).add_class("vr-controls"), w.Box(actions).add_class("vr-actions"), self.command]
+        parts += [*self.canvases, w.Accordion(more, titles=["Other images and models"], selected_index=None)]
+        return w.VBox(parts).add_class("vr-explorer")
 
     def _listen(self) -> None:
         import ipywidgets
 
-        def changes(widget, change):
+        def on(widget, change):
             widget.observe(lambda event: self.attempt(**change(event["new"])), "value")
 
-        changes(self.source, lambda value: {"images": value, "image": 0})
-        changes(self.image, lambda value: {"image": value})
-        changes(self.first, lambda value: {"models": (value, *self.owner.state.models[1:])})
-        changes(self.second, lambda value: {"models": (self.owner.state.models[0], *([value] if value else []))})
-        changes(self.layer, lambda value: {"layer": value})
-        changes(self.query, lambda value: {"query": value})
-        changes(self.component, lambda value: {"component": value})
-        changes(self.shared, lambda value: {"shared": value})
-        changes(self.path, lambda value: {"images": value.strip(), "image": 0} if value.strip() else {})
-        changes(self.named, lambda value: {"models": tuple(value.replace(",", " ").split())} if value.strip() else {})
-        self.upload.observe(self._uploaded, "value")
+        on(self.source, lambda value: {"images": value, "image": 0})
+        on(self.first, lambda value: {"models": (value, *self.owner.state.models[1:])})
+        on(self.second, lambda value: {"models": (self.owner.state.models[0], *([value] if value else []))})
+        for name in ("image", "query", "component", "shared"):
+            on(getattr(self, name), lambda value, name=name: {name: value})
+        on(self.path, lambda value: {"images": value.strip(), "image": 0} if value.strip() else {})
+        on(self.named, lambda value: {"models": tuple(value.replace(",", " ").split())} if value.strip() else {})
+        self.upload.observe(lambda event: [self._take(f["name"], bytes(f["content"])) for f in event["new"]], "value")
         self.rule.on_click(lambda button: self.attempt(cutoffs=()))
         self.saved.on_click(self._save)
         self.copied.on_click(self._copy)
@@ -183,62 +172,68 @@ class Page:
             canvas.on_msg(lambda _, content, buffers, place=place: self._asked(place, content, buffers))
 
     def attempt(self, **changes) -> None:
-        """`choose`, with what the models lack taken back to the default and errors told on the page."""
+        """`choose`, with what the models lack taken back to the default and errors shown on the page."""
         if self.quiet or not changes:
             return
         try:
             if "models" in changes:  # norms of another model are on another scale
-                state = explorer.fitting(replace(self.owner.state, cutoffs=(), **changes), self.owner.store)
-                changes = vars(state)
+                state = replace(self.owner.state, cutoffs=(), **changes)
+                changes = vars(fitting(state, self.owner.store.all_seen(state)))
             self.owner.choose(**changes)
             self.status.value = ""
         except (UserError, ValueError) as error:
-            self.status.value = f'<span class="vr-error" role="alert">{html.escape(str(error))}</span>'
+            self._refuse(error)
             self.show()
 
     def busy(self, message: str) -> None:
         """Show a spinner with a message; the next view takes it away."""
         self.status.value = f'<span class="vr-spin"></span><span role="status">{html.escape(message)}</span>'
 
+    def _refuse(self, error: Exception) -> None:
+        self.status.value = f'<span class="vr-error" role="alert">{html.escape(str(error))}</span>'
+
     def show(self) -> None:
         """Bring controls and canvases to the owner's state."""
-        from .patch_canvas import message
+        from .canvas import message
 
-        owner, state = self.owner, self.owner.state
+        views, state = self.owner.views, self.owner.state
         self.quiet = True
         try:
-            self._controls(state)
+            self._set_controls(state, views)
         finally:
             self.quiet = False
         self.command.layout.display = "none"  # commands are those of the view that was copied
         self.serial += 1
-        for canvas, view, scales in zip(
-            self.canvases, owner.views, explorer.scales(owner.views, state.shared), strict=False
-        ):
-            canvas.view = message(view, scales, state.component, self.serial)
-        self.canvases[1].layout.display = None if len(owner.views) > 1 else "none"
+        for canvas, view, ranges in zip(self.canvases, views, scales(views, state.shared), strict=False):
+            canvas.view = message(view, ranges, state.component, self.serial)
+        self.canvases[1].layout.display = None if len(views) > 1 else "none"
 
-    def _controls(self, state: State) -> None:
-        views = self.owner.views
+    def _set_controls(self, state: State, views: list[View]) -> None:
+        images, _ = self.owner.store.images(state.models[0], state.images)
+        names = [(name, name) for name in _models(state.models)]
         _offer(self.source, _sources(state.images), state.images)
-        _offer(self.image, self._names(state), state.image)
-        _offer(self.first, [(name, name) for name in _models(state.models)], state.models[0])
-        _offer(
-            self.second,
-            [("—", "")] + [(name, name) for name in _models(state.models)],
-            state.models[1] if len(state.models) > 1 else "",
-        )
-        self.layer.max = max(view.depth for view in views) - 1
-        self.layer.value = state.layer % views[0].depth if state.layer < 0 else state.layer
-        registers = max(view.num_registers for view in views)
-        queries = ["cls", *(f"register {i + 1}" for i in range(registers))]
-        queries += [state.query] if state.query not in queries else []
-        _offer(self.query, [(name, name) for name in queries], state.query)
+        _offer(self.image, [(name, place) for place, name in enumerate(images.names)], state.image)
+        _offer(self.first, names, state.models[0])
+        _offer(self.second, [("—", ""), *names], state.models[1] if len(views) > 1 else "")
+        queries = ["cls", *(f"register {i + 1}" for i in range(max(v.seen.capture.num_registers for v in views)))]
+        _offer(self.query, [(name, name) for name in dict.fromkeys([*queries, state.query])], state.query)
         self.component.value, self.shared.value = state.component, state.shared
         self.shared.layout.display = None if len(views) > 1 else "none"
-        self._head_buttons(max(view.num_heads for view in views), state.heads)
+        self._set_layer(max(view.seen.depth for view in views), state.layer % views[0].seen.depth, state.layer)
+        self._set_heads(max(view.seen.num_heads for view in views), state.heads)
 
-    def _head_buttons(self, count: int, heads: tuple[int, ...]) -> None:
+    def _set_layer(self, depth: int, last: int, layer: int) -> None:
+        import ipywidgets
+
+        if not self.layer or self.layer.max != depth - 1:
+            # a new slider for another depth: the page's slider keeps its first maximum for the key End
+            self.layer = _control(ipywidgets.IntSlider, "Layer", max=depth - 1, value=depth - 1)
+            self.layer.layout.flex = "1"
+            self.layer.observe(lambda event: self.attempt(layer=event["new"]), "value")
+            self.layers.children = [self.layer]
+        self.layer.value = last if layer < 0 else layer
+
+    def _set_heads(self, count: int, heads: tuple[int, ...]) -> None:
         import ipywidgets
 
         if len(self.heads.children) != count + 2:
@@ -247,21 +242,16 @@ class Page:
                 text = "mean" if head is None else str(head)
                 tip = "mean of all heads" if head is None else f"head {head}: several are averaged"
                 button = ipywidgets.ToggleButton(description=text, tooltip=tip, layout={"width": "auto"})
-                button.observe(lambda change, head=head: self._head(head, change["new"]), "value")
+                button.observe(lambda event, head=head: self._toggle(head), "value")
                 made.append(button)
             self.heads.children = made
         for head, button in enumerate(self.heads.children[1:], -1):
             button.value = head in heads if head >= 0 else not heads
 
-    def _head(self, head: int | None, on: bool) -> None:
-        if self.quiet:
-            return
-        heads = set() if head is None else set(self.owner.state.heads) ^ {head}
-        self.attempt(heads=tuple(sorted(heads)))
-
-    def _names(self, state: State) -> list[tuple[str, int]]:
-        images, _ = self.owner.store.images(state.models[0], state.images)
-        return [(name, place) for place, name in enumerate(images.names)]
+    def _toggle(self, head: int | None) -> None:
+        if not self.quiet:
+            heads = set() if head is None else set(self.owner.state.heads) ^ {head}
+            self.attempt(heads=tuple(sorted(heads)))
 
     def _asked(self, place: int, content: dict, buffers: list) -> None:
         """A message of a canvas."""
@@ -282,16 +272,11 @@ class Page:
         elif content["kind"] == "upload":
             self._take(content["name"], bytes(buffers[0]))
 
-    def _uploaded(self, change) -> None:
-        for file in change["new"]:
-            self._take(file["name"], bytes(file["content"]))
-
     def _take(self, name: str, content: bytes) -> None:
         try:
             path = keep_upload(name, content)
         except UserError as error:
-            self.status.value = f'<span class="vr-error" role="alert">{html.escape(str(error))}</span>'
-            return
+            return self._refuse(error)
         self.attempt(images=str(path), image=0)
 
     def _save(self, button) -> None:
@@ -304,6 +289,10 @@ class Page:
         self.command.layout.display = None
         self.canvases[0].send({"kind": "copy", "text": self.command.value})
         self.status.value = "copied: this view in batch, and the same measured over many images"
+
+
+def _control(kind, label: str, **options):
+    return kind(description=label, style={"description_width": "54px"}, layout={"width": "auto"}, **options)
 
 
 def _offer(dropdown, options: list[tuple], value) -> None:
@@ -328,4 +317,4 @@ def _models(chosen: tuple[str, ...]) -> list[str]:
     for name, entry in zoo.entries().items():
         if zoo.available(name) != "not here":
             names += [name] if "base" in entry else [name, f"{name}+ttr4"]
-    return names + [name for name in chosen if name not in names]
+    return list(dict.fromkeys([*names, *chosen]))

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
+
 import matplotlib.pyplot as plt
-import torch
 from matplotlib.figure import Figure
 
 from ..plots.maps import COMPONENT
-from ..plots.style import ATTENTION, NORMS, PALETTE, picture, styled
-from .explorer import View, scales
+from ..plots.style import ATTENTION, NORMS, PALETTE, bare, picture, styled
+from .view import View, scales
 
 SIMILARITY = "cividis"  # colour map of neighbour similarity
 OUTLIER = PALETTE[5]
@@ -35,17 +36,16 @@ def _bar(figure: Figure, axis, image, label: str) -> None:
 
 
 def _row(figure: Figure, row, view: View, ranges: dict, component: int) -> None:
-    side = view.pixels.shape[-2:]
-    row[0].imshow(picture(view.pixels))
-    for place, outlier in enumerate(view.is_outlier.flatten().tolist()):
-        if outlier:
-            _square(row[0], *divmod(place, view.grid[1]), side[0] / view.grid[0], side[1] / view.grid[1])
-            _square(row[2], *divmod(place, view.grid[1]))
+    side = view.seen.pixels.shape[-2:]
+    row[0].imshow(picture(view.seen.pixels))
+    for place in view.is_outlier.nonzero().tolist():
+        _square(row[0], *place, side[0] / view.grid[0], side[1] / view.grid[1])
+        _square(row[2], *place)
     if view.patch:
         y, x = (n + 0.5 for n in view.patch)
         row[0].plot(x * side[1] / view.grid[1], y * side[0] / view.grid[0], "P", color="white", mec="black", ms=8)
-    row[0].set_ylabel(f"{view.label}\n({view.role})", fontsize=9)
-    row[0].set_title(view.image_name)
+    row[0].set_ylabel(f"{view.label}\n({view.seen.role})", fontsize=9)
+    row[0].set_title(view.seen.image_name)
     row[0].set_xlabel("\n".join(view.title.split(" · ")[:2]), fontsize=8)
     drawn = (
         ("attention", f"attention of {view.query}", ATTENTION, "× even"),
@@ -66,10 +66,7 @@ def _row(figure: Figure, row, view: View, ranges: dict, component: int) -> None:
         row[3].set_title("components 1 to 3")
         row[3].set_xlabel("red, green, blue: −3 to 3 σ", fontsize=8)
     for axis in row[:5]:
-        axis.set(xticks=[], yticks=[])
-        axis.grid(False)
-        for spine in axis.spines.values():
-            spine.set_visible(False)
+        bare(axis)
     _histogram(row[5], view)
 
 
@@ -77,9 +74,9 @@ def _histogram(axis, view: View) -> None:
     axis.stairs(view.set_counts.numpy(), view.edges.numpy(), fill=True, color="#BBBBBB", label="all images")
     axis.stairs(view.counts.numpy(), view.edges.numpy(), color=PALETTE[0], label="this image")
     axis.set_yscale("function", functions=(lambda v: v.clip(0) ** 0.5, lambda v: v**2))
-    axis.set(xlabel="L2 norm", ylim=(0, None), yticks=[0, 0.01, 0.1, 0.3])
+    axis.set(xlabel="L2 norm", ylim=(0, None))
     axis.set_yticks([0, 0.01, 0.1, 0.3], ["0", "1 %", "10 %", "30 %"])
-    if torch.isfinite(torch.tensor(view.cutoff)):
+    if math.isfinite(view.cutoff):
         how = "by rule" if view.by_rule else "by hand"
         axis.axvline(view.cutoff, color=PALETTE[1], label=f"cutoff {view.cutoff:.3g}, {how}")
     axis.set_title(f"outliers: {view.outlier_share:.1%} of patches")

@@ -1,6 +1,6 @@
 """The clickable panels of one model: an anywidget whose whole state is the view that it draws.
 
-The page side is patch_canvas.js. It answers with messages: {kind: "query", query: [row, col] or null for cls},
+The page side is canvas.js. It answers with messages: {kind: "query", query: [row, col] or null for cls},
 {kind: "cutoff", value: norm or null for the rule} and {kind: "upload", name} with the file's bytes.
 """
 
@@ -16,8 +16,8 @@ import traitlets
 
 from ..plots.maps import COMPONENT
 from ..plots.style import ATTENTION, NORMS
-from .explorer import View
 from .still import SIMILARITY
+from .view import View
 
 MAPS = {"attention": ATTENTION, "norms": NORMS, "similarity": SIMILARITY}
 PALETTES = (ATTENTION, NORMS, SIMILARITY, COMPONENT)
@@ -31,46 +31,39 @@ def palette(name: str) -> bytes:
 class PatchCanvas(anywidget.AnyWidget):
     """Panels of one model. view: `message` of a `View`. opacity: of the attention over the image, 0 to 1."""
 
-    _esm = Path(__file__).with_name("patch_canvas.js")
-    _css = Path(__file__).with_name("patch_canvas.css")
+    _esm = Path(__file__).with_name("canvas.js")
+    _css = Path(__file__).with_name("canvas.css")
     view = traitlets.Dict().tag(sync=True)
     opacity = traitlets.Float(0.7).tag(sync=True)
     palettes = traitlets.Dict({name: palette(name) for name in PALETTES}).tag(sync=True)
 
 
 def message(view: View, scales: dict[str, tuple[float, float]], component: int, serial: int) -> dict:
-    """A `View` as patch_canvas.js draws it: plain values, maps as bytes of float32, pictures as bytes of RGB.
+    """A `View` as canvas.js draws it: plain values, maps as bytes of float32, pictures as bytes of RGB.
 
     `serial` tells one view from the next; the page shows it once it has drawn.
     """
-    if component:
-        components = _floats(view.components[..., component - 1])
-    else:
-        components = _rgb(view.components / 6 + 0.5)
+    one = component - 1
+    components = _floats(view.components[..., one]) if component else _rgb(view.components / 6 + 0.5)
     return {
         "serial": serial,
         "label": view.label,
-        "role": view.role,
+        "role": view.seen.role,
         "title": view.title,
         "notes": [f"{view.label} {note}" for note in view.notes],
         "query": view.query,
         "patch": list(view.patch) if view.patch else None,
         "grid": list(view.grid),
-        "size": list(view.pixels.shape[-2:]),
-        "pixels": _rgb(view.pixels.permute(1, 2, 0)),
+        "size": list(view.seen.pixels.shape[-2:]),
+        "pixels": _rgb(view.seen.pixels.permute(1, 2, 0)),
         "scales": {n: {"palette": MAPS[n], "low": scales[n][0], "high": scales[n][1]} for n in MAPS},
-        "attention": _floats(view.attention),
         "share": _floats(view.attention_share),
-        "norms": _floats(view.norms),
-        "similarity": _floats(view.similarity),
         "component": component,
         "components": components,
         "cutoff": view.cutoff if view.cutoff < float("inf") else None,
         "by_rule": view.by_rule,
         "budget": view.budget,
-        "edges": _floats(view.edges),
-        "counts": _floats(view.counts),
-        "set_counts": _floats(view.set_counts),
+        **{name: _floats(getattr(view, name)) for name in (*MAPS, "edges", "counts", "set_counts")},
     }
 
 

@@ -1,4 +1,4 @@
-"""Interactive parts: ipywidgets around the functions of `plots`.
+"""Controls of ipywidgets around the functions of `plots`.
 
 Run by papermill, nbval or nbconvert (VITREG_BATCH is set), each shows the picture of its default state instead: a
 widget's own state is not kept in an executed notebook.
@@ -27,12 +27,10 @@ def interact(draw, **controls):
         return figure
     import ipywidgets
 
-    made = {
-        name: getattr(ipywidgets, kind)(description=name, continuous_update=False, **options)
-        if "Slider" in kind
-        else getattr(ipywidgets, kind)(description=name, **options)
-        for name, (kind, options) in controls.items()
-    }
+    made = {}
+    for name, (kind, options) in controls.items():
+        once = {"continuous_update": False} if "Slider" in kind else {}
+        made[name] = getattr(ipywidgets, kind)(description=name, **once, **options)
     output = ipywidgets.Output()
 
     def update(change=None):
@@ -46,27 +44,6 @@ def interact(draw, **controls):
         widget.observe(update, "value")
     update()
     return ipywidgets.VBox([ipywidgets.HBox(list(made.values())), output])
-
-
-def cutoff_slider(images, maps: dict[str, torch.Tensor]):
-    """Images and one model's norm maps (n, rows, cols), the tokens above a multiple of its median norm ringed.
-
-    The multiple slides; it starts at 3, on the model whose largest norm stands out most.
-    """
-    most = {name: (norms.max() / norms.median()).item() for name, norms in maps.items()}
-
-    def draw(model, times):
-        norms, cutoff = maps[model], times * maps[model].median().item()
-        figure = plots.norm_maps(images.pixels, {model: norms}, {model: cutoff})
-        share = (norms > cutoff).float().mean().item()
-        figure.suptitle(f"cutoff {times:g} × median = {cutoff:.3g}: {share:.2%} of these tokens above", fontsize=9)
-        return figure
-
-    return interact(
-        draw,
-        model=("Dropdown", {"value": max(most, key=most.get), "options": list(maps)}),
-        times=("FloatSlider", {"value": 3.0, "min": 0.5, "max": 10.0, "step": 0.1}),
-    )
 
 
 def layer_histogram(norms: dict[str, torch.Tensor]):
@@ -84,7 +61,7 @@ def layer_histogram(norms: dict[str, torch.Tensor]):
 
 
 def token_kinds(captures: dict):
-    """Norms of patches, cls and registers apart, for captures of all layers by model. The block slides."""
+    """Norms of patches, cls and each register, for captures of all layers by model. The block slides."""
     deepest = max(len(capture.layers) for capture in captures.values()) - 1
 
     def draw(layer):
@@ -98,7 +75,6 @@ def attention_rows(model, images):
 
     Queries are the prefix tokens and the patch at the centre.
     """
-    from .. import plots
     from ..measure import attention
 
     rows, cols = model.anatomy.grid(images.x)
@@ -109,11 +85,10 @@ def attention_rows(model, images):
 
     def draw(image, layer, head, query):
         token = seen.queries[names.index(query)]
-        found = attention.relative(attention.maps(seen, layer, [token], None if head == mean else [head])[image, 0])
+        rows = attention.maps(seen, layer, [token], None if head == mean else [head])[image, 0]
         norms = attention.on_grid(seen, seen.norms[image, layer])
-        told = mean if head == mean else f"head {head}"
-        title = f"{model.label}, block {layer}, {told}"
-        return plots.query_view(images.pixels[image], found, norms, query, title)
+        title = f"{model.label}, block {layer}, {mean if head == mean else f'head {head}'}"
+        return plots.query_view(images.pixels[image], attention.relative(rows), norms, query, title)
 
     return interact(
         draw,
@@ -143,25 +118,16 @@ def explore(
     cutoffs: norms above which a patch is an outlier, one a model, as "150 rule"; empty: by the default rule.
     shared: one colour scale for both models. component: 1 to 3, or 0 for the first three as colours.
 
-    Returns an `explorer_face.Explorer`: `.state`, `.views` (numbers and maps), `.static()` (a figure).
+    Returns a `page.Explorer`: `.state`, `.views` (numbers and maps), `.static()` (a figure).
     Raises UserError for what the models do not have, before anything is shown.
     """
-    from . import explorer, page
+    from .page import Explorer
+    from .state import State, Store, parse_cutoffs, parse_heads
 
-    store = explorer.Store()
+    store = Store()
     if isinstance(models, str):
         names = models.replace(",", " ").split()
     else:
         names = [store.add(model) for model in (models if isinstance(models, list | tuple) else [models])]
-    state = explorer.State(
-        tuple(names),
-        images,
-        image,
-        layer,
-        explorer.parse_heads(heads),
-        query,
-        explorer.parse_cutoffs(cutoffs),
-        shared,
-        component,
-    )
-    return page.Explorer(state, store)
+    heads, limits = parse_heads(heads), parse_cutoffs(cutoffs)
+    return Explorer(State(tuple(names), images, image, layer, heads, query, limits, shared, component), store)

@@ -1,0 +1,207 @@
+"""What can be chosen in the explorer, and the captures that its answers are computed from.
+
+A `State` is everything that can be chosen on the page: the same state gives the same views, so a test can compare the
+page with the library, and a batch run (`vitreg run explorer -p …`) repeats what was chosen by hand. A `Store` keeps
+tokens, queries and keys of one image at all blocks, so that another layer, head or query needs no forward pass.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+
+from ..base import UserError
+from ..hooks.capture import Capture
+
+MAX_IMAGES = 12  # of a source, to choose from; the cutoff by rule is of all their patches
+KEPT_BYTES = 64 << 20  # of captures
+
+
+@dataclass(frozen=True)
+class State:
+    """What was chosen; a `View` of each model follows from it.
+
+    models: one or two names. images: a source of `data.images.load`; image: which of it, from 0. layer: a block,
+    negative from the end; the last one of a model with fewer blocks. heads: none for all; several are averaged.
+    query: "cls", "register 2" (from 1) or "patch (row, col)" on the first model's grid. cutoffs: by model, None or
+    absent for the one by rule. shared: one colour scale for both models. component: 1 to 3, 0 for the three as colours.
+    """
+
+    models: tuple[str, ...] = ("mini-deit3",)
+    images: str = "photos"
+    image: int = 0
+    layer: int = -1
+    heads: tuple[int, ...] = ()
+    query: str = "cls"
+    cutoffs: tuple[float | None, ...] = ()
+    shared: bool = True
+    component: int = 0
+
+
+@dataclass(frozen=True)
+class Seen:
+    """One image through one model, all blocks kept.
+
+    capture: norms, tokens, q and k of the image. set_norms: (layers, patches of all images of the source).
+    pixels: (3, height, width) in [0, 1]. truth: (layers, rows, cols) bool where a control has artifacts, else None.
+    """
+
+    label: str
+    role: str
+    capture: Capture
+    set_norms: torch.Tensor
+    pixels: torch.Tensor
+    image_name: str
+    truth: torch.Tensor | None
+
+    @property
+    def depth(self) -> int:
+        """Number of blocks."""
+        return len(self.capture.layers)
+
+    @property
+    def num_heads(self) -> int:
+        """Heads of a block."""
+        return self.capture.q[0].shape[1]
+
+    @property
+    def bytes(self) -> int:
+        """Size of the capture in memory."""
+        sites = (self.capture.tokens, self.capture.q, self.capture.k)
+        parts = [self.capture.norms, *(tensor for site in sites for tensor in site.values())]
+        return sum(tensor.numel() * tensor.element_size() for tensor in parts)
+
+
+def fitting(state: State, seen: list[Seen]) -> State:
+    """The state with layer, heads and query at their defaults where none of its models has them."""
+    fits = replace(state, layer=-1, heads=(), query="cls")
+    for name in ("layer", "heads", "query"):
+        more = replace(fits, **{name: getattr(state, name)})
+        try:
+            check(more, seen)
+        except UserError:
+            continue
+        fits = more
+    return fits
+
+
+def check(state: State, seen: list[Seen]) -> None:
+    """Raise UserError, in one line, for a layer, head, register or patch that none of the state's models has."""
+    deepest, most = (max(getattr(one, name) for one in seen) for name in ("depth", "num_heads"))
+    if not -min(one.depth for one in seen) <= state.layer < deepest:
+        raise UserError(f"layer {state.layer} out of range for {deepest} blocks (0…{deepest - 1}, or -1)")
+    if wrong := [head for head in state.heads if not 0 <= head < most]:
+        raise UserError(f"head {wrong[0]} out of range for {most} heads (0…{most - 1})")
+    kind, numbers = parse_query(state.query)
+    registers = max(one.capture.num_registers for one in seen)
+    if kind == "register" and numbers[0] > registers:
+        raise UserError(f"query {state.query!r}: registers of {' and '.join(state.models)}: {registers or 'none'}")
+    rows, cols = seen[0].capture.grid
+    if kind == "patch" and not (numbers[0] < rows and numbers[1] < cols):
+        raise UserError(f"patch {numbers} out of range for a grid of {rows} x {cols}, counted from 0")
+
+
+def parse_query(query: str) -> tuple[str, tuple[int, ...]]:
+    """("cls", ()), ("register", (2,)) or ("patch", (row, col)). Raises UserError for any other text."""
+    match = re.fullmatch(r"(cls)|(register) ?([1-9]\d*)|(patch) ?\( ?(\d+), ?(\d+) ?\)", query.strip())
+    if not match:
+        raise UserError(f'query {query!r}: write "cls", "register 1" or "patch (row, col)", rows and columns from 0')
+    kind, *numbers = [part for part in match.groups() if part is not None]
+    return kind, tuple(map(int, numbers))
+
+
+def parse_heads(heads: str | int | tuple[int, ...] | list[int]) -> tuple[int, ...]:
+    """Heads from "0 3", 2 or (0, 3); none for "" and "mean". Raises UserError for what is no head."""
+    heads = (heads,) if isinstance(heads, int) else heads
+    words = heads.replace("mean", "").replace(",", " ").split() if isinstance(heads, str) else [str(h) for h in heads]
+    if wrong := [word for word in words if not word.isdigit()]:
+        raise UserError(f'head {wrong[0]!r}: write numbers from 0, for instance "0 3", or nothing for the mean of all')
+    return tuple(sorted({int(word) for word in words}))
+
+
+def parse_cutoffs(cutoffs: str) -> tuple[float | None, ...]:
+    """Cutoffs by model from "150 rule"; none for "". Raises UserError for what is neither a norm nor "rule"."""
+    try:
+        return tuple(None if word == "rule" else float(word) for word in cutoffs.replace(",", " ").split())
+    except ValueError:
+        raise UserError(f'cutoffs {cutoffs!r}: a norm or "rule" for each model, for instance "150 rule"') from None
+
+
+class Store:
+    """Models, images and captures that were needed last, so that a change of the state is answered at once.
+
+    `busy` is called with a message before anything that takes longer. At most four models, four image sets and
+    `KEPT_BYTES` of captures are kept.
+    """
+
+    def __init__(self, busy: Callable[[str], None] = lambda message: None):
+        self.busy = busy
+        self._models, self._sets, self._seen = OrderedDict(), OrderedDict(), OrderedDict()
+
+    def add(self, model) -> str:
+        """Keep a loaded model and return the name by which a state calls it."""
+        self._models[model.label] = model
+        return model.label
+
+    def model(self, name: str):
+        """The model of that name."""
+        from ..model import zoo
+
+        def make():
+            self.busy(f"loading {name} …" + (" adding registers takes some seconds" if zoo.split(name)[1] else ""))
+            return zoo.load(name)
+
+        return _kept(self._models, name, make, 4)
+
+    def images(self, name: str, source: str):
+        """(`Images` as the model of that name takes them, (layers, patches of all) norms)."""
+        from ..data import images
+
+        def make():
+            model = self.model(name)
+            self.busy(f"{name}: norms of the images of {source} …")
+            batch = images.load(source, model, MAX_IMAGES)
+            return batch, model.capture(batch, "norms").patch_norms.transpose(0, 1).flatten(1)
+
+        return _kept(self._sets, (name, source), make, 4)
+
+    def seen(self, name: str, source: str, image: int) -> Seen:
+        """One image through one model, all blocks kept. Raises UserError where there is no such image."""
+        kept = _kept(self._seen, (name, source, image), lambda: self._see(name, source, image), 64)
+        while len(self._seen) > 2 and sum(one.bytes for one in self._seen.values()) > KEPT_BYTES:
+            self._seen.popitem(last=False)
+        return kept
+
+    def all_seen(self, state: State) -> list[Seen]:
+        """`seen` of each model of a state."""
+        return [self.seen(name, state.images, state.image) for name in state.models]
+
+    def _see(self, name: str, source: str, image: int) -> Seen:
+        batch, norms = self.images(name, source)
+        if not 0 <= image < len(batch):
+            count = len(batch)
+            raise UserError(f"image {image} out of range for the {count} images of {source!r} (0…{count - 1})")
+        model = self.model(name)
+        self.busy(f"{name}: all layers of {batch.names[image]} …")
+        one = replace(batch, x=batch.x[[image]], pixels=batch.pixels[[image]], names=[batch.names[image]])
+        capture = model.capture(one, ("norms", "tokens", "q", "k"))
+        truth = model.truth(one)
+        if truth is not None:
+            truth = truth[0].view(1, *capture.grid).repeat(len(capture.layers), 1, 1)
+            truth[: model.onset or 0] = False  # a planted control has no artifacts before its onset
+        return Seen(model.label, model.role, capture, norms, batch.pixels[image], batch.names[image], truth)
+
+
+def _kept(kept: OrderedDict, key, make: Callable, most: int):
+    """`kept[key]`, made where it is missing; the one used longest ago goes when there are too many."""
+    if key not in kept:
+        value = make()  # first, so that nothing is kept of what fails
+        kept[key] = value
+        while len(kept) > most:
+            kept.popitem(last=False)
+    kept.move_to_end(key)
+    return kept[key]

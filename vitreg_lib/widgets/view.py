@@ -1,0 +1,203 @@
+"""What the explorer shows, without its face: from a `State` to numbers and maps, one `View` a model.
+
+store = Store()
+views = look(State(models=("mini-deit3", "mini-deit3-reg4"), layer=5, query="patch (3, 4)"), store)
+views[0].attention                                  # (rows, cols), multiples of even attention
+"""
+
+from __future__ import annotations
+
+import shlex
+from dataclasses import dataclass, replace
+
+import torch
+
+from ..base import UserError
+from ..hooks.capture import Capture, attention_rows
+from ..measure import attention, maps, outliers
+from .state import Seen, State, Store, check, parse_query
+
+BINS = 48
+
+
+@dataclass(frozen=True)
+class View:
+    """What is shown of one model. Maps are (rows, cols) float32 on the CPU.
+
+    attention_share: of the query, over all its attention. norms: L2 after the block. components: (rows, cols, 3), in
+    standard deviations. similarity: mean cosine to the 2 to 4 neighbours. cutoff: infinite where the rule gives none.
+    budget: where the query's attention goes. edges (BINS + 1,), counts and set_counts (BINS,): histogram of norms, as
+    shares of patches, of this image and of all images of the source. notes: where this model cannot follow the state.
+    """
+
+    seen: Seen
+    layer: int
+    heads: tuple[int, ...]
+    query: str
+    patch: tuple[int, int] | None
+    attention_share: torch.Tensor
+    norms: torch.Tensor
+    components: torch.Tensor
+    similarity: torch.Tensor
+    cutoff: float
+    by_rule: bool
+    budget: dict[str, float]
+    edges: torch.Tensor
+    counts: torch.Tensor
+    set_counts: torch.Tensor
+    notes: tuple[str, ...]
+
+    @property
+    def label(self) -> str:
+        """The model's short name."""
+        return self.seen.label
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of patches."""
+        return self.seen.capture.grid
+
+    @property
+    def attention(self) -> torch.Tensor:
+        """(rows, cols) attention of the query, in multiples of even attention over the patches."""
+        return attention.relative(self.attention_share)
+
+    @property
+    def is_outlier(self) -> torch.Tensor:
+        """(rows, cols) whether a patch's norm exceeds the cutoff."""
+        return self.norms > self.cutoff
+
+    @property
+    def truth(self) -> torch.Tensor | None:
+        """(rows, cols) where a control has artifacts after this block; None where nothing is known."""
+        return None if self.seen.truth is None else self.seen.truth[self.layer]
+
+    @property
+    def outlier_share(self) -> float:
+        """Of the image's patches, 0 to 1."""
+        return self.is_outlier.float().mean().item()
+
+    @property
+    def ranks(self) -> torch.Tensor:
+        """(rows, cols) place of each patch by norm in its image, 1 for the largest."""
+        return (self.norms.flatten().argsort(descending=True, stable=True).argsort() + 1).view(self.grid)
+
+    @property
+    def title(self) -> str:
+        """Block, heads and query in words."""
+        heads = (
+            f"mean of heads {', '.join(map(str, self.heads))}" if self.heads else f"mean of {self.seen.num_heads} heads"
+        )
+        heads = f"head {self.heads[0]}" if len(self.heads) == 1 else heads
+        return f"block {self.layer} (of 0 to {self.seen.depth - 1}) · {heads} · query {self.query}"
+
+
+def look(state: State, store: Store) -> list[View]:
+    """A `View` of each model. Raises UserError for what none of the models has: a layer, head, register or patch."""
+    if not 1 <= len(state.models) <= 2:
+        raise UserError(f"{len(state.models)} models: the explorer shows one, or two side by side")
+    seen = store.all_seen(state)
+    check(state, seen)
+    return [view(state, one, place, seen[0].capture.grid) for place, one in enumerate(seen)]
+
+
+def view(state: State, seen: Seen, place: int, grid: tuple[int, int]) -> View:
+    """The `View` of one model; `place` is its place in the state, `grid` that on which the state's patch is named."""
+    capture = seen.capture
+    layer, heads, token, notes = _resolve(state, seen, grid)
+    row = attention_rows(capture.q[layer][:, :, [token]].float(), capture.k[layer].float())
+    row = row[:, list(heads) if heads else slice(None)].mean(1, keepdim=True)
+    asked = replace(capture, queries=(token,), attention={layer: row})
+    norms = attention.on_grid(capture, capture.norms[0, layer])
+    cutoff = state.cutoffs[place] if place < len(state.cutoffs) else None
+    by_rule, set_norms = cutoff is None, seen.set_norms[layer]
+    cutoff = outliers.cutoff(set_norms) if by_rule else cutoff
+    patches = capture.patches(capture.tokens[layer])
+    high = max(float(set_norms.max()), float(norms.max())) * 1.04
+    number = token - capture.num_prefix_tokens
+    return View(
+        seen,
+        layer,
+        heads,
+        query=attention.query_names(asked)[0],
+        patch=divmod(number, capture.grid[1]) if number >= 0 else None,
+        attention_share=attention.maps(asked, layer)[0, 0],
+        norms=norms,
+        components=maps.principal_components(patches, 3, per_image=True, grid=capture.grid)
+        .scores[0]
+        .unflatten(0, capture.grid),
+        similarity=maps.neighbour_similarity(patches.float(), capture.grid)[0].unflatten(0, capture.grid),
+        cutoff=cutoff,
+        by_rule=by_rule,
+        budget=attention.budget(asked, (norms > cutoff).flatten()[None], layer, token).iloc[0].to_dict(),
+        edges=torch.linspace(0, high, BINS + 1),
+        counts=torch.histc(norms.flatten(), BINS, 0, high) / norms.numel(),
+        set_counts=torch.histc(set_norms, BINS, 0, high) / set_norms.numel(),
+        notes=tuple(notes),
+    )
+
+
+def _resolve(state: State, seen: Seen, grid: tuple[int, int]) -> tuple[int, tuple[int, ...], int, list[str]]:
+    """(layer, heads, query token) of a state in one model, and notes where it has none such and others are shown."""
+    notes, layer = [], min(state.layer, seen.depth - 1)
+    if layer != state.layer:
+        notes.append(f"has {seen.depth} blocks: the last one is shown")
+    heads = tuple(head for head in state.heads if head < seen.num_heads)
+    if heads != state.heads:
+        notes.append(f"has {seen.num_heads} heads: {'the others are left out' if heads else 'their mean is shown'}")
+    token, note = query_token(state.query, seen.capture, grid)
+    return layer % seen.depth, heads, token, notes + [note] * bool(note)
+
+
+def query_token(query: str, capture: Capture, grid: tuple[int, int]) -> tuple[int, str]:
+    """Token position of a query in a model, and a note where the model has no such token and another stands for it.
+
+    A patch on a `grid` other than the model's own is the one at the same place of the image.
+    """
+    kind, numbers = parse_query(query)
+    if kind == "patch":
+        row, col = (
+            min(int((n + 0.5) / old * new), new - 1) for n, old, new in zip(numbers, grid, capture.grid, strict=True)
+        )
+        return capture.num_prefix_tokens + row * capture.grid[1] + col, ""
+    if kind == "cls" and capture.has_cls:
+        return 0, ""
+    if kind == "register" and numbers[0] <= capture.num_registers:
+        return int(capture.has_cls) + numbers[0] - 1, ""
+    missing = f"has no {query}" if kind == "cls" or capture.num_registers else "has no registers"
+    return 0, f"{missing}: {attention.query_names(capture, [0])[0]} is shown"
+
+
+def scales(views: list[View], shared: bool) -> list[dict[str, tuple[float, float]]]:
+    """Least and largest value of the colour scale of each map, by model and name; one for all models where `shared`.
+
+    A map that is flat except for rounding gets a middle tone.
+    """
+    result = []
+    for one in views:
+        ranges = {}
+        for name in ("attention", "norms", "similarity"):
+            shown = torch.cat([getattr(v, name).flatten() for v in (views if shared else [one])])
+            low, high = shown.min().item(), shown.max().item()
+            ranges[name] = (low, high) if high - low > 1e-3 * abs(high) else (low - abs(high), high + abs(high) + 1e-9)
+        result.append(ranges)
+    return result
+
+
+def commands(state: State, views: list[View]) -> str:
+    """Commands that repeat this view in batch, and that measure the same over many images, to be pasted in a shell."""
+
+    def words(**values) -> str:
+        return " ".join(f"-p {name} {shlex.quote(str(value))}" for name, value in values.items() if value != "")
+
+    cutoffs = " ".join("rule" if c is None else f"{c:.6g}" for c in state.cutoffs) if any(state.cutoffs) else ""
+    models, heads = " ".join(state.models), " ".join(map(str, state.heads))
+    this = dict(
+        models=models, images=state.images, image=state.image, layer=state.layer, heads=heads, query=state.query
+    )
+    item = "fig09" if parse_query(state.query)[0] == "register" else "fig01"
+    having = [v.seen.capture.num_registers > 0 or item == "fig01" for v in views]
+    models = " ".join(name for name, has in zip(state.models, having, strict=True) if has)
+    layer = min(state.layer, *(v.seen.depth - 1 for v in views)) if len(views) > 1 else state.layer
+    many = words(models=models, images=state.images, layer=layer)
+    return f"vitreg run explorer {words(**this, cutoffs=cutoffs)}\nvitreg run {item} {many}"
