@@ -1,4 +1,4 @@
-"""JupyterLab on a free port with a token, and Chromium that opens the explorer notebook and runs it."""
+"""JupyterLab on a free port with a token, and Chromium that opens a notebook in a workspace of its own and runs it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from vitreg_lib.base import NOTEBOOKS, ROOT
 
 TOKEN = "of-the-browser-test"
 REAL = ROOT.parent / "shared" / "real"  # real small models, where a developer has them
-START = 300  # seconds that a kernel may take to load torch and the models on a busy machine
+PATIENCE = 300  # seconds, after which a state that has not come counts as an error, also on a busy machine
 
 
 def chromium() -> str:
@@ -40,11 +40,16 @@ def a_free_port() -> int:
 
 @dataclass
 class Lab:
-    """A running JupyterLab. address: of the explorer notebook, token included."""
+    """A running JupyterLab. root: of its address; log: what it prints."""
 
     process: subprocess.Popen
-    address: str
+    root: str
     log: Path
+
+    def address(self, notebook: str) -> str:
+        """Of a notebook below notebooks/, in an empty workspace: else the tabs of the last one open again."""
+        workspace = "".join(c if c.isalnum() else "-" for c in notebook)
+        return f"{self.root}/lab/workspaces/{workspace}/tree/notebooks/{notebook}?reset&token={TOKEN}"
 
     def kernel_bytes(self) -> int:
         """Resident memory of the notebook's kernel."""
@@ -54,11 +59,10 @@ class Lab:
 
 @pytest.fixture(scope="module")
 def lab(tmp_path_factory):
-    """JupyterLab over a folder that holds a copy of the explorer notebook, with settings of its own."""
+    """JupyterLab over a folder that holds copies of the notebooks, with settings of its own."""
     place = tmp_path_factory.mktemp("lab")
-    folder = place / "work" / "notebooks" / "explore"
-    folder.mkdir(parents=True)
-    shutil.copy(NOTEBOOKS / "explore" / "explorer.ipynb", folder)
+    for name in ("explore", "paper"):
+        shutil.copytree(NOTEBOOKS / name, place / "work" / "notebooks" / name)
     environment = {k: v for k, v in os.environ.items() if k not in ("VITREG_BATCH", "VITREG_DATA", "VITREG_MODELS")}
     environment |= {
         "JUPYTER_CONFIG_DIR": str(place / "config"),
@@ -80,7 +84,7 @@ def lab(tmp_path_factory):
     with open(log, "w") as stream:
         process = subprocess.Popen(command, env=environment, cwd=ROOT, stdout=stream, stderr=stream)
     try:
-        yield Lab(process, f"http://127.0.0.1:{port}/lab/tree/notebooks/explore/explorer.ipynb?token={TOKEN}", log)
+        yield Lab(process, f"http://127.0.0.1:{port}", log)
     finally:
         process.terminate()
         try:
@@ -91,65 +95,81 @@ def lab(tmp_path_factory):
 
 @dataclass
 class Desk:
-    """The explorer in the browser. errors: of the console and the page, none of which a test may leave."""
+    """A notebook in the browser. errors: of the console and the page, none of which a test may leave."""
 
     page: object
     lab: Lab
     errors: list[str] = field(default_factory=list)
 
+    def run_all(self) -> None:
+        """Ask for all cells; their end is not waited for."""
+        self.page.evaluate("() => { jupyterapp.commands.execute('notebook:run-all-cells'); }")
+
+    def until(self, holds, otherwise: str) -> None:
+        """Wait until `holds()`; the test fails with `otherwise` and what the page shows if it never does."""
+        last = time.monotonic() + PATIENCE
+        while not holds():
+            if time.monotonic() > last:
+                pytest.fail(f"{otherwise}: {self.page.inner_text('body')[-600:]}", pytrace=False)
+            time.sleep(0.2)
+
 
 @pytest.fixture(scope="module")
-def desk(lab):
-    """The explorer notebook, opened at 1280 x 1000 and run."""
+def browser():
+    """Chromium, without a window."""
     from playwright.sync_api import sync_playwright
 
-    executable = chromium()
     with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=executable, args=["--no-sandbox"])
-        context = browser.new_context(viewport={"width": 1280, "height": 1000})
-        context.grant_permissions(["clipboard-read", "clipboard-write"])
-        page = context.new_page()
-        page.set_default_timeout(120_000)
-        made = Desk(page, lab)
-        page.on("console", lambda message: made.errors.append(message.text) if message.type == "error" else None)
-        page.on("pageerror", lambda error: made.errors.append(str(error)))
-        _open(page, lab)
-        _run_all(page)
-        yield made
+        browser = playwright.chromium.launch(executable_path=chromium(), args=["--no-sandbox"])
+        yield browser
         browser.close()
 
 
-def _open(page, lab: Lab) -> None:
-    """Go to the notebook as soon as the server answers."""
-    until = time.monotonic() + START
+@pytest.fixture(scope="module")
+def open_notebook(lab, browser):
+    """A function that opens a notebook at 1280 x 1000, with a kernel that is ready and without outputs: a `Desk`."""
+
+    def opened(notebook: str) -> Desk:
+        context = browser.new_context(viewport={"width": 1280, "height": 1000})
+        context.grant_permissions(["clipboard-read", "clipboard-write"])
+        page = context.new_page()
+        page.set_default_timeout(1000 * PATIENCE)
+        desk = Desk(page, lab)
+        page.on("console", lambda message: desk.errors.append(message.text) if message.type == "error" else None)
+        page.on("pageerror", lambda error: desk.errors.append(str(error)))
+        _go(page, lab, lab.address(notebook))
+        page.wait_for_selector(".jp-Notebook .jp-Cell")
+        page.wait_for_function("window.jupyterapp")
+        choice = page.get_by_role("button", name="Select", exact=True)  # asked for a kernel where none was started
+        kernel = "() => jupyterapp.shell.currentWidget?.sessionContext?.session?.kernel?.status === 'idle'"
+        desk.until(lambda: page.evaluate(kernel) or (choice.count() and choice.click()), "the kernel did not start")
+        page.evaluate("() => jupyterapp.commands.execute('notebook:clear-all-cell-outputs')")
+        return desk
+
+    return opened
+
+
+@pytest.fixture(scope="module")
+def desk(open_notebook):
+    """The explorer notebook, run as far as the explorer's first view."""
+    desk = open_notebook("explore/explorer.ipynb")
+    desk.run_all()
+    desk.until(desk.page.locator(".vr-card[data-serial]").count, "the explorer did not come")
+    desk.page.locator(".vr-explorer").scroll_into_view_if_needed()
+    return desk
+
+
+def _go(page, lab: Lab, address: str) -> None:
+    """Go to the address as soon as the server answers."""
+    last = time.monotonic() + PATIENCE
     while True:
         try:
-            page.goto(lab.address)
+            page.goto(address)
             return
         except Exception:
-            if lab.process.poll() is not None or time.monotonic() > until:
+            if lab.process.poll() is not None or time.monotonic() > last:
                 pytest.fail(f"JupyterLab did not start: {lab.log.read_text()[-500:]}", pytrace=False)
             time.sleep(0.3)
-
-
-def _run_all(page) -> None:
-    page.wait_for_selector(".jp-Notebook .jp-Cell")
-    page.wait_for_function("window.jupyterapp")
-    choice = page.get_by_role("button", name="Select", exact=True)  # asked for a kernel where none was ever started
-    kernel = "() => jupyterapp.shell.currentWidget?.sessionContext?.session?.kernel?.status === 'idle'"
-    _until(lambda: page.evaluate(kernel) or (choice.count() and choice.click()), "the kernel did not start", page)
-    page.evaluate("() => { jupyterapp.commands.execute('notebook:run-all-cells'); }")  # its end is not waited for
-    card = page.locator(".vr-card[data-serial]")
-    _until(card.count, "the explorer did not come", page)
-    page.locator(".vr-explorer").scroll_into_view_if_needed()
-
-
-def _until(holds, otherwise: str, page) -> None:
-    until = time.monotonic() + START
-    while not holds():
-        if time.monotonic() > until:
-            pytest.fail(f"{otherwise}: {page.inner_text('body')[-600:]}", pytrace=False)
-        time.sleep(0.2)
 
 
 @pytest.fixture(autouse=True)
@@ -158,5 +178,5 @@ def no_console_errors(request):
     yield
     if "desk" in request.fixturenames:
         desk = request.getfixturevalue("desk")
-        found, desk.errors[:] = list(desk.errors), []
-        assert not found, found
+        errors, desk.errors[:] = list(desk.errors), []
+        assert not errors, errors

@@ -268,6 +268,8 @@ function render({ model, el }) {
     PANELS.forEach(drawPanel);
     drawHistogram();
     drawNumbers();
+    page.root.dataset.opacity = model.get("opacity");
+    page.root.view = view; // what is drawn, for who looks at the page from a script
   }
 
   function onView() {

@@ -48,6 +48,7 @@ def message(view: View, scales: dict[str, tuple[float, float]], component: int, 
     return {
         "serial": serial,
         "label": view.label,
+        "image_name": view.seen.image_name,
         "role": view.seen.role,
         "title": view.title,
         "notes": [f"{view.label} {note}" for note in view.notes],
