@@ -58,7 +58,6 @@ class Explorer:
         words = "-".join([*self.state.models, view.seen.image_name, f"block {view.layer}", view.query])
         stem = "".join(c if c.isalnum() or c in "+-" else "_" for c in words) + f"-{_digest(repr(self.state).encode())}"
         paths = [results() / "explorer" / f"{stem}.{kind}" for kind in ("png", "svg")]
-        paths[0].parent.mkdir(parents=True, exist_ok=True)
         for path in paths:
             write_atomically(path, self._drawn(path.suffix[1:], 150))
         return paths
