@@ -29,6 +29,7 @@ VIEWS = {  # of lejepa, tried with 4 registers; the models with other numbers ar
     "mini-lejepa-reg4-small": dict(),
     "mini-lejepa-reg4-whole": dict(local_crops=0),
     "mini-lejepa-reg4-large": dict(local_crops=0, global_size=96),
+    "mini-lejepa-reg4-two": dict(local_crops=2, local_size=48, global_size=96),
 }
 LONG = dict(recipe="dinov2", steps=1500, batch_size=128)
 STAMPED = dict(recipe="stamped")
