@@ -1,4 +1,4 @@
-"""Figure 15: norms by kind of token, and published registers by block."""
+"""Figure 15: norms by kind of token, published registers by block, and the verdicts."""
 
 from __future__ import annotations
 
@@ -8,8 +8,10 @@ import matplotlib
 import matplotlib.pyplot as plt
 import torch
 from matplotlib.figure import Figure
+from verdicts import copies, registered
 
 from vitreg_lib.base import env_folder
+from vitreg_lib.measure import outliers
 from vitreg_lib.plots.style import PALETTE, plain_log, styled
 
 
@@ -64,3 +66,34 @@ def registers_by_layer(norms: dict[str, torch.Tensor]) -> Figure:
     axes[0, 0].set_ylabel("norm of the mean register")
     axes[0, 0].legend()
     return figure
+
+
+def claims(models, kinds: dict, found: dict, quantised: dict, pairs: dict[str, str], profile: str):
+    """Arguments of `Run.claim`: C052 to C054 on a model trained with registers, ours on registers added at test time.
+
+    By label: kinds, {kind of token: norms}; found, `Outliers`; quantised, `quantisation`.
+    """
+    having = outliers.having(found)
+    judged, missing = registered(models, pairs, having, profile)
+    added = [m for m in models if m.role == "mended" and pairs.get(m.label) in having]
+    for model, ids in ((next(iter(judged), None), ("C052", "C053", "C054")), *((m, ()) for m in added)):
+        if model is None:
+            for claim in ids:
+                yield claim, None, missing
+            continue
+        name = model.label
+        high = max(values.max().item() for kind, values in kinds[name].items() if kind.startswith("register"))
+        top = kinds[name]["patches"].flatten().quantile(0.999).item()
+        share = f"{name}: {found[name].share:.2%} of patch tokens above {found[name].cutoff:.3g}"
+        norms = f"{name}: largest register {high:.3g}, 99.9th percentile of patches {top:.3g}"
+        if ids:
+            yield ids[0], found[name].share < 0.001, share
+            yield ids[1], high > top, norms
+            if copies(model) or quantised[name] is None:
+                yield ids[2], None, f"the registers of {name} are copies of one another, or there is only one"
+            else:
+                text = f"{name}: variance between registers / within {quantised[name]:.3g}"
+                yield ids[2], quantised[name] > 1, text
+        else:
+            text = f"in {name} the high norms are in the added registers and no patch token is an outlier"
+            yield f"ours-{name}", found[name].share < 0.001 and high > top, f"{share}; {norms}", text, "none"

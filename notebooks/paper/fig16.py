@@ -1,0 +1,100 @@
+"""Figure 16: scores of average attention maps, and the verdicts."""
+
+from __future__ import annotations
+
+import torch
+from verdicts import above, copies, registered
+
+from vitreg_lib.measure import maps
+from vitreg_lib.measure.pairs import interval
+
+LEAST = 0.01  # a leaning of less than one point of the attention does not count
+
+
+def scores(average: dict[str, torch.Tensor]) -> dict[str, dict[str, float]]:
+    """{token: border, upper_half, area_of_80_percent, entropy} of average maps {token: (rows, cols)}."""
+    measures = {
+        "border": maps.border_share,
+        "upper_half": maps.half_share,
+        "area_of_80_percent": maps.support_area,
+        "entropy": lambda one: maps.entropy(one, normalised=True),
+    }
+    return {token: {name: f(one).item() for name, f in measures.items()} for token, one in average.items()}
+
+
+def leaning(score: torch.Tensor, against: torch.Tensor) -> tuple[int, float, float, float]:
+    """Which register's score exceeds the reference most, by how much, and the interval of that.
+
+    score: (images, registers); against: (images, registers), what each is compared with. The register is chosen on the
+    even images, and the difference and its middle 95 % over images are those of the odd ones: the largest of several
+    leanings is large by chance on the images that chose it.
+    """
+    gap = score - against
+    chosen = int(gap[::2].mean(0).argmax())
+    judged = gap[1::2, chosen]
+    return chosen, judged.mean().item(), *interval(judged)
+
+
+def entropy_gap(attention: torch.Tensor, local: int, draws: int = 200, seed: int = 0) -> tuple[float, float, float]:
+    """Entropy of the narrowest average map minus that of token `local`, and its middle 95 % over images.
+
+    attention: (images, tokens, rows, cols). Images are drawn anew before the average is taken.
+    """
+    flat = attention.flatten(2).double()
+    drawn = torch.randint(len(flat), (draws, len(flat)), generator=torch.Generator().manual_seed(seed))
+    weights = torch.stack([row.bincount(minlength=len(flat)) for row in drawn]).double() / len(flat)
+    weights = torch.cat([torch.full((1, len(flat)), 1 / len(flat)).double(), weights])
+    average = torch.einsum("di,itp->dtp", weights, flat)
+    entropy = maps.entropy(average, grid=(1, average.shape[-1]), normalised=True)
+    wide = entropy[:, [i for i in range(entropy.shape[1]) if i != local % entropy.shape[1]]]
+    gap = wide.amin(1) - entropy[:, local]
+    low, high = gap[1:].quantile(torch.tensor([0.025, 0.975]).double()).tolist()
+    return gap[0].item(), low, high
+
+
+def claims(models, attention: dict, names: dict, pairs: dict[str, str], having, profile: str):
+    """Arguments of `Run.claim`: C055 to C057 on a model trained with registers, ours on registers added at test time.
+
+    By label: attention (images, tokens, rows, cols), the patch at the centre last; names of these tokens.
+    """
+    trained, missing = registered(models, pairs, having, profile)
+    judged = [m for m in trained if not copies(m)]
+    if trained and not judged:
+        missing = f"the registers of {trained[0].label} are copies of one another"
+    if not judged:
+        for claim in ("C055", "C056", "C057"):
+            yield claim, None, missing
+    else:
+        yield from _of_registers(judged[0].label, attention[judged[0].label], names[judged[0].label])
+    for model in models:
+        if model.role == "mended":
+            picked = [i for i, token in enumerate(names[model.label]) if token.startswith("register")]
+            spread = maps.border_share(attention[model.label][:, picked].mean(0)).std().item() if len(picked) > 1 else 0
+            measured = f"outer ring: standard deviation {spread:.0e} between registers"
+            text = f"the added registers of {model.label} are copies and have the same map"
+            yield f"ours-{model.label}", spread < 1e-3, measured, text, "none"
+
+
+def _of_registers(name: str, attention: torch.Tensor, tokens: list[str]):
+    registers = [i for i, token in enumerate(tokens) if token.startswith("register")]
+    border, upper = maps.border_share(attention), maps.half_share(attention)
+    # without a cls token the registers are compared with the mean of all registers
+    other = border[:, [tokens.index("cls")]] if "cls" in tokens else border[:, registers].mean(1, keepdim=True)
+    which, gap, low, high = leaning(border[:, registers], other.expand(-1, len(registers)))
+    text = (
+        f"{name}: register {which + 1} has {100 * gap:+.1f} points ({100 * low:+.1f} to {100 * high:+.1f}) more of its "
+    )
+    yield (
+        "C055",
+        above(low, high, LEAST),
+        f"{text}attention on the outer ring than {'cls' if 'cls' in tokens else 'all'}",
+    )
+    mean = upper[:, registers].mean(1, keepdim=True).expand(-1, len(registers))
+    which, gap, low, high = leaning(upper[:, registers], mean)
+    text = (
+        f"{name}: register {which + 1} has {100 * gap:+.1f} points ({100 * low:+.1f} to {100 * high:+.1f}) more of its "
+    )
+    yield "C056", above(low, high, LEAST), f"{text}attention in the upper half than the registers on average"
+    gap, low, high = entropy_gap(attention, len(tokens) - 1)
+    text = f"{name}: the narrowest map of cls and registers has {gap:+.3f} ({low:+.3f} to {high:+.3f}) more entropy"
+    yield "C057", above(low, high), f"{text} than the patch's map"

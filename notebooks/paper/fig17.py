@@ -1,0 +1,32 @@
+"""Figure 17: its verdicts."""
+
+from __future__ import annotations
+
+from verdicts import specimen
+
+
+def claims(models, share: dict[str, float], having, truths: dict):
+    """Arguments of `Run.claim`: C058 and C059, then the controls.
+
+    share: of tokens above 3 times the median, by label; having: labels of models with artifacts; truths: masks or None.
+    """
+    mae = [m.label for m in models if "mae" in m.label.split("-")]
+    text = "; ".join(f"{name}: {value:.2%}" for name, value in share.items())
+    if not mae:
+        yield "C058", None, f"no masked autoencoder is at hand. Others: {text}"
+    elif specimen(models, having) is None:
+        yield "C058", None, f"no other trained model here has artifacts either, so nothing follows. {text}"
+    else:
+        yield "C058", all(share[name] < 0.001 for name in mae), text
+    yield "C059", None, "needs ImageNet's training set and the probes of tab02"
+    for name, truth in truths.items():
+        if truth is not None:
+            there = truth.float().mean().item()
+            text = f"the share of {name} is the share that was put there"
+            yield (
+                f"control-{name}",
+                abs(share[name] - there) < 0.005,
+                f"{share[name]:.2%}, truth {there:.2%}",
+                text,
+                "none",
+            )

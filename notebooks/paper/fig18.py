@@ -1,0 +1,48 @@
+"""Figure 18: its verdicts."""
+
+from __future__ import annotations
+
+import torch
+from verdicts import above, specimen
+
+from vitreg_lib.measure.pairs import interval
+
+
+def gap_between_heads(lift: torch.Tensor) -> tuple[float, float]:
+    """The middle 95 % of the lift of one head minus that of another, over images; lift (images, heads).
+
+    The heads of largest and smallest lift are chosen on the even images and compared on the odd ones.
+    """
+    mean = lift[::2].nanmean(0)
+    gap = lift[1::2, int(mean.argmax())] - lift[1::2, int(mean.argmin())]
+    return interval(gap[gap.isfinite()])
+
+
+def claims(models, lift: dict[str, torch.Tensor], having):
+    """Arguments of `Run.claim`: C060 and C061 on the first trained model with artifacts, then the planted control.
+
+    lift (images, heads), by label: attention on outliers over their share of patches, NaN in images without outliers.
+    """
+    model = specimen(models, having)
+    if model is None:
+        names = ", ".join(m.label for m in models if m.role == "trained")
+        for claim in ("C060", "C061"):
+            yield claim, None, f"no trained model here has artifacts: {names}"
+    else:
+        name, values = model.label, lift[model.label]
+        values = values[values.isfinite().all(1)]
+        ends = [interval(head) for head in values.T]
+        found = ", ".join(f"{m:.1f} ({a:.1f} to {b:.1f})" for m, (a, b) in zip(values.mean(0), ends, strict=True))
+        by_head = [above(low, high, 1) for low, high in ends]
+        verdict = True if all(v is True for v in by_head) else False if False in by_head else "undecided"
+        yield "C060", verdict, f"{name}: {found} times their share"
+        low, high = gap_between_heads(values)
+        text = f"{name}: {found} times their share; largest minus smallest {low:.1f} to {high:.1f} on the other half"
+        yield "C061", above(low, high), text
+    for control in (m for m in models if m.role == "planted control"):
+        values = lift[control.label].nanmean(0)
+        head = int(values.nan_to_num(0).argmax())
+        rest = values.sort().values[-2]
+        text = f"the head of {control.label} that was made to attend to the artifacts (the last) is found"
+        measured = f"head {head}: {values[head]:.1f} times their share, the others at most {rest:.1f}"
+        yield f"control-{control.label}", head == len(values) - 1, measured, text, "none"

@@ -1,0 +1,34 @@
+"""Figure 20: the first component of a model's tokens, and the verdicts."""
+
+from __future__ import annotations
+
+import torch
+
+from vitreg_lib.measure import maps, pairs
+
+
+def first_component(tokens: torch.Tensor, grid: tuple[int, int], clip: float | None = None) -> torch.Tensor:
+    """(images, rows, cols) whitened scores of the first principal component of tokens (images, patches, dim)."""
+    return maps.principal_components(tokens, 1, clip=clip, grid=grid).scores[..., 0].unflatten(1, grid)
+
+
+def claims(models, component: dict, after: dict, truths: dict, having):
+    """Arguments of `Run.claim`: C063, before the final LayerNorm; ours on added registers and after it; the control.
+
+    By label: component and after, `first_component` before and after the final LayerNorm; truths, masks or None.
+    """
+    beyond, behind = ({n: (v.abs() > 3).float().mean((1, 2)) for n, v in each.items()} for each in (component, after))
+    rough = {name: -maps.moran_i(values) for name, values in component.items()}  # the lower the smoother
+    yield "C063", *pairs.judge(pairs.compare(beyond, models), "trained", having)
+    text = "registers added at test time leave fewer patches beyond 3 σ"
+    yield "ours-beyond", *pairs.judge(pairs.compare(beyond, models), "test time", having), text, "none"
+    text = "the same after the final LayerNorm"
+    yield "ours-after-norm", *pairs.judge(pairs.compare(behind, models), "test time", having), text, "none"
+    text = "with added registers neighbours are more alike (minus Moran's I falls)"
+    yield "ours-smooth", *pairs.judge(pairs.compare(rough, models), "test time", having), text, "none"
+    for name, truth in truths.items():
+        if truth is not None and truth.any():
+            values = component[name].flatten(1).abs()
+            ratio = (values[truth].mean() / values[~truth].mean()).item()
+            text = f"the first component of {name} points at its artifacts"
+            yield f"control-{name}", ratio > 2, f"|component| there / elsewhere {ratio:.1f}", text, "none"
