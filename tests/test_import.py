@@ -79,7 +79,7 @@ def test_a_notebook_begins_with_its_title_and_starts_a_run_of_its_own_item(path)
     code = "\n".join("".join(c["source"]) for c in notebook["cells"] if c["cell_type"] == "code")
     item = path.stem.split("_")[0] if path.parent.name == "paper" else path.stem
     assert f'vr.start("{item}", globals())' in code
-    assert "run.claims()" in code
+    assert "run.claims(" in code
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
