@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
+
 import numpy as np
 import pytest
 import timm
@@ -120,12 +122,139 @@ def test_a_folder_of_damaged_images_alone_is_an_error(tmp_path):
         images.load(str(tmp_path), any_model(), 3)
 
 
-def test_pictures_without_three_channels_are_read(tmp_path):
-    Image.new("L", (40, 40), 128).save(tmp_path / "grey.png")
-    Image.new("RGBA", (40, 40), (10, 20, 30, 0)).save(tmp_path / "clear.png")
-    Image.new("P", (40, 40)).save(tmp_path / "palette.png")
-    Image.new("CMYK", (40, 40)).save(tmp_path / "print.jpg")
-    assert images.load(str(tmp_path), any_model(), 9).x.shape == (4, 3, 64, 64)
+@pytest.fixture
+def grey():
+    """Every grey value from 0 to 255 once."""
+    return np.arange(256, dtype=np.uint8).reshape(16, 16)
+
+
+def saved(path, values, **options) -> np.ndarray:
+    """What `images.read` gives for an array or a PIL image that is saved first."""
+    (values if isinstance(values, Image.Image) else Image.fromarray(values)).save(path, **options)
+    picture = images.read(path)
+    assert picture.mode == "RGB"
+    return np.asarray(picture)
+
+
+@pytest.mark.parametrize("factor", [256, 257])
+@pytest.mark.parametrize("suffix", ["png", "tiff"])
+def test_a_picture_of_16_bits_equals_its_twin_of_8(tmp_path, grey, suffix, factor):
+    deep = grey.astype(np.uint16) * factor
+    assert np.array_equal(saved(tmp_path / f"deep.{suffix}", deep), saved(tmp_path / "flat.png", grey))
+
+
+def test_pictures_of_32_bits_and_floating_point_equal_their_twins(tmp_path, grey):
+    wanted = saved(tmp_path / "flat.png", grey)
+    twins = {
+        "8 bits in 32": grey.astype(np.int32),
+        "16 bits in 32": grey.astype(np.int32) * 257,
+        "31 bits": (grey.astype(np.int64) * (2**31 - 1) // 255).astype(np.int32),
+        "0 to 1": grey.astype(np.float32) / 255,
+        "0 to 255": grey.astype(np.float32),
+        "0 to 65535": grey.astype(np.float32) * 257,
+    }
+    for name, values in twins.items():
+        gap = np.abs(saved(tmp_path / "twin.tiff", values).astype(int) - wanted).max()
+        assert gap <= (name == "31 bits"), f"{name}: {gap} of 255 apart"
+
+
+@pytest.mark.parametrize("bad", [-1.0, np.nan, np.inf])
+def test_grey_values_without_a_meaning_are_refused(tmp_path, bad):
+    Image.fromarray(np.full((4, 4), bad, np.float32)).save(tmp_path / "bad.tiff")
+    with pytest.raises(UserError, match="its grey values go from"):
+        images.read(tmp_path / "bad.tiff")
+
+
+def test_pictures_stand_upright(tmp_path):
+    """Each of EXIF's eight orientations shows the same scene: red above left, and it is wider than high."""
+    upright = np.zeros((20, 40, 3), np.uint8)
+    upright[:10, :20, 0] = 255
+    stored = {  # how a camera lays the pixels down for each orientation
+        1: upright, 2: upright[:, ::-1], 3: upright[::-1, ::-1], 4: upright[::-1],
+        5: upright.transpose(1, 0, 2), 6: np.rot90(upright, 1), 7: np.rot90(upright.transpose(1, 0, 2), 2),
+        8: np.rot90(upright, 3),
+    }  # fmt: skip
+    for orientation, pixels in stored.items():
+        exif = Image.Exif()
+        exif[0x112] = orientation
+        assert np.array_equal(saved(tmp_path / "a.png", np.ascontiguousarray(pixels), exif=exif), upright), orientation
+
+
+def test_colours_and_transparency(tmp_path):
+    red = Image.new("RGB", (8, 8), (255, 0, 0))
+    for name, picture in {
+        "palette.png": red.quantize(4), "palette.gif": red.quantize(4), "print.tif": red.convert("CMYK"),
+        "grey.png": Image.new("L", (8, 8), 76), "bits.png": Image.new("1", (8, 8), 1),
+    }.items():  # fmt: skip
+        wanted = {"grey.png": (76, 76, 76), "bits.png": (255, 255, 255)}.get(name, (255, 0, 0))
+        assert (saved(tmp_path / name, picture) == wanted).all(), name
+    printed = saved(tmp_path / "print.jpg", red.convert("CMYK")).astype(int)
+    assert np.abs(printed - (255, 0, 0)).max() <= 3  # JPEG
+    half = Image.new("RGBA", (8, 8), (255, 0, 0, 128))
+    half.paste((0, 0, 0, 0), (0, 0, 4, 8))
+    seen = saved(tmp_path / "clear.png", half)
+    assert (seen[:, :4] == 255).all(), "what is clear lies on white, whatever its hidden colour"
+    assert np.abs(seen[0, -1].astype(int) - (255, 127, 127)).max() <= 1
+
+
+@pytest.mark.parametrize("suffix", ["gif", "webp", "png", "tiff"])
+def test_of_an_animation_the_first_frame_is_taken(tmp_path, suffix):
+    frames = [Image.new("RGB", (8, 8), colour) for colour in ("white", "black", "blue")]
+    frames[0].save(tmp_path / f"a.{suffix}", save_all=True, append_images=frames[1:])
+    assert (np.asarray(images.read(tmp_path / f"a.{suffix}")) == 255).all()
+
+
+def test_a_folder_of_all_kinds_goes_on_without_the_bad_ones(tmp_path, monkeypatch):
+    """Corrupt, empty and huge files are listed with the reason; the others are read."""
+    for suffix in ("png", "jpg", "gif", "bmp", "webp", "tiff"):
+        Image.new("RGB", (40, 30), "red").save(tmp_path / f"good.{suffix}")
+        whole = (tmp_path / f"good.{suffix}").read_bytes()
+        (tmp_path / f"cut.{suffix}").write_bytes(whole[: len(whole) // 2])
+        (tmp_path / f"flipped.{suffix}").write_bytes(bytes(255 - b for b in whole[:60]) + whole[60:])
+    (tmp_path / "empty.png").touch()
+    (tmp_path / "text.jpg").write_text("hello")
+    Image.new("L", (101, 100)).save(tmp_path / "huge.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10_000)
+    with pytest.warns(UserWarning, match="cannot be read and is left out"):
+        found = images.load(str(tmp_path), any_model(input_size=8), 100)
+    left_out = {p.name for p in tmp_path.iterdir() if p.stem != "good"}
+    assert set(found.left_out) <= left_out and {"empty.png", "text.jpg", "huge.png", "cut.jpg"} <= set(found.left_out)
+    assert len(found) + len(found.left_out) == len(list(tmp_path.iterdir())) and found.names.count("good") == 6
+    assert "exceeds limit of 10000 pixels" in found.left_out["huge.png"] and all(found.left_out.values())
+
+
+def test_heic_is_read_where_pillow_can(tmp_path):
+    heif = pytest.importorskip("pillow_heif")
+    heif.from_pillow(Image.new("RGB", (64, 64), "red")).save(tmp_path / "a.heic")
+    assert np.abs(np.asarray(images.read(tmp_path / "a.heic")).astype(int) - (255, 0, 0)).max() <= 6
+
+
+@pytest.mark.parametrize("source", ["scenes", "photos"])
+def test_a_stream_gives_what_load_gives(source):
+    whole = images.load(source, any_model(), 7, seed=3)
+    parts = list(images.stream(source, any_model(), 7, seed=3, batch_size=3))
+    assert [len(p) for p in parts] == [3, 3, 1] and [n for p in parts for n in p.names] == whole.names
+    assert torch.equal(torch.cat([p.x for p in parts]), whole.x)
+
+
+def test_a_stream_of_textures_gives_what_load_gives():
+    model = any_model(input_size=12)
+    parts = list(images.stream("textures", model, 150, batch_size=50))
+    assert torch.equal(torch.cat([p.x for p in parts]), images.load("textures", model, 150).x)
+
+
+def test_a_stream_holds_one_batch_and_passes_over_bad_files(folder):
+    """A batch without any readable picture is passed over; a batch is freed before the next but one is made."""
+    for name in ("a.png", "b.jpg"):
+        (folder / name).write_bytes(b"hello")
+    batches, names, kept = images.stream(str(folder), any_model(), 100, batch_size=2), [], []
+    with pytest.warns(UserWarning, match="left out"):
+        for batch in batches:
+            kept = [ref for ref in kept if ref() is not None] + [weakref.ref(batch.x)]
+            assert len(kept) <= 2
+            names += batch.names
+            left_out = batch.left_out
+    assert names == ["c", "d", "e", "f"] and set(left_out) == {"a.png", "b.jpg"}
 
 
 def test_an_empty_folder_and_a_missing_one_are_refused(tmp_path, no_models):

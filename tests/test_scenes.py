@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
 
 import numpy as np
@@ -10,7 +11,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vitreg_lib.data import frozen, scenes
+from vitreg_lib import base
+from vitreg_lib.base import ROOT
+from vitreg_lib.data import scenes
 
 FIELDS = ("pixels", "instances", "semantic", "depth", "boxes", "visible", "shape", "colour", "texture", "place")
 
@@ -172,7 +175,16 @@ def test_uniform_numbers_are_uniform_and_uncorrelated():
     assert (correlation - torch.eye(16)).abs().max() < 0.04
 
 
-def test_the_frozen_set_equals_scenes_rendered_anew(tmp_path):
+@pytest.fixture
+def frozen():
+    """workflow/scenes.py, which writes the evaluation set."""
+    spec = importlib.util.spec_from_file_location("write_scenes", ROOT / "workflow" / "scenes.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_frozen_set_equals_scenes_rendered_anew(frozen, tmp_path):
     """Loaded as any user of `datasets` would, without a network."""
     from datasets import load_dataset
 
@@ -194,17 +206,11 @@ def test_the_frozen_set_equals_scenes_rendered_anew(tmp_path):
         assert row["box_labels"] == batch.shape[i][visible].tolist()
 
 
-def test_the_frozen_set_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
+def test_the_frozen_set_is_written_whole_or_not_at_all(frozen, tmp_path, monkeypatch):
     monkeypatch.setattr(frozen, "COUNT", 4)
     path = frozen.write(tmp_path / "few.parquet")
     whole = path.read_bytes()
-    monkeypatch.setattr(frozen.os, "replace", lambda *names: (_ for _ in ()).throw(OSError("disk full")))
+    monkeypatch.setattr(base.os, "replace", lambda *names: (_ for _ in ()).throw(OSError("disk full")))
     with pytest.raises(OSError, match="disk full"):
         frozen.write(path)
     assert path.read_bytes() == whole
-
-
-def test_a_missing_frozen_set_says_how_to_render_it(monkeypatch, tmp_path):
-    monkeypatch.setattr(frozen, "PATH", tmp_path / "none.parquet")
-    with pytest.raises(FileNotFoundError, match="vitreg data --write-scenes"):
-        frozen.load()

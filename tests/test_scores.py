@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import fig08
 import pytest
 import tab02
+import tab02_sets
 import torch
 
 from vitreg_lib.base import UserError
@@ -48,14 +49,13 @@ def small():
 def test_scores_are_those_of_the_probes_called_one_by_one(model, small):
     from sklearn.metrics import root_mean_squared_error
 
-    from vitreg_lib.data import sets
     from vitreg_lib.probes import dense
 
     found = tab02.scores(model, **small)
     assert {task: tuple(v.shape) for task, v in found.values().items()} == dict.fromkeys(tab02.TASKS, (2,))
     parts = {}
     for split, n in (("train", 24), ("test", 16)):
-        pictures = sets.segmentation("scenes", split, model, n, 0)[0]
+        pictures = tab02_sets.segmentation("scenes", split, model, n, 0)[0]
         seen = model.capture(pictures, "final", layers=-1)
         parts[split] = pictures.scenes, seen.patches(seen.final), seen.final[:, 0]
     rows = torch.randperm(24, generator=torch.Generator().manual_seed(1))[:19]

@@ -178,16 +178,11 @@ def models(name: Annotated[str, typer.Argument(help="all that is known of one mo
 @app.command()
 def data(
     name: Annotated[str, typer.Argument(help="all that is known of one data set")] = "",
-    write_scenes: Annotated[
-        bool, typer.Option("--write-scenes", help="render the frozen evaluation set data/scenes/eval.parquet anew")
-    ] = False,
 ):
     """List images and data sets: what is ready on this machine, and how to get the rest."""
-    from .data import frozen, images, sets
+    from .data import images, sets
 
-    if write_scenes:
-        print(shown(frozen.write()))
-    elif name:
+    if name:
         _table(sets.entry(name) | {"here": sets.state(name), "how": sets.how(name)})
     else:
         photos = len(images.find("photos")[0])

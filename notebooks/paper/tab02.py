@@ -14,13 +14,13 @@ from dataclasses import dataclass, field
 import matplotlib
 import matplotlib.pyplot as plt
 import numpy as np
+import tab02_sets
 import tables_tasks
 import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
 from vitreg_lib.base import DATA, UserError
-from vitreg_lib.data import sets
 from vitreg_lib.data.scenes import SHAPES
 from vitreg_lib.measure import pairs
 from vitreg_lib.plots.style import PALETTE, PAPER, styled
@@ -133,7 +133,7 @@ def _load(task: str, source: str, split: str, model, n: int, seed: int, cache: d
     """The images of one split with their truth; scenes are captured once for all tasks."""
     if source == "scenes":
         if split not in cache:
-            pictures, _, classes = sets.segmentation("scenes", split, model, n, seed)
+            pictures, _, classes = tab02_sets.segmentation("scenes", split, model, n, seed)
             cache[split] = (pictures, classes, _features(model, pictures.x))
         pictures, classes, features = cache[split]
         s = pictures.scenes
@@ -147,7 +147,7 @@ def _load(task: str, source: str, split: str, model, n: int, seed: int, cache: d
         pixels = torch.cat([part.pixels(part.rows[i : i + 64], model) for i in range(0, len(part), 64)])
         whole = _Part(part.title, *_features(model, model.normalise(pixels)), labels, problem.tasks[0].classes)
         return whole.take(labels != tables_tasks.LEFT_OUT)
-    load = sets.segmentation if task == "miou" else sets.depth
+    load = tab02_sets.segmentation if task == "miou" else tab02_sets.depth
     pictures, truth, most = load(source, split, model, n, seed)
     return _Part(pictures.source, *_features(model, pictures.x), truth, most)
 

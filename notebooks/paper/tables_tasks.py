@@ -231,7 +231,7 @@ def _registered(name: str, n_train: int, n_test: int, seed: int) -> Problem:
         column = "labels" if part.entry["task"] == "multilabel" else "label"
         labels.append(torch.tensor(data[column][:]).long())
         taken = part.title if len(rows) == len(part) else f"{part.title}, {len(rows)} taken"
-        parts.append(Source(taken, digest(data), data.select_columns(["image"]), _read))
+        parts.append(Source(taken, digest(data), sets.undecoded(data.select_columns(["image"])), _read))
     known = sets.entry(name)
     task = Task(name, known["title"], known["metric"], *labels, known["classes"], known.get("paper", ""))
     return Problem(name, *parts, [task])
@@ -239,14 +239,12 @@ def _registered(name: str, n_train: int, n_test: int, seed: int) -> Problem:
 
 def _read(batch: dict, model) -> torch.Tensor:
     transform = preprocessing(model, model.input_size)
-    return torch.stack([transform(image.convert("RGB")) for image in batch["image"]])
+    return torch.stack([transform(sets.read_stored(image)) for image in batch["image"]])
 
 
 def digest(data) -> str:
     """sha256 of the pictures of a Dataset: of their bytes, or of names and sizes where they are more than 1 GiB."""
-    from datasets import Image
-
-    stored = data.cast_column("image", Image(decode=False))["image"]
+    stored = sets.undecoded(data)["image"]
     found = hashlib.sha256()
     sizes = [len(row["bytes"]) if row["bytes"] else Path(row["path"]).stat().st_size for row in stored]
     whole = sum(sizes) <= WHOLE_FILES

@@ -6,7 +6,7 @@ Every reader takes (root, spec, split): the folder of a local copy, the `folder`
     image            datasets.Image, decoded when a row is read
     label            ClassLabel                                      classification
     labels           list of 0 and 1, one a class                    several labels an image
-    mask             datasets.Image of class numbers                 segmentation (see `mask_classes`)
+    mask             datasets.Image of class numbers                 segmentation
     depth            datasets.Image of 16-bit numbers                depth
     boxes            list of [left, top, right, bottom] in pixels (in the layout yolo: shares of the image)
     objects          list of the boxes' class names
@@ -25,7 +25,6 @@ import torch
 from ..base import UserError, unknown
 from .images import SUFFIXES
 
-IGNORE = 255  # pixels without a label
 VOC_CLASSES = (
     "aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse motorbike person pottedplant sheep "
     "sofa train tvmonitor"
@@ -46,23 +45,29 @@ def parquet_files(root: Path, split: str) -> list[str]:
 
 
 def imagefolder(root: Path, spec: dict, split: str):
-    """SPLIT/CLASS/photo.jpg. `per_class`: so many photos of each class, drawn by seed 0, train; the others test."""
+    """SPLIT/CLASS/photo.jpg. `per_class`: n photos of each class, drawn by seed 0, train; the others test."""
+    from torchvision.datasets.folder import make_dataset
+
     place = _folder(root, spec[split], "SPLIT/CLASS/photo.jpg")
     classes = sorted(p.name for p in place.iterdir() if p.is_dir() and p.name not in spec.get("without", ()))
-    files, labels = [], []
-    for number, name in enumerate(classes):
-        found = sorted(p for p in (place / name).rglob("*") if p.suffix.lower() in SUFFIXES)
-        if "per_class" in spec:
-            order = torch.randperm(len(found), generator=torch.Generator().manual_seed(0)).tolist()
-            train = set(order[: spec["per_class"]])
-            found = [p for i, p in enumerate(found) if (i in train) == (split == "train")]
-        if not found:
-            raise UserError(f"the class folder {spec[split]}/{name} in {root.name} holds no image for {split}")
-        files += found
-        labels += [number] * len(found)
     if not classes:
         raise UserError(f"{spec[split]}/ in {root.name} has no class folders: expected SPLIT/CLASS/photo.jpg")
-    return _classified(root, files, labels, classes)
+    numbers = {name: number for number, name in enumerate(classes)}
+    rows = make_dataset(place, numbers, extensions=tuple(SUFFIXES), allow_empty=True)
+    if "per_class" in spec:
+        rows = [row for n in numbers.values() for row in _drawn([r for r in rows if r[1] == n], spec, split)]
+    if empty := set(numbers.values()) - {number for _, number in rows}:
+        raise UserError(
+            f"the class folder {spec[split]}/{classes[min(empty)]} in {root.name} holds no image for {split}"
+        )
+    return _classified(root, *map(list, zip(*rows, strict=True)), classes)
+
+
+def _drawn(rows: list, spec: dict, split: str) -> list:
+    """The rows of one class that train, drawn at random, or the others."""
+    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0)).tolist()
+    train = set(order[: spec["per_class"]])
+    return [row for i, row in enumerate(rows) if (i in train) == (split == "train")]
 
 
 def lists(root: Path, spec: dict, split: str):
@@ -82,8 +87,8 @@ def lists(root: Path, spec: dict, split: str):
             raise UserError(f"{name}, line {number} in {root.name}: {line!r} has no label after the image's name")
         return key, rest.strip().split()[0] if spec["label"] == "second" else rest.strip()
 
-    known = {parse(*line)[1] for line in lines("train")}
-    classes = sorted(known, key=lambda c: (int(c), "") if c.isdigit() else (0, c))
+    classes = {parse(*line)[1] for line in lines("train")}
+    classes = sorted(classes, key=lambda c: (int(c), "") if c.isdigit() else (0, c))
     number = {name: i for i, name in enumerate(classes)}
     rows = [parse(*line) for line in lines(split)]
     if strange := [label for _, label in rows if label not in number]:
@@ -95,15 +100,15 @@ def cub(root: Path, spec: dict, split: str):
     """images.txt, image_class_labels.txt, train_test_split.txt (1 is train) and classes.txt, joined by image id."""
 
     def table(name):
-        return dict(line.split(maxsplit=1) for line in _file(root, name).read_text().splitlines() if line.strip())
+        lines = _file(root, f"{name}.txt").read_text().splitlines()
+        return {key: value.strip() for key, value in (line.split(maxsplit=1) for line in lines if line.strip())}
 
-    images, labels, parts = (table(f"{n}.txt") for n in ("images", "image_class_labels", "train_test_split"))
-    names = table("classes.txt")
-    chosen = [i for i in images if parts[i].strip() == str(spec[split])]
-    numbers = {key: n for n, key in enumerate(sorted(names, key=int))}
-    files = [root / "images" / images[i].strip() for i in chosen]
-    classes = [names[key].strip() for key in numbers]
-    return _classified(root, files, [numbers[labels[i].strip()] for i in chosen], classes)
+    images, labels, parts = table("images"), table("image_class_labels"), table("train_test_split")
+    classes = dict(sorted(table("classes").items(), key=lambda row: int(row[0])))
+    numbers = {key: number for number, key in enumerate(classes)}
+    ids = [i for i in images if parts[i] == str(spec[split])]
+    files = [root / "images" / images[i] for i in ids]
+    return _classified(root, files, [numbers[labels[i]] for i in ids], list(classes.values()))
 
 
 def cars(root: Path, spec: dict, split: str):
@@ -172,12 +177,12 @@ def coco(root: Path, spec: dict, split: str):
     try:
         table = json.loads(path.read_text())
         names = {c["id"]: c["name"] for c in table["categories"]}
-        found = {i["id"]: (i["file_name"], [], []) for i in table["images"]}
+        rows = {i["id"]: (i["file_name"], [], []) for i in table["images"]}
         for a in table["annotations"]:
             if not a.get("iscrowd"):
                 x, y, w, h = a["bbox"]
-                found[a["image_id"]][1].append([x, y, x + w, y + h])
-                found[a["image_id"]][2].append(names[a["category_id"]])
+                rows[a["image_id"]][1].append([x, y, x + w, y + h])
+                rows[a["image_id"]][2].append(names[a["category_id"]])
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(
             f"{spec['annotations']} in {root.name} is no annotation file of COCO (images, annotations, categories): "
@@ -185,55 +190,35 @@ def coco(root: Path, spec: dict, split: str):
         ) from error
     if "only" in spec:
         wanted = {line.split("/")[-1].strip() for line in _file(root, spec["only"]).read_text().splitlines()}
-        found = {i: row for i, row in found.items() if row[0] in wanted}
-    files, boxes, objects = zip(*found.values(), strict=True) if found else ((), (), ())
+        rows = {i: row for i, row in rows.items() if row[0] in wanted}
+    files, boxes, objects = zip(*rows.values(), strict=True) if rows else ((), (), ())
     images = [root / spec["images"] / name for name in files]
     return _dataset(root, {"image": images, "boxes": list(boxes), "objects": list(objects)})
 
 
 def yolo(root: Path, spec: dict, split: str):
-    """images/NAME.jpg and boxes/NAME.txt, read by `data.boxes`; boxes are shares of the image; no split."""
-
-    place = _folder(root, spec["images"], "images/NAME.jpg and boxes/NAME.txt")
-    _folder(root, spec["boxes"], "images/NAME.jpg and boxes/NAME.txt")
-    files = sorted(p for p in place.iterdir() if p.suffix.lower() in SUFFIXES)
-    found = [read_boxes(root / spec["boxes"] / f"{p.stem}.txt").tolist() for p in files]
-    return _dataset(root, {"image": files, "boxes": found})
+    """images/NAME.jpg and boxes/NAME.txt (see `read_boxes`); boxes are shares of the image; no split."""
+    expected = "images/NAME.jpg and boxes/NAME.txt"
+    _folder(root, spec["boxes"], expected)
+    files = _pictures(_folder(root, spec["images"], expected))
+    boxes = [read_boxes(root / spec["boxes"] / f"{p.stem}.txt").tolist() for p in files]
+    return _dataset(root, {"image": files, "boxes": boxes})
 
 
 def masks(root: Path, spec: dict, split: str):
-    """Two folders: photos, and PNG masks of class numbers under the same names (see `mask_classes`)."""
+    """Two folders: photos, and PNG masks of class numbers under the same names."""
     photos, labels = spec[split]
     expected = f"{photos}/NAME.jpg and {labels}/NAME.png"
-    place, marked = _folder(root, photos, expected), _folder(root, labels, expected)
-    files = sorted(p for p in place.iterdir() if p.suffix.lower() in SUFFIXES)
-    if missing := [p.stem for p in files if not (marked / f"{p.stem}.png").exists()]:
-        raise UserError(f"{labels}/{missing[0]}.png is missing in {root.name}: expected {expected}")
-    return _dataset(root, {"image": files, "mask": [marked / f"{p.stem}.png" for p in files]})
-
-
-def mask_classes(mask: torch.Tensor, spec: dict) -> torch.Tensor:
-    """Class numbers from 0, `IGNORE` where there is no label, from a mask's own numbers.
-
-    `background`: this number is no class and the others follow it (ADE20k's 0); `ignore`: this number is no class.
-    """
-    mask = mask.long()
-    if "background" in spec:
-        return torch.where(mask == spec["background"], IGNORE, mask - spec["background"] - 1)
-    return torch.where(mask == spec.get("ignore", IGNORE), IGNORE, mask)
+    files, marked = _pictures(_folder(root, photos, expected)), _folder(root, labels, expected)
+    return _dataset(root, {"image": files, "mask": [marked / f"{p.stem}.png" for p in files]}, expected)
 
 
 def depth(root: Path, spec: dict, split: str):
     """SCENE/rgb_N.jpg with SCENE/sync_depth_N.png beside it, 16 bits, `unit` to the metre."""
     expected = "SCENE/rgb_N.jpg and SCENE/sync_depth_N.png"
-    place = _folder(root, spec[split], expected)
-    files = sorted(place.rglob("rgb_*.jpg"))
-    pairs = [p.with_name(p.name.replace("rgb_", "sync_depth_")).with_suffix(".png") for p in files]
-    if missing := [p for p in pairs if not p.exists()]:
-        raise UserError(f"{missing[0].relative_to(root)} is missing in {root.name}: expected {expected}")
-    if not files:
-        raise UserError(f"{spec[split]}/ in {root.name} holds no photo: expected {expected}")
-    return _dataset(root, {"image": files, "depth": pairs})
+    files = sorted(_folder(root, spec[split], expected).rglob("rgb_*.jpg"))
+    depths = [p.with_name(p.name.replace("rgb_", "sync_depth_")).with_suffix(".png") for p in files]
+    return _dataset(root, {"image": files, "depth": depths}, expected)
 
 
 def labels_csv(root: Path, spec: dict, split: str):
@@ -255,25 +240,27 @@ def _classified(root: Path, files: list[Path], labels: list[int], classes: list[
     return _dataset(root, {"image": files, "label": labels}, label=ClassLabel(names=classes))
 
 
-def _dataset(root: Path, columns: dict[str, list], **features):
+def _dataset(root: Path, columns: dict[str, list], expected: str = "", **features):
     """A Dataset whose columns image, mask and depth are pictures in files; the first missing file is named."""
     from datasets import Dataset, Features, Image, Sequence, Value
 
+    expected = f": expected {expected}" if expected else ""
     if not columns["image"]:
-        raise UserError(f"no images found in {root.name}")
-    kinds = {
-        "labels": Sequence(Value("int8")),
-        "boxes": Sequence(Sequence(Value("float32"))),
-        "objects": Sequence(Value("string")),
-    }
-    kinds |= {"difficult": Sequence(Value("int8")), "image": Image(), "mask": Image(), "depth": Image(), **features}
+        raise UserError(f"no images found in {root.name}{expected}")
+    flags = Sequence(Value("int8"))
+    kinds = {"image": Image(), "mask": Image(), "depth": Image(), "labels": flags, "difficult": flags}
+    kinds |= {"boxes": Sequence(Sequence(Value("float32"))), "objects": Sequence(Value("string")), **features}
     for name in {"image", "mask", "depth"} & set(columns):
-        if missing := [p for p in columns[name] if not Path(p).exists()]:
-            place = Path(missing[0])
-            told = place.relative_to(root) if place.is_relative_to(root) else place.name
-            raise UserError(f"{told} is missing in {root.name} ({len(missing)} of {len(columns[name])} files)")
+        if missing := [Path(p) for p in columns[name] if not Path(p).exists()]:
+            first = missing[0].relative_to(root) if missing[0].is_relative_to(root) else missing[0].name
+            files = f"{len(missing)} of {len(columns[name])} files"
+            raise UserError(f"{first} is missing in {root.name} ({files}){expected}")
         columns[name] = [str(p) for p in columns[name]]
     return Dataset.from_dict(columns, features=Features({name: kinds[name] for name in columns}))
+
+
+def _pictures(folder: Path) -> list[Path]:
+    return sorted(p for p in folder.iterdir() if p.suffix.lower() in SUFFIXES)
 
 
 def _folder(root: Path, name: str, expected: str) -> Path:

@@ -1,33 +1,30 @@
-"""A set of images, prepared for a model: scenes, textures, photos that ship with other packages, a folder.
+"""Images prepared for a model: scenes, textures, photos that ship with other packages, a folder of the user's own.
 
-`load` turns the name of a source into an `Images` set. Photos go through the model's own preprocessing: resize by its
-own interpolation and crop, centre crop, its own mean and standard deviation.
+`load` gives a whole set as `Images`, `stream` the same set batch by batch. Photos go through the model's own
+preprocessing: resize with its interpolation, centre crop, mean and standard deviation. `read` is the one place where a
+picture file is opened.
 """
 
 from __future__ import annotations
 
+import csv
 import warnings
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from ..base import UserError, env_folder
 from . import scenes, textures
 
-SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"}
+SUFFIXES = set(".jpg .jpeg .png .bmp .webp .tif .tiff .gif .heic .heif .avif".split())
 SCENES_FROM = 1 << 40  # scenes that no shipped model was trained on
 _PHOTOS = {  # photos in colour that come with the installed packages
-    "astronaut.png": "skimage",
-    "chelsea.png": "skimage",
-    "coffee.png": "skimage",
-    "rocket.jpg": "skimage",
-    "motorcycle_left.png": "skimage",
-    "retina.jpg": "skimage",
-    "hubble_deep_field.jpg": "skimage",
-    "ihc.png": "skimage",
-    "china.jpg": "sklearn",
-    "flower.jpg": "sklearn",
+    "skimage": "astronaut.png chelsea.png coffee.png rocket.jpg motorcycle_left.png retina.jpg hubble_deep_field.jpg "
+    "ihc.png",
+    "sklearn": "china.jpg flower.jpg",
 }
 
 
@@ -36,7 +33,8 @@ class Images:
     """n images as one model sees them.
 
     x: (n, 3, size, size) normalised. pixels: the same before normalisation, in [0, 1], for display.
-    names: one a picture. source: what they are, as records name it. scenes: the ground truth, or None for photos.
+    names: one per image. source: what they are, as records name it. scenes: the ground truth, or None for photos.
+    left_out: {file name: why it could not be read}; in a stream, of all batches so far.
     """
 
     x: torch.Tensor
@@ -44,6 +42,7 @@ class Images:
     names: list[str]
     source: str
     scenes: scenes.Scenes | None = None
+    left_out: dict[str, str] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.x)
@@ -56,50 +55,65 @@ def load(source: str, model, n: int, seed: int = 0, size: int | None = None) -> 
     with scikit-image and scikit-learn); "imagenet" (a folder of that name in VITREG_DATA, or in data/ of
     VITREG_MODELS); or the path of an image or of a folder, searched below. Where a folder holds more than n images,
     `seed` draws among them; the same seed gives the same images for every model. An image that cannot be read is named
-    in a warning and left out. Raises UserError when a source does not exist or holds no readable image.
+    in a warning and in `left_out`. Raises UserError when a source does not exist or holds no readable image.
     """
-    size = size or model.input_size
-    if source == "scenes":
-        first = SCENES_FROM + seed * 100_000
-        batch = scenes.render(range(first, first + n), size)
-        names = [f"scene {i}" for i in range(n)]
-        return Images(model.normalise(batch.pixels), batch.pixels, names, f"scenes, {n} held-out images", batch)
-    if source == "textures":
-        return _textures(n, seed, size)
+    return next(stream(source, model, n, seed, size, batch_size=max(n, 1)))
+
+
+def stream(
+    source: str, model, n: int, seed: int = 0, size: int | None = None, batch_size: int = 64
+) -> Iterator[Images]:
+    """The images of `load` as an iterator of `Images` with at most `batch_size` each: memory does not grow with `n`."""
+    size, left_out, any_read = size or model.input_size, {}, False
+    if source in ("scenes", "textures"):
+        make = _scenes if source == "scenes" else _textures
+        for first in range(0, n, batch_size):
+            yield make(model, range(first, min(first + batch_size, n)), n, seed, size)
+        return
     paths, title = find(source)
     chosen = paths[:n]
     if source != "photos":
         order = torch.randperm(len(paths), generator=torch.Generator().manual_seed(seed)).tolist()
         chosen = [paths[i] for i in sorted(order[:n])]
-    pixels, names = _read(chosen, model, size)
-    if not names:
+    for first in range(0, len(chosen), batch_size):
+        pixels, names = _read(chosen[first : first + batch_size], preprocessing(model, size), size, left_out)
+        if names:
+            any_read = True
+            about = f"{title}, {len(names)} of {len(paths)} images"
+            yield Images(model.normalise(pixels), pixels, names, about, None, left_out)
+    if not any_read:
         raise UserError(f"none of the {len(chosen)} images in {source} could be read")
-    return Images(model.normalise(pixels), pixels, names, f"{title}, {len(names)} of {len(paths)} images")
 
 
-def _textures(n: int, seed: int, size: int) -> Images:
-    """Held-out images of the recipe `emergence`. They are normal numbers, which the model sees as they are."""
-    pixels = textures.GRID * textures.PATCH
+def _scenes(model, rows: range, n: int, seed: int, size: int) -> Images:
+    first = SCENES_FROM + seed * 100_000
+    batch = scenes.render(range(first + rows.start, first + rows.stop), size)
+    names = [f"scene {i}" for i in rows]
+    return Images(model.normalise(batch.pixels), batch.pixels, names, f"scenes, {n} held-out images", batch)
+
+
+def _textures(model, rows: range, n: int, seed: int, size: int) -> Images:
+    """Held-out images of the recipe `emergence`: normal numbers, which the model sees without normalisation."""
+    pixels, draw = textures.GRID * textures.PATCH, 64
     if size != pixels:
         raise UserError(f"textures have {pixels} pixels a side, this model wants {size}; try mini-corners")
-    first = textures.TO_LOOK_AT + 1000 * seed
-    x = torch.cat([textures.held_out(textures.SHIPPED, 64, part=first + i).pixels for i in range(-(-n // 64))])[:n]
-    names = [f"textures {i}" for i in range(n)]
+    first, parts = textures.TO_LOOK_AT + 1000 * seed, range(rows.start // draw, -(-rows.stop // draw))
+    x = torch.cat([textures.held_out(textures.SHIPPED, draw, part=first + i).pixels for i in parts])
+    x = x[rows.start - parts.start * draw :][: len(rows)]
+    names = [f"textures {i}" for i in rows]
     return Images(x, (x / 6 + 0.5).clamp(0, 1), names, f"textures, {n} held-out images")
 
 
 def labels(images: Images) -> torch.Tensor | None:
     """(n,) class of each image: a scene's shape, or from labels.csv (file, class_index) of its folder; None without."""
-    import csv
-
     if images.scenes is not None:
         return images.scenes.label
     folder = named_folder(images.source.split(",")[0])
     if folder is None or not (folder / "labels.csv").exists():
         return None
     with open(folder / "labels.csv", newline="") as f:
-        known = {Path(row["file"]).stem: int(row["class_index"]) for row in csv.DictReader(f)}
-    return torch.tensor([known[name] for name in images.names]) if set(images.names) <= set(known) else None
+        classes = {Path(row["file"]).stem: int(row["class_index"]) for row in csv.DictReader(f)}
+    return torch.tensor([classes[name] for name in images.names]) if set(images.names) <= set(classes) else None
 
 
 def find(source: str) -> tuple[list[Path], str]:
@@ -131,30 +145,80 @@ def _photos() -> list[Path]:
     import skimage
     import sklearn
 
-    folders = {
-        "skimage": Path(skimage.__file__).parent / "data",
-        "sklearn": Path(sklearn.__file__).parent / "datasets/images",
-    }
-    return [path for name, package in _PHOTOS.items() if (path := folders[package] / name).exists()]
+    folders = {"skimage": Path(skimage.__file__).parent / "data"}
+    folders["sklearn"] = Path(sklearn.__file__).parent / "datasets/images"
+    paths = [folders[package] / name for package, names in _PHOTOS.items() for name in names.split()]
+    return [path for path in paths if path.exists()]
 
 
-def _read(paths: list[Path], model, size: int) -> tuple[torch.Tensor, list[str]]:
-    from PIL import Image, UnidentifiedImageError
-
-    transform = preprocessing(model, size)
-    pixels, names = [], []
+def _read(paths: list[Path], transform, size: int, left_out: dict[str, str]) -> tuple[torch.Tensor, list[str]]:
+    """(pixels (n, 3, size, size), names) of the files that can be read; `left_out` gets the others with the reason."""
+    pixels, names = torch.empty(len(paths), 3, size, size), []
     for path in paths:
         try:
-            with Image.open(path) as image:
-                pixels.append(transform(image.convert("RGB")))
-            names.append(path.stem)
-        except (UnidentifiedImageError, OSError, SyntaxError) as error:
-            warnings.warn(f"{path.name} cannot be read and is left out: {error}", stacklevel=3)
-    return torch.stack(pixels) if pixels else torch.empty(0, 3, size, size), names
+            pixels[len(names)] = transform(read(path))
+        except UserError as error:
+            left_out[path.name] = str(error)
+            warnings.warn(f"{path.name} cannot be read and is left out: {error}", stacklevel=4)
+            continue
+        names.append(path.stem)
+    return pixels[: len(names)], names
+
+
+def read(file):
+    """The PIL image in a file (a path or a binary file) as `upright_rgb`; of an animation the first frame.
+
+    Raises UserError with the reason for what cannot be read: a damaged or empty file, no picture, a format that Pillow
+    does not know here (HEIC needs the package pillow-heif), more pixels than Pillow's limit.
+    """
+    from PIL import Image
+
+    if "HEIF" not in Image.OPEN:
+        try:
+            import pillow_heif
+
+            pillow_heif.register_heif_opener()
+        except ImportError:
+            pass  # such files are refused below
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(file) as image:
+                return upright_rgb(image)
+    except Exception as error:  # Pillow's readers raise many kinds for damaged files
+        raise UserError(str(error) or type(error).__name__) from error
+
+
+def upright_rgb(image):
+    """A PIL image of any mode in RGB with 8 bits a channel, turned as its EXIF data says, what is clear on white.
+
+    Grey values of 16 bits keep their upper 8. Those of 32 bits or floating point span 0 to the least of 1 (floating
+    point alone), 255, 65,535 and 2^31 - 1 that holds them all. Raises ValueError for negative or infinite values.
+    """
+    from PIL import Image, ImageOps
+
+    image = ImageOps.exif_transpose(image)
+    if image.mode in ("I", "F") or image.mode.startswith("I;16"):
+        image = Image.fromarray(_eight_bits(np.asarray(image)))
+    elif image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
+
+
+def _eight_bits(values: np.ndarray) -> np.ndarray:
+    low, high = float(values.min()), float(values.max())
+    if not (0 <= low <= high < np.inf):  # also NaN
+        raise ValueError(f"its grey values go from {low:g} to {high:g}; from 0 on are expected")
+    tops = {"u": (2**16 - 1,), "i": (255, 2**16 - 1, 2**31 - 1), "f": (1, 255, 2**16 - 1, 2**31 - 1)}
+    top = next((top for top in tops[values.dtype.kind] if high <= top), high)
+    if values.dtype.kind == "f":
+        return np.round(values.astype(np.float64) * (255 / top)).astype(np.uint8)
+    return (values.astype(np.int64) * 256 // (top + 1)).astype(np.uint8)
 
 
 def preprocessing(model, size: int):
-    """A transform from a PIL image to pixels (3, size, size) in [0, 1]: timm's for evaluation, less normalisation."""
+    """A transform from a PIL image to pixels (3, size, size) in [0, 1]: timm's evaluation, not normalised."""
     from timm.data import create_transform
 
     zero, one = (0.0,) * 3, (1.0,) * 3

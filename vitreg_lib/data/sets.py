@@ -1,30 +1,29 @@
-"""The data sets of the paper by name, from this machine or from the hub, and as a model sees them.
+"""The data sets of the paper by name, from this machine or from the hub, and images with boxes for object discovery.
 
 `load` looks, in this order, into VITREG_DATA/NAME (the published layout, or the hub's Parquet files), for the small
 parts into data/ of VITREG_MODELS, and on the hub. What each name is, its splits, its licence and how to get it stand in
 data/datasets.yaml. The columns of what is loaded are those of `formats`.
 
-    part = registry.load("caltech101-small", "test")       # part.data is a datasets.Dataset
-    pictures, masks = registry.segmentation("camvid-small", "train", model)
+    part = sets.load("caltech101-small", "test")           # part.data is a datasets.Dataset
+    pictures, truth = sets.load_boxes("coco", model, 50)   # Images, and the boxes (objects, 4) of each
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+import io
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 import yaml
 
+from .. import base
 from ..base import DATA, UserError, env_folder, unknown
 from . import formats, images
-from . import images as image_sets
-from .formats import LAYOUT, read_boxes
-from .images import Images, preprocessing
-from .scenes import SHAPES
+from .images import Images, preprocessing, read
 
 
 @dataclass
@@ -72,49 +71,46 @@ def state(name: str) -> str:
 
 def how(name: str) -> str:
     """One line: how to get a data set."""
-    known = entry(name)
-    if "small" in known:
-        return f"put the folder into VITREG_DATA as {name}, in the layout {known['folder']['layout']}"
-    hub = f"by itself from the hub ({known['hub']['id']}), or " if "hub" in known else ""
-    return f"{hub}a folder {name} in VITREG_DATA ({known['folder']['layout']})" + (
-        f": {known['get']}" if "get" in known else ""
-    )
+    about = entry(name)
+    if "small" in about:
+        return f"put the folder into VITREG_DATA as {name}, in the layout {about['folder']['layout']}"
+    hub = f"by itself from the hub ({about['hub']['id']}), or " if "hub" in about else ""
+    source = f": {about['get']}" if "get" in about else ""
+    return f"{hub}a folder {name} in VITREG_DATA ({about['folder']['layout']}){source}"
 
 
 def load(name: str, split: str = "train") -> Part:
     """A split ("train" or "test") of a data set. Raises UserError where it cannot be had or is of another layout."""
-    known = entry(name)
+    about, place = entry(name), folder(name)
     if split not in ("train", "test"):
         raise unknown("split", split, ("train", "test"))
-    place = folder(name)
     if place:
-        data = _parquet(place, known, split) or formats.read_layout(place, known["folder"], split)
-    elif "hub" in known:
-        data = _hub(name, known, split)
+        data = _parquet(place, about, split) or formats.read_layout(place, about["folder"], split)
+    elif "hub" in about:
+        data = _hub(name, about, split)
     else:
-        raise UserError(f"{name} ({known['title']}) is not here: {how(name)}")
-    classes = f", {_classes(name, data)} of {known['classes']} classes" if "label" in data.features else ""
-    return Part(data, name, f"{known['title']}{classes}, {split} {len(data)} images", known)
+        raise UserError(f"{name} ({about['title']}) is not here: {how(name)}")
+    classes = f", {_classes(name, data)} of {about['classes']} classes" if "label" in data.features else ""
+    return Part(data, name, f"{about['title']}{classes}, {split} {len(data)} images", about)
 
 
-def _parquet(place: Path, known: dict, split: str):
+def _parquet(place: Path, about: dict, split: str):
     """The hub's Parquet files in a local folder, columns renamed to ours; None without any."""
     from datasets import Dataset
 
-    hub = known.get("hub", {"splits": {}})
-    found = [f for part in hub["splits"].get(split, split).split("+") for f in formats.parquet_files(place, part)]
-    return _renamed(Dataset.from_parquet(found), hub) if found else None
+    hub = about.get("hub", {"splits": {}})
+    parts = hub["splits"].get(split, split).split("+")
+    files = [file for part in parts for file in formats.parquet_files(place, part)]
+    return _renamed(Dataset.from_parquet(files), hub) if files else None
 
 
-def _hub(name: str, known: dict, split: str):
+def _hub(name: str, about: dict, split: str):
     from datasets import load_dataset
 
-    from .. import base
-
-    there = known["hub"]
-    with base.hub(f"{name} ({known['title']})", how(name)):
-        data = load_dataset(there["id"], there.get("config"), split=there["splits"][split])
-    return _renamed(data, there)
+    hub = about["hub"]
+    with base.hub(f"{name} ({about['title']})", how(name)):
+        data = load_dataset(hub["id"], hub.get("config"), split=hub["splits"][split])
+    return _renamed(data, hub)
 
 
 def _renamed(data, hub: dict):
@@ -143,117 +139,84 @@ def chosen(part: Part, n: int | None, seed: int = 0) -> list[int]:
     return sorted(torch.randperm(len(part), generator=torch.Generator().manual_seed(seed))[:n].tolist())
 
 
-def squashed(part: Part, model, rows: list[int]) -> Images:
-    """Rows of a part as the model sees them, squashed to its square with nothing cut off, so that masks fit."""
+def squashed(part: Part, model, rows: list[int]) -> tuple[Images, dict[int, tuple[int, int]]]:
+    """(`Images`, {row: (width, height)}) of the rows that can be read, others named in a warning and in `left_out`.
+
+    The images are squashed to the model's square with nothing cut off, so that masks and boxes fit. Raises UserError
+    where none can be read.
+    """
     model = dataclasses.replace(model, crop=1.0, crop_mode="squash")
-    transform = preprocessing(model, model.input_size)
-    pixels = torch.stack([transform(part.data[i]["image"].convert("RGB")) for i in rows])
-    return Images(model.normalise(pixels), pixels, [str(i) for i in rows], f"{part.title}, {len(rows)} taken")
+    transform, stored = preprocessing(model, model.input_size), undecoded(part.data)
+    pixels, sizes, names, left_out = [], {}, [], {}
+    for row in rows:
+        picture = stored[row]["image"]
+        name = Path(picture["path"] or f"{row}").stem
+        try:
+            image = read_stored(picture)
+        except UserError as error:
+            left_out[name] = str(error)
+            warnings.warn(f"{name} of {part.name} cannot be read and is left out: {error}", stacklevel=3)
+            continue
+        pixels.append(transform(image))
+        sizes[row] = image.size
+        names.append(name)
+    if not names:
+        raise UserError(f"none of the {len(rows)} images of {part.name} could be read")
+    x = torch.stack(pixels)
+    return Images(model.normalise(x), x, names, f"{part.title}, {len(names)} taken", None, left_out), sizes
 
 
-def segmentation(name: str, split: str, model, n: int | None = None, seed: int = 0):
-    """(`Images`, masks (images, side, side), number of classes) of a segmentation set, or of "scenes".
+def undecoded(data, column: str = "image"):
+    """A Dataset whose column of pictures gives what is stored, {"bytes", "path"}, for `read_stored`."""
+    from datasets import Image
 
-    Masks are class numbers from 0 at the images' own size, resized without mixing; `formats.IGNORE` (255) has no label.
-    Splits of scenes are different scenes: class 0 is the background, the others are shapes.
-    """
-    if name == "scenes":
-        pictures = _scenes(model, split, n, seed)
-        return pictures, pictures.scenes.semantic, len(SHAPES) + 1
-    part = _of(name, split, "mask", "segmentation")
-    rows = chosen(part, n, seed)
-    pictures = squashed(part, model, rows)
-    side = pictures.x.shape[-1]
-    masks = [formats.mask_classes(_plane(part.data[i]["mask"], side), part.entry["folder"]) for i in rows]
-    found, classes = torch.stack(masks), part.entry["classes"]
-    if (bad := found[(found != formats.IGNORE) & ((found < 0) | (found >= classes))]).numel():
-        raise UserError(f"{name}: a mask holds the class {int(bad[0])}, expected 0 to {classes - 1}")
-    return pictures, found, classes
+    return data.cast_column(column, Image(decode=False))
 
 
-def depth(name: str, split: str, model, n: int | None = None, seed: int = 0):
-    """(`Images`, depths (images, side, side), largest depth) of a depth set in metres, or of "scenes" in their unit.
-
-    0 where there is no measurement, as `probes.depth` expects it.
-    """
-    if name == "scenes":
-        pictures = _scenes(model, split, n, seed)
-        return pictures, pictures.scenes.depth, 10.0
-    part = _of(name, split, "depth", "depth")
-    rows, spec = chosen(part, n, seed), part.entry["folder"]
-    pictures = squashed(part, model, rows)
-    side = pictures.x.shape[-1]
-    depths = torch.stack([_plane(part.data[i]["depth"], side).float() / spec["unit"] for i in rows])
-    return pictures, depths, float(spec["max_depth"])
+def read_stored(picture: dict):
+    """The picture that a Dataset stores, read by `images.read`."""
+    return read(io.BytesIO(picture["bytes"]) if picture["bytes"] else picture["path"])
 
 
-def boxes(name: str, model, n: int | None = None, seed: int = 0):
-    """(`Images`, boxes): those that have an object, and for each its boxes (objects, 4) in the squashed image's pixels.
-
-    As `data.boxes.load` gives them; images without a box are left out and counted in `source`.
-    """
-    part = _of(name, "train", "boxes", "boxes")
-    rows = chosen(part, n, seed)
-    keep = [i for i in rows if part.data[i]["boxes"]]
-    if not keep:
-        raise UserError(f"none of the {len(rows)} images of {name} has a box")
-    pictures = squashed(part, model, keep)
-    pictures.source = f"{part.entry['title']}, {len(keep)} with boxes, {len(rows) - len(keep)} without left out"
-    side, found = pictures.x.shape[-1], []
-    for i in keep:
-        width, height = (1, 1) if part.entry["folder"]["layout"] == "yolo" else part.data[i]["image"].size
-        scale = torch.tensor([side / width, side / height] * 2)
-        found.append(torch.tensor(part.data[i]["boxes"]) * scale)
-    return pictures, found
-
-
-def _of(name: str, split: str, column: str, task: str) -> Part:
+def with_column(name: str, split: str, column: str, task: str) -> Part:
+    """`load` of a data set with a column of truth. Raises UserError, naming the sets of the `task`, without it."""
     part = load(name, split)
     if column not in part.data.column_names:
-        fitting = [n for n, e in entries().items() if e["task"] == task]
-        raise UserError(f"{name} has no {column} (its task is {part.entry['task']}): use one of {', '.join(fitting)}")
+        others = [n for n, e in entries().items() if e["task"] == task]
+        raise UserError(f"{name} has no {column} (its task is {part.entry['task']}): use one of {', '.join(others)}")
     return part
 
 
-def _plane(picture, side: int) -> torch.Tensor:
-    """(side, side) numbers of a one-channel picture, resized without mixing them."""
-    from PIL import Image
+def load_boxes(source: str, model, n: int | None = None, seed: int = 0) -> tuple[Images, list[torch.Tensor]]:
+    """(`Images`, boxes): up to n images, those that have an object, and for each its (objects, 4) boxes.
 
-    if picture.mode not in ("L", "P", "I", "I;16", "I;16B"):
-        raise UserError(f"a picture of mode {picture.mode} is no map of numbers: one channel of 8 or 16 bits is wanted")
-    return torch.from_numpy(np.array(picture.resize((side, side), Image.NEAREST)).astype(np.int64))
-
-
-def _scenes(model, split: str, n: int | None, seed: int) -> Images:
-    """Held-out scenes: even hundred thousands train, odd ones test, so that the splits never share one."""
-    first = 2 * seed + (split == "test")
-    return images.load("scenes", model, n or 200, first)
-
-
-def load_boxes(source: str, model, n: int, seed: int = 0) -> tuple[image_sets.Images, list[torch.Tensor]]:
-    """(`Images`, boxes): up to n images that have an object, and for each its (objects, 4) boxes.
-
-    source: "scenes" (the visible parts of their objects), a set of the registry (voc2007, voc2012, coco20k), a named
+    source: "scenes" (the visible parts of their objects), a data set with boxes (voc2007, voc2012, coco20k), a named
     folder such as "coco", or a path. Boxes are left, top, right, bottom in pixels of the image as the model sees it.
     Images without a box are left out and counted in `source`. Raises UserError for another layout, or without any box.
     """
     if source == "scenes":
-        images = image_sets.load(source, model, n, seed)
-        return images, images.scenes.visible_boxes
-    if source in entries():
-        return boxes(source, model, n, seed)
-    folder = image_sets.named_folder(source) or Path(source).expanduser()
-    if not (folder / "images").is_dir() or not (folder / "boxes").is_dir():
-        raise UserError(
-            f"no images with boxes at {source!r}: {LAYOUT}; a folder named {folder.name} may lie in VITREG_DATA"
-        )
-    squashed = dataclasses.replace(model, crop=1.0, crop_mode="squash")
-    images = image_sets.load(str(folder / "images"), squashed, n, seed)
-    side = images.x.shape[-1]
-    found = [read_boxes(folder / "boxes" / f"{name}.txt") * side for name in images.names]
-    keep = [i for i, boxes in enumerate(found) if len(boxes)]
+        scenes = images.load(source, model, n or 200, seed)
+        return scenes, scenes.scenes.visible_boxes
+    part = with_column(source, "train", "boxes", "boxes") if source in entries() else _folder_with_boxes(source)
+    rows = chosen(part, n, seed)
+    table = part.data.select_columns("boxes").select(rows)["boxes"]
+    keep = {row: boxes for row, boxes in zip(rows, table, strict=True) if boxes}
     if not keep:
-        raise UserError(f"none of the {len(found)} images in {source!r} has a box: {LAYOUT}")
-    title = f"photos of the folder {folder.name}, {len(keep)} with boxes, {len(found) - len(keep)} without left out"
-    names = [images.names[i] for i in keep]
-    return image_sets.Images(images.x[keep], images.pixels[keep], names, title), [found[i] for i in keep]
+        raise UserError(f"none of the {len(rows)} images of {part.name!r} has a box: {formats.LAYOUT}")
+    pictures, sizes = squashed(part, model, list(keep))
+    pictures.source = f"{part.entry['title']}, {len(sizes)} with boxes, {len(rows) - len(keep)} without left out"
+    side, relative = pictures.x.shape[-1], part.entry["folder"]["layout"] == "yolo"
+    scales = [(1, 1) if relative else size for size in sizes.values()]
+    scales = [torch.tensor([side / width, side / height] * 2) for width, height in scales]
+    return pictures, [torch.tensor(keep[row]) * scale for row, scale in zip(sizes, scales, strict=True)]
+
+
+def _folder_with_boxes(source: str) -> Part:
+    """A folder of the user's own with images/ and boxes/."""
+    place = images.named_folder(source) or Path(source).expanduser()
+    if not (place / "images").is_dir() or not (place / "boxes").is_dir():
+        where = f"a folder named {place.name} may lie in VITREG_DATA"
+        raise UserError(f"no images with boxes at {source!r}: {formats.LAYOUT}; {where}")
+    spec = {"layout": "yolo", "images": "images", "boxes": "boxes"}
+    about = {"title": f"photos of the folder {place.name}", "folder": spec, "task": "boxes"}
+    return Part(formats.yolo(place, spec, "train"), source, about["title"], about)

@@ -20,8 +20,9 @@ from torch.utils.data import DataLoader, Dataset
 
 from ..base import UserError
 from ..data import formats, scenes
-from ..data.images import SUFFIXES
+from ..data.images import SUFFIXES, read
 from ..data.scenes import HELD_OUT, MEAN, STD, targets
+from ..data.sets import read_stored, undecoded
 from . import parallel
 
 MARGIN = 8 / 7  # own images are read this much larger than the model's, 256 pixels for 224, so that crops stay sharp
@@ -133,7 +134,7 @@ class Captioned:
             names = ", ".join(rows.features)
             raise UserError(f"{files[0]} has the columns {names}: {PICTURES[0]} and {CAPTIONS[0]} are expected")
         self.image, self.caption = columns
-        last = HELD_OUT_EVERY - 1
+        rows, last = undecoded(rows, self.image), HELD_OUT_EVERY - 1
         self.rows = rows.select([i for i in range(len(rows)) if (i % (last + 1) == last) == (split == "val")])
 
     def __len__(self) -> int:
@@ -142,7 +143,7 @@ class Captioned:
     def read(self, index: int):
         """(PIL image in RGB, caption)."""
         row = self.rows[index]
-        return row[self.image].convert("RGB"), row[self.caption]
+        return read_stored(row[self.image]), row[self.caption]
 
     def name(self, index: int) -> str:
         return f"pair {index}"
@@ -220,14 +221,11 @@ class Pictures:
 
     def read(self, index: int):
         """(PIL image in RGB, class number)."""
-        from PIL import Image
-
         if self.rows is not None:
             row = self.rows[index]
-            return row["image"].convert("RGB"), row["label"]
+            return read_stored(row["image"]), row["label"]
         path, label = self.files[index]
-        with Image.open(path) as image:
-            return image.convert("RGB"), label
+        return read(path), label
 
     def name(self, index: int) -> str:
         return f"row {index}" if self.rows is not None else self.files[index][0].name
@@ -266,7 +264,7 @@ class Augmented(Dataset):
             index = int(places[(place + attempt) % len(places)])
             try:
                 image, label = self.pictures.read(index)
-            except (OSError, SyntaxError, ValueError) as error:
+            except UserError as error:
                 warnings.warn(f"{self.pictures.name(index)} cannot be read and is left out: {error}", stacklevel=2)
                 continue
             with seeded(self.seed, position):
@@ -347,7 +345,7 @@ def _parquet(shards: list[str]):
     if missing := {"image", "label"} - rows.features.keys():
         raise UserError(f"{shards[0]} has no column {sorted(missing)[0]}: image and label are expected")
     names = getattr(rows.features["label"], "names", None) or [str(v) for v in range(max(rows["label"]) + 1)]
-    return rows, names
+    return undecoded(rows), names
 
 
 @contextlib.contextmanager

@@ -81,13 +81,12 @@ def keep_upload(name: str, content: bytes) -> Path:
 
     Raises UserError for what is no image.
     """
-    from PIL import Image, UnidentifiedImageError
+    from ..data import images
 
     try:
-        with Image.open(io.BytesIO(content)) as picture:
-            picture.verify()
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
-        raise UserError(f"{name} cannot be read as an image") from error
+        images.read(io.BytesIO(content))
+    except UserError as error:
+        raise UserError(f"{name} cannot be read as an image: {error}") from error
     plain = "".join(c if c.isalnum() or c in ".-_" else "_" for c in Path(name).name).lstrip(".") or "image.png"
     path = results() / "uploads" / _digest(content) / plain
     write_atomically(path, content)

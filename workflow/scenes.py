@@ -1,9 +1,9 @@
-"""The frozen evaluation set: 256 scenes as a Hugging Face dataset in one Parquet file, loaded without a network.
+"""Write the evaluation set, 256 scenes, as a Hugging Face dataset in one Parquet file: python workflow/scenes.py
 
     datasets.load_dataset("parquet", data_files="data/scenes/eval.parquet")
 
-gives image, label (ClassLabel), caption, boxes, box_labels, instances and depth as pictures. Rendering scenes anew
-gives the same pixels; the file is there so that results do not hang on the renderer, and for use outside this project.
+gives image, label (ClassLabel), caption, boxes, box_labels, instances and depth as pictures. Rendering the scenes anew
+gives the same pixels; the file is for use outside this project, and shows when the renderer changes.
 """
 
 from __future__ import annotations
@@ -12,22 +12,13 @@ from pathlib import Path
 
 import torch
 
-from ..base import DATA, written
-from . import scenes
-from .images import SCENES_FROM
+from vitreg_lib.base import DATA, written
+from vitreg_lib.data import scenes
+from vitreg_lib.data.images import SCENES_FROM
 
 PATH = DATA / "scenes" / "eval.parquet"
 FIRST, COUNT, SIZE = SCENES_FROM + 50_000, 256, 96
 DEPTH_UNIT = 1000  # a depth picture holds 16-bit thousandths of the scene's unit
-
-
-def load():
-    """The frozen scenes as a `datasets.Dataset`. Raises FileNotFoundError where the file is missing."""
-    from datasets import Dataset
-
-    if not PATH.exists():
-        raise FileNotFoundError("data/scenes/eval.parquet is missing; `vitreg data --write-scenes` renders it anew")
-    return Dataset.from_parquet(str(PATH))
 
 
 def write(path: Path = PATH) -> Path:
@@ -64,3 +55,7 @@ def _picture(array: torch.Tensor):
     from PIL import Image
 
     return Image.fromarray(array.numpy())
+
+
+if __name__ == "__main__":
+    print(write())

@@ -1,0 +1,73 @@
+"""Images with masks or depths for the dense tasks of Table 2a and Figure 8: data sets by name, or scenes."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from vitreg_lib.base import UserError
+from vitreg_lib.data import images, sets
+from vitreg_lib.data.images import Images
+from vitreg_lib.data.scenes import SHAPES
+
+IGNORE = 255  # pixels without a label
+
+
+def segmentation(name: str, split: str, model, n: int | None = None, seed: int = 0):
+    """(`Images`, masks (images, side, side), number of classes) of a segmentation set, or of "scenes".
+
+    Masks are class numbers from 0, resized to the model's size without mixing; `IGNORE` (255) has no label.
+    Splits of scenes are different scenes: class 0 is the background, the others are shapes.
+    """
+    if name == "scenes":
+        pictures = _scenes(model, split, n, seed)
+        return pictures, pictures.scenes.semantic, len(SHAPES) + 1
+    part = sets.with_column(name, split, "mask", "segmentation")
+    pictures, planes = _with_planes(part, "mask", model, n, seed)
+    masks, classes = mask_classes(planes, part.entry["folder"]), part.entry["classes"]
+    if (bad := masks[(masks != IGNORE) & ((masks < 0) | (masks >= classes))]).numel():
+        raise UserError(f"{name}: a mask holds the class {int(bad[0])}, expected 0 to {classes - 1}")
+    return pictures, masks, classes
+
+
+def mask_classes(mask: torch.Tensor, spec: dict) -> torch.Tensor:
+    """Class numbers from 0, `IGNORE` where there is no label, from a mask's own numbers.
+
+    `background`: this number is no class and the others follow it (ADE20k's 0); `ignore`: this number is no class.
+    """
+    if "background" in spec:
+        return torch.where(mask == spec["background"], IGNORE, mask - spec["background"] - 1)
+    return torch.where(mask == spec.get("ignore", IGNORE), IGNORE, mask)
+
+
+def depth(name: str, split: str, model, n: int | None = None, seed: int = 0):
+    """(`Images`, depths (images, side, side), largest depth) of a depth set in metres, or of "scenes" in their unit.
+
+    0 where there is no measurement, as `dense.fit_depth` expects it.
+    """
+    if name == "scenes":
+        pictures = _scenes(model, split, n, seed)
+        return pictures, pictures.scenes.depth, 10.0
+    part = sets.with_column(name, split, "depth", "depth")
+    pictures, planes = _with_planes(part, "depth", model, n, seed)
+    return pictures, planes.float() / part.entry["folder"]["unit"], float(part.entry["folder"]["max_depth"])
+
+
+def _with_planes(part, column: str, model, n: int | None, seed: int) -> tuple[Images, torch.Tensor]:
+    """Images and the numbers (images, side, side) of a column of pictures with one channel, resized without mixing."""
+    from PIL import Image
+
+    pictures, sizes = sets.squashed(part, model, sets.chosen(part, n, seed))
+    side, planes = pictures.x.shape[-1], []
+    for plane in part.data.select_columns(column).select(list(sizes))[column]:
+        if plane.mode not in ("L", "P", "I", "I;16", "I;16B"):
+            raise UserError(
+                f"a {column} of mode {plane.mode} is no map of numbers: one channel of 8 or 16 bits is wanted"
+            )
+        planes.append(torch.from_numpy(np.array(plane.resize((side, side), Image.NEAREST)).astype(np.int64)))
+    return pictures, torch.stack(planes)
+
+
+def _scenes(model, split: str, n: int | None, seed: int) -> Images:
+    """Held-out scenes: even hundred thousands train, odd ones test, so that the splits never share one."""
+    return images.load("scenes", model, n or 200, 2 * seed + (split == "test"))
