@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import fig13
 import fig14
 import pytest
 import torch
@@ -36,7 +37,6 @@ def test_spots_are_those_of_a_loop_and_a_hill_has_none():
     for height in (0.1, 0.5, 1.0):
         found = fig14.spots(x, height=height)
         assert torch.equal(found, torch.stack([naive_spots(m, height) for m in x]))
-    assert torch.equal(fig14.spots(x.flatten(1), grid=(5, 7)), fig14.spots(x).flatten(1))
     hill = torch.exp(-((torch.arange(9) - 4.0) ** 2) / 8)
     hill = hill[:, None] * hill
     assert not fig14.spots(hill).any() and not fig14.spots(torch.ones(4, 4)).any()
@@ -83,27 +83,24 @@ def test_steps_take_the_papers_features_and_expansions_are_those_of_steps():
     assert sites == {"mini-dinov2-reg4": "k", "mini-deit3": "v", "mini-clip": "v"}
     model = zoo.load("mini-deit3-xs", "cpu")
     pictures = images.load("scenes", model, 2)
-    found = objects.expansions(model, pictures, bias=-0.1)
+    found = fig14.expansions(model, pictures, bias=-0.1)
     for kind, site in (("queries", "q"), ("keys", "k"), ("values", "v")):
-        assert torch.equal(found[kind], objects.steps(model, pictures, site, -0.1).expansion)
-    assert torch.equal(objects.steps(model, pictures).degrees, objects.steps(model, pictures, "v").degrees)
+        assert torch.equal(found[kind], fig13.steps(model, pictures, site, -0.1).expansion)
+    assert torch.equal(fig13.steps(model, pictures).degrees, fig13.steps(model, pictures, "v").degrees)
     with pytest.raises(ValueError, match="choose 'q', 'k' or 'v'"):
-        objects.steps(model, pictures, "x")
+        fig13.steps(model, pictures, "x")
 
 
 def test_figures_have_a_row_a_model_and_panels_an_image():
-    import fig13
-    import fig14
-
     model = zoo.load("mini-deit3-xs", "cpu")
     pictures = images.load("scenes", model, 2)
-    steps = {"a": objects.steps(model, pictures), "b": objects.steps(model, pictures, "k")}
+    steps = {"a": fig13.steps(model, pictures), "b": fig13.steps(model, pictures, "k")}
     truth = [b[v] for b, v in zip(pictures.scenes.boxes, pictures.scenes.visible, strict=True)]
     figure = fig13.discovery(pictures.pixels, steps, {"a": 8, "b": 8}, truth)
     assert len(figure.axes) == 2 * 2 * 5  # four panels and a gap
-    found = objects.expansions(model, pictures)
+    found = fig14.expansions(model, pictures)
     spots = {"a": {kind: fig14.spots(m) for kind, m in found.items()}}
-    assert len(fig14.expansions(pictures.pixels, {"a": found}, spots).axes) == 2 * 5
+    assert len(fig14.draw_expansions(pictures.pixels, {"a": found}, spots).axes) == 2 * 5
 
 
 def test_hits_of_many_boxes_are_those_of_one_by_one():
@@ -113,7 +110,7 @@ def test_hits_of_many_boxes_are_those_of_one_by_one():
     truth = [boxes[torch.randint(200, (1 + i % 4,), generator=generator)] for i in range(200)]
     pairs = zip(boxes.double(), truth, strict=True)
     wanted = [bool((torchvision.ops.box_iou(b[None], t.double()) >= 0.5).any()) for b, t in pairs]
-    assert objects.found(boxes, truth).tolist() == wanted and 0 < sum(wanted) < 200
+    assert objects.box_hits(boxes, truth).tolist() == wanted and 0 < sum(wanted) < 200
 
 
 @pytest.fixture(scope="module")

@@ -126,7 +126,7 @@ def test_the_same_is_computed_once_and_anything_else_anew(model, source):
     assert len({f.fingerprint for f in [first, *others]}) == 6 and sum(made) == 6 * 40
 
 
-@pytest.mark.parametrize("damage", ["truncated", "no description", "half a description", "longer"])
+@pytest.mark.parametrize("damage", ["truncated", "no description", "half a description", "flipped bits"])
 def test_a_cache_that_is_not_whole_is_computed_anew(model, source, cache, damage):
     source, made = counting(source)
     whole = tables.classification_tokens(model, source, 1.0).column("cls")
@@ -134,8 +134,9 @@ def test_a_cache_that_is_not_whole_is_computed_anew(model, source, cache, damage
     content = path.read_bytes()
     if damage == "truncated":
         path.write_bytes(content[: len(content) // 2])
-    elif damage == "longer":
-        path.write_bytes(content + b"0")
+    elif damage == "flipped bits":
+        half = len(content) // 2
+        path.write_bytes(content[:half] + bytes(255 - b for b in content[half : half + 8]) + content[half + 8 :])
     elif damage == "no description":
         beside.unlink()
     else:

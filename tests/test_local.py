@@ -108,7 +108,7 @@ def test_a_worse_model_is_seen_and_noise_is_not_readable():
 
 
 def test_same_masks_are_fitted_once_with_the_same_result():
-    from vitreg_lib.probes.local_fits import position_probe
+    from vitreg_lib.probes.local import position_probe
 
     tokens, _, _, outlier = planted_tokens(3)
     where, ids = torch.arange(16).repeat(40), torch.arange(40).repeat_interleave(16)

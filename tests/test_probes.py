@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vitreg_lib.probes import _lbfgs, dense, linear, local_fits
+from vitreg_lib.probes import _lbfgs, dense, linear, local
 
 SKLEARN = {"solver": "newton-cholesky", "tol": 1e-10, "max_iter": 1000}
 
@@ -259,7 +259,7 @@ def planted_tokens(images=80, grid=(3, 4), seed=0):
 
 def test_position_is_found_in_normal_tokens_and_lost_in_planted_outliers():
     tokens, places, _, ids, groups = planted_tokens()
-    table = local_fits.position_probe(tokens, places, (3, 4), groups, ids).set_index(["group", "fit"])
+    table = local.position_probe(tokens, places, (3, 4), groups, ids).set_index(["group", "fit"])
     assert table.loc[("normal", "normal"), "accuracy"] > 0.97 and table.loc[("normal", "normal"), "distance"] < 0.05
     assert (table.loc["outlier", "accuracy"] < 0.5).all() and (table.loc["outlier", "distance"] > 0.8).all()
     assert table.loc[("normal", "normal"), "accuracy"] == table.loc[("normal", "own"), "accuracy"]
@@ -274,7 +274,7 @@ def test_a_group_that_only_its_own_fit_can_read():
     code = torch.nn.functional.one_hot(places, 12).float().roll(1, 1)  # the same axes, other meaning
     tokens = torch.cat([tokens, torch.zeros(len(tokens), 1)], 1)
     tokens[loud] = torch.cat([5 * code, torch.zeros(len(code), 4), torch.full((len(code), 1), 20.0)], 1)[loud]
-    table = local_fits.position_probe(tokens, places, (3, 4), groups, ids).set_index(["group", "fit"])
+    table = local.position_probe(tokens, places, (3, 4), groups, ids).set_index(["group", "fit"])
     assert table.loc[("outlier", "normal"), "accuracy"] < 0.2
     assert table.loc[("outlier", "own"), "accuracy"] > 0.9
 
@@ -283,7 +283,7 @@ def test_outliers_at_one_place_show_that_their_place_is_known_beforehand():
     tokens, places, _, ids, groups = planted_tokens()
     corners = (places == 0) | (places == 11)
     groups = {"normal": ~corners, "outlier": corners}
-    row = local_fits.position_probe(tokens, places, (3, 4), groups, ids).set_index(["group", "fit"]).loc["outlier"]
+    row = local.position_probe(tokens, places, (3, 4), groups, ids).set_index(["group", "fit"]).loc["outlier"]
     assert np.allclose(row["chance"], 0.5) and row.loc["own", "places"] == 2 and row.loc["normal", "places"] == 10
     assert row.loc["normal", "accuracy"] == 0  # that fit does not know these places
 
@@ -294,13 +294,13 @@ def test_distance_is_in_grid_cells():
     places = torch.arange(8).repeat(60)
     tokens = torch.nn.functional.one_hot(places % 4, 4).float()
     group = {"normal": torch.ones(480, dtype=torch.bool)}
-    row = local_fits.position_probe(tokens, places, (2, 4), group, ids).iloc[0]
+    row = local.position_probe(tokens, places, (2, 4), group, ids).iloc[0]
     assert row["accuracy"] == 0.5 and row["distance"] == 0.5
 
 
 def test_pixels_are_redrawn_from_normal_tokens_only():
     tokens, _, pixels, ids, groups = planted_tokens()
-    table = local_fits.reconstruction_probe(tokens, pixels, groups, ids).set_index(["group", "fit"])
+    table = local.reconstruction_probe(tokens, pixels, groups, ids).set_index(["group", "fit"])
     assert table.loc[("normal", "normal"), "relative"] < 0.15
     assert table.loc[("outlier", "own"), "relative"] > 0.9 and table.loc[("outlier", "all"), "relative"] > 0.9
     expected = 2 * table.loc[("normal", "normal"), "rmse"]  # 4 values: l2 is close to sqrt(4) rmse, and never above
@@ -311,8 +311,8 @@ def test_an_empty_group_gives_nan_not_an_error():
     tokens, places, pixels, ids, groups = planted_tokens(images=20)
     groups = {"normal": groups["normal"], "outlier": torch.zeros_like(groups["normal"])}
     for table in (
-        local_fits.position_probe(tokens, places, (3, 4), groups, ids),
-        local_fits.reconstruction_probe(tokens, pixels, groups, ids),
+        local.position_probe(tokens, places, (3, 4), groups, ids),
+        local.reconstruction_probe(tokens, pixels, groups, ids),
     ):
         rows = table[table["group"] == "outlier"]
         assert len(rows) == 3 and (rows["test"] == 0).all() and rows.iloc[:, 4:].isna().all(axis=None)
@@ -320,25 +320,25 @@ def test_an_empty_group_gives_nan_not_an_error():
 
 def test_patch_pixels_are_those_of_the_patch():
     images = torch.arange(2 * 3 * 4 * 6).reshape(2, 3, 4, 6).float()
-    patches = local_fits.patch_pixels(images, 2)
+    patches = local.patch_pixels(images, 2)
     assert patches.shape == (2, 6, 12)
     assert torch.equal(patches[1, 4], images[1, :, 2:4, 2:4].flatten())  # second row, second column
     with pytest.raises(ValueError, match="whole patches of 4"):
-        local_fits.patch_pixels(images, 4)
+        local.patch_pixels(images, 4)
 
 
 def test_local_probes_refuse_what_does_not_belong_together():
     tokens, places, pixels, ids, groups = planted_tokens(images=5)
     with pytest.raises(ValueError, match="no group named 'normal'"):
-        local_fits.position_probe(tokens, places, (3, 4), {"all": groups["normal"]}, ids)
+        local.position_probe(tokens, places, (3, 4), {"all": groups["normal"]}, ids)
     with pytest.raises(ValueError, match=r"60 tokens, but \{'outlier': 3\}"):
-        local_fits.position_probe(tokens, places, (3, 4), {"normal": groups["normal"], "outlier": torch.ones(3)}, ids)
+        local.position_probe(tokens, places, (3, 4), {"normal": groups["normal"], "outlier": torch.ones(3)}, ids)
     with pytest.raises(ValueError, match="positions must lie in 0…5"):
-        local_fits.position_probe(tokens, places, (2, 3), groups, ids)
+        local.position_probe(tokens, places, (2, 3), groups, ids)
     with pytest.raises(ValueError, match="NaN"):
-        local_fits.position_probe(tokens / 0, places, (3, 4), groups, ids)
+        local.position_probe(tokens / 0, places, (3, 4), groups, ids)
     with pytest.raises(ValueError, match="59 patches"):
-        local_fits.reconstruction_probe(tokens, pixels[:59], groups, ids)
+        local.reconstruction_probe(tokens, pixels[:59], groups, ids)
 
 
 # ---- dense probes

@@ -5,9 +5,10 @@ from __future__ import annotations
 import itertools
 
 import pytest
+import tables_sgd as sgd
 import torch
 
-from vitreg_lib.probes import linear, sgd
+from vitreg_lib.probes import linear
 
 
 @pytest.fixture

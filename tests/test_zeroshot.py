@@ -6,7 +6,7 @@ import math
 from types import SimpleNamespace
 
 import pytest
-import tab02
+import tab02_zeroshot
 import torch
 
 from vitreg_lib.base import UserError
@@ -112,12 +112,12 @@ def test_every_attribute_of_a_scene_is_asked_and_models_without_text_are_left_ou
 
     other = zoo.load("mini-deit3-xxs", "cpu")
     pictures = images.load("scenes", shipped.model, 20)
-    table, hits = tab02.evaluate([shipped.model, other], lambda model: pictures)
+    table, hits = tab02_zeroshot.evaluate([shipped.model, other], lambda model: pictures)
     assert list(table.index) == [("mini-clip", q) for q in ("shape", "colour", "texture", "background")]
     assert table.classes.tolist() == [8, 8, 4, 4]
     of_length_one = lambda ids: torch.nn.functional.normalize(shipped.tower(ids), dim=1)  # noqa: E731  as Clip's
     wanted = clip.class_embeddings(of_length_one, "shape")
-    encode, tokenize = zeroshot.text_tower(shipped.model)
+    encode, tokenize = tab02_zeroshot.text_tower(shipped.model)
     found = zeroshot.class_embeddings(encode, tokenize, SHAPES, TEMPLATES["shape"])
     with torch.no_grad():
         assert torch.allclose(found, wanted, atol=1e-5)
@@ -126,12 +126,12 @@ def test_every_attribute_of_a_scene_is_asked_and_models_without_text_are_left_ou
     assert torch.equal(hits["mini-clip", "shape"], right)
     assert table.accuracy["mini-clip", "shape"] == pytest.approx(right.double().mean().item())
     with pytest.raises(UserError, match="has no text tower here"):
-        zeroshot.text_tower(other)
+        tab02_zeroshot.text_tower(other)
 
 
 def test_photos_need_labels_and_are_asked_in_imagenets_names():
     photos = SimpleNamespace(scenes=None, source="photos")
     with pytest.raises(UserError, match="needs labelled images"):
-        zeroshot.questions(photos)
-    (question,) = zeroshot.questions(photos, torch.tensor([0, 999]))
+        tab02_zeroshot.questions(photos)
+    (question,) = tab02_zeroshot.questions(photos, torch.tensor([0, 999]))
     assert len(question.classes) == 1000 and question.classes[0] == "tench" and len(question.templates) == 80

@@ -34,7 +34,6 @@ SHORT = {  # what `vr.NAME` stands for: a function (module:name) or a module
     "planted": "model.planted",
     "linear": "probes.linear",
     "local": "probes.local",
-    "local_fits": "probes.local_fits",
     "dense": "probes.dense",
     "cache": "probes.cache",
     "telemetry": "train.telemetry",

@@ -22,11 +22,6 @@ from vitreg_lib.plots.maps import wrapped
 from vitreg_lib.plots.style import styled
 
 FACTORS = ("layer", "site", "normalised", "bias")
-IN_WORDS = {
-    "corloc": "CorLoc (images)",
-    "positive_share": "Gram entries ≥ 0",
-    "whole_share": "box is the whole image (images)",
-}
 
 
 def grid(
@@ -61,7 +56,7 @@ def grid(
         for unit, bias in itertools.product(normalised, biases):
             result = L.lost(x, seen.grid, bias=bias, normalize=unit, valid=valid)
             key = (layer, site, unit, bias)
-            hits[key] = L.found(L.to_pixels(result.boxes, size), truth)
+            hits[key] = L.box_hits(L.to_pixels(result.boxes, size), truth)
             rows[key] = {"corloc": hits[key].double().mean().item()} | result.shares(seen.grid)
     table = pd.DataFrame.from_dict(rows, orient="index")
     table.index = pd.MultiIndex.from_tuples(rows, names=FACTORS)
@@ -115,8 +110,8 @@ def honest_best(hits: dict[tuple, Tensor], seed: int = 0) -> tuple[Tensor, list[
 def free_boxes(images, truth: list[Tensor]) -> dict[str, Tensor]:
     """Hits (images,) of what knows nothing of the image: the whole of it, and a centred box of half its area."""
     sizes = torch.tensor([images.x.shape[-2:]] * len(images.x))
-    boxes = {"whole image": L.whole_image_boxes(sizes), "centred box, half the area": L.centred_boxes(sizes)}
-    return {name: L.found(guess, truth) for name, guess in boxes.items()}
+    boxes = {"whole image": L.centred_boxes(sizes, 1.0), "centred box, half the area": L.centred_boxes(sizes)}
+    return {name: L.box_hits(guess, truth) for name, guess in boxes.items()}
 
 
 def scores(hits: dict[str, dict[tuple, Tensor]], cut: dict[str, Tensor], seed: int = 0):
@@ -140,10 +135,10 @@ def measure(run, tables: dict, scores, choices, baselines: dict[str, float]) -> 
 
 
 def along_bias(table, site: str):
-    """What the bias does to LOST on one kind of features, of length 1 and of the last block: `IN_WORDS` in percent."""
+    """What the bias does to LOST on one kind of features, of length 1 and of the last block: `objects.IN_WORDS` in percent."""
     part = table.xs((site, True), level=("site", "normalised"))
-    part = part.xs(part.index.unique("layer")[-1], level="layer")[list(IN_WORDS)]
-    return 100 * part.rename(columns=IN_WORDS, index=lambda bias: f"bias {bias:g}")
+    part = part.xs(part.index.unique("layer")[-1], level="layer")[list(L.IN_WORDS)]
+    return 100 * part.rename(columns=L.IN_WORDS, index=lambda bias: f"bias {bias:g}")
 
 
 def told(settings: list[tuple]) -> str:
@@ -177,7 +172,7 @@ def interval(hits: Tensor, draws: int = 2000, seed: int = 0) -> dict[str, float]
 def tokencut(model, images, truth: list[Tensor]) -> Tensor:
     """Hits (images,) of TokenCut on the keys of a `zoo.Model`'s last block, as published."""
     seen = model.capture(images, "k", layers=-1)
-    return L.found(L.to_pixels(L.tokencut(L.features(seen, "k"), seen.grid)[0], model.anatomy.patch_size[0]), truth)
+    return L.box_hits(L.to_pixels(L.tokencut(L.features(seen, "k"), seen.grid)[0], model.anatomy.patch_size[0]), truth)
 
 
 def as_published(model, images, truth: list[Tensor]):
@@ -198,7 +193,7 @@ def code_differences(features: Tensor, shape: tuple[int, int], truth: list[Tenso
     import pandas as pd
 
     base = L.lost(features, shape, **options)
-    hits = L.found(L.to_pixels(base.boxes, patch_size), truth)
+    hits = L.box_hits(L.to_pixels(base.boxes, patch_size), truth)
     changes = {name: (text, {"variant": (name,)}) for name, text in L.CODE_DIFFERENCES.items()}
     changes["ties"] = ("equals of lowest degree: the last instead of the first (the code's order is undefined)",)
     changes["ties"] += ({"ties": "highest"},)
@@ -207,7 +202,7 @@ def code_differences(features: Tensor, shape: tuple[int, int], truth: list[Tenso
     rows["equations"] |= {"effect": 0.0, "low": 0.0, "high": 0.0, "boxes_changed": 0.0}
     for name, (text, change) in changes.items():
         result = L.lost(features, shape, **options, **change)
-        rows[name] = _effect(text, hits, L.found(L.to_pixels(result.boxes, patch_size), truth))
+        rows[name] = _effect(text, hits, L.box_hits(L.to_pixels(result.boxes, patch_size), truth))
         rows[name]["boxes_changed"] = (result.boxes != base.boxes).any(1).double().mean().item()
     stopped = ~base.seed_in_mask
     rows["stop"] = _effect("no box where the mask misses the seed (the code raises an error)", hits, hits & ~stopped)

@@ -1,4 +1,4 @@
-"""Figure 13: the plot of LOST, step by step."""
+"""Figure 13: LOST step by step on one block of a model, and the plot of its maps."""
 
 from __future__ import annotations
 
@@ -7,15 +7,28 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 
+from vitreg_lib.measure import objects
 from vitreg_lib.plots.maps import COMPONENT
 from vitreg_lib.plots.style import NORMS, PALETTE, bare, draw_box, picture, styled, wrapped
+
+
+def steps(model, images, site: str = "", bias: float = 0.0, layer: int = -1, progress: bool = False) -> objects.Lost:
+    """`objects.lost` with its maps on one block's q, k or v of a `zoo.Model`, L2-normalised; "" is `paper_site`.
+
+    Raises ValueError for another site.
+    """
+    site = site or objects.paper_site(model)
+    if site not in ("q", "k", "v"):
+        raise ValueError(f"unknown features {site!r}: choose 'q', 'k' or 'v'")
+    seen = model.capture(images, site, layers=layer, progress=progress)
+    return objects.lost(objects.features(seen, site), seen.grid, bias=bias, normalize=True, intermediates=True)
 
 
 @styled
 def discovery(pixels: torch.Tensor, found: dict, patch_sizes: dict[str, int], truth: list | None = None) -> Figure:
     """Figure 13: LOST step by step; a row a model, four panels an image.
 
-    found: {model: `lost.Lost` with intermediates, of the images in pixels (n, 3, h, w)}; truth: boxes of each image.
+    found: {model: `objects.Lost` with intermediates, of the images in pixels (n, 3, h, w)}; truth: boxes of each image.
     Inverse degree (bright: linked to few, the seed crossed); similarity to the seed and expansion, white at 0, where
     LOST cuts; the part that holds the seed, LOST's box (solid) and the true boxes (dashed).
     """

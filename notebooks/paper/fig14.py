@@ -1,4 +1,4 @@
-"""Figure 14: what seed expansion finds on values, and its plot."""
+"""Figure 14: seed expansion from queries, keys and values, its spots, what the value projection lets through."""
 
 from __future__ import annotations
 
@@ -10,8 +10,16 @@ from fig13 import rows_of_panels, signed
 from matplotlib.figure import Figure
 
 from vitreg_lib.hooks.capture import evaluating, hooks
-from vitreg_lib.measure.maps import Grid, _flat, _grid_of
+from vitreg_lib.measure import objects
 from vitreg_lib.plots.style import picture, styled
+
+
+def expansions(model, images, bias: float = 0.0, layer: int = -1, progress: bool = False) -> dict[str, torch.Tensor]:
+    """LOST's seed expansion (images, rows, cols) from {"queries", "keys", "values"} of one block, L2-normalised."""
+    seen = model.capture(images, ("q", "k", "v"), layers=layer, progress=progress)
+    options = dict(bias=bias, normalize=True, intermediates=True)
+    kinds = {"queries": "q", "keys": "k", "values": "v"}
+    return {k: objects.lost(objects.features(seen, s), seen.grid, **options).expansion for k, s in kinds.items()}
 
 
 def value_gain(model, images, layer: int = -1) -> torch.Tensor:
@@ -40,23 +48,23 @@ def value_gain(model, images, layer: int = -1) -> torch.Tensor:
     return torch.cat(gains)[:, model.anatomy.num_prefix_tokens :]
 
 
-def spots(maps: torch.Tensor, grid: Grid | None = None, height: float = 1.0) -> torch.Tensor:
-    """Where a map has an isolated maximum, bool, of the map's shape (Fig. 14; definition ours).
+def spots(maps: torch.Tensor, height: float = 1.0) -> torch.Tensor:
+    """Where maps (..., rows, cols) have an isolated maximum, bool, of the same shape (definition ours).
 
     A spot exceeds each of its up to 8 neighbours by more than `height` standard deviations of its own map: a lone
     patch does, a smooth hill or an object of several patches does not. A constant map has none.
     """
-    x = _flat(maps, grid).unflatten(-1, _grid_of(maps, grid))
-    padded = F.pad(x, (1, 1, 1, 1), value=-math.inf)
-    rows, cols = x.shape[-2:]
+    padded = F.pad(maps, (1, 1, 1, 1), value=-math.inf)
+    rows, cols = maps.shape[-2:]
     around = [padded[..., i : i + rows, j : j + cols] for i in range(3) for j in range(3) if (i, j) != (1, 1)]
-    excess = x - torch.stack(around).amax(0)
-    found = excess > height * x.std((-2, -1), correction=0, keepdim=True)
-    return found if grid is None else found.flatten(-2)
+    excess = maps - torch.stack(around).amax(0)
+    return excess > height * maps.std((-2, -1), correction=0, keepdim=True)
 
 
 @styled
-def expansions(pixels: torch.Tensor, maps: dict[str, dict[str, torch.Tensor]], spots: dict | None = None) -> Figure:
+def draw_expansions(
+    pixels: torch.Tensor, maps: dict[str, dict[str, torch.Tensor]], spots: dict | None = None
+) -> Figure:
     """Figure 14: seed expansion from several kinds of features; a row a model, a panel a kind for each image.
 
     maps: {model: {kind: (images, rows, cols)}}, drawn white at 0; spots: masks of the same shapes, ringed.

@@ -22,15 +22,12 @@ from torch import Tensor
 
 from vitreg_lib.base import DATA, UserError
 from vitreg_lib.data.scenes import SHAPES
-from vitreg_lib.measure import pairs
 from vitreg_lib.plots.style import PALETTE, PAPER, styled
 from vitreg_lib.probes import dense, linear
 from vitreg_lib.probes.linear import held_out
-from vitreg_lib.probes.zeroshot import class_embeddings, image_embeddings, predict, questions, text_tower
 
 TASKS = {"accuracy": "classification", "miou": "segmentation", "rmse": "depth"}
 LOWER_IS_BETTER = ("rmse",)
-STRENGTHS = (1e-3, 1e-2, 1e-1, 1.0, 10.0)
 TOLERANCE = {"accuracy": 0.2, "miou": 0.2, "rmse": 0.002}  # of the claims of Table 2a: points, points, unit of depth
 PANELS = {"accuracy": ("top-1 (%)", 100), "miou": ("mIoU (%)", 100), "rmse": ("depth RMSE", 1)}
 
@@ -169,7 +166,7 @@ def _class_scores(train: _Part, test: _Part, seed: int, steps, bins, stride) -> 
     x, x_test = linear.scale(_pooled(train)[rows], _pooled(test))
     y = torch.searchsorted(known, train.truth[rows])
     held = held_out(y, seed)
-    fit, _ = linear.fit_selected(x[~held], y[~held], x[held], y[held], STRENGTHS, tol=1e-5)
+    fit, _ = linear.fit_selected(x[~held], y[~held], x[held], y[held], linear.STRENGTHS, tol=1e-5)
     return (known[linear.predict(fit, x_test, 0).argmax(-1)] == test.truth).double()[:, None]
 
 
@@ -331,47 +328,3 @@ def task_scores(table, change, paper: dict[tuple[str, str], float] | None = None
         handles = [axis.get_legend_handles_labels() for axis in axes[1]]
         figure.legend(*max(handles, key=lambda h: len(h[1])), loc="outside upper center", ncols=2)
     return figure
-
-
-def evaluate(models, load):
-    """(DataFrame, hits): zero-shot accuracy of every model that has a text tower, others are left out.
-
-    load(model) gives the `Images` to ask about, the same for all. Index (model, question); columns accuracy, low, high
-    (the middle 95 % of a bootstrap over images), chance (of always naming the commonest class), classes. hits: {(model,
-    question): (images,) bool}.
-    """
-    import pandas as pd
-
-    from vitreg_lib.data.images import labels
-
-    rows, hits = {}, {}
-    for model in models:
-        try:
-            encode_text, tokenize = text_tower(model)
-        except UserError:
-            continue
-        pictures = load(model)
-        images = image_embeddings(model, pictures.x)
-        for question in questions(pictures, None if pictures.scenes is not None else labels(pictures)):
-            classes = class_embeddings(encode_text, tokenize, question.classes, question.templates)
-            key = (model.label, question.name)
-            hits[key] = predict(images, classes) == question.labels
-            low, high = pairs.interval(hits[key])
-            rows[key] = {"accuracy": hits[key].double().mean().item(), "low": low, "high": high}
-            rows[key] |= {"chance": question.labels.bincount().max().item() / len(images), "classes": len(classes)}
-    columns = ["accuracy", "low", "high", "chance", "classes"]
-    index = pd.MultiIndex.from_tuples(rows, names=["model", "question"])
-    return pd.DataFrame(list(rows.values()), index=index, columns=columns), hits
-
-
-def change(hits: dict, without: str, name: str) -> tuple[float, float, float]:
-    """(points, low, high): zero-shot accuracy of `name` less that of `without`, mean over the questions, paired.
-
-    hits of `evaluate`; the middle 95 % of a bootstrap over images.
-    """
-    from vitreg_lib.measure.objects import gain
-
-    shared = [q for m, q in hits if m == name and (without, q) in hits]
-    if not shared:
-        raise ValueError(f"{without} and {name} were not asked the same questions")
-    return gain(*(torch.stack([hits[m, q] for q in shared]).double().mean(0) for m in (without, name)))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import tab02
+import tab02_zeroshot
 
 from vitreg_lib.measure.pairs import pairs
 
@@ -20,7 +21,7 @@ def reported_changes(models) -> dict[tuple[str, str], float]:
 
 
 def measure(run, models, table, change, asked) -> None:
-    """Put `scores.table`, `scores.changes` and the accuracies of `zeroshot.evaluate` into a run's record."""
+    """Put `tab02.table`, `tab02.changes` and the accuracies of `tab02_zeroshot.evaluate` into a run's record."""
     with_registers, family = pairs(models), {model.label: model.family for model in models}
     for name, row in table.iterrows():
         paper = tab02.reported(registers=name in with_registers)
@@ -36,7 +37,7 @@ def measure(run, models, table, change, asked) -> None:
 def of_table2(models, table, change, hits: dict, profile: str) -> Iterator[tuple]:
     """Arguments of `Run.claim`: C085 to C094, then ours on registers added at test time and on fresh weights.
 
-    table of `scores.table`, change of `scores.changes`, hits of `zeroshot.evaluate`.
+    table of `tab02.table`, change of `tab02.changes`, hits of `tab02_zeroshot.evaluate`.
     """
     base, family = pairs(models), {model.label: model.family for model in models}
     trained = {family[name]: name for name in reversed(pairs(models, "trained"))}
@@ -62,7 +63,7 @@ def of_table2(models, table, change, hits: dict, profile: str) -> Iterator[tuple
     if name is None:
         yield "C094", None, f"no pair with text towers in profile {profile}"
         return
-    points, low, high = tab02.change(hits, base[name], name)
+    points, low, high = tab02_zeroshot.change(hits, base[name], name)
     holds = True if -0.5 <= low <= high <= 0.5 else False if high < -0.5 or low > 0.5 else None
     undecided = "; not decided by so few images" if holds is None else ""
     yield "C094", holds, f"{name}: {points:+.1f} points ({low:+.1f} to {high:+.1f}), mean over the questions{undecided}"

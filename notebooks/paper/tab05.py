@@ -9,7 +9,7 @@ from torch import Tensor
 
 from vitreg_lib.plots.scores import dots
 from vitreg_lib.plots.style import PALETTE, PAPER, styled
-from vitreg_lib.probes.local import READABLE, _both_probes, same_places
+from vitreg_lib.probes.local import READABLE, probe_groups, same_places
 
 
 @styled
@@ -69,7 +69,7 @@ def across_registers(
         if (places := union[borrowed.get(name, name)]).any():
             parts["places"] = places
         for seed in seeds:
-            rows[name, seed] = _both_probes(x, pixels[name], masks[name].shape[1:], parts, max_tokens, seed)
+            rows[name, seed] = probe_groups(x, pixels[name], masks[name].shape[1:], parts, max_tokens, seed)
     return pd.concat(rows, names=["model", "seed"]).reorder_levels(["model", "group", "fit", "seed"])
 
 

@@ -18,17 +18,17 @@ import inspect
 import json
 from dataclasses import dataclass, field
 
+import tables_sgd
 import torch
 from torch import Tensor
 
 from vitreg_lib.base import UserError
 from vitreg_lib.measure import outliers, pairs
-from vitreg_lib.probes import _lbfgs, linear, sgd
+from vitreg_lib.probes import _lbfgs, linear
 from vitreg_lib.probes import cache as features
 from vitreg_lib.probes.cache import Features, described, mapped
 from vitreg_lib.probes.linear import held_out
 
-STRENGTHS = (1e-3, 1e-2, 1e-1, 1.0, 10.0)  # of features scaled to unit size; DINOv2's 45 are in `linear`
 EXACT = 200_000  # training images up to which the optimum is computed; beyond, SGD comes near it
 LEAST = 4  # training images that a class must have
 _COLUMN = {"register": "registers"}  # of the features, where it has another name than the kind of token
@@ -53,7 +53,7 @@ class Classified:
 
 
 def classify(
-    models, problems, draws: int = 5, strengths=STRENGTHS, seed: int = 0, progress: bool = False
+    models, problems, draws: int = 5, strengths=linear.STRENGTHS, seed: int = 0, progress: bool = False
 ) -> Classified:
     """Scores of every model, task and kind of token: a `Classified`. models of `zoo.load`; problems of `data.tasks`.
 
@@ -119,7 +119,7 @@ def _about(problem, parts: list, strengths, seed: int) -> dict:
         "labels": hashlib.sha256(json.dumps(labels).encode()).hexdigest(),
         "options": [list(strengths), seed],
         "code": [hashlib.sha256(inspect.getsource(f).encode()).hexdigest() for f in _COMPUTE]
-        + [features.source_sha256(linear.__file__, _lbfgs.__file__, sgd.__file__)],
+        + [features.source_sha256(linear.__file__, _lbfgs.__file__, tables_sgd.__file__)],
     }
 
 
@@ -183,7 +183,7 @@ def usable(task, has: list[Tensor]) -> tuple[list[Tensor], list[Tensor], int]:
     return keep, [number[y[k]] for y, k in zip((train, test), keep, strict=True)], int(enough.sum())
 
 
-def one(x: Tensor, x_test: Tensor, y: Tensor, y_test: Tensor, metric: str, strengths=STRENGTHS, seed: int = 0):
+def one(x: Tensor, x_test: Tensor, y: Tensor, y_test: Tensor, metric: str, strengths=linear.STRENGTHS, seed: int = 0):
     """(score, right (test images,) or None) of one fit on x (images, dim), chosen on a fifth of it, tested on x_test.
 
     right is None for several labels an image.
@@ -197,7 +197,7 @@ def one(x: Tensor, x_test: Tensor, y: Tensor, y_test: Tensor, metric: str, stren
     elif metric == "mean per-class accuracy":
         options["score"] = lambda fit, a, b: linear.accuracy(fit, a, b, per_class=True)
     if len(x) > EXACT and y.ndim == 1:
-        fit = sgd.fit_selected(x[~validate], y[~validate], x[validate], y[validate], seed=seed)
+        fit = tables_sgd.fit_selected(x[~validate], y[~validate], x[validate], y[validate], seed=seed)
     else:
         fit, _ = linear.fit_selected(x[~validate], y[~validate], x[validate], y[validate], strengths, **options)
     if y.ndim == 2:

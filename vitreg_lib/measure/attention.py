@@ -1,4 +1,4 @@
-"""Attention maps: what chosen query tokens look at, as maps over the patches (Fig. 1, 2, 8, 9, 16, 18, 19).
+"""Attention maps: how chosen query tokens spread their attention over the patches (Fig. 1, 2, 8, 9, 16, 18, 19).
 
     seen = model.capture(images, ("norms", "attention"), layers=-1)     # rows of cls and registers, O(queries x tokens)
     maps = vr.attention.maps(seen)                                      # (images, queries, rows, cols)
@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from ..hooks.capture import Capture
-from . import maps as score
+from . import maps as numbers
 
 
 def maps(
@@ -131,19 +131,19 @@ def score_table(
 
     rows = {}
     for name, values in attn.items():
-        peaks = score.peak_ratio(values)
+        peaks = numbers.peak_ratio(values)
         inside = (where or {}).get(name)
         high = values > 10 * values.flatten(1).median(1).values[:, None, None]
         peaky = high.flatten(1).any(1) if inside is None else (high & inside).flatten(1).any(1)
         rows[name] = {
             "peak_ratio": peaks.median().item(),
             "peaky_images": peaky.float().mean().item(),
-            "kurtosis": score.kurtosis(values).mean().item(),
-            "entropy": score.entropy(values, normalised=True).mean().item(),
-            "total_variation": score.total_variation(values).mean().item(),
+            "kurtosis": numbers.kurtosis(values).mean().item(),
+            "entropy": numbers.entropy(values, normalised=True).mean().item(),
+            "total_variation": numbers.total_variation(values).mean().item(),
         }
         if is_outlier is not None:
-            rows[name]["attention_on_outliers"] = score.attention_on(values, is_outlier[name]).mean().item()
+            rows[name]["attention_on_outliers"] = numbers.attention_on(values, is_outlier[name]).mean().item()
     return pd.DataFrame.from_dict(rows, orient="index")
 
 

@@ -1,7 +1,8 @@
-"""Numbers for what the eye sees in an attention, feature or norm map, and principal components of patch tokens.
+"""Numbers that describe a map of one value per patch, and principal components of patch tokens.
 
-Is a map peaky or smooth, wide or local; does it sit on outliers, objects, the border; do two maps agree? Serves the
-maps of Fig. 1, 2, 9, 10 and 16 to 21. The paper shows pictures and names no measure, so the definitions are ours.
+Is a map peaky or smooth, wide or local; does it lie on outliers or on the border; do two maps agree? Attention, norms,
+similarities and components are all such maps (Fig. 1, 2, 9, 10, 13, 16 to 21). The paper shows pictures and names no
+measure, so the definitions are ours. `measure.attention` computes attention maps, `plots.maps` draws maps.
 
 Conventions: a map covers the patch tokens only (no cls, no registers): `(..., rows, cols)`, or `(..., patches)` with
 `grid=(rows, cols)`; any leading batch, any device; results drop the map's axes. "Mass" is the sum of a non-negative

@@ -1,11 +1,11 @@
-"""Features, extracted once and kept as Arrow on disk: what Tables 1, 4 and 6 and Fig. 5 classify and probe.
+"""Features extracted once and kept on disk as Arrow, for the probes of Tables 1, 4 and 6 and of Fig. 5.
 
-Each extraction has a fingerprint, the sha256 of all that it follows from: the model's sha256 and preprocessing, the
-digest of the images, the options, and the source of the code that computes it. The same fingerprint is computed once,
-by `datasets.map`, into VITREG_CACHE (by default results/cache); a record that names it can be traced to model and data.
+Each extraction has a fingerprint, the sha256 of everything it depends on: the model's sha256 and preprocessing, the
+digest of the images, the options, and the source of the code that computes it. `datasets.map` computes it once, into
+VITREG_CACHE (by default results/cache); a record that names the fingerprint can be traced to model and data.
 
-A cache is used only with its description beside it (FINGERPRINT.json: rows, bytes, and where it came from), which is
-written last: what was killed, truncated or filled up a disk has none, or another size, and is computed anew.
+A file is used only with its description beside it (FINGERPRINT.json: rows, sha256, what it depends on), which is
+written last. A file that was truncated or damaged, or whose computation was killed, is computed anew.
 """
 
 from __future__ import annotations
@@ -53,17 +53,17 @@ def captured(model, images, keep=("norms",), layers=None, progress: bool = False
     from datasets import Dataset
 
     keep = (keep,) if isinstance(keep, str) else tuple(keep)
-    known = [site for site in SITES if site != "attention"]
-    if bad := [site for site in keep if site not in known]:
-        raise ValueError(f"site {bad[0]!r} is not kept on disk; known are {', '.join(known)}")
+    sites = [site for site in SITES if site != "attention"]
+    if bad := [site for site in keep if site not in sites]:
+        raise ValueError(f"site {bad[0]!r} is not kept on disk; known are {', '.join(sites)}")
     layers = model.anatomy.layers(layers)
     digest = hashlib.sha256(images.x.contiguous().numpy().tobytes()).hexdigest()
     about = described(model, digest, len(images)) | {"kind": "capture", "keep": sorted(keep), "layers": list(layers)}
 
     def extract(batch, rows):
         seen = model.capture(images.x[rows], keep, layers=layers)
-        found = {site: getattr(seen, site).float() for site in keep if site in WHOLE}
-        return found | {f"{s}.{i}": getattr(seen, s)[i].float() for s in keep if s not in WHOLE for i in layers}
+        whole = {site: getattr(seen, site).float() for site in keep if site in WHOLE}
+        return whole | {f"{s}.{i}": getattr(seen, s)[i].float() for s in keep if s not in WHOLE for i in layers}
 
     features = mapped(Dataset.from_dict({"row": list(range(len(images)))}), extract, about, progress)
     anatomy = model.anatomy
@@ -99,9 +99,9 @@ def mapped(rows, extract, about: dict, progress: bool = False) -> Features:
     shapes: dict[str, list[int]] = {}
 
     def flat(batch, numbers):
-        found = extract(batch, torch.tensor(numbers))
-        shapes.update({name: list(value.shape[1:]) for name, value in found.items()})
-        return {name: value.reshape(len(value), -1).cpu().numpy() for name, value in found.items()}
+        columns = extract(batch, torch.tensor(numbers))
+        shapes.update({name: list(value.shape[1:]) for name, value in columns.items()})
+        return {name: value.reshape(len(value), -1).cpu().numpy() for name, value in columns.items()}
 
     if not _is_whole(path, beside, len(rows)):
         folder.mkdir(parents=True, exist_ok=True)
@@ -117,25 +117,25 @@ def mapped(rows, extract, about: dict, progress: bool = False) -> Features:
                 new_fingerprint=fingerprint,
                 desc=f"features of {about['model']}",
             )
-        size = path.stat().st_size
-        description = {"fingerprint": fingerprint, "rows": len(rows), "bytes": size, "shapes": shapes, "about": about}
+        description = {"rows": len(rows), "sha256": _file_sha256(path), "shapes": shapes, "about": about}
         write_atomically(beside, json.dumps(description, indent=1).encode())
     stored = json.loads(beside.read_text())["shapes"]
     return Features(Dataset.from_file(str(path)), fingerprint, about, {k: tuple(v) for k, v in stored.items()})
 
 
 def remembered(about: dict, compute):
-    """What `compute()` gives (anything that JSON holds), kept under the fingerprint of `about`."""
+    """The result of `compute()` (anything that JSON holds), kept under the fingerprint of `about`."""
     path = cache() / f"{_fingerprint(about)}.result.json"
     try:
-        told = json.loads(path.read_text())
-        if told["about"] == json.loads(json.dumps(about)):
-            return told["result"]
+        stored = json.loads(path.read_text())
+        if stored["sha256"] == _fingerprint({"about": about, "result": stored["result"]}):
+            return stored["result"]
     except (OSError, ValueError, KeyError):
         pass  # not there, or damaged: computed below
-    result = compute()
-    write_atomically(path, json.dumps({"about": about, "result": result}).encode())
-    return json.loads(json.dumps(result))
+    result = json.loads(json.dumps(compute()))
+    sha256 = _fingerprint({"about": about, "result": result})
+    write_atomically(path, json.dumps({"about": about, "result": result, "sha256": sha256}).encode())
+    return result
 
 
 def _fingerprint(about: dict) -> str:
@@ -143,12 +143,17 @@ def _fingerprint(about: dict) -> str:
 
 
 def _is_whole(path: Path, beside: Path, rows: int) -> bool:
-    """Whether a cache has its description and is as long as that says."""
+    """Whether a cache has its description and the content that it names."""
     try:
-        told = json.loads(beside.read_text())
-        return told["rows"] == rows and told["bytes"] == path.stat().st_size
+        description = json.loads(beside.read_text())
+        return description["rows"] == rows and description["sha256"] == _file_sha256(path)
     except (OSError, ValueError, KeyError):
         return False
+
+
+def _file_sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _code() -> str:
@@ -160,11 +165,8 @@ def _code() -> str:
 
 
 def source_sha256(*files: str) -> str:
-    """sha256 of source files, by which a result of older code is told from one of this."""
-    found = hashlib.sha256()
-    for path in files:
-        found.update(Path(path).read_bytes())
-    return found.hexdigest()
+    """sha256 of source files: a result computed by other code has another fingerprint."""
+    return hashlib.sha256(b"".join(Path(path).read_bytes() for path in files)).hexdigest()
 
 
 @contextmanager

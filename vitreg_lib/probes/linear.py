@@ -17,6 +17,7 @@ from torch import Tensor
 from ..base import UserError
 from ._lbfgs import path
 
+STRENGTHS = (1e-3, 1e-2, 1e-1, 1.0, 10.0)  # for features that `scale` brought to one size
 DINOV2_STRENGTHS = tuple(float(c) for c in 10 ** np.linspace(-6, 5, 45))  # the grid of DINOv2's own evaluation code
 
 

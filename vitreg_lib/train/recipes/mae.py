@@ -14,7 +14,7 @@ from torch import nn
 
 from ...data.scenes import HELD_OUT, MEAN, STD, uniform
 from ...model import mini
-from ...probes.local_fits import patch_pixels
+from ...probes.local import patch_pixels
 from .. import images, views
 from ..images import telemetry_images
 

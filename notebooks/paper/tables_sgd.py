@@ -4,16 +4,19 @@ Its evaluation code [recall]: SGD with momentum 0.9, no weight decay, batches of
 0, 13 learning rates (`LEARNING_RATES`, for 256 images a batch, scaled with the batch), weights drawn with deviation
 0.01; cls of the last one or four blocks with or without the mean patch. The rate is chosen on held-out images (there on
 the validation set itself). Ours: features are extracted once, without the random crops and flips of the original; one
-pass over the data serves all rates.
+pass over the data serves all rates, each a parameter group of torch's own optimiser.
 """
 
+import itertools
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy, linear
 
-from .linear import accuracy
+from vitreg_lib.probes.linear import accuracy
 
 LEARNING_RATES = (1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 0.1)
 
@@ -49,36 +52,36 @@ def fit_sgd(
     features, a label out of range, or fewer batches than steps.
     """
     generator = torch.Generator().manual_seed(seed)
-    start = 0.01 * torch.randn(num_classes, dim, generator=generator)
-    grid = torch.as_tensor(rates, dtype=torch.float32)
-    w = start.expand(len(grid), -1, -1).clone().to(device)
-    b = torch.zeros(len(grid), num_classes, device=device)
-    speed = torch.zeros_like(w), torch.zeros_like(b)
-    losses, done = [], 0
-    for x, y in batches:
-        if done == steps:
-            break
+    start = 0.01 * torch.randn(num_classes, dim, generator=generator).to(device)
+    weights = [nn.Parameter(start.clone()) for _ in rates]
+    biases = [nn.Parameter(torch.zeros(num_classes, device=device)) for _ in rates]
+    groups = [{"params": [w], "rate": rate, "weight_decay": penalty} for w, rate in zip(weights, rates, strict=True)]
+    groups += [{"params": [b], "rate": rate} for b, rate in zip(biases, rates, strict=True)]
+    optimizer = torch.optim.SGD(groups, lr=0.0, momentum=momentum)
+    losses = []
+    for x, y in itertools.islice(batches, steps):
         x, y = x.to(device).float(), y.to(device).long()
-        if not bool(torch.isfinite(x).all()):
-            raise ValueError(f"features hold NaN or infinite values in batch {done}")
-        if int(y.min()) < 0 or int(y.max()) >= num_classes:
-            raise ValueError(f"label {int(y.max())} is out of range for {num_classes} classes (0…{num_classes - 1})")
-        logits = torch.einsum("nd,rcd->rnc", x, w) + b[:, None]
-        log_p = logits.log_softmax(-1)
-        losses.append(-log_p[:, torch.arange(len(y)), y].mean(1).cpu())
-        residual = log_p.exp()
-        residual[:, torch.arange(len(y)), y] -= 1
-        residual /= len(y)
-        gradients = torch.einsum("rnc,nd->rcd", residual, x) + penalty * w, residual.sum(1)
-        fall = 0.5 * (1 + torch.cos(torch.tensor(torch.pi * done / steps)))
-        step = (grid * len(y) / 256 * fall).to(device)
-        for value, gradient, v in zip((w, b), gradients, speed, strict=True):
-            v.mul_(momentum).add_(gradient)
-            value.sub_(step.view(-1, *[1] * (value.ndim - 1)) * v)
-        done += 1
-    if done < steps:
-        raise ValueError(f"{done} batches were given for {steps} steps")
-    return SgdFit(grid, w, b, torch.stack(losses))
+        _check(x, y, num_classes, len(losses))
+        for group in optimizer.param_groups:
+            fall = 0.5 * (1 + math.cos(math.pi * len(losses) / steps))
+            group["lr"] = group["rate"] * len(y) / 256 * fall
+        optimizer.zero_grad()
+        with torch.enable_grad():
+            each = torch.stack([cross_entropy(linear(x, w, b), y) for w, b in zip(weights, biases, strict=True)])
+            each.sum().backward()  # no rate sees another's loss
+        optimizer.step()
+        losses.append(each.detach().cpu())
+    if len(losses) < steps:
+        raise ValueError(f"{len(losses)} batches were given for {steps} steps")
+    fitted = (torch.stack([p.detach() for p in params]) for params in (weights, biases))
+    return SgdFit(torch.as_tensor(rates, dtype=torch.float32), *fitted, torch.stack(losses))
+
+
+def _check(x: Tensor, y: Tensor, num_classes: int, batch: int) -> None:
+    if not bool(torch.isfinite(x).all()):
+        raise ValueError(f"features hold NaN or infinite values in batch {batch}")
+    if int(y.min()) < 0 or int(y.max()) >= num_classes:
+        raise ValueError(f"label {int(y.max())} is out of range for {num_classes} classes (0…{num_classes - 1})")
 
 
 def batches(x: Tensor, y: Tensor, batch_size: int, seed: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
