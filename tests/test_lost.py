@@ -20,7 +20,7 @@ def naive_lost(f, grid, k, bias=0.0, variant="paper"):
         degrees.append(sum(1 for q in range(n) if positive(gram[p][q]) and not (variant == "code" and p == q)))
     order = sorted(range(n), key=lambda p: (degrees[p], p))
     seed = order[0]
-    chosen = [q for q in order[:k] if positive(gram[seed][q])]
+    chosen = [q for q in order[:k] if q == seed or positive(gram[seed][q])]
     mask = [positive(sum(gram[s][q] for s in chosen)) for q in range(n)]
     todo, part = [seed], {seed}
     while todo and mask[seed]:
@@ -95,7 +95,7 @@ def test_finds_the_object_on_a_plain_background(variant):
 def test_batch_size_does_not_change_the_result(monkeypatch):
     features = torch.randn(9, 30, 4, generator=torch.Generator().manual_seed(0))
     whole = L.lost(features, (5, 6), intermediates=True)
-    monkeypatch.setattr(L, "_GRAM_VALUES", 2 * 30**2)
+    monkeypatch.setitem(L._GRAM_VALUES, "cpu", 2 * 30**2)
     parts = L.lost(features, (5, 6), intermediates=True)
     assert torch.equal(whole.boxes, parts.boxes) and torch.equal(whole.degrees, parts.degrees)
     alone = torch.cat([L.lost(f[None], (5, 6)).boxes for f in features])
@@ -126,6 +126,30 @@ def test_seed_outside_the_mask_gives_its_own_patch_and_a_flag():
     found = L.lost(features, (3, 4), bias=-100.0, variant="code")
     r, c = divmod(int(found.seeds[0]), 4)
     assert found.boxes[0].tolist() == [c, r, c + 1, r + 1] and not found.seed_in_mask[0]
+
+
+@pytest.mark.parametrize("variant", ["paper", "code"])
+def test_a_bias_below_every_similarity_never_gives_the_whole_image(variant):
+    """The seed stays in its own expansion set, so that a sum over nothing cannot be taken for 0."""
+    features = torch.nn.functional.normalize(torch.randn(20, 24, 5, generator=torch.Generator().manual_seed(4)), dim=-1)
+    for bias in (-1.01, -1.5, -10.0):
+        found = L.lost(features, (4, 6), bias=bias, variant=variant, intermediates=True)
+        assert found.selected.sum((1, 2)).tolist() == [1] * 20
+        assert found.selected.flatten(1).gather(1, found.seeds[:, None]).all()
+        assert ((found.boxes[:, 2:] - found.boxes[:, :2]) == 1).all() and not found.seed_in_mask.any()
+
+
+def test_the_component_is_the_same_on_every_device():
+    """On a CPU by scipy, elsewhere by growing: here the second way on masks that pretend to lie elsewhere."""
+
+    class Elsewhere(torch.Tensor):
+        device = torch.device("meta")
+
+    mask = torch.rand(200, 7, 9, generator=torch.Generator().manual_seed(0)) < 0.6
+    seeds = torch.stack([m.flatten().nonzero()[0, 0] for m in mask])
+    grown = L._component(mask.as_subclass(Elsewhere), seeds).as_subclass(torch.Tensor)
+    assert torch.equal(grown, L._component(mask, seeds))
+    assert 0 < (grown != mask).float().mean() < 1
 
 
 def test_patches_left_out_take_no_part():
@@ -162,6 +186,7 @@ def test_tokencut_equals_the_generalised_eigenproblem():
     ours = L.tokencut(features, (5, 6))[1].double().flatten()
     gap = 1 - abs(torch.nn.functional.cosine_similarity(v, ours, dim=0))
     assert gap < 1e-5, f"vectors differ by {gap:.2g}"
+    assert L.tokencut(one_object()[0], (6, 8))[2].tolist() == [9]  # nine equal patches: any of them may be the seed
 
 
 def test_iou_and_corloc_by_hand():
@@ -176,7 +201,7 @@ def test_iou_and_corloc_by_hand():
 
 def test_baselines():
     sizes = torch.tensor([[100, 200], [30, 30]])
-    assert L.whole_image_boxes(sizes).tolist() == [[0, 0, 200, 100], [0, 0, 30, 30]]
+    assert L.centred_boxes(sizes, 1.0).tolist() == [[0, 0, 200, 100], [0, 0, 30, 30]]
     half = L.centred_boxes(sizes)
     area = (half[:, 2:] - half[:, :2]).prod(1) / sizes.double().prod(1)
     assert torch.allclose(area, torch.full_like(area, 0.5))

@@ -135,7 +135,7 @@ def measure(run, tables: dict, scores, choices, baselines: dict[str, float]) -> 
 
 
 def along_bias(table, site: str):
-    """What the bias does to LOST on one kind of features, of length 1 and of the last block: `objects.IN_WORDS` in percent."""
+    """What the bias does to LOST on one kind of features, of length 1 and of the last block, in percent."""
     part = table.xs((site, True), level=("site", "normalised"))
     part = part.xs(part.index.unique("layer")[-1], level="layer")[list(L.IN_WORDS)]
     return 100 * part.rename(columns=L.IN_WORDS, index=lambda bias: f"bias {bias:g}")

@@ -2,7 +2,7 @@
 
 LOST (Simeoni et al. 2021, Sec. 3.2 [recall of its equations]) on the features f of one image's patches:
   (1) graph a_pq = 1 if f_p . f_q >= 0, degree d_p = sum_q a_pq, seed = the patch of lowest degree;
-  (2) S = the patches among the k of lowest degree with f_q . f_seed >= 0;
+  (2) S = the seed, and the patches among the k of lowest degree with f_q . f_seed >= 0;
   (3) mask m_q = 1 if sum over s in S of f_q . f_s >= 0; the box is that of the mask's part joined to the seed.
 The registers paper adds a hand-set bias to the Gram matrix; it does not say to which of the three lines: `bias_on`.
 
@@ -12,6 +12,7 @@ its source); a tuple of those names applies just these. Boxes are (left, top, ri
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -23,7 +24,12 @@ CODE_DIFFERENCES = {
 }
 # A third one cannot be switched on: the code breaks ties of the degree by an unstable sort. `ties` states a rule.
 LINES = ("degree", "seed", "mask")
-_GRAM_VALUES = 2**26  # Gram entries in memory at once
+IN_WORDS = {
+    "corloc": "CorLoc (images)",
+    "positive_share": "Gram entries ≥ 0",
+    "whole_share": "box is the whole image (images)",
+}
+_GRAM_VALUES = {"cpu": 2**20, "cuda": 2**26}  # Gram entries at once: on a CPU as many as stay in its cache
 
 
 @dataclass
@@ -43,7 +49,7 @@ class Lost:
     component: Tensor | None = None
 
     def shares(self, grid: tuple[int, int]) -> dict[str, float]:
-        """What tells a box that was found from one that had to come out, means over the images.
+        """How many boxes are trivial, as means over the images.
 
         positive_share; tied_share: of images whose seed is not the only patch of lowest degree; whole_share: of images
         whose box is the whole grid.
@@ -83,37 +89,43 @@ def lost(
         raise ValueError(f"unknown ties {ties!r}: choose 'lowest' or 'highest'")
     if k < 1 or not set(bias_on) <= set(LINES):
         raise ValueError(f"k must be at least 1 and bias_on be among {LINES}, got {k} and {bias_on}")
-    if valid is None:
-        valid = torch.ones(features.shape[:2], dtype=torch.bool, device=features.device)
-    elif not bool(valid.any(1).all()):
+    if valid is not None and not bool(valid.any(1).all()):
         raise ValueError(f"image {int((~valid.any(1)).nonzero()[0])} has no valid patch")
     biases = [bias if line in bias_on else 0.0 for line in LINES]
-    size = max(1, _GRAM_VALUES // (rows * cols) ** 2)
+    size = max(1, _GRAM_VALUES.get(features.device.type, 2**20) // (rows * cols) ** 2)
     parts = []
     for i in range(0, len(features), size):
-        f = _prepare(features[i : i + size], normalize)
-        parts.append(_lost(f, valid[i : i + size], (rows, cols), k, biases, strict, no_self, ties, intermediates))
-    return Lost(*(torch.cat(field) if field[0] is not None else None for field in zip(*parts, strict=True)))
+        chunk = None if valid is None else valid[i : i + size]
+        parts.append(_lost(_prepare(features[i : i + size], normalize), chunk, k, biases, strict, no_self, ties))
+    seeds, tied, share, *maps = (torch.cat(p) for p in zip(*parts, strict=True))
+    mask = maps[-1]
+    inside = mask.gather(1, seeds[:, None])[:, 0]
+    alone = torch.zeros_like(mask).scatter_(1, seeds[:, None], True)
+    component = _component(torch.where(inside[:, None], mask, alone).unflatten(1, (rows, cols)), seeds)
+    maps = [m.unflatten(1, (rows, cols)) for m in maps] + [component]
+    return Lost(mask_boxes(component), seeds, tied, inside, share, *(maps if intermediates else [None] * 6))
 
 
-def tokencut(features: Tensor, grid: tuple[int, int], tau: float = 0.2, eps: float = 1e-5) -> tuple[Tensor, Tensor]:
-    """(boxes (batch, 4), second eigenvectors (batch, rows, cols)) of TokenCut (Wang et al. 2022).
+def tokencut(features: Tensor, grid: tuple[int, int], tau: float = 0.2, eps: float = 1e-5):
+    """(boxes (batch, 4), second eigenvectors (batch, rows, cols), ties (batch,)) of TokenCut (Wang et al. 2022).
 
     Edges are 1 where the cosine is above `tau`, else `eps`; of (D - A) v = lambda D v the second vector is split at its
     mean, the side of the largest |v| is the object (and made positive), its component around that patch gives the box.
+    ties: how many patches have the largest |v|, up to a millionth; above 1 the choice among them is arbitrary.
     """
     rows, cols = _check(features, grid)
-    boxes, vectors = [], []
+    boxes, vectors, ties = [], [], []
     for f in _prepare(features, True):
         v = _second_eigenvector(torch.where(f @ f.T > tau, 1.0, eps).double()).to(f.dtype)
         peak = v.abs().argmax()
+        ties.append((v.abs() >= (1 - 1e-6) * v.abs().max()).sum())
         side = v > v.mean()
         if not side[peak]:
             v, side = -v, ~side
         component = _component(side.reshape(1, rows, cols), peak[None])
         boxes.append(mask_boxes(component))
         vectors.append(v.reshape(1, rows, cols))
-    return torch.cat(boxes), torch.cat(vectors)
+    return torch.cat(boxes), torch.cat(vectors), torch.stack(ties)
 
 
 def mask_boxes(mask: Tensor) -> Tensor:
@@ -131,44 +143,70 @@ def to_pixels(boxes: Tensor, patch_size: int) -> Tensor:
     return boxes * patch_size
 
 
-def _lost(f, valid, grid, k, biases, strict, no_self, ties, intermediates):
-    """The fields of `Lost`, in order, for features (batch, patches, dim) that are ready."""
+def _lost(f, valid, k, biases, strict, no_self, ties):
+    """Eq. 1 to 3 for features (batch, patches, dim): seeds, ties, positive share, and the maps (batch, patches)."""
     batch, patches, _ = f.shape
     here = torch.arange(batch, device=f.device)
-    gram = f @ f.transpose(1, 2)
+    gram = _gram(f)
     above = torch.gt if strict else torch.ge
-    edges = above(gram + biases[0] if biases[0] else gram, 0) & valid[:, None]
+    edges = above(gram, -biases[0])
+    if valid is not None:
+        edges &= valid[:, None]
     if no_self:
         edges.diagonal(dim1=1, dim2=2).fill_(False)
-    degrees = edges.sum(2, dtype=torch.int32).long().masked_fill(~valid, patches + 1)
+    degrees = edges.sum(2, dtype=torch.int32).long()
+    most = max(biases, key=abs)
+    if strict or no_self or valid is not None or most != biases[0]:
+        share = torch.ge(gram, -most).sum((1, 2), dtype=torch.int32).double() / patches**2
+    else:
+        share = degrees.sum(1).double() / patches**2
+    if valid is not None:
+        degrees = degrees.masked_fill(~valid, patches + 1)
     rank = torch.arange(patches, device=f.device)
     rank = rank if ties == "lowest" else rank.flip(0)
-    key = degrees * patches + rank  # one integer: degree first, then the tie rule
-    pool = key.argsort(1)[:, :k]
+    pool = (degrees * patches + rank).topk(min(k, patches), 1, largest=False).indices  # degree first, then the tie rule
     seeds = pool[:, 0]
     similarity = gram[here, seeds] + biases[1]
-    in_pool = torch.zeros_like(valid).scatter_(1, pool, True)
-    selected = in_pool & valid & above(similarity, 0)
+    selected = torch.zeros_like(similarity, dtype=torch.bool).scatter_(1, pool, True) & above(similarity, 0)
+    if valid is not None:
+        selected &= valid
+    selected[here, seeds] = True  # even where a negative bias takes its similarity to itself below 0
     weight = selected.to(gram.dtype)
     # Sum before comparing: f_q . (sum of f_s) in one product, with the bias counted once for each s
     expansion = torch.bmm(gram, weight[:, :, None])[:, :, 0] + biases[2] * weight.sum(1, keepdim=True)
-    mask = above(expansion, 0) & valid
-    inside = mask[here, seeds]
-    alone = torch.zeros_like(mask).scatter_(1, seeds[:, None], True)
-    component = _component(torch.where(inside[:, None], mask, alone).reshape(batch, *grid), seeds)
-    share = (gram + max(biases, key=abs) >= 0).sum((1, 2), dtype=torch.int32).double() / patches**2
+    mask = above(expansion, 0)
+    if valid is not None:
+        mask &= valid
     tied = (degrees == degrees.gather(1, seeds[:, None])).sum(1)
-    fields = [mask_boxes(component), seeds, tied, inside, share]
-    maps = [m.reshape(batch, *grid) for m in (degrees, similarity, expansion, selected, mask, component)]
-    return fields + (maps if intermediates else [None] * len(maps))
+    return seeds, tied, share, degrees, similarity, expansion, selected, mask
+
+
+def _gram(f: Tensor, blocks: int = 4) -> Tensor:
+    """f fᵀ (batch, patches, patches); of large ones a CPU computes the upper half only and mirrors it."""
+    patches = f.shape[1]
+    if f.device.type != "cpu" or patches < 400:
+        return f @ f.transpose(1, 2)
+    gram, step = f.new_empty(len(f), patches, patches), -(-patches // blocks)
+    for i in range(0, patches, step):
+        rows = f[:, i : i + step] @ f[:, i:].transpose(1, 2)
+        gram[:, i : i + step, i:] = rows
+        gram[:, i + step :, i : i + step] = rows[:, :, step:].transpose(1, 2)
+    return gram
 
 
 def _component(mask: Tensor, seeds: Tensor) -> Tensor:
-    """The 4-connected part of each mask (batch, rows, cols) that holds the seed, grown until it stands still."""
-    part = torch.zeros_like(mask).flatten(1).scatter_(1, seeds[:, None], True).reshape(mask.shape) & mask
-    while True:
+    """The 4-connected part of each mask (batch, rows, cols) that holds the seed, a patch index in the mask."""
+    if mask.device.type == "cpu":
+        from scipy.ndimage import generate_binary_structure, label
+
+        within = np.zeros((3, 3, 3), dtype=int)
+        within[1] = generate_binary_structure(2, 1)  # no neighbours in other images
+        labels = torch.from_numpy(label(mask.numpy(), within)[0])
+        return labels == labels.flatten(1).gather(1, seeds[:, None])[:, :, None]
+    part = torch.zeros_like(mask).flatten(1).scatter_(1, seeds[:, None], True).reshape(mask.shape)
+    while True:  # grown until it stands still
         before = part
-        for _ in range(8):  # several steps for each look at the result, which would make a GPU wait
+        for _ in range(8):  # several steps for each look at the result, which makes a GPU wait
             grown = part.clone()
             grown[:, 1:] |= part[:, :-1]
             grown[:, :-1] |= part[:, 1:]
@@ -215,9 +253,10 @@ def _check(features: Tensor, grid) -> tuple[int, int]:
             f"features must be (batch, {rows * cols}, dim) for grid {rows}x{cols}, got {tuple(features.shape)}: "
             "drop the prefix tokens (cls and registers)"
         )
-    bad = ~torch.isfinite(features).flatten(1).all(1)
-    if bad.any():
-        raise ValueError(f"features of image {int(bad.nonzero()[0])} hold NaN or infinite values")
+    if not torch.isfinite(features.sum()):  # a quick pass, whose sum may also overflow
+        bad = ~torch.isfinite(features).flatten(1).all(1)
+        if bad.any():
+            raise ValueError(f"features of image {int(bad.nonzero()[0])} hold NaN or infinite values")
     return rows, cols
 
 
@@ -230,26 +269,6 @@ def features(seen, site: str, layer: int = -1) -> Tensor:
 def paper_site(model) -> str:
     """The features that Table 3 takes of a `zoo.Model`: "k" for the family DINOv2, "v" for all others."""
     return "k" if model.family == "dinov2" else "v"
-
-
-def steps(model, images, site: str = "", bias: float = 0.0, layer: int = -1, progress: bool = False) -> Lost:
-    """`lost` with its intermediate maps on one block's q, k or v of a `zoo.Model`, L2-normalised; "" is `paper_site`.
-
-    Raises ValueError for another site.
-    """
-    site = site or paper_site(model)
-    if site not in ("q", "k", "v"):
-        raise ValueError(f"unknown features {site!r}: choose 'q', 'k' or 'v'")
-    seen = model.capture(images, site, layers=layer, progress=progress)
-    return lost(features(seen, site), seen.grid, bias=bias, normalize=True, intermediates=True)
-
-
-def expansions(model, images, bias: float = 0.0, layer: int = -1, progress: bool = False) -> dict[str, Tensor]:
-    """Seed expansion (images, rows, cols) from {"queries", "keys", "values"} of one block, L2-normalised (Fig. 14)."""
-    seen = model.capture(images, ("q", "k", "v"), layers=layer, progress=progress)
-    kinds = {"queries": "q", "keys": "k", "values": "v"}
-    options = dict(bias=bias, normalize=True, intermediates=True)
-    return {kind: lost(features(seen, site), seen.grid, **options).expansion for kind, site in kinds.items()}
 
 
 def sweep(
@@ -288,18 +307,18 @@ def corloc(boxes: Tensor, truth: list[Tensor]) -> CorLoc:
     """CorLoc by LOST's rule: a hit is IoU >= 0.5 with any box of the image, difficult and truncated ones included.
 
     boxes (images, 4) and truth, one (n, 4) for each image, as left, top, right, bottom in the same unit. The interval
-    is that of `paired.interval`. Raises ValueError for an image without boxes: leave it out, as LOST does.
+    is that of `pairs.interval`. Raises ValueError for an image without boxes: leave it out, as LOST does.
     """
     if len(boxes) != len(truth) or not len(truth):
         raise ValueError(f"{len(boxes)} predicted boxes for {len(truth)} images")
     empty = [i for i, t in enumerate(truth) if not len(t)]
     if empty:
         raise ValueError(f"{len(empty)} images have no box (first: {empty[:5]}): leave them out of CorLoc")
-    hits = found(boxes, truth)
+    hits = box_hits(boxes, truth)
     return CorLoc(hits.double().mean().item(), *interval(hits), hits)
 
 
-def found(boxes: Tensor, truth: list[Tensor]) -> Tensor:
+def box_hits(boxes: Tensor, truth: list[Tensor]) -> Tensor:
     """(images,) bool, on the CPU: is the IoU of the box (images, 4) with any true box (n, 4) at least 0.5?"""
     padded = torch.nn.utils.rnn.pad_sequence(truth, batch_first=True)  # (images, most boxes, 4), empty ones added
     return (box_iou(boxes[:, None], padded) >= 0.5).any(1).cpu()
@@ -319,13 +338,11 @@ def box_iou(a: Tensor, b: Tensor) -> Tensor:
     return overlap / (areas[0] + areas[1] - overlap).clamp_min(1e-12)
 
 
-def whole_image_boxes(sizes: Tensor) -> Tensor:
-    """The whole image as a box, for sizes (images, 2) = height, width: the baseline to show beside every CorLoc."""
-    return centred_boxes(sizes, area=1.0)
-
-
 def centred_boxes(sizes: Tensor, area: float = 0.5) -> Tensor:
-    """A centred box of the image's shape that covers the share `area` of it: the second baseline."""
+    """A centred box that covers the share `area` of each image, for sizes (images, 2) = height, width; 1: all of it.
+
+    Such boxes cost nothing: the baselines to show beside every CorLoc.
+    """
     height, width = sizes.double().unbind(1)
     margin = (1 - area**0.5) / 2
     return torch.stack([width * margin, height * margin, width * (1 - margin), height * (1 - margin)], 1)
