@@ -18,7 +18,8 @@ from vitreg_lib import cli
 from vitreg_lib.base import UserError
 from vitreg_lib.train import loop, state
 
-RECIPES = ("deit3", "clip", "dinov2", "mae")
+RECIPES = ("deit3", "clip", "dinov2", "mae", "registers")
+EXTRA = {"registers": dict(model="random:mini-deit3-xxs", cutoff=1.0, teacher="shift")}  # views are drawn anew
 SMALL = dict(
     size="xxs",
     registers=1,
@@ -37,7 +38,9 @@ SMALL = dict(
 
 def train(folder, name="deit3", on_step=None, **options):
     torch.set_num_threads(1)  # as in the process that is killed: sums of other threads differ in the last bit
-    return loop.train(*loop.configure(name, **SMALL | options), folder, progress=False, on_step=on_step)
+    return loop.train(
+        *loop.configure(name, **SMALL | EXTRA.get(name, {}) | options), folder, progress=False, on_step=on_step
+    )
 
 
 @pytest.fixture(scope="module")

@@ -31,6 +31,7 @@ SHORT = {  # what `vr.NAME` stands for: a function (module:name) or a module
     "sets": "data.sets",
     "zoo": "model.zoo",
     "mend": "model.mend",
+    "remedies": "model.remedies",
     "planted": "model.planted",
     "linear": "probes.linear",
     "local": "probes.local",

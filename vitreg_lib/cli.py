@@ -140,23 +140,27 @@ def mend(
     images: Annotated[str, typer.Option(help="where neurons are searched: a source of `vitreg data` or a folder")] = "",
     n_images: Annotated[int, typer.Option(min=1, help="at most this many")] = 10,
     registers: Annotated[str, typer.Option(help="numbers of registers to try")] = "0,1,2,4,8",
+    cutoff: Annotated[float | None, typer.Option(help="norm of an outlier after the last block")] = None,
 ):
-    """Find the neurons that make a model's outlier tokens and move them to registers added without training."""
+    """Rid a model of its outlier tokens without training: by empty tokens, or by registers at test time (NAME+ttrN)."""
     from .data import images as image_sets
-    from .model import mend, zoo
+    from .model import mend, remedies, zoo
 
     counts = registers.split(",")
     if not all(count.strip().isdigit() for count in counts):
         raise UserError(f"--registers {registers!r}: write numbers separated by commas, such as 0,1,4")
     loaded = zoo.load(model)
     searched = image_sets.load(images, loaded, n_images) if images else mend.handful(loaded)
-    found = mend.find(loaded, searched)
+    found = mend.find(loaded, searched, cutoff=cutoff)
     print(f"{loaded.name} on {searched.source}:\n{found.share_before:.2%} of the patch tokens are outliers after block")
     print(f"{found.layer}, from block {found.onset} on. {len(found.neurons)} neurons make them (block:neuron):")
     print(", ".join(f"{b}:{i}" for b, i in found.neurons) + "\n")
     if found.share_after > mend.MENDED * found.share_before:
         print("but moving them removes few of the outliers: this model is not mended this way\n")
     print(mend.doses(loaded, searched, found, [int(count) for count in counts]).round(4).to_string(index=False))
+    tried = remedies.table(loaded, searched, found)
+    print(f"\nthe remedies that need no training, the simplest first:\n{tried.round(3).to_string()}")
+    print(f"fewest outliers, by the simplest means: {remedies.best(tried)}")
 
 
 @app.command()
@@ -172,7 +176,9 @@ def models(name: Annotated[str, typer.Argument(help="all that is known of one mo
         return
     for name, entry in entries.items():
         print(f"{name:20} {zoo.available(name):14} {entry.get('about', '')}")
-    print("\nalso: timm:NAME, file:PATH, random:NAME, and NAME+ttrN for N registers added at test time")
+    print(
+        "\nalso: timm:NAME, file:PATH, random:NAME, and NAME+ttrN for N registers at test time, NAME+emptyN for N zeros"
+    )
 
 
 @app.command()

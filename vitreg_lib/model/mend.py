@@ -10,6 +10,7 @@ its own largest value; cls neither counts for it nor is changed; what is returne
 When several blocks are treated the largest value is taken over patches *and* new tokens, or these would starve.
 
     mended = vr.load("vit-ti+ttr4")           # finds the neurons on a handful of images, adds 4 registers
+    mended = vr.load("deit-ti+empty4")        # 4 tokens of zeros and nothing else: the simplest remedy, and a control
     found = vr.mend.find(model, images)       # the same by hand
     mended = vr.mend.with_test_time_registers(model, 4, found.neurons)
 """
@@ -27,6 +28,7 @@ from torch import nn
 from ..base import UserError
 from ..hooks.anatomy import Anatomy, dissect, layer_scale
 from ..hooks.capture import evaluating, hooks, second_linear
+from ..measure import outliers
 from ..measure.detection import detect
 
 Neurons = Sequence[tuple[int, int]]  # (block, neuron)
@@ -57,20 +59,17 @@ class Found:
     table: object
 
 
-def find(model, images=None, max_neurons: int = 50) -> Found:
+def find(model, images=None, max_neurons: int = 50, cutoff: float | None = None) -> Found:
     """The MLP neurons that mark a `zoo.Model`'s outlier tokens, searched on `images` (see `handful`).
 
-    Candidates are the neurons of the blocks up to the onset, ranked by the norm that they add at outliers more than
-    elsewhere (see `rank`). From the top, the fewest of 1, 2, 3, 5 … `max_neurons` that leave less than a tenth of the
+    Outliers are those of `detection.detect`, or, where a `cutoff` is given, tokens of a larger norm after the last
+    block. Candidates are the neurons of the blocks up to the onset, ranked by the norm that they add at outliers more
+    than elsewhere (see `rank`). From the top, the fewest of 1, 2, 3, 5 … `max_neurons` that leave less than a tenth of the
     outliers are taken; if none does, those that leave fewest. Raises NothingToMend (a UserError) for a model without
     outliers.
     """
     x = _pixels(handful(model) if images is None else images)
-    found = detect(model, x)
-    if found.answer == "none" or not found.outliers.mask.any():
-        raise NothingToMend(f"{model.name} has nothing to mend: {found.reason}")
-    layer, cutoff, onset = found.outliers.layer, found.outliers.cutoff, found.onset
-    is_outlier = found.outliers.mask.flatten(1)
+    layer, onset, cutoff, is_outlier = _where(model, x, cutoff)
     table = rank(model.module, x, is_outlier, range(onset + 1)).head(max(max_neurons, 10))
     ranked = list(zip(table.block, table.neuron, strict=True))
     before, best = is_outlier.float().mean().item(), None
@@ -84,6 +83,31 @@ def find(model, images=None, max_neurons: int = 50) -> Found:
     return Found(tuple(ranked[: best[1]]), layer, onset, cutoff, before, best[0], table.reset_index(drop=True))
 
 
+def _where(model, x: torch.Tensor, cutoff: float | None):
+    """(block to look at, the first with outliers, cutoff, mask (images, patches)), by `detect` or by a set cutoff."""
+    if cutoff is None:
+        found = detect(model, x)
+        if found.answer == "none" or not found.outliers.mask.any():
+            raise NothingToMend(f"{model.name} has nothing to mend: {found.reason}")
+        return found.outliers.layer, found.onset, found.outliers.cutoff, found.outliers.mask.flatten(1)
+    norms = model.capture(x).patch_norms  # (images, layers, patches)
+    is_outlier = norms[:, -1] > cutoff
+    if not is_outlier.any():
+        raise NothingToMend(f"{model.name} has nothing to mend: no patch token is above the cutoff {cutoff:g}")
+    layer = norms.shape[1] - 1
+    return layer, outliers.onset_of(norms, is_outlier, cutoff, layer), cutoff, is_outlier
+
+
+def with_empty_tokens(model, n: int):
+    """A `zoo.Model` with `n` tokens of zeros behind its prefix tokens and nothing else changed; named NAME+emptyN.
+
+    Where outliers arise from what a patch shows, they may go over to these tokens untrained; where they arise from its
+    place they do not.
+    """
+    about = f"{model.name} with {n} tokens of zeros that nothing was trained for"
+    return _remedied(model, add_registers(model.module, (), n), "empty", n, about, ())
+
+
 def with_test_time_registers(model, n: int, neurons: Neurons | None = None):
     """A `zoo.Model` with `n` registers added at test time; the given model is left as it was.
 
@@ -94,18 +118,22 @@ def with_test_time_registers(model, n: int, neurons: Neurons | None = None):
     has no place.
     """
     neurons = _found_neurons(model) if neurons is None else tuple(neurons)
-    name = f"{model.name}+ttr{n}"
     which = ", ".join(f"{block}:{neuron}" for block, neuron in neurons[:5]) + (" …" if len(neurons) > 5 else "")
+    about = f"{model.name}, {n} registers added at test time, {len(neurons)} neurons moved (block:neuron {which})"
+    return _remedied(model, add_registers(model.module, neurons, n), "ttr", n, about, neurons)
+
+
+def _remedied(model, module: nn.Module, kind: str, n: int, about: str, neurons: Neurons):
     return dataclasses.replace(
         model,
-        name=name,
-        label=f"{model.label or model.name}+ttr{n}",
-        module=add_registers(model.module, neurons, n),
+        name=f"{model.name}+{kind}{n}",
+        label=f"{model.label or model.name}+{kind}{n}",
+        module=module,
         sha256=hashlib.sha256(f"{model.sha256} {n} {sorted(neurons)}".encode()).hexdigest(),
         role="mended",
         base=model.label or model.name,
-        registers_from="test time",
-        about=f"{model.name}, {n} registers added at test time, {len(neurons)} neurons moved (block:neuron {which})",
+        registers_from={"ttr": "test time", "empty": "empty"}[kind],
+        about=about,
     )
 
 

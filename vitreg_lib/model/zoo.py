@@ -7,6 +7,7 @@ file:PATH                 .safetensors, or .pt/.pth (weights only), or a folder 
                           file:PATH#ARCH names timm's architecture where the file does not
 random:NAME               the same architecture with fresh weights: a control
 NAME+ttrN                 any of them with N registers added at test time (see `mend`)
+NAME+emptyN               with N tokens of zeros and nothing else changed
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import dataclasses
 import functools
 import itertools
 import json
+import re
 from pathlib import Path
 
 import torch
@@ -35,12 +37,12 @@ def entries() -> dict[str, dict]:
     return yaml.safe_load((DATA / "models.yaml").read_text())
 
 
-def split(name: str) -> tuple[str, int | None]:
-    """The name before +ttrN, and N; None where no registers are to be added. Raises UserError for another N."""
-    base, added, number = name.partition("+ttr")
-    if added and (not number.isdecimal() or int(number) > 64):
-        raise UserError(f"{name!r}: write +ttrN with N from 0 to 64, for instance {name.partition('+')[0]}+ttr4")
-    return base, int(number) if added else None
+def split(name: str) -> tuple[str, str, int]:
+    """(name, "", 0), or of NAME+ttrN and NAME+emptyN (NAME, "ttr" or "empty", N). Raises UserError for another N."""
+    base, kind, number = re.fullmatch(r"(.*?)(?:\+(ttr|empty)(.*))?", name).groups()
+    if kind and (not number.isdecimal() or int(number) > 64):
+        raise UserError(f"{name!r}: write +{kind}N with N from 0 to 64, for instance {base}+{kind}4")
+    return base, kind or "", int(number or 0)
 
 
 def load(name: str, device: str | None = None, image_size: int | None = None) -> Model:
@@ -49,11 +51,12 @@ def load(name: str, device: str | None = None, image_size: int | None = None) ->
     `image_size` asks for another input size than the model's own; position embeddings are interpolated.
     Raises UserError for an unknown name, weights that cannot be had, or a damaged file.
     """
-    base, added = split(name)
-    if added is not None:
+    base, kind, number = split(name)
+    if kind:
         from . import mend
 
-        model = mend.with_test_time_registers(load(base, device, image_size), added)
+        remedy = {"ttr": mend.with_test_time_registers, "empty": mend.with_empty_tokens}[kind]
+        model = remedy(load(base, device, image_size), number)
         model.label = name
         return model
     if base.startswith("random:"):
@@ -145,6 +148,22 @@ def _scenes_head(module: nn.Module) -> dict[str, tuple[int, int]]:
     """Which logits answer which question about scenes, for a head of as many as the attributes have values."""
     ends = torch.tensor([0, *map(len, ATTRIBUTES.values())]).cumsum(0).tolist()
     return dict(zip(ATTRIBUTES, itertools.pairwise(ends), strict=True)) if module.num_classes == ends[-1] else {}
+
+
+def _described_file(name, path, described: dict, tensors, image_size: int | None) -> Model:
+    """Weights with what builds their model in their metadata, as `vitreg train registers` writes them."""
+    arguments = described["model_args"] | ({"img_size": image_size} if image_size else {})
+    overlay = described["pretrained_cfg"]
+    module = _create(
+        described["architecture"],
+        None,
+        num_classes=described["num_classes"],
+        pretrained_cfg_overlay=overlay,
+        **arguments,
+    )
+    module.timm_config = described
+    _fill(name, module, {k: v.float() for k, v in (_at_size(module, tensors) if image_size else tensors).items()})
+    return with_facts(_with_config(name, module, file_sha256(path), image_size), described.get("facts", {}))
 
 
 def _random(name: str, image_size: int | None) -> Model:
@@ -250,6 +269,8 @@ def _file(name: str, image_size: int | None) -> Model:
         metadata, tensors = _read_safetensors(path)
         if "vit" in metadata:
             return _mini_file(name, path, image_size)
+        if "timm" in metadata:
+            return _described_file(name, path, json.loads(metadata["timm"]), tensors, image_size)
     elif path.suffix in (".pt", ".pth"):
         tensors = _read_pickle(path)
     else:

@@ -23,6 +23,7 @@ RECIPES = {  # what each learns from; also the name of its module
     "dinov2": "images alone: views of a scene, masked patches",
     "mae": "images alone: pixels of masked patches",
     "lejepa": "images alone: views of a scene, without a teacher",
+    "registers": "unlabelled photos: registers into a model that came without",
     "emergence": "an artificial task, for the study of how artifacts begin",
 }
 EXAMPLES = """\b
@@ -42,6 +43,7 @@ def train(recipe: str | None, resume: str | None = None, out: str | None = None,
 
     import torch
 
+    from ..model.mend import NothingToMend
     from . import loop, parallel, state
 
     given = {name: value for name, value in options.items() if value is not None}
@@ -51,7 +53,8 @@ def train(recipe: str | None, resume: str | None = None, out: str | None = None,
         module = loop.recipe_of(config)
     else:
         config, module = loop.configure(recipe, **given)
-        default = f"{recipe}-{config.size.replace('/', '-')}-reg{config.registers}-seed{config.seed}"
+        what = (config.model or config.size).replace("/", "-").replace(":", "-")
+        default = f"{recipe}-{what}-reg{config.registers}-seed{config.seed}"
         folder = Path(out or ROOT / "runs" / default)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -59,6 +62,8 @@ def train(recipe: str | None, resume: str | None = None, out: str | None = None,
         if parallel.rank() == 0:
             print(json.dumps(result, indent=1))
             print(f"weights: {shown(folder / 'model.safetensors')}")
+    except NothingToMend as reason:  # a recipe for a phenomenon that this model does not show
+        print(reason)
     finally:
         if local_rank() is not None:
             parallel.stop()

@@ -54,6 +54,20 @@ class TrainConfig:
 
     mask_ratio: float = option(0.75, "share of patches that are hidden", "mae")
 
+    model: str = option("", "the model that gets registers: any name of `vitreg models`", "registers")
+    start: str = option("outliers", "of the registers: outliers (what enters block 0 there), or random", "registers")
+    teacher: str = option(
+        "ttr", "ttr (the model with test-time registers), shift (mean of views), or self", "registers"
+    )
+    free: str = option(
+        "all", "what is trained: all, first (registers and first half of blocks), or registers", "registers"
+    )
+    cutoff: float = option(0.0, "norm of an outlier after the last block; 0: by the model's own norms", "registers")
+    patch_weight: float = option(2.0, "weight of the patch tokens in the loss", "registers")
+    answer_weight: float = option(1.0, "weight of the logits (or the pooled features) in the loss", "registers")
+    photos: int = option(0, "train on that many photos of the folder only; 0: on all", "registers")
+    report: str = option("", "photos for the report: a source or folder; default: those held out", "registers")
+
     ema: float = option(
         0.0, "decay of a moving average of the weights, which is then what is kept; 0 for none", "optimisation"
     )
@@ -61,7 +75,7 @@ class TrainConfig:
     data: str = option(
         "",
         "a folder instead of scenes: train/CLASS/*.jpg and val/CLASS/*.jpg, or the hub's Parquet files; for clip "
-        "pairs, as Parquet with image and caption or as WebDataset's .tar",
+        "pairs, as Parquet with image and caption or as WebDataset's .tar; for registers any folder of photos",
         "data",
     )
     layer_scale: float = option(1e-4, "with --data: LayerScale at the start", "deit3")

@@ -138,7 +138,10 @@ def save_tensors(
 
 
 def save_weights(path: Path, model: nn.Module, metadata: dict[str, str], dtype=torch.float16) -> None:
-    """A mini ViT's weights in half precision with the arguments that build it, as the zoo ships and loads them."""
+    """A model's weights with what builds it, as the zoo loads them: a mini ViT in half precision, as it ships; another
+    model's, made from released weights, in its own."""
+    if hasattr(model, "timm_config"):
+        return save_tensors(path, model.state_dict(), {**metadata, "timm": json.dumps(model.timm_config)})
     metadata = {**metadata, "vit": json.dumps(model.vit_arguments)}
     save_tensors(path, {k: v.to(dtype) for k, v in model.state_dict().items()}, metadata)
 

@@ -1,0 +1,64 @@
+"""A ViT of timm's with more registers than it came with, its other weights unchanged."""
+
+from __future__ import annotations
+
+import inspect
+
+import torch
+from torch import nn
+
+from ..base import UserError
+from ..hooks.anatomy import dissect
+
+CONFIG = ("mean", "std", "interpolation", "crop_pct", "crop_mode")  # of timm's pretrained_cfg: how to feed a model
+
+
+def with_registers(module: nn.Module, tokens: torch.Tensor) -> nn.Module:
+    """A model of timm's with all weights of `module` and `tokens` (n, dim) as registers behind those it has.
+
+    It is what timm builds with reg_tokens=n (num_reg_tokens in Eva); where position embeddings have a place for prefix
+    tokens, the new ones' is zero. Raises UserError for an architecture that takes no registers.
+    """
+    anatomy = dissect(module)
+    new = _fresh(module, anatomy.num_registers + len(tokens))
+    weights = dict(module.state_dict())
+    if len(tokens):
+        weights["reg_token"] = torch.cat([*([module.reg_token[0]] if anatomy.num_registers else []), tokens])[None]
+    places = weights.get("pos_embed")
+    if places is not None and places.shape[1] < new.pos_embed.shape[1]:  # prefix tokens have places of their own
+        old = anatomy.num_prefix_tokens
+        weights["pos_embed"] = torch.cat(
+            [places[:, :old], places.new_zeros(1, len(tokens), places.shape[2]), places[:, old:]], 1
+        )
+    try:
+        new.load_state_dict(weights)
+    except RuntimeError as error:
+        raise UserError(f"timm builds another model than this one: {' '.join(str(error).split())[:160]}") from error
+    return new.train(module.training)
+
+
+def _fresh(module: nn.Module, registers: int) -> nn.Module:
+    """A fresh model of the same kind with so many registers, which carries what builds it again."""
+    import timm
+    from timm.models.vision_transformer import VisionTransformer
+
+    if hasattr(module, "vit_arguments"):  # a mini ViT
+        arguments = {**module.vit_arguments, "reg_tokens": registers, "img_size": module.patch_embed.img_size}
+        new = VisionTransformer(**arguments)
+        new.vit_arguments = arguments
+        return new
+    parameters = inspect.signature(type(module).__init__).parameters
+    name = next((n for n in ("reg_tokens", "num_reg_tokens") if n in parameters), None)
+    cfg = getattr(module, "pretrained_cfg", None) or {}
+    if name is None or not cfg.get("architecture"):
+        raise UserError(f"timm has no registers for {type(module).__name__}: ViTs and Evas of timm's can get them")
+    known = getattr(module, "timm_config", {}).get("model_args", {})
+    arguments = {**known, name: registers, "img_size": module.patch_embed.img_size}
+    overlay = {key: cfg[key] for key in CONFIG if key in cfg} | {"input_size": (3, *module.patch_embed.img_size)}
+    new = timm.create_model(
+        cfg["architecture"], num_classes=module.num_classes, pretrained_cfg_overlay=overlay, **arguments
+    )
+    described = {"architecture": cfg["architecture"], "num_classes": module.num_classes}
+    described["facts"] = {"registers_from": "fine-tuned"} if registers else {}
+    new.timm_config = {**described, "model_args": arguments, "pretrained_cfg": overlay}
+    return new

@@ -1,0 +1,378 @@
+r"""Registers trained into a model that came without, on unlabelled photos, in a minute or a few on a CPU.
+
+The student is the same model with N more registers; it learns to give what a teacher without outliers gives. The loss
+is `patch_weight` times the distance of patch tokens before the final norm, relative to the teacher's mean length, plus
+`answer_weight` times the Kullback-Leibler divergence of the logits (for a model without classes: 1 - cosine of the
+pooled features). After the final norm an outlier is hardly to be seen, and a loss there removed none of ViT-Ti's.
+
+    --start outliers   registers start at k-means centres of what enters block 0 at patches that become outliers
+    --start random     as a fresh ViT's registers do, normal numbers of 0.02
+    --teacher ttr      the model with 4 registers at test time (see `vitreg mend`)
+    --teacher shift    the model's mean over 10 views, shifted by whole patches and flipped, moved back (PH-Reg, 2025)
+    --teacher self     the model as it is: what registers that are there do by themselves
+    --free all, first (registers, embeddings and the first half of the blocks) or registers
+
+    vitreg train registers --model deit-ti                                 # on the photos that ship with other packages
+    vitreg train registers --model timm:NAME --registers 4 --data my/photos --report imagenet
+
+The report compares the model before and after on photos that were not trained on, with the accuracy where the folder
+of --report has a labels.csv (file, class_index). The result, model.safetensors, is an ordinary model of timm:
+
+    timm.create_model(NAME, reg_tokens=4, checkpoint_path="model.safetensors")      # num_reg_tokens for Eva
+    vr.load("file:model.safetensors")
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from ...base import UserError, unknown
+from ...data import images as sources
+from ...data import scenes
+from ...hooks.anatomy import dissect
+from ...hooks.capture import evaluating, hooks
+from ...model import mend, remedies, zoo
+from ...model.grow import with_registers
+from .. import parallel
+from ..images import HELD_OUT_EVERY, Augmented, Stream, order
+
+DEFAULTS = {
+    "size": "",
+    "registers": 4,
+    "image_size": 0,
+    "steps": 100,
+    "batch_size": 8,
+    "learning_rate": 3e-5,
+    "weight_decay": 0.0,
+    "warmup": 5,
+    "optimizer": "adamw",
+    "eval_images": 100,
+    "telemetry_images": 4,
+    "save_every": 50,
+    "workers": 2,
+}
+STARTS, TEACHERS, FREE = ("outliers", "random"), ("ttr", "shift", "self"), ("all", "first", "registers")
+TEACHERS_REGISTERS = 4  # of the teacher "ttr", whatever the student gets
+SEARCHED = 32  # training photos on which outliers and neurons are looked for
+VIEWS, REACH = (
+    10,
+    3,
+)  # of the teacher "shift": views, the first untouched, and patches that the others are shifted at most
+CROP = (0.5, 1.0)  # share of a photo's area that a training crop takes
+REPORTED = ("rocket", "coffee", "astronaut", "retina")  # of the shipped photos: kept for the report
+FEWEST = 4  # photos in a folder
+
+
+@dataclass(frozen=True)
+class Source:
+    """The model before, on the CPU; what `mend.find` gave for it; and what enters block 0 at its outliers, (n, dim)."""
+
+    model: object
+    found: mend.Found
+    entering: torch.Tensor
+
+
+class Taught(nn.Module):
+    """A student with registers and its frozen teacher."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.source = source(config)
+        self.kind = config.teacher
+        self.student = with_registers(self.source.model.module, start(config, self.source))
+        _free(self.student, config)
+        self.teacher = _teacher(config, self.source).requires_grad_(False)
+
+    def train(self, mode: bool = True):
+        super().train(mode)
+        self.teacher.eval()
+        return self
+
+    @torch.no_grad()
+    def wanted(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(patch tokens before the final norm, logits or pooled features) for images, by the teacher."""
+        return shift_average(self.teacher, x) if self.kind == "shift" else patches_and_answers(self.teacher, x)
+
+
+def build(config) -> nn.Module:
+    """The student, grown from `config.model`, with its teacher.
+
+    Raises mend.NothingToMend for a model without outliers, UserError for unknown options, too few photos, or a model
+    that cannot have registers or such a teacher.
+    """
+    for kind, chosen, valid in (
+        ("start", config.start, STARTS),
+        ("teacher", config.teacher, TEACHERS),
+        ("free", config.free, FREE),
+    ):
+        if chosen not in valid:
+            raise unknown(kind, chosen, valid)
+    if not config.model:
+        raise UserError(
+            "--model NAME: which model is to get registers? See `vitreg models`; timm:NAME and file:PATH too"
+        )
+    return Taught(config)
+
+
+def backbone(module) -> nn.Module:
+    """The student."""
+    return module.student
+
+
+def loss(module, config, step, device):
+    """Distance of the student's patch tokens and answers from the teacher's; both parts as numbers."""
+    x = _training_images(config, module.source.model, step, device)
+    with torch.autocast(torch.device(device).type, enabled=False):  # bfloat16 would blur distances of a few per cent
+        wanted, wanted_answers = module.wanted(x)
+        tokens, answers = patches_and_answers(module.student, x)
+    apart = distance(tokens.float(), wanted.float())
+    if getattr(module.student, "num_classes", 0) > 0:
+        logs = [a.float().log_softmax(-1) for a in (answers, wanted_answers)]
+        other = F.kl_div(*logs, reduction="batchmean", log_target=True)
+    else:
+        other = 1 - F.cosine_similarity(answers.float(), wanted_answers.float(), dim=-1).mean()
+    value = config.patch_weight * apart + config.answer_weight * other
+    return value, {"patches": apart.item(), "answers": other.item()}
+
+
+def distance(tokens: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+    """Mean Euclidean distance of tokens (images, patches, dim), each image's by the root mean square length wanted."""
+    length = wanted.square().sum(-1).mean(1, keepdim=True).sqrt()
+    return (torch.linalg.vector_norm(tokens - wanted, dim=-1) / length).mean()
+
+
+def telemetry_images(config) -> torch.Tensor:
+    """The first photos of the report, normalised."""
+    return _report_images(config, _model(config.model, config.image_size), config.telemetry_images)[0]
+
+
+def evaluate(module, config, device) -> dict[str, float]:
+    """Means of `remedies.effect` over the report's photos: before and after, on photos that were not trained on."""
+    effects = report(module.source, module.student, config, device)
+    known = effects.dropna(axis=1, how="all")
+    return {name: float(known[name].mean()) for name in sorted(known)} | {"photos_of_report": len(effects)}
+
+
+def report(source: Source, student: nn.Module, config, device):
+    """`remedies.effect` of a student: a DataFrame with a row a photo of the report."""
+    from dataclasses import replace
+
+    model, found = source.model, source.found
+    x, labels = _report_images(config, model, config.eval_images)
+    try:
+        after = replace(model, module=student.to(device))
+        before = replace(model, module=model.module.to(device))
+        return remedies.effect(before, after, x, found.cutoff, found.layer, labels)
+    finally:
+        model.module.to("cpu")
+
+
+# the student and its teacher
+
+
+def start(config, source: Source) -> torch.Tensor:
+    """(registers, dim) tokens that the registers start from."""
+    dim = source.model.anatomy.embed_dim
+    generator = torch.Generator().manual_seed(config.seed)
+    if config.start == "random" or not config.registers:
+        return 0.02 * torch.randn(config.registers, dim, generator=generator)
+    from sklearn.cluster import KMeans
+
+    points = source.entering
+    if len(points) < config.registers:
+        raise UserError(
+            f"{len(points)} outliers in {SEARCHED} photos are too few to start {config.registers} registers"
+        )
+    found = KMeans(config.registers, n_init=4, random_state=config.seed).fit(points.double().numpy())
+    return torch.from_numpy(found.cluster_centers_).float()
+
+
+def _free(student: nn.Module, config) -> None:
+    """Only what is to be trained gets gradients."""
+    student.requires_grad_(config.free == "all")
+    names = {"all": (), "first": ("patch_embed", "pos_embed", "reg_token"), "registers": ("reg_token",)}[config.free]
+    blocks = student.blocks[: len(student.blocks) // 2] if config.free == "first" else ()
+    for part in (*(getattr(student, name, None) for name in names), *blocks):
+        if part is not None:
+            part.requires_grad_(True)
+    if not any(p.requires_grad for p in student.parameters()):
+        raise UserError(f"--free {config.free} with {config.registers} registers leaves nothing to train")
+
+
+def _teacher(config, source: Source) -> nn.Module:
+    model, found = source.model, source.found
+    if config.teacher != "ttr":
+        return mend.add_registers(model.module, (), 0)
+    if found.share_after > mend.MENDED * found.share_before:
+        raise UserError(
+            f"--teacher ttr: moving the likeliest neurons of {model.name} leaves {found.share_after:.2%} of the patch "
+            f"tokens outliers, of {found.share_before:.2%}; take --teacher shift"
+        )
+    return mend.add_registers(model.module, found.neurons, TEACHERS_REGISTERS)
+
+
+def patches_and_answers(module: nn.Module, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(patch tokens after the last block (images, patches, dim), what the model gives) of one forward pass."""
+    anatomy, kept = dissect(module), []
+    with hooks((anatomy.blocks[-1].register_forward_hook, lambda block, inputs, output: kept.append(output))):
+        answers = module(x)
+    return kept[0][:, anatomy.num_prefix_tokens :], answers
+
+
+def shift_average(module: nn.Module, x: torch.Tensor, views: int = VIEWS) -> tuple[torch.Tensor, torch.Tensor]:
+    """`patches_and_answers`, the tokens a mean over views: shifted by whole patches, and every second one flipped.
+
+    Each token is moved back to the patch that it shows; the border is mirrored, and what it shows does not count. The
+    first view is the image itself, which alone gives the answers. Shifts are drawn from torch's random state.
+    """
+    anatomy = dissect(module)
+    rows, cols = anatomy.grid(x)
+    height, width = anatomy.patch_size
+    tokens, answers = patches_and_answers(module, x)
+    total, count = tokens.float().unflatten(1, (rows, cols)).clone(), torch.ones(rows, cols, 1, device=x.device)
+    reach = min(REACH, rows - 1, cols - 1)
+    around = F.pad(x, (reach * width, reach * width, reach * height, reach * height), mode="reflect")
+    for view in range(1, views):
+        down, right = torch.randint(-reach, reach + 1, (2,)).tolist()
+        top, left = (reach + down) * height, (reach + right) * width
+        shifted = around[..., top : top + x.shape[2], left : left + x.shape[3]]
+        seen, _ = patches_and_answers(module, shifted.flip(3) if view % 2 else shifted)
+        seen = seen.float().unflatten(1, (rows, cols))
+        seen = seen.flip(2) if view % 2 else seen
+        # the patch at (r, c) of the view shows (r + down, c + right) of the image
+        to_rows, to_cols = _overlap(rows, down), _overlap(cols, right)
+        from_rows, from_cols = _overlap(rows, -down), _overlap(cols, -right)
+        total[:, to_rows, to_cols] += seen[:, from_rows, from_cols]
+        count[to_rows, to_cols] += 1
+    return (total / count).flatten(1, 2), answers
+
+
+def _overlap(length: int, shift: int) -> slice:
+    return slice(max(0, shift), length + min(0, shift))
+
+
+# the model before, and photos
+
+
+@functools.lru_cache(maxsize=1)
+def _model(name: str, image_size: int):
+    return zoo.load(name, "cpu", image_size or None)
+
+
+def source(config) -> Source:
+    """The model before and its outliers; what a run learns does not change it."""
+    return _source(config.model, config.image_size, config.cutoff, config.data, config.photos, config.seed)
+
+
+@functools.lru_cache(maxsize=1)
+def _source(name: str, image_size: int, cutoff: float, data: str, photos: int, seed: int) -> Source:
+    """The model before and its outliers, looked for on training photos; the same for runs that differ in the rest."""
+    model = _model(name, image_size)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model.module.to(device)
+    if is_procedural(data, model):
+        x = mend.handful(model).x
+    else:
+        chosen = _photos(data, photos, seed)[0]
+        paths = [chosen[i] for i in order(len(chosen), seed)[:SEARCHED].tolist()]
+        x = _centred(model, paths)
+    found = mend.find(model, x, cutoff=cutoff or None)
+    entering = []
+    first = model.module.norm_pre if hasattr(model.module, "norm_pre") else model.module.blocks[0]
+    keep = lambda part, inputs: entering.append(inputs[0][:, model.anatomy.num_prefix_tokens :].clone())  # noqa: E731
+    with evaluating(model.module), hooks((first.register_forward_pre_hook, keep)):
+        for part in x.split(16):
+            model.module.forward_features(part.to(device))
+    norms = model.capture(x, layers=found.layer).patch_norms[:, 0]
+    model.module.to("cpu")
+    return Source(model, found, torch.cat(entering).cpu()[norms > found.cutoff])
+
+
+def is_procedural(data: str, model) -> bool:
+    """Whether images are scenes: those that mini ViTs were trained on, where no folder is given."""
+    return not data and hasattr(model.module, "vit_arguments")
+
+
+@functools.lru_cache(maxsize=4)
+def _photos(data: str, photos: int, seed: int) -> tuple[list[Path], list[Path]]:
+    """(photos to train on, at most `photos` where not 0; photos held out) of a folder or of the shipped ones."""
+    paths, _ = sources.find(data or "photos")
+    if not data:
+        held_out = [p for p in paths if p.stem in REPORTED]
+        return [p for p in paths if p not in held_out], held_out
+    if len(paths) < FEWEST:
+        raise UserError(f"{len(paths)} photos in {data!r} are too few: at least {FEWEST} are needed")
+    every = min(HELD_OUT_EVERY, len(paths) // 2)  # of few photos at least two are held out
+    held_out = paths[every - 1 :: every]
+    training = [p for i, p in enumerate(paths) if i % every != every - 1]
+    if photos:
+        training = [training[i] for i in sorted(order(len(training), seed)[:photos].tolist())]
+    return training, held_out
+
+
+class _Files:
+    """Photos as `train.images.Augmented` reads them."""
+
+    def __init__(self, paths: list[Path]):
+        self.paths = paths
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def read(self, index: int):
+        """(PIL image in RGB, 0): a photo without a label."""
+        from PIL import Image
+
+        with Image.open(self.paths[index]) as image:
+            return image.convert("RGB"), 0
+
+    def name(self, index: int) -> str:
+        return self.paths[index].name
+
+
+def _training_images(config, model, step: int, device) -> torch.Tensor:
+    """This process's images of a step, normalised: random crops, half of them flipped; for a mini ViT scenes."""
+    if is_procedural(config.data, model):
+        pixels = scenes.render(parallel.batch_range(config, step), model.input_size, config.seed, device).pixels
+        return model.normalise(pixels)
+    return _stream(config, str(device)).batch(step)[0]
+
+
+@functools.lru_cache(maxsize=1)
+def _stream(config, device: str) -> Stream:
+    from timm.data import create_transform
+
+    model = _model(config.model, config.image_size)
+    transform = create_transform(
+        model.input_size,
+        is_training=True,
+        scale=CROP,
+        color_jitter=None,
+        interpolation=model.interpolation,
+        mean=model.mean,
+        std=model.std,
+    )
+    return Stream(
+        config, device, Augmented(config, _Files(_photos(config.data, config.photos, config.seed)[0]), transform)
+    )
+
+
+def _centred(model, paths: list[Path]) -> torch.Tensor:
+    transform, files = sources.preprocessing(model, model.input_size), _Files(paths)
+    return model.normalise(torch.stack([transform(files.read(i)[0]) for i in range(len(files))]))
+
+
+def _report_images(config, model, count: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """At most `count` photos of the report, normalised, and their classes where a labels.csv gives them."""
+    if config.report:
+        chosen = sources.load(config.report, model, count)
+        return chosen.x, sources.labels(chosen)
+    if is_procedural(config.data, model):
+        return sources.load("scenes", model, count, seed=8).x, None
+    return _centred(model, _photos(config.data, config.photos, config.seed)[1][:count]), None

@@ -1,0 +1,179 @@
+"""Train registers into DeiT-Ti and ViT-Ti in every way that the notebook `registers_after_training` compares.
+
+python workflow/twins.py run                          # into runs/twins; stop and go on at any time
+python workflow/twins.py run --arms doses --jobs 2
+python workflow/twins.py run --models DIR --out DIR --jobs 12 --minutes 6      # several cells at once on one GPU
+python workflow/twins.py pack DIR                     # models and photos, small, to take to another machine
+python workflow/twins.py keep [runs/twins]            # the table into data/sweeps/
+
+VITREG_MODELS names a folder with both models, and data/unlabelled and data/imagenet in it; so does --models.
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import os
+import shutil
+import sys
+import time
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from vitreg_lib.base import NOTEBOOKS, ROOT, UserError, env_folder, write_atomically, written  # noqa: E402
+
+sys.path.insert(0, str(NOTEBOOKS / "beyond"))
+SIZES = {"imagenet": (256, 90), "unlabelled": (224, 50)}  # short side in pixels and quality of packed photos
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run what is asked for; 1 with one line where something is missing."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    run_ = commands.add_parser("run", help="train and measure the cells that are not there yet")
+    run_.add_argument("--models", help="a folder like VITREG_MODELS")
+    run_.add_argument("--out", default=str(ROOT / "runs" / "twins"), help="where rows and weights go")
+    run_.add_argument("--arms", default="", help="some of doses, empty, ttr, grid, photos, steps, answers; by commas")
+    run_.add_argument("--only", default="", help="name=value of cells, by commas: model=deit-ti,registers=4")
+    run_.add_argument("--jobs", type=int, default=1, help="cells at once (default 1)")
+    run_.add_argument("--minutes", type=float, default=1e9, help="start no cell after that many")
+    run_.add_argument("--steps", type=int, default=0, help="other steps than the cell's, for a trial")
+    pack_ = commands.add_parser("pack", help="copy models and photos, smaller, into a folder")
+    pack_.add_argument("folder")
+    pack_.add_argument("--photos", type=int, default=800, help="photos to train on at most (default 800)")
+    keep_ = commands.add_parser("keep", help="put the table of a run into data/sweeps/")
+    keep_.add_argument("folder", nargs="?", default=str(ROOT / "runs" / "twins"))
+    chosen = parser.parse_args(arguments)
+    try:
+        {"run": run, "pack": pack, "keep": keep}[chosen.command](chosen)
+    except UserError as error:
+        print(f"twins: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def run(chosen) -> None:
+    """Run the missing cells in processes, then join all rows to OUT/table.parquet."""
+    import registers_after_training as experiment
+
+    if chosen.models:
+        os.environ["VITREG_MODELS"] = str(Path(chosen.models).resolve())
+    root = env_folder("VITREG_MODELS")
+    if root is None or not (root / "data" / "unlabelled").is_dir():
+        raise UserError("--models or VITREG_MODELS must name a folder with the two models and data/unlabelled")
+    out = Path(chosen.out).resolve()
+    (out / "cells").mkdir(parents=True, exist_ok=True)
+    wanted = select(experiment.cells(), chosen.arms, chosen.only)
+    missing = [cell for cell in wanted if not (out / "cells" / f"{experiment.key(cell)}.parquet").exists()]
+    print(f"{len(wanted)} cells, {len(wanted) - len(missing)} are there", flush=True)
+    options = {"steps": chosen.steps} if chosen.steps else {}
+    began, jobs = time.monotonic(), max(1, min(chosen.jobs, len(missing)))
+    os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that are started
+    with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool:
+        deadline = time.time() + 60 * chosen.minutes
+        tasks = {
+            pool.submit(_cell, cell, str(root / "data" / "unlabelled"), out, deadline, options): cell
+            for cell in missing
+        }
+        for task in as_completed(tasks):
+            report = task.exception() or task.result()
+            print(f"{time.monotonic() - began:6.0f} s  {tasks[task]}  {report}", flush=True)
+    join(out)
+
+
+def select(cells: list[dict], arms: str = "", only: str = "") -> list[dict]:
+    """The cells of some arms (all for "") whose fields have the values of `only`, "model=deit-ti,registers=4"."""
+    pairs = [text.partition("=")[::2] for text in only.split(",") if text]
+    chosen = [cell for cell in cells if not arms or cell["arm"] in arms.split(",")]
+    return [cell for cell in chosen if all(str(cell.get(name)) == value for name, value in pairs)]
+
+
+def _cell(cell: dict, data: str, out: Path, deadline: float, options: dict) -> str:
+    """Run a cell in this process and write its rows; a line about it."""
+    if time.time() > deadline:
+        return "left out: no time"
+    import registers_after_training as experiment
+    import torch
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    rows = experiment.run(cell, data, "imagenet", out, device, **options)
+    with written(out / "cells" / f"{experiment.key(cell)}.parquet") as temporary:
+        rows.to_parquet(temporary, index=False)
+    seen = rows[rows.control == ""].mean(numeric_only=True)
+    return " ".join(
+        f"{name} {seen[name]:.4f}"
+        for name in (
+            "outliers_before",
+            "outliers",
+            "attention_on_outliers",
+            "attention_on_registers",
+            "right_before",
+            "right",
+        )
+        if name in seen
+    )
+
+
+def join(out: Path) -> Path:
+    """All rows of the finished cells as one table; strings as categories, which keeps the file small."""
+    import pandas as pd
+
+    parts = sorted((out / "cells").glob("*.parquet"))
+    if not parts:
+        raise UserError("no cell has been finished")
+    table = pd.concat([pd.read_parquet(part) for part in parts], ignore_index=True)
+    texts = table.select_dtypes(include=["object", "string"]).columns
+    table = table.astype({name: "category" for name in texts})
+    with written(out / "table.parquet") as temporary:
+        table.to_parquet(temporary, index=False, compression="zstd")
+    print(f"{len(table)} rows of {len(parts)} cells, {(out / 'table.parquet').stat().st_size / 2**10:.0f} kB")
+    return out / "table.parquet"
+
+
+def keep(chosen) -> None:
+    """Copy a run's table into data/sweeps/."""
+    import registers_after_training as experiment
+
+    write_atomically(experiment.TABLE, join(Path(chosen.folder)).read_bytes())
+
+
+def pack(chosen) -> None:
+    """Models in half precision and photos as small WebP files, in the layout of VITREG_MODELS."""
+    import registers_after_training as experiment
+    from PIL import Image
+    from safetensors.torch import load_file, save_file
+
+    from vitreg_lib.data import images
+    from vitreg_lib.model import zoo
+
+    target = Path(chosen.folder)
+    for name in experiment.MODELS:
+        folder = zoo._folder(zoo.entries()[name]["timm"])
+        if folder is None:
+            raise UserError(f"{name}: VITREG_MODELS must name a folder that holds it")
+        (target / folder.name).mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(folder / "config.json", target / folder.name / "config.json")
+        half = {k: v.half() for k, v in load_file(folder / "model.safetensors").items()}
+        save_file(half, target / folder.name / "model.safetensors", {"format": "pt"})
+    for name, (side, quality) in SIZES.items():
+        folder = target / "data" / name
+        folder.mkdir(parents=True, exist_ok=True)
+        source = images.named_folder(name)
+        if (source / "labels.csv").exists():
+            shutil.copyfile(source / "labels.csv", folder / "labels.csv")
+        paths = images.find(name)[0]
+        step = max(1, len(paths) // chosen.photos) if name == "unlabelled" else 1
+        for path in paths[::step][: chosen.photos]:
+            with Image.open(path) as image:
+                image = image.convert("RGB")
+                scale = min(1.0, side / min(image.size))
+                image.resize([round(scale * length) for length in image.size], Image.BICUBIC).save(
+                    folder / f"{path.stem}.webp", quality=quality
+                )
+    size = sum(path.stat().st_size for path in target.rglob("*") if path.is_file())
+    print(f"{size / 2**20:.1f} MiB in {target.name}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
