@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from vitreg_lib.base import NOTEBOOKS, ROOT, UserError, env_folder, write_atomically, written  # noqa: E402
 
 sys.path.insert(0, str(NOTEBOOKS / "beyond"))
-SIZES = {"imagenet": (256, 90), "unlabelled": (224, 50)}  # short side in pixels and quality of packed photos
+SIZES = {"imagenet": (384, 88), "unlabelled": (224, 50)}  # short side in pixels and quality of packed photos
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -41,7 +41,7 @@ def main(arguments: list[str] | None = None) -> int:
     run_.add_argument("--steps", type=int, default=0, help="other steps than the cell's, for a trial")
     pack_ = commands.add_parser("pack", help="copy models and photos, smaller, into a folder")
     pack_.add_argument("folder")
-    pack_.add_argument("--photos", type=int, default=800, help="photos to train on at most (default 800)")
+    pack_.add_argument("--photos", type=int, default=600, help="photos to train on at most (default 600)")
     keep_ = commands.add_parser("keep", help="put the table of a run into data/sweeps/")
     keep_.add_argument("folder", nargs="?", default=str(ROOT / "runs" / "twins"))
     chosen = parser.parse_args(arguments)

@@ -150,7 +150,7 @@ def _untrained(cell, model, images, labels, data) -> pd.DataFrame:
 
 
 def _rows(effects, images, described: dict, control: str) -> pd.DataFrame:
-    return effects.astype("float32").round(4).assign(photo=images.names, **described, control=control)
+    return effects.round(4).astype("float32").assign(photo=images.names, **described, control=control)
 
 
 def _metadata(path: Path) -> dict[str, str]:

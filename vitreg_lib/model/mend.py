@@ -64,9 +64,9 @@ def find(model, images=None, max_neurons: int = 50, cutoff: float | None = None)
 
     Outliers are those of `detection.detect`, or, where a `cutoff` is given, tokens of a larger norm after the last
     block. Candidates are the neurons of the blocks up to the onset, ranked by the norm that they add at outliers more
-    than elsewhere (see `rank`). From the top, the fewest of 1, 2, 3, 5 … `max_neurons` that leave less than a tenth of the
-    outliers are taken; if none does, those that leave fewest. Raises NothingToMend (a UserError) for a model without
-    outliers.
+    than elsewhere (see `rank`). From the top, the fewest of 1, 2, 3, 5 … `max_neurons` that leave less than a tenth of
+    the outliers are taken; if none does, those that leave fewest. Raises NothingToMend (a UserError) for a model
+    without outliers.
     """
     x = _pixels(handful(model) if images is None else images)
     layer, onset, cutoff, is_outlier = _where(model, x, cutoff)
