@@ -6,8 +6,12 @@ PYTHON  ?= python3
 BIN     := .venv/bin
 READY   := .venv/.ready
 OFFLINE  = $(if $(wildcard wheelhouse/*.whl),--no-index --find-links wheelhouse)
-PAIRS    = $(foreach p,$(PARAMS),-p $(subst =, ,$(p)))
 NBVAL    = --nbval --nbval-current-env --nbval-kernel-startup-timeout 180 --nbval-cell-timeout 600 --nbval-sanitize-with tests/nbval.cfg
+# as they were typed: make would run what stands in $(…), and a shell what stands in a command line
+override PARAMS  := $(value PARAMS)
+override PROFILE := $(value PROFILE)
+override JOBS    := $(value JOBS)
+export PARAMS PROFILE JOBS
 export OMP_NUM_THREADS ?= $(if $(filter 1,$(JOBS)),,1)
 
 .DEFAULT_GOAL := help
@@ -17,7 +21,7 @@ help: ## this list
 	@awk -F ':.*## ' '/^[a-zA-Z%-]+:.*## /{printf "  make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@echo
 	@echo "  PROFILE=mini|small|large|paper   which models and images (mini: offline, shipped)"
-	@echo "  PARAMS=\"n_images=64 seed=1\"      parameters of the notebook     JOBS=2   notebooks at once"
+	@echo "  PARAMS='n_images=64 models=\"mini-deit3 mini-clip\"'   of the notebook      JOBS=2   notebooks at once"
 
 setup: $(READY) ## make the environment in .venv (uv where there is one, else pip)
 
@@ -34,23 +38,23 @@ $(READY): pyproject.toml constraints.txt
 	@touch $@
 
 reproduce-%: $(READY) ## reproduce-fig4, reproduce-table2: one item, its verdicts and its figure
-	@$(BIN)/python workflow/run.py $* --profile $(PROFILE) --jobs $(JOBS) $(PAIRS)
+	@$(BIN)/python workflow/run.py '$*'
 
 reproduce-all: $(READY) ## all items of the paper; only what changed runs again
-	@$(BIN)/python workflow/run.py all --profile $(PROFILE) --jobs $(JOBS)
+	@$(BIN)/python workflow/run.py all
 
 report: $(READY) ## a page of all results of PROFILE
-	@$(BIN)/vitreg report --profile $(PROFILE)
+	@$(BIN)/vitreg report --profile "$$PROFILE"
 
 test: $(READY) ## all tests, the notebooks (by nbval) and the page in a browser among them
 	@sh workflow/chromium.sh >/dev/null || true  # without it the browser test errors and says what is wanted
-	@VITREG_BATCH=1 VITREG_CHECK=1 VITREG_RESULTS=$(CURDIR)/results/test $(BIN)/python -m pytest -q -n $(JOBS) --dist loadscope $(NBVAL) tests notebooks
+	@VITREG_BATCH=1 VITREG_CHECK=1 VITREG_RESULTS="$(CURDIR)/results/test" $(BIN)/python -m pytest -q -n "$$JOBS" --dist loadscope $(NBVAL) tests notebooks
 
 test-fast: $(READY) ## what to run at every change: no notebooks, nothing marked slow
-	@$(BIN)/python -m pytest -q -n $(JOBS) --dist loadscope -m "not slow" tests
+	@$(BIN)/python -m pytest -q -n "$$JOBS" --dist loadscope -m "not slow" tests
 
 test-notebooks: $(READY) ## the notebooks alone
-	@VITREG_BATCH=1 VITREG_CHECK=1 VITREG_RESULTS=$(CURDIR)/results/test $(BIN)/python -m pytest -q -n $(JOBS) --dist loadscope $(NBVAL) notebooks
+	@VITREG_BATCH=1 VITREG_CHECK=1 VITREG_RESULTS="$(CURDIR)/results/test" $(BIN)/python -m pytest -q -n "$$JOBS" --dist loadscope $(NBVAL) notebooks
 
 test-browser: $(READY) ## the explorer in JupyterLab and Chromium, which is installed where it is missing
 	@sh workflow/chromium.sh >/dev/null
@@ -60,7 +64,7 @@ gallery: $(READY) ## the browser test again, its screenshots into docs/gallery/
 	@VITREG_GALLERY=1 $(MAKE) --no-print-directory test-browser
 
 lab: $(READY) ## JupyterLab in the environment, opened at the notebooks
-	@$(BIN)/jupyter lab --notebook-dir=$(CURDIR) notebooks
+	@$(BIN)/jupyter lab --notebook-dir="$(CURDIR)" notebooks
 
 workshop: $(READY) ## the course of 90 minutes in five notebooks: docs/workshop.md
 	@$(BIN)/python workflow/workshop.py --open
@@ -78,7 +82,7 @@ refresh: $(READY) ## execute all notebooks (or NOTEBOOKS="fig04 tab02") in place
 	@$(BIN)/python workflow/refresh.py $(NOTEBOOKS)
 
 keep: $(READY) ## copy records and PNG figures of PROFILE under docs/results/, to be committed
-	@$(BIN)/python workflow/keep.py $(PROFILE)
+	@$(BIN)/python workflow/keep.py "$$PROFILE"
 
 lint: $(READY) ## ruff
 	@$(BIN)/ruff check vitreg_lib tests workflow && $(BIN)/ruff format --check vitreg_lib tests workflow

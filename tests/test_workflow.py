@@ -8,9 +8,10 @@ import shutil
 import subprocess
 import sys
 
+import nbformat
 import pytest
 
-from vitreg_lib.base import ROOT
+from vitreg_lib.base import ROOT, UserError
 from vitreg_lib.record import run as record
 
 
@@ -83,6 +84,174 @@ def test_every_way_to_import_is_seen(depends, tmp_path):
     cell = ["%matplotlib inline\n", "import beside\n", "vr.images.load()"]
     notebook.write_text(json.dumps({"cells": [{"cell_type": "code", "source": cell}]}))
     assert {ROOT / "vitreg_lib/data/images.py", ROOT / "vitreg_lib/measure/maps.py"} <= depends.modules(notebook)
+
+
+def test_what_draws_nothing_with_a_helper_does_not_depend_on_it(depends):
+    scores = "vitreg_lib/plots/scores.py"
+    assert scores in inputs(depends, "tab02")
+    for item in ("fig03", "fig12", "fig20"):
+        assert scores not in inputs(depends, item)
+        assert "vitreg_lib/plots/style.py" in inputs(depends, item)
+    source = "from .. import plots\nplots.scores(1)"
+    assert depends._reached(source, ROOT / "vitreg_lib" / "widgets") == [ROOT / scores]
+
+
+def test_settings_hold_the_claims_and_data_sets_that_the_item_names(depends):
+    told = json.loads(depends.settings("fig03", record.check_parameters("fig03", {})))
+    assert "C007" in told[3]
+    assert told[3]["C007"] == record.reported_claims()["C007"]
+    assert "C050" not in told[3]
+    told = json.loads(depends.settings("tab01", record.check_parameters("tab01", {"sets": "cifar10"})))
+    assert told[2]["cifar10"]["title"]
+
+
+def test_the_graph_needs_no_torch():
+    code = "import sys; sys.path.insert(0, 'workflow'); import run, cells, depends\n"
+    code += "for cell in cells.of({}): depends.inputs(cell.item, cell.parameters)\n"
+    code += "print(*({'torch', 'timm', 'pandas', 'sklearn', 'papermill'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
+    assert done.stdout == "\n"
+
+
+@pytest.fixture
+def runner(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "workflow"))
+    import run
+
+    return run
+
+
+def test_parameters_are_split_as_a_shell_would(runner):
+    assert runner.pairs_of("n_images=64 seed=1") == [("n_images", "64"), ("seed", "1")]
+    text = "models=\"mini-deit3 mini-clip\" rule='a=b' clean='$(touch x)`touch y`{z}'"
+    assert runner.pairs_of(text) == [
+        ("models", "mini-deit3 mini-clip"),
+        ("rule", "a=b"),
+        ("clean", "$(touch x)`touch y`{z}"),
+    ]
+    with pytest.raises(UserError, match="'n_images' is no NAME=VALUE; write PARAMS="):
+        runner.pairs_of("n_images")
+    with pytest.raises(UserError, match="No closing quotation"):
+        runner.pairs_of('models="mini-deit3')
+
+
+@pytest.mark.parametrize("jobs", ["0", "-1", "two", "1.5"])
+def test_a_wrong_number_of_jobs_is_refused(runner, capsys, monkeypatch, jobs):
+    monkeypatch.setenv("JOBS", jobs)
+    assert runner.main(["fig3"]) == 1
+    assert capsys.readouterr().err == f"vitreg: JOBS={jobs}: a number from 1 on is wanted\n"
+
+
+def test_parameters_of_all_items_are_refused(runner, capsys, monkeypatch):
+    monkeypatch.setenv("PARAMS", "seed=1")
+    assert runner.main(["all"]) == 1
+    assert "PARAMS are of one item: make reproduce-fig4 PARAMS=seed=…" in capsys.readouterr().err
+
+
+def test_make_runs_nothing_that_stands_in_its_variables(tmp_path):
+    (tmp_path / ".venv" / "bin").mkdir(parents=True)
+    for name in ("Makefile", "pyproject.toml", "constraints.txt"):
+        shutil.copy(ROOT / name, tmp_path / name)
+    (tmp_path / ".venv" / ".ready").touch()
+    python = tmp_path / ".venv" / "bin" / "python"
+    python.write_text('#!/bin/sh\nprintf "%s|" "$@" "$PARAMS" "$PROFILE" "$JOBS"\n')
+    python.chmod(0o755)
+    typed = "a=$(shell touch pwned) b=$$(touch pwned) c=`touch pwned`; touch pwned"
+    command = ["make", "-s", "reproduce-fig4", f"PARAMS={typed}", "PROFILE=$(shell touch pwned)", "JOBS=1;touch pwned"]
+    told = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True).stdout
+    assert told == f"workflow/run.py|fig4|{typed}|$(shell touch pwned)|1;touch pwned|"
+    assert not (tmp_path / "pwned").exists()
+
+
+RECORD = """
+import json, os, pathlib
+folder = pathlib.Path(os.environ["VITREG_MAKING"])
+(folder / "record.json").write_text(json.dumps({"figures": [], "measured": [VALUE], "title": "", "profile": "small",
+    "claims": [], "not_reachable_here": []}))
+"""
+
+
+@pytest.fixture
+def small(tmp_path):
+    """A checkout in a folder of an awkward name, with notebooks that a test makes, and its workflow as a function."""
+    place = tmp_path / "a checkout {b}"
+    for folder in ("vitreg_lib", "workflow"):
+        shutil.copytree(ROOT / folder, place / folder, ignore=shutil.ignore_patterns("__pycache__", ".*"))
+    for path in (ROOT / "data").glob("*.yaml"):
+        (place / "data").mkdir(exist_ok=True)
+        shutil.copy(path, place / "data")
+    shutil.copytree(ROOT / "data" / "reported", place / "data" / "reported")
+    (place / "notebooks" / "paper").mkdir(parents=True)
+
+    def write(item: str, *code: str) -> None:
+        cells = [nbformat.v4.new_code_cell(cell) for cell in ('profile = "small"  # which\nword = ""  # any', *code)]
+        cells[0].metadata["tags"] = ["parameters"]
+        for number, cell in enumerate(cells):
+            cell["id"] = f"cell-{number}"
+        notebook = nbformat.v4.new_notebook(cells=cells, metadata={"language_info": {"name": "python"}})
+        nbformat.write(notebook, place / "notebooks" / "paper" / f"{item}_made_up.ipynb")
+
+    def reproduce(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
+        given = {k: v for k, v in os.environ.items() if not k.startswith("VITREG_")} | {"PYTHONPATH": str(place)}
+        command = [sys.executable, "workflow/run.py", *arguments, "--profile", "small"]
+        return subprocess.run(command, cwd=place, env=given | environment, capture_output=True, text=True, timeout=300)
+
+    return place, write, reproduce
+
+
+def measured(place, item: str):
+    return json.loads((place / "results" / "small" / item / "record.json").read_text())["measured"]
+
+
+@pytest.mark.slow
+def test_what_fails_is_listed_and_leaves_earlier_results_and_what_is_damaged_is_made_again(small):
+    place, write, reproduce = small
+    write("fig01", RECORD.replace("VALUE", "1"))
+    write("fig02", RECORD.replace("VALUE", "1"))
+    done = reproduce("all")
+    assert done.returncode == 0, done.stderr
+    assert "[2] " in done.stdout and "made; at most" in done.stdout
+    assert "made: fig01, fig02" in done.stdout
+    assert "all is up to date" in reproduce("all").stdout
+    write("fig02", RECORD.replace("VALUE", "2"), "x = 1\nraise ValueError('no {such} layer')")
+    (place / "results" / "small" / "fig01" / "record.json").write_text('{"half')
+    done = reproduce("all")
+    assert done.returncode != 0
+    assert done.stderr.splitlines() == [
+        "made: fig01",
+        "failed: fig02: ValueError: no {such} layer (cell 4; see results/small/fig02/fig02.failed.ipynb)",
+    ]
+    assert measured(place, "fig01") == measured(place, "fig02") == [1]
+    assert (place / "results/small/fig02/fig02.failed.ipynb").exists()
+    # the same item alone, with a parameter of a shell's and Snakemake's characters
+    write("fig02", RECORD.replace("VALUE", "word"))
+    word = "a {b} $(touch x) 'c' \"d\" = ü"
+    done = reproduce("fig2", "-p", "word", word)
+    assert done.returncode == 0, done.stderr
+    [folder] = (place / "results" / "small").glob("fig02--*")
+    assert measured(place, folder.name) == [word]
+    assert "all is up to date" in reproduce("fig2", "-p", "word", word).stdout
+
+
+@pytest.mark.slow
+def test_all_and_one_do_not_make_each_others_results_stale(small):
+    place, write, reproduce = small
+    write("fig01", RECORD.replace("VALUE", "1"))
+    assert "made: fig01" in reproduce("all").stdout
+    assert "all is up to date" in reproduce("fig1").stdout
+    assert "all is up to date" in reproduce("all").stdout
+
+
+@pytest.mark.slow
+def test_what_the_engine_says_is_shown(small):
+    place, write, reproduce = small
+    write("fig01", RECORD.replace("VALUE", "1"))
+    (place / "workflow" / "Snakefile").write_text("rule all:\n    input: 'nowhere'\n")
+    done = reproduce("all")
+    assert done.returncode != 0
+    assert "vitreg: the graph could not be run: " in done.stderr
+    assert "nowhere" in done.stderr
+    assert "not tried: fig01" in done.stderr
 
 
 @pytest.fixture

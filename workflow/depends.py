@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import ast
+import functools
 import json
 import re
 from pathlib import Path
 
+import yaml
+
 import vitreg_lib
-from vitreg_lib.base import CHECKPOINTS, ROOT
-from vitreg_lib.model import zoo
+from vitreg_lib.base import CHECKPOINTS, DATA, ROOT
 from vitreg_lib.record import run as record
+from vitreg_lib.record import values
 
 LIBRARY = ROOT / "vitreg_lib"
 ALWAYS = ("record/run", "model/zoo")  # what every notebook reaches through `vr.start` and `run.load`
@@ -24,17 +27,23 @@ def inputs(item: str, parameters: dict) -> list[str]:
 
 
 def settings(item: str, parameters: dict) -> str:
-    """The item's settings and its models' entries as text: what of the yaml files this item depends on."""
+    """What of the yaml and csv files the item depends on, as text: its settings, the entries of its models and data
+    sets, the paper's claims that its code names."""
     entry = record.items().get(item, {})
     chosen = {**entry.get("mini", {}), **entry.get(parameters["profile"], {}), "title": entry.get("title")}
-    names = _bases(item, parameters)
-    return json.dumps([chosen, {name: zoo.entries().get(name) for name in names}], sort_keys=True)
+    models = {name: values.model_entries().get(name) for name in _bases(item, parameters)}
+    words = " ".join(str(value) for value in {**chosen, **parameters}.values()).split()
+    sets = yaml.safe_load((DATA / "datasets.yaml").read_text())
+    notebook = record.notebook(item)
+    code = _source(notebook) + "".join(p.read_text() for p in modules(notebook) if p.parent == notebook.parent)
+    claims = {name: record.reported_claims().get(name) for name in re.findall(r"\bC\d{3}\b", code)}
+    return json.dumps([chosen, models, {word: sets[word] for word in words if word in sets}, claims], sort_keys=True)
 
 
 def checkpoints(item: str, parameters: dict) -> list[Path]:
     """The shipped weights, text towers and telemetry of the models that the item loads."""
     names = _bases(item, parameters)
-    names |= {e["random"] for n in names if "random" in (e := zoo.entries().get(n, {}))}
+    names |= {e["random"] for n in names if "random" in (e := values.model_entries().get(n, {}))}
     suffixes = (".safetensors", ".text.safetensors", ".telemetry.parquet")
     files = [CHECKPOINTS / f"{n}{suffix}" for n in sorted(names) for suffix in suffixes]
     return [path for path in files if path.exists()]
@@ -45,9 +54,7 @@ def modules(notebook: Path) -> set[Path]:
 
     A file beside the notebook counts as well as one of the library.
     """
-    cells = json.loads(notebook.read_text())["cells"]
-    source = "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code")
-    source = re.sub(r"^[%!].*", "", source, flags=re.MULTILINE)  # lines for IPython or the shell
+    source = _source(notebook)
     waiting = [LIBRARY / f"{name}.py" for name in ALWAYS] + _reached(source, notebook.parent)
     files = {LIBRARY / "__init__.py"}
     while waiting:
@@ -58,27 +65,51 @@ def modules(notebook: Path) -> set[Path]:
     return files
 
 
+@functools.cache
+def _source(notebook: Path) -> str:
+    cells = json.loads(notebook.read_text())["cells"]
+    source = "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code")
+    return re.sub(r"^[%!].*", "", source, flags=re.MULTILINE)  # lines for IPython or the shell
+
+
 def _bases(item: str, parameters: dict) -> set[str]:
     entry = record.items().get(item, {})
     profile = {**entry.get("mini", {}), **entry.get(parameters["profile"], {})}
     named = " ".join(str(parameters.get(k) or v) for k, v in profile.items() if k not in ("images", "n_images"))
-    return {zoo.split(name)[0] for name in named.replace(",", " ").split()}
+    return {name.partition("+ttr")[0] for name in named.replace(",", " ").split()}
 
 
 def _reached(source: str, folder: Path) -> list[Path]:
-    """Files of this repository that a source in `folder` imports, at its top or inside functions, or names as `vr.`."""
-    names = [vitreg_lib.SHORT.get(name, name).split(":")[0] for name in re.findall(r"\bvr\.(\w+)", source)]
-    places = [(LIBRARY, name) for name in names]
+    """Files of this repository that a source in `folder` imports, at its top or inside functions, or names as `vr.`.
+
+    Of a package that only collects names, the modules that the names used are from.
+    """
+    files = []
+    for name, inside in re.findall(r"\bvr\.(\w+)(?:\.(\w+))?", source):
+        file = _file(LIBRARY, vitreg_lib.SHORT.get(name, name).split(":")[0])
+        files.append(_collected(file, inside) or file)
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
-            places += [(folder, alias.name) for alias in node.names]
+            files += [_file(folder, alias.name) for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
             base = [folder, *folder.parents][node.level - 1] if node.level else folder
-            places += [
-                (base, ".".join(filter(None, [node.module, *part]))) for part in [(), *((a.name,) for a in node.names)]
-            ]
-    found = [_file(place, name) for place, name in places]
-    return [path for path in found if path]
+            package = _file(base, node.module or "")
+            files.append(None if package and package.stem == "__init__" else package)
+            for alias in node.names:
+                file = _file(base, ".".join(filter(None, [node.module, alias.name]))) or _collected(package, alias.name)
+                used = {_collected(file, inside) for inside in re.findall(rf"\b{alias.name}\.(\w+)", source)}
+                files += used - {None} or [file or package]
+    return [path for path in files if path]
+
+
+def _collected(package: Path | None, name: str) -> Path | None:
+    """The module from which a package's __init__.py imports a name; None for another file or name."""
+    if package is None or package.stem != "__init__":
+        return None
+    for node in ast.parse(package.read_text()).body:
+        if isinstance(node, ast.ImportFrom) and node.level and name in [alias.name for alias in node.names]:
+            return _file(package.parent, node.module)
+    return None
 
 
 def _file(folder: Path, module: str) -> Path | None:

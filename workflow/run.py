@@ -8,65 +8,179 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shlex
 import subprocess
 import sys
+import tempfile
+import time
+from pathlib import Path
 
-from vitreg_lib.base import NOTEBOOKS, ROOT, UserError
-from vitreg_lib.record import compare, report
+import cells
+
+from vitreg_lib.base import ROOT, UserError, enter_batch, results, shown
 from vitreg_lib.record import run as record
 
+ENGINE = ["snakemake", "all", "-s", "workflow/Snakefile", "--nolock", "--rerun-incomplete", "--keep-going"]
 
-def main() -> int:
+
+def main(arguments: list[str] | None = None) -> int:
     """Check the parameters, run the graph, report; the exit code."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("item")
-    parser.add_argument("--profile", default="mini")
-    parser.add_argument("--jobs", default="2")
-    parser.add_argument("-p", nargs=2, action="append", default=[], dest="pairs")
-    chosen = parser.parse_args()
+    parser.add_argument("--profile", default=os.environ.get("PROFILE") or "mini")
+    parser.add_argument("--jobs", default=os.environ.get("JOBS") or "2")
+    parser.add_argument("-p", nargs=2, action="append", dest="pairs", metavar=("NAME", "VALUE"))
+    chosen = parser.parse_args(arguments)
     try:
-        items = paper_items() if chosen.item == "all" else [record.normal_name(chosen.item)]
-        given = (
-            {}
-            if chosen.item == "all"
-            else record.typed(items[0], [f"{name}={text}" for name, text in chosen.pairs], chosen.profile)
-        )
-        checked = {item: record.check_parameters(item, given | {"profile": chosen.profile}) for item in items}
-    except UserError as error:
+        pairs = chosen.pairs or pairs_of(os.environ.get("PARAMS", ""))
+        jobs = count(chosen.jobs)
+        if chosen.item == "all" and pairs:
+            raise UserError(f"PARAMS are of one item: make reproduce-fig4 PARAMS={pairs[0][0]}=…")
+        items = cells.paper_items() if chosen.item == "all" else [chosen.item]
+        asked = [cells.cell(item, chosen.profile, pairs) for item in items]
+        code, made = make(asked, jobs)
+    except (UserError, OSError) as error:
         print(f"vitreg: {error}", file=sys.stderr)
         return 1
-    before = {item: written(item, checked[item]) for item in items}
-    config = [f"profile={chosen.profile}", f"item={items[0] if len(items) == 1 else 'all'}"]
-    # as text, which is all that Snakemake keeps of a value; the Snakefile types it anew
-    config.append(f"parameters={json.dumps({k: str(v) for k, v in given.items() if k != 'profile'})}")
-    command = [sys.executable, "-m", "snakemake", "-s", "workflow/Snakefile", "--cores", chosen.jobs, "--nolock"]
-    command += ["--rerun-incomplete", "--keep-going", "--quiet", "rules", "progress", "host", "reason"]
-    command += ["all", "--config", *config]
-    environment = os.environ | {"PYTHONUNBUFFERED": "1"}
-    done = subprocess.run(command, cwd=ROOT, env=environment)
-    if done.returncode:
-        print("vitreg: not everything could be made; the lines above say why", file=sys.stderr)
-        return done.returncode
-    fresh = [item for item in items if written(item, checked[item]) != before[item]]
-    print("all is up to date" if not fresh else f"made: {', '.join(fresh)}")
-    if len(items) == 1:
-        report.show(items[0], checked[items[0]])
-    elif chosen.profile == "mini":
-        other = [item for item in items if compare.differences(record.read(item, checked[item]))]
-        told = f"as recorded: {len(items) - len(other)} of {len(items)} items agree with data/records"
-        print(told + (f"; not {', '.join(other)}: vitreg report ITEM --differences" if other else ""))
+    if code:
+        return code
+    print("all is up to date" if not made else f"made: {', '.join(cell.item for cell in made)}")
+    _conclude(asked, chosen.profile)
     return 0
 
 
-def paper_items() -> list[str]:
-    """All items that have a notebook in notebooks/paper."""
-    return [path.stem.split("_")[0] for path in sorted((NOTEBOOKS / "paper").glob("*.ipynb"))]
+def pairs_of(text: str) -> list[tuple[str, str]]:
+    """(name, text) of PARAMS: NAME=VALUE, separated by spaces; quotes keep spaces in a value."""
+    try:
+        words = shlex.split(text)
+    except ValueError as error:
+        raise UserError(f"PARAMS={text!r}: {error}") from error
+    if bad := [word for word in words if "=" not in word]:
+        raise UserError(f"PARAMS: {bad[0]!r} is no NAME=VALUE; write PARAMS='models=\"mini-deit3 mini-clip\" seed=1'")
+    return [tuple(word.split("=", 1)) for word in words]
 
 
-def written(item: str, parameters: dict) -> float | None:
-    """When the item's record was written; None without one."""
-    path = record.folder(item, parameters) / "record.json"
-    return path.stat().st_mtime if path.exists() else None
+def count(jobs: str) -> int:
+    """How many notebooks run at once. Raises UserError for what is no number from 1 on."""
+    if not jobs.isdecimal() or int(jobs) < 1:
+        raise UserError(f"JOBS={jobs}: a number from 1 on is wanted")
+    return int(jobs)
+
+
+def make(asked: list[cells.Cell], jobs: int) -> tuple[int, list[cells.Cell]]:
+    """Make what is stale of some cells; the exit code, and the cells that were made.
+
+    Prints a line for each that is finished where there are several, and, where not all could be made, what was made,
+    what failed and why, and what was not tried.
+    """
+    enter_batch()
+    results().mkdir(parents=True, exist_ok=True)
+    before = {cell: written(cell) for cell in asked}
+    began = time.time()
+    with tempfile.TemporaryDirectory(prefix="vitreg-graph-") as place:
+        config, said = Path(place) / "cells.json", Path(place) / "engine.log"
+        config.write_text(json.dumps([_asked(cell) for cell in asked]))
+        command = [sys.executable, "-m", *ENGINE, "--cores", str(jobs), "--config", f"cells={config}"]
+        command += ["--quiet", "rules", "progress", "host", "reason"]
+        with open(said, "w") as log:
+            engine = subprocess.Popen(command, cwd=ROOT, env=_environment(), stderr=log)
+            try:
+                _watch(engine, before) if len(asked) > 1 else _follow(engine, asked[0].log, began)
+                code = engine.wait()
+            except KeyboardInterrupt:
+                engine.wait()
+                code = 130
+        made = [cell for cell, earlier in before.items() if written(cell) not in (None, earlier)]
+        if code:
+            _fail(code, asked, made, began, said.read_text())
+        return code, made
+
+
+def _asked(cell: cells.Cell) -> dict:
+    return {"item": cell.item, "profile": cell.profile, "pairs": cell.pairs}
+
+
+def _environment() -> dict:
+    """For Snakemake: unbuffered, and a cache where the home folder cannot be written to."""
+    environment = os.environ | {"PYTHONUNBUFFERED": "1"}
+    if not os.access(Path.home(), os.W_OK):
+        environment["XDG_CACHE_HOME"] = str(results() / ".engine")
+    return environment
+
+
+def written(cell: cells.Cell) -> float | None:
+    """When the cell's results were made; None where they were not."""
+    return cell.mark.stat().st_mtime if cell.mark.exists() else None
+
+
+def _follow(engine: subprocess.Popen, log: Path, began: float) -> None:
+    """Show what the only cell's process writes to stderr, its progress bar, until the engine ends."""
+    shown_until, running = 0, True
+    while running:
+        running = engine.poll() is None
+        if log.exists() and log.stat().st_mtime >= began:
+            with open(log, "rb") as stream:
+                stream.seek(shown_until)
+                text = stream.read()
+            shown_until += len(text)
+            sys.stderr.write(text.decode(errors="replace"))
+            sys.stderr.flush()
+        if running:
+            time.sleep(0.1)
+
+
+def _watch(engine: subprocess.Popen, before: dict) -> None:
+    """Print a line for each finished cell, with what is left, until the engine ends."""
+    waiting, began, done = dict(before), time.monotonic(), 0
+    while engine.poll() is None:
+        for cell, earlier in list(waiting.items()):
+            if written(cell) not in (None, earlier):
+                del waiting[cell]
+                done += 1
+                # what is up to date is not known here: the time left is that of all others, at most
+                left = (time.monotonic() - began) / done * len(waiting)
+                print(f"[{done}] {cell.name} made; at most {max(1, round(left / 60))} min left", flush=True)
+        time.sleep(0.2)
+
+
+def _fail(code: int, asked: list[cells.Cell], made: list[cells.Cell], began: float, said: str) -> None:
+    """Say what was made, what failed and why, and what was not tried."""
+    failed = {c.name: line for c in asked if c not in made and (line := _last_line(c.log, began))}
+    untried = [c.name for c in asked if c not in made and c.name not in failed and (c.fault() or not c.mark.exists())]
+    if code == 130:
+        print("\nvitreg: stopped; what was finished is kept, and the same command goes on", file=sys.stderr)
+    if made:
+        print(f"made: {', '.join(c.name for c in made)}", file=sys.stderr)
+    for name, line in failed.items() if code != 130 else ():
+        print(f"failed: {line if line.startswith(name.partition('--')[0]) else f'{name}: {line}'}", file=sys.stderr)
+    if untried:
+        print(f"not tried: {', '.join(untried)}", file=sys.stderr)
+    if code != 130 and not failed:
+        said = said.replace("Assuming unrestricted shared filesystem usage.", "")
+        lines = [line.strip() for line in said.splitlines() if line.strip()]
+        print(f"vitreg: the graph could not be run: {' / '.join(lines[-4:]) or 'see above'}", file=sys.stderr)
+
+
+def _last_line(log: Path, began: float) -> str:
+    """The last line that a cell's process wrote to stderr in this run, without the command's name; empty without."""
+    if not log.exists() or log.stat().st_mtime < began:
+        return ""
+    lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    told = [line for line in lines if line.startswith("vitreg: ")] or lines[-1:]
+    return told[-1].removeprefix("vitreg: ") if told else "its process was killed without a word"
+
+
+def _conclude(asked: list[cells.Cell], profile: str) -> None:
+    """Show one item's verdicts, or how many items of the profile mini agree with the committed records."""
+    from vitreg_lib.record import compare, report
+
+    if len(asked) == 1:
+        report.show(asked[0].item, asked[0].parameters)
+    elif profile == "mini":
+        other = [c.item for c in asked if compare.differences(record.read(c.item, c.parameters))]
+        line = f"as recorded: {len(asked) - len(other)} of {len(asked)} items agree with data/records"
+        print(line + (f"; not {', '.join(other)}: vitreg report ITEM --differences" if other else ""))
+        print(f"results: {shown(results() / profile)}")
 
 
 if __name__ == "__main__":

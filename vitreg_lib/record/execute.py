@@ -86,8 +86,8 @@ def _run(item: str, given: dict, making: Path, place: Path | None, progress: boo
     # sockets in a folder of their own: kernels started at the same time cannot race for ports
     transport = {"transport": "ipc", "ip": f"{place}/kernel"} if place else {}
     papermill.execute_notebook(
-        str(record.notebook(item)),
-        str(making / f"{item}.ipynb"),
+        _plain(record.notebook(item)),
+        _plain(making / f"{item}.ipynb"),
         parameters=given,
         kernel_name="python3",
         progress_bar=progress,
@@ -95,6 +95,11 @@ def _run(item: str, given: dict, making: Path, place: Path | None, progress: boo
         cwd=str(record.notebook(item).parent),  # as JupyterLab and nbval do
         config=Config(KernelManager=transport),
     )
+
+
+def _plain(path: Path) -> str:
+    """A path for papermill, which puts parameters where braces are."""
+    return str(path).replace("{", "{{").replace("}", "}}")
 
 
 @contextmanager
