@@ -30,7 +30,7 @@ def inputs(depends, item, **given):
 def test_a_notebook_depends_on_the_modules_that_it_reaches(depends):
     needed = inputs(depends, "fig03")
     assert "notebooks/paper/fig03_norm_maps.ipynb" in needed
-    named = ("__init__", "measure/outliers", "plots/norms", "widgets/interact", "record/run")
+    named = ("__init__", "measure/outliers", "plots/norms", "widgets/controls", "record/run")
     reached = ("hooks/capture", "hooks/anatomy", "base", "model/zoo", "model/planted", "data/scenes", "data/images")
     for module in named + reached:
         assert f"vitreg_lib/{module}.py" in needed
