@@ -15,7 +15,7 @@ export PARAMS PROFILE JOBS
 export OMP_NUM_THREADS ?= $(if $(filter 1,$(JOBS)),,1)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup reproduce-all report test test-fast test-notebooks lab workshop wheelhouse bench bench-train refresh keep lint clean
+.PHONY: help setup reproduce-all report test test-fast test-notebooks lab workshop wheelhouse bench bench-train twins refresh keep lint clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-zA-Z%-]+:.*## /{printf "  make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -77,6 +77,9 @@ bench: $(READY) ## timings, as ratios within one run
 
 bench-train: $(READY) ## images a second of training, against timm's way, and what registers cost
 	@env -u OMP_NUM_THREADS $(BIN)/python -m tests.bench_train
+
+twins: $(READY) ## registers trained into DeiT-Ti and ViT-Ti in every way compared (minutes on a GPU, hours on a CPU; goes on)
+	@$(BIN)/python workflow/twins.py run --jobs $(JOBS) && $(BIN)/python workflow/twins.py keep
 
 refresh: $(READY) ## execute all notebooks (or NOTEBOOKS="fig04 tab02") in place, write data/records/
 	@$(BIN)/python workflow/refresh.py $(NOTEBOOKS)

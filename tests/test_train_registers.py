@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import pandas as pd
 import pytest
+import registers_after_training as experiment
 import timm
 import torch
 from torch import nn
@@ -341,6 +342,54 @@ class TestRemedies:
         said = capsys.readouterr().out
         assert said.index("planted+empty4") < said.index("planted+ttr4")
         assert "fewest outliers, by the simplest means: planted+ttr4" in said
+
+
+class TestExperiment:
+    """What workflow/twins.py runs and the notebook reads."""
+
+    def test_cells_differ_and_keep_their_names(self):
+        cells = experiment.cells()
+        assert len({experiment.key(cell) for cell in cells}) == len(cells)
+        assert {cell["arm"] for cell in cells} == {"doses", "empty", "ttr", "grid", "photos", "steps", "answers"}
+        assert experiment.key(cells[0]) == experiment.key(dict(reversed(cells[0].items())))
+
+    @pytest.mark.parametrize("how", ["zeros", "mean", "other image", "noise"])
+    def test_registers_are_replaced_before_every_block(self, planted, how):
+        model = mend.with_empty_tokens(planted, 2)
+        x = mend.handful(planted).x[:3]
+        entering = {}
+        replaced = experiment.replaced(model, x, how)
+        for i, block in enumerate(replaced.module.blocks):  # runs after the hook that replaces
+            block.register_forward_pre_hook(lambda part, args, i=i: entering.__setitem__(i, args[0][:, 1:3].clone()))
+        replaced.module.forward_features(x)
+        plain = model.capture(x, "tokens")
+        for i in range(1, len(entering)):
+            new, own = entering[i], plain.tokens[i - 1][:, 1:3]
+            if how == "zeros":
+                assert not new.any()
+            elif how == "mean":
+                torch.testing.assert_close(new, own.mean(0).expand_as(new), rtol=1e-4, atol=1e-4)
+            elif i == 1:  # later ones follow from the registers replaced before
+                if how == "other image":
+                    torch.testing.assert_close(new, own.roll(1, 0), rtol=1e-4, atol=1e-4)
+                else:
+                    torch.testing.assert_close(new.norm(dim=2), own.norm(dim=2), rtol=1e-4, atol=1e-4)
+                    assert torch.nn.functional.cosine_similarity(new, own, dim=2).abs().max() < 0.9
+        seen = model.capture(x, "norms")
+        assert torch.equal(seen.norms, plain_norms(model, x)), "the model itself was changed"
+
+    def test_an_unknown_replacement_is_refused(self, planted):
+        with pytest.raises(ValueError, match="known are zeros, mean"):
+            experiment.replaced(planted, mend.handful(planted).x[:1], "shuffle")
+
+
+def plain_norms(model, x):
+    with torch.no_grad():
+        tokens, norms = model.module._pos_embed(model.module.patch_embed(x)), []
+        for block in model.module.blocks:
+            tokens = block(tokens)
+            norms.append(tokens.norm(dim=2))
+    return torch.stack(norms, 1)
 
 
 @pytest.mark.slow
