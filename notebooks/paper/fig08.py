@@ -94,3 +94,35 @@ def by_registers(table, counts) -> dict[str, tuple[bool | None, str]]:
             f"{most} registers {gain[most]:+.1f} points, rank correlation {rank:.2f}",
         )
     return result
+
+
+def claims(models, shares, scored, families: dict[str, list], profile: str):
+    """Arguments of `Run.claim`: C029 to C032 on trained registers, the same questions of registers added at test time.
+
+    shares: outlier share by label; scored: `tab02.table`; families: `ladders`.
+    """
+    one = [m.label for m in models if m.registers == 1 and m.registers_from == "trained"]
+    text = "; ".join(f"{name}: {shares[name]:.2%}" for name in one)
+    missing = f"no model trained with one register in profile {profile}"
+    yield "C029", bool((shares[one] < 0.001).all()) if one else None, text or missing
+    added = {name: members[-1].registers_from == "test time" for name, members in families.items()}
+    for name, members in sorted(families.items(), key=lambda item: added[item[0]]):
+        part = rows(scored, members)
+        for claim, (holds, text) in by_registers(part, list(part.registers)).items():
+            if added[name]:
+                asked = f"{ASKED[claim]}, added to {members[0].label} at test time"
+                yield f"ours-{claim}-{name}", holds, text, asked, "none"
+            else:
+                yield claim, holds, f"{name}: {text}"
+    if all(added.values()):
+        for claim in ASKED:
+            yield claim, None, f"no family trained at three or more numbers of registers in profile {profile}"
+    mended = [m for m in models if m.role == "mended"]
+    if mended:
+        names = [mended[0].base, *(m.label for m in mended)]
+        numbers = {m.label: m.registers for m in models}
+        text = "; ".join(f"{numbers[name]}: {shares[name]:.2%}" for name in names)
+        before, after = shares[names[:2]]
+        measured = f"share of outliers by registers added to {names[0]}: {text}"
+        asked = "one register added at test time removes at least nine tenths of the outliers"
+        yield "ours-one-added", bool(after < 0.1 * before), measured, asked, "none"

@@ -1,4 +1,4 @@
-"""Figure 13: LOST step by step on one block of a model, and the plot of its maps."""
+"""Figure 13: LOST step by step on one block of a model, the plot of its maps, and the verdicts."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 
-from vitreg_lib.measure import objects
+from vitreg_lib.measure import objects, pairs
 from vitreg_lib.plots.maps import COMPONENT
 from vitreg_lib.plots.style import NORMS, PALETTE, bare, draw_box, picture, styled, wrapped
 
@@ -75,3 +75,29 @@ def signed(axis, values: torch.Tensor) -> None:
     """A map in two colours, white at 0."""
     most = float(values.abs().max()) or 1.0
     axis.imshow(values.numpy(), cmap=COMPONENT, vmin=-most, vmax=most, interpolation="nearest")
+
+
+def claims(models, compared, profile: str):
+    """Arguments of `Run.claim`: C045 to C047 by family, then ours on registers added at test time.
+
+    compared: `pairs.compare` of the roughness of the score, 1 - Moran's I.
+    """
+    with_registers = [m for m in models if m.label in pairs.pairs(models, "trained")]
+    trained = {m.family: m.label for m in reversed(with_registers)}
+    for claim, family in (("C045", "deit3"), ("C046", "dinov2")):
+        name = trained.get(family)
+        missing = (None, f"no pair of the family {family} in profile {profile}")
+        yield claim, *(pairs.judge(compared.loc[[name]]) if name else missing)
+    drop = compared.median_without - compared.median_with
+    gains = {family: drop[trained[family]] for family in ("deit3", "dinov2", "clip") if family in trained}
+    text = "drop of the median roughness: " + (", ".join(f"{f} {gain:+.2f}" for f, gain in gains.items()) or "no pair")
+    others = [gain for family, gain in gains.items() if family != "clip"]
+    testable = "clip" in gains and others
+    yield (
+        "C047",
+        bool(gains["clip"] < min(others)) if testable else None,
+        text + "; no pair of clip" * ("clip" not in gains),
+    )
+    for name, base in pairs.pairs(models, "test time").items():
+        text = f"registers added at test time smooth the score of {base}"
+        yield f"ours-{name}", *pairs.judge(compared.loc[[name]], "test time"), text, "none"

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 
+import pandas as pd
 import torch
 import torch.nn.functional as F
 from fig13 import rows_of_panels, signed
 from matplotlib.figure import Figure
 
 from vitreg_lib.hooks.capture import evaluating, hooks
-from vitreg_lib.measure import objects
+from vitreg_lib.measure import objects, pairs
 from vitreg_lib.plots.style import picture, styled
 
 
@@ -80,3 +81,45 @@ def draw_expansions(
                     place = spots[name][kind][i].nonzero()
                     axis.scatter(place[:, 1], place[:, 0], s=30, facecolors="none", edgecolors="black", linewidths=1)
     return figure
+
+
+def spot_table(spots: dict, outlying: dict, base: dict[str, str]):
+    """Spots a map and the share of them on outliers, a row a model and kind of features.
+
+    By label: spots, {kind: masks (images, rows, cols)}; outlying, masks of the outliers; base: the model without
+    registers, whose outliers count.
+    """
+    rows = {}
+    for name, kinds in spots.items():
+        place = outlying.get(base.get(name), outlying[name])
+        for kind, mask in kinds.items():
+            on = place[mask].float().mean().item() if place.any() and mask.any() else math.nan
+            rows[name, kind] = {"spots": mask.sum((1, 2)).float().mean().item(), "on outliers": on}
+    return pd.DataFrame(rows).T
+
+
+def claims(models, spots: dict, filtered: dict[str, float], profile: str):
+    """Arguments of `Run.claim`: C048 to C051 on a CLIP model, then the same questions of models with outliers.
+
+    By label: spots, {kind: masks}; filtered, the value gain of outliers over that of normal tokens.
+    """
+    clip = next((m.label for m in models if m.family == "clip"), None)
+    paired = next((n for n, base in pairs.pairs(models, "trained").items() if base == clip), None)
+    count = {n: {kind: mask.sum((1, 2)).float() for kind, mask in kinds.items()} for n, kinds in spots.items()}
+    for claim, kind in (("C048", "keys"), ("C049", "queries")):
+        compared = pairs.compare({n: count[n][kind] for n in (clip, paired) if n}, models)
+        missing = (None, f"no CLIP model trained without and with registers in profile {profile}")
+        yield claim, *(pairs.judge(compared) if paired else missing)
+    mean = {name: {kind: values.mean().item() for kind, values in kinds.items()} for name, kinds in count.items()}
+    text = {n: ", ".join(f"{k} {v:.2f}" for k, v in kinds.items()) + " spots a map" for n, kinds in mean.items()}
+    fewest = {name: kinds["values"] < min(kinds["keys"], kinds["queries"]) for name, kinds in mean.items()}
+    yield "C050", fewest.get(clip), f"{clip}: {text[clip]}" if clip else f"no CLIP model in profile {profile}"
+    missing = f"no CLIP model with outliers in profile {profile}"
+    known = clip in filtered
+    yield "C051", filtered[clip] < 1 if known else None, f"{clip}: {filtered[clip]:.2f}" if known else missing
+    for name in (n for n in filtered if n != clip):
+        asked = f"{name}, which has outliers, has fewest spots in the values' map"
+        yield f"ours-values-{name}", fewest[name], text[name], asked, "none"
+        measured = f"median |W_v x| / |x|, outlier / normal: {filtered[name]:.2f}"
+        asked = f"the value projection of {name} lets less of an outlier through"
+        yield f"ours-filter-{name}", filtered[name] < 1, measured, asked, "none"

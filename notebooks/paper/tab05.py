@@ -7,6 +7,7 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from vitreg_lib.measure.pairs import pairs as of_models
 from vitreg_lib.plots.scores import dots
 from vitreg_lib.plots.style import PALETTE, PAPER, styled
 from vitreg_lib.probes.local import READABLE, probe_groups, same_places
@@ -98,3 +99,50 @@ def register_changes(table, pairs: dict[str, str], group: str = "shared", fit: s
             k: v for c, x in change.items() for k, v in ((c, x.mean()), (f"{c}_sd", x.std()))
         }
     return pd.DataFrame.from_dict(rows, orient="index")
+
+
+REPORTED = {"accuracy": (0.663, 0.658), "l2": (15.9, 16.0)}  # Table 5, without and with registers
+
+
+def measure(run, summary, with_registers) -> None:
+    """Put means and spreads over the splits into the record, beside the paper's for its own comparison."""
+    for (name, group, fit), row in summary.iterrows():
+        for (column, kind), value in row.items():
+            beside = REPORTED.get(column) if (group, fit, kind) == ("normal", "all", "mean") else None
+            called = f"{column} ({kind} over splits), {group} tokens, trained on {fit}"
+            run.measure(called, value, name, paper=beside and beside[name in with_registers])
+
+
+def claims(models, fair, as_paper, moved, profile: str):
+    """Arguments of `Run.claim`: C111 and C112 on a pair trained with registers, then ours on all pairs.
+
+    fair, as_paper, moved: `register_changes` in the shared places, of all normal tokens, and at the outliers' places.
+    """
+    trained = [m for m in models if m.label in of_models(models, "trained")]
+    first = next((m for m in trained if m.family == "dinov2"), trained[0] if trained else None)
+    controls = {m.label for m in models for base in models if m.base == base.label and base.is_control}
+    name, row = (first.label, fair.loc[first.label]) if first else (None, None)
+    text = f"{name}: {in_words(row, as_paper.loc[name])}" if first else ""
+    missing = f"no pair trained without and with registers in profile {profile}"
+    yield "C111", bool(abs(row.points) <= 2) if first and row.readable else None, text or missing
+    yield "C112", bool(0.95 <= row.l2_ratio <= 1.05) if first else None, text or missing
+    for other in (n for n in fair.index if n != name):
+        row = fair.loc[other]
+        near = not row.readable or abs(row.points) <= max(2, 2 * row.points_sd)
+        asked = f"the normal tokens of {other} know as much of their patch as those of {row.without}"
+        asked += " (control)" * (other in controls)
+        measured = in_words(row, as_paper.loc[other])
+        yield f"same-{other}", bool(near and 0.95 <= row.l2_ratio <= 1.05), measured, asked, "none"
+    for other, row in moved.iterrows():
+        measured = f"at the outliers' places {row.points:+.1f} ± {row.points_sd:.1f} points, error × {row.l2_ratio:.2f}"
+        asked = f"with the outliers of {row.without} moved to registers, the tokens there know more of their patch"
+        yield f"moved-{other}", bool(row.points > 2 * row.points_sd and row.l2_ratio < 1), measured, asked, "none"
+
+
+def in_words(row, uncorrected) -> str:
+    """One row of `register_changes` beside that of the paper's comparison."""
+    blind = "" if row.readable else f"; position is not readable here ({row.right:.1%} right) and is left out"
+    return (
+        f"{row.points:+.1f} ± {row.points_sd:.1f} points, error × {row.l2_ratio:.2f} ± {row.l2_ratio_sd:.2f}; "
+        f"as the paper compares {uncorrected.points:+.1f} points, × {uncorrected.l2_ratio:.2f}{blind}"
+    )

@@ -354,3 +354,20 @@ def by_registers(table, families: dict[str, dict[str, int]], label: str, paper: 
     last.set(title="paper, Aircraft\n(DINOv2, cls alone legible)", xlabel="registers", ylim=(0, 100), xlim=(-0.4, 1.4))
     figure.legend(drawn.values(), drawn.keys(), loc="outside upper center", ncols=3)
     return figure
+
+
+def of_spread(found: tables.Classified, models) -> Iterator[tuple]:
+    """Ours on the controls: on most tasks the gap to the matched token exceeds the spread where one was planted."""
+    for model in (m for m in models if m.is_control and m.label in found.owner):
+        gap = tables.gaps(found, "outlier", "matched").loc[model.label]
+        clear, planted = list(gap.index[gap.gap.abs() > gap.sd]), model.role == "planted control"
+        text = f"{model.label}: the gap to the matched token exceeds the spread on most tasks"
+        if not planted:
+            text = f"{model.label}: on most tasks the gap does not exceed the spread"
+        expected = len(clear) * 2 > len(gap) if planted else len(clear) * 2 < len(gap)
+        yield (
+            f"control-{model.label}",
+            expected,
+            f"{len(clear)} of {len(gap)} tasks: {', '.join(clear) or 'none'}",
+            text,
+        )
