@@ -134,3 +134,50 @@ def dose(table: pd.DataFrame, panels: dict[str, str], zero: dict[str, float] | N
             axis.set_ylim(bottom=0)
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=4)
     return figure
+
+
+def record(run, model, table: pd.DataFrame, before: dict[str, float]) -> None:
+    """Put an `experiment` into a run's record, in a fixed order."""
+    for name, value in before.items():
+        run.measure(name, value, model.name)
+    for row in table.to_dict("records"):
+        kind = "" if row["kind"] == "found" else f" ({row['kind']})"
+        for name in (*before, "newly_right", "newly_wrong"):
+            if name in row:
+                run.measure(name, row[name], f"{model.name}+ttr{row['registers']}{kind}")
+
+
+def claims(model, found: mend.Found, table: pd.DataFrame, before: dict[str, float], images: int):
+    """Arguments of `Run.claim`, all ours; table and before: `experiment`; images: how many were measured."""
+    rows = table.set_index(["kind", "registers"])
+    share, removed = before["outlier_share"], rows.outlier_share["found"][1]
+    text = "one register added at test time removes at least nine tenths of the outliers"
+    reported = "yes, for its models (Jiang et al. 2025)"
+    yield "ours-removes", removed < 0.1 * share, f"{share:.2%} without, {removed:.2%} with one register", text, reported
+    control = rows.outlier_share["random"][1]
+    text = "random neurons of equal mean activation do not remove them"
+    yield "ours-control", control > 0.5 * share, f"{control:.2%} with random neurons of equal activation", text, "none"
+    attention = rows.attention_on_outliers
+    kinds = [kind for kind in table.kind.unique() if kind != "random"]
+    measured = "; ".join(f"{kind}: {attention[kind][1]:.1%}" for kind in kinds)
+    measured = f"{before['attention_on_outliers']:.1%} of cls's attention untouched; with one register {measured}"
+    text = "attention leaves the places of outliers with the norm (it need not: peak and norm are two things)"
+    yield "ours-attention", attention["found"][1] < 0.1 * before["attention_on_outliers"], measured, text, "none"
+    norm, text = rows.register_norm["found"][1], "the registers take over the high norm"
+    measured = f"mean register norm {norm:.3g}, cutoff {found.cutoff:.3g}"
+    yield "ours-takes-over", norm > found.cutoff, measured, text, "yes (Jiang et al. 2025)"
+    if "accuracy" in before:
+        right = rows.accuracy["found"]
+        counts = ", ".join(f"{value:.0%}" for value in right.iloc[1:])
+        measured = f"right: {before['accuracy']:.0%} untouched, {right[0]:.0%} silenced, {counts} with 1, 2, 4, 8 "
+        measured += f"registers, of {images} images"
+        text = "silencing the neurons costs accuracy and registers give some of it back"
+        by_design = model.role == "planted control"  # its sink returns nothing, so nothing can be lost
+        back = None if by_design else right[0] < before["accuracy"] and right.iloc[1:].max() > right[0]
+        prefix = "the control's artifacts carry nothing by design; " * by_design
+        yield "ours-gives-back", back, prefix + measured, text, "accuracy is kept (Jiang et al. 2025)"
+    if model.role == "planted control":
+        first = model.module.blocks[0].mlp.fc1.out_features - 128  # planting added 8 x 16 neurons; 15 of them write
+        truth, moved = {(found.onset, first + i) for i in range(15)}, set(found.neurons)
+        measured = f"{len(truth & moved)} of {len(truth)} planted neurons, {len(moved - truth)} others"
+        yield f"control-{model.label}", moved == truth, measured, "the neurons are those that were planted", "none"

@@ -56,7 +56,8 @@ def tests(model, images: torch.Tensor, cutoff: float, count: int = 4, layer: int
     """What outliers follow when place and content part company: a DataFrame, one row a test.
 
     follows_place, follows_content: the share of outliers found where their place (its position embedding), or their
-    content, has gone; outliers: a patch's chance of being one, in the test, over that in the untouched images (for the
+    content, has gone, where the two are not the same (NaN where they always are, as for four corners that a flip
+    exchanges); outliers: a patch's chance of being one, in the test, over that in the untouched images (for the
     last two tests nothing has gone anywhere). `count` places that are outliers most often are exchanged with as many
     inner places that are so least often. Raises ValueError without outliers.
     """
@@ -87,9 +88,10 @@ def tests(model, images: torch.Tensor, cutoff: float, count: int = 4, layer: int
     def moved(name, pixels, carry):
         after = _outliers(model, pixels, cutoff, layer)
         gone = carry(masks)
+        stayed, went = masks & ~gone, gone & ~masks  # a token of both says nothing
         found[name] = {
-            "follows_place": ((after & masks).sum() / masks.sum()).item(),
-            "follows_content": ((after & gone).sum() / gone.sum().clamp(min=1)).item(),
+            "follows_place": ((after & stayed).sum() / stayed.sum()).item(),
+            "follows_content": ((after & went).sum() / went.sum()).item(),
             "outliers": (after.double().mean() / masks.double().mean()).item(),
         }
 
@@ -145,3 +147,35 @@ def detail(pixels: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
     height, width = pixels.shape[-2] // grid[0], pixels.shape[-1] // grid[1]
     patches = pixels.mean(1).unfold(1, height, height).unfold(2, width, width)  # (n, rows, cols, height, width)
     return patches.flatten(3).std(-1).clamp_min(1e-3).log().flatten(1)
+
+
+def record(run, tables: dict) -> None:
+    """Put tables {model: DataFrame} into a run's record, a number called "row column"."""
+    for label, table in tables.items():
+        for (row, column), value in table.stack(future_stack=True).items():
+            run.measure(f"{row} {column}", value, label)
+
+
+def claims(models, explained: dict, tests: dict):
+    """Arguments of `Run.claim`, all ours; by label: tables of `explained` and of `tests`, for models with outliers."""
+    for model in models:
+        name = model.label
+        if name not in explained:
+            yield f"ours-{name}", None, f"{name} has no outliers at its output", "where its outliers sit", "none"
+            continue
+        auc, parted = explained[name].auc, tests[name]
+        measured = ", ".join(f"{predictor} {value:.3f}" for predictor, value in auc.items())
+        content = max(auc["neighbours"], auc["detail"])
+        if model.is_control:
+            text = f"in {name}, where artifacts need place and content, both together predict best"
+            yield f"control-{name}", auc["all"] > max(auc["position"], content), measured, text, "none"
+            continue
+        text = f"the outliers of {name} are predicted better by content than by position"
+        yield f"ours-content-{name}", content > auc["position"], measured, text, "low-information patches (words)"
+        swap, grey = parted.iloc[0], parted.outliers["a grey image"]
+        measured = (
+            f"{parted.index[0]}: {swap.follows_place:.0%} follow the place, {swap.follows_content:.0%} the content"
+        )
+        text = f"separated from their content, the outliers of {name} follow their place"
+        measured += f"; a grey image has {grey:.1f} times as many"
+        yield f"ours-place-{name}", swap.follows_place > swap.follows_content, measured, text, "none"
