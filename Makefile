@@ -82,10 +82,10 @@ twins: $(READY) ## registers trained into DeiT-Ti and ViT-Ti in every way compar
 	@$(BIN)/python workflow/twins.py run --jobs $(JOBS) && $(BIN)/python workflow/twins.py keep
 
 refresh: $(READY) ## execute all notebooks (or NOTEBOOKS="fig04 tab02") in place, write data/records/
-	@$(BIN)/python workflow/refresh.py $(NOTEBOOKS)
+	@$(BIN)/python workflow/refresh.py $(NOTEBOOKS) && $(BIN)/python workflow/readme.py
 
 keep: $(READY) ## copy records and PNG figures of PROFILE under docs/results/, to be committed
-	@$(BIN)/python workflow/keep.py "$$PROFILE"
+	@$(BIN)/python workflow/keep.py "$$PROFILE" && $(BIN)/python workflow/readme.py
 
 lint: $(READY) ## ruff
 	@$(BIN)/ruff check vitreg_lib tests workflow && $(BIN)/ruff format --check vitreg_lib tests workflow

@@ -123,3 +123,20 @@ def test_what_a_notebook_names_of_the_library_and_of_the_file_beside_it_exists(p
         inner = node.value
         if isinstance(inner, ast.Attribute) and isinstance(inner.value, ast.Name) and inner.value.id == "vr":
             assert hasattr(getattr(vr, inner.attr), node.attr), f"vr.{inner.attr}.{node.attr}"
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_lines_of_code_fit_a_laptop(path):
+    for cell in json.loads(path.read_text())["cells"]:
+        if cell["cell_type"] == "code":
+            long = [line for line in "".join(cell["source"]).splitlines() if len(line) > 100]
+            assert not long, f"{cell['id']}: {long[0]}"
+
+
+@pytest.mark.parametrize("path", [p for p in ITEMS if p.parent.name == "paper"], ids=lambda path: path.stem)
+def test_the_figure_comes_first(path):
+    """A figure stands on the first screen: at most three cells of code compute and draw it, and tables follow."""
+    code = ["".join(c["source"]) for c in json.loads(path.read_text())["cells"] if c["cell_type"] == "code"]
+    start = next(i for i, source in enumerate(code) if "vr.start(" in source)
+    drawn = next(i for i, source in enumerate(code) if "run.save(" in source)
+    assert drawn - start <= 3, f"{path.name} draws in its cell {drawn - start} after the start"

@@ -34,7 +34,7 @@ def attention_row(q, k):
 
 # %% share
 
-patches = rows[..., model.anatomy.num_prefix_tokens :]  # the row goes on over cls; outliers are patches
+patches = rows[..., model.anatomy.num_prefix_tokens :]  # without cls
 share = (patches * is_outlier[:, None]).sum(-1).mean()
 
 # %% head
@@ -46,7 +46,7 @@ head = int((patches * is_outlier[:, None]).sum(-1).mean(0).argmax())  # or by ey
 
 def split(image_ids):
     ids = image_ids.unique()
-    return torch.isin(image_ids, ids[: len(ids) // 5])  # a fifth of the images, with all their tokens
+    return torch.isin(image_ids, ids[: len(ids) // 5])  # a fifth of the images
 
 
 # %% partner
@@ -78,7 +78,7 @@ def patch_mean(x, num_registers):
 
 # %% ratio
 
-end = telemetry[telemetry.step == telemetry.step.max()].iloc[-1]  # the rows of a step are its blocks, in order
+end = telemetry[telemetry.step == telemetry.step.max()].iloc[-1]  # the last block
 ratio = end.register_norm / end["q0.5"]
 
 # %% iou
