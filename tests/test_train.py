@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from vitreg_lib import base
 from vitreg_lib.base import UserError
 from vitreg_lib.data import scenes
-from vitreg_lib.model import zoo
+from vitreg_lib.model import names, zoo
 from vitreg_lib.model.weights import file_sha256
 from vitreg_lib.train import command, loop, state, telemetry
 from vitreg_lib.train.config import TrainConfig
@@ -169,8 +169,9 @@ def own_zoo(tmp_path, monkeypatch):
     """A copy of the zoo's files that a test may ship into."""
     (tmp_path / "data" / "checkpoints").mkdir(parents=True)
     (tmp_path / "data" / "models.yaml").write_text((base.DATA / "models.yaml").read_text())
-    for module in (ship, zoo):
+    for module in (ship, names):
         monkeypatch.setattr(module, "DATA", tmp_path / "data")
+    for module in (ship, names, zoo):
         monkeypatch.setattr(module, "CHECKPOINTS", tmp_path / "data" / "checkpoints")
     zoo.entries.cache_clear()
     yield tmp_path / "data"

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from vitreg_lib import base
 from vitreg_lib.base import UserError
-from vitreg_lib.model import zoo
+from vitreg_lib.model import names, zoo
 from vitreg_lib.model.model import Model, weights_sha256
 from vitreg_lib.model.weights import _read_pickle, file_sha256
 
@@ -105,8 +105,8 @@ def test_facts_come_from_entry_metadata_or_anatomy_and_never_from_a_name(tmp_pat
 
 
 def test_a_name_says_how_many_registers_are_added():
-    assert zoo.split("mini-deit3+ttr4") == ("mini-deit3", 4)
-    assert zoo.split("mini-deit3-reg4") == ("mini-deit3-reg4", None)
+    assert zoo.split("mini-deit3+ttr4") == ("mini-deit3", "ttr", 4)
+    assert zoo.split("mini-deit3-reg4") == ("mini-deit3-reg4", "", 0)
     for wrong in ("mini-deit3+ttr", "mini-deit3+ttr65", "mini-deit3+ttrx"):
         with pytest.raises(UserError, match=r"write \+ttrN with N from 0 to 64, for instance mini-deit3\+ttr4"):
             zoo.split(wrong)
@@ -248,7 +248,8 @@ def checkpoint(tmp_path, monkeypatch):
     """A copy of one shipped checkpoint, where the zoo now looks."""
     name = zoo.entries()[SMALLEST]["file"]
     shutil.copy(base.CHECKPOINTS / name, tmp_path)
-    monkeypatch.setattr(zoo, "CHECKPOINTS", tmp_path)
+    for module in (zoo, names):
+        monkeypatch.setattr(module, "CHECKPOINTS", tmp_path)
     zoo.load(SMALLEST, "cpu")
     return tmp_path / name
 
@@ -330,6 +331,14 @@ def test_a_bad_count_of_registers_is_refused(registers):
 def test_a_folder_that_is_not_there_is_named(monkeypatch, tmp_path):
     monkeypatch.setenv("VITREG_MODELS", str(tmp_path / "none"))
     assert "none: no such folder" in refused("timm:vit_tiny_patch16_224")
+
+
+def test_one_damaged_config_hides_no_other_model(tmp_path, monkeypatch, tiny):
+    hub_folder(tmp_path / "some_folder", tiny)
+    (tmp_path / "a_damaged_one").mkdir()
+    (tmp_path / "a_damaged_one" / "config.json").write_text('{"half')
+    monkeypatch.setenv("VITREG_MODELS", str(tmp_path))
+    assert zoo.load("timm:vit_tiny_patch16_224.made_here").name == "vit_tiny_patch16_224.made_here"
 
 
 def test_a_damaged_folder_of_the_hub_layout_is_named(models):

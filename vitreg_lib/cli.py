@@ -166,16 +166,16 @@ def mend(
 @app.command()
 def models(name: Annotated[str, typer.Argument(help="all that is known of one model")] = ""):
     """List the models with a name, and whether their weights are on this machine."""
-    from .model import zoo
+    from .model import names
 
-    entries = zoo.entries()
+    entries = names.entries()
     if name and name not in entries:
         raise unknown("model", name, entries)
     if name:
         _table(entries[name])
         return
     for name, entry in entries.items():
-        print(f"{name:20} {zoo.available(name):14} {entry.get('about', '')}")
+        print(f"{name:20} {names.available(name):14} {entry.get('about', '')}")
     print(
         "\nalso: timm:NAME, file:PATH, random:NAME, and NAME+ttrN for N registers at test time, NAME+emptyN for N zeros"
     )

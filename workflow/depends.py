@@ -12,8 +12,8 @@ import yaml
 
 import vitreg_lib
 from vitreg_lib.base import CHECKPOINTS, DATA, ROOT
+from vitreg_lib.model import names as model_names
 from vitreg_lib.record import run as record
-from vitreg_lib.record import values
 
 LIBRARY = ROOT / "vitreg_lib"
 ALWAYS = ("record/run", "model/zoo")  # what every notebook reaches through `vr.start` and `run.load`
@@ -31,7 +31,7 @@ def settings(item: str, parameters: dict) -> str:
     sets, the paper's claims that its code names."""
     entry = record.items().get(item, {})
     chosen = {**entry.get("mini", {}), **entry.get(parameters["profile"], {}), "title": entry.get("title")}
-    models = {name: values.model_entries().get(name) for name in _bases(item, parameters)}
+    models = {name: model_names.entries().get(name) for name in _bases(item, parameters)}
     words = " ".join(str(value) for value in {**chosen, **parameters}.values()).split()
     sets = yaml.safe_load((DATA / "datasets.yaml").read_text())
     notebook = record.notebook(item)
@@ -43,7 +43,7 @@ def settings(item: str, parameters: dict) -> str:
 def checkpoints(item: str, parameters: dict) -> list[Path]:
     """The shipped weights, text towers and telemetry of the models that the item loads."""
     names = _bases(item, parameters)
-    names |= {e["random"] for n in names if "random" in (e := values.model_entries().get(n, {}))}
+    names |= {e["random"] for n in names if "random" in (e := model_names.entries().get(n, {}))}
     suffixes = (".safetensors", ".text.safetensors", ".telemetry.parquet")
     files = [CHECKPOINTS / f"{n}{suffix}" for n in sorted(names) for suffix in suffixes]
     return [path for path in files if path.exists()]
@@ -76,7 +76,7 @@ def _bases(item: str, parameters: dict) -> set[str]:
     entry = record.items().get(item, {})
     profile = {**entry.get("mini", {}), **entry.get(parameters["profile"], {})}
     named = " ".join(str(parameters.get(k) or v) for k, v in profile.items() if k not in ("images", "n_images"))
-    return {name.partition("+ttr")[0] for name in named.replace(",", " ").split()}
+    return {model_names.split(name)[0] for name in named.replace(",", " ").split()}
 
 
 def _reached(source: str, folder: Path) -> list[Path]:

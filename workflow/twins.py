@@ -149,7 +149,7 @@ def pack(chosen) -> None:
 
     target = Path(chosen.folder)
     for name in experiment.MODELS:
-        folder = zoo._folder(zoo.entries()[name]["timm"])
+        folder = zoo.folder(zoo.entries()[name]["timm"])
         if folder is None:
             raise UserError(f"{name}: VITREG_MODELS must name a folder that holds it")
         (target / folder.name).mkdir(parents=True, exist_ok=True)

@@ -13,36 +13,21 @@ NAME+emptyN               with N tokens of zeros and nothing else changed
 from __future__ import annotations
 
 import dataclasses
-import functools
 import itertools
 import json
-import re
 from pathlib import Path
 
 import torch
-import yaml
 from torch import nn
 
-from ..base import CHECKPOINTS, DATA, UserError, env_folder, hub, unknown
+from ..base import CHECKPOINTS, UserError, hub, unknown
 from ..data.scenes import ATTRIBUTES
 from .model import Model, weights_sha256
+from .names import available, damaged, entries, folder, split
 from .weights import _at_size, _fill, _line, _read_json, _read_pickle, _read_safetensors, file_sha256
 
+__all__ = ["available", "entries", "folder", "load", "split", "with_facts"]
 FACTS = ("role", "family", "base", "registers_from", "head", "onset")  # fields of `Model` that an entry may give
-
-
-@functools.cache
-def entries() -> dict[str, dict]:
-    """The entries of data/models.yaml by name."""
-    return yaml.safe_load((DATA / "models.yaml").read_text())
-
-
-def split(name: str) -> tuple[str, str, int]:
-    """(name, "", 0), or of NAME+ttrN and NAME+emptyN (NAME, "ttr" or "empty", N). Raises UserError for another N."""
-    base, kind, number = re.fullmatch(r"(.*?)(?:\+(ttr|empty)(.*))?", name).groups()
-    if kind and (not number.isdecimal() or int(number) > 64):
-        raise UserError(f"{name!r}: write +{kind}N with N from 0 to 64, for instance {base}+{kind}4")
-    return base, kind or "", int(number or 0)
 
 
 def load(name: str, device: str | None = None, image_size: int | None = None) -> Model:
@@ -73,23 +58,6 @@ def load(name: str, device: str | None = None, image_size: int | None = None) ->
     model.module.eval().requires_grad_(False)
     model.module.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     return model
-
-
-def available(name: str) -> str:
-    """Where an entry's weights are: "shipped", "computed", "VITREG_MODELS", "hub cache" or "not here"."""
-    entry = entries()[name]
-    if "file" in entry:
-        return "shipped" if (CHECKPOINTS / entry["file"]).exists() else "not here"
-    if "random" in entry:
-        return "computed"
-    if _folder(entry["timm"]):
-        return "VITREG_MODELS"
-    from huggingface_hub import try_to_load_from_cache
-
-    for filename in ("model.safetensors", "pytorch_model.bin"):
-        if isinstance(try_to_load_from_cache(f"timm/{entry['timm']}", filename), str):
-            return "hub cache"
-    return "not here"
 
 
 def _entry(name: str, image_size: int | None) -> Model:
@@ -197,7 +165,7 @@ def _create(architecture: str, image_size: int | None, **options) -> nn.Module:
             known = timm.list_pretrained(architecture.split(".")[0] + ".*")
         else:
             raise
-        raise unknown("model", architecture.split(":")[-1], known, "See `vitreg models`.") from None
+        raise unknown("model", architecture.split(":")[-1], known, f"{damaged()}See `vitreg models`.") from None
 
 
 def _with_config(name: str, module: nn.Module, sha256: str, image_size: int | None) -> Model:
@@ -213,29 +181,12 @@ def _with_config(name: str, module: nn.Module, sha256: str, image_size: int | No
     return Model(name, module, sha256, input_size=size, **options)
 
 
-def _folder(timm_name: str) -> Path | None:
-    """The folder of VITREG_MODELS that holds a model of timm in hub layout, recognised by what its config says."""
-    root = env_folder("VITREG_MODELS")
-    if not root:
-        return None
-    if not root.is_dir():
-        raise UserError(f"VITREG_MODELS={root}: no such folder")
-    for config in sorted(root.glob("*/config.json")):
-        if config.parent.name == timm_name:
-            return config.parent
-        content = _read_json(config)
-        tag = content.get("pretrained_cfg", {}).get("tag", "")
-        if f"{content.get('architecture')}.{tag}".removesuffix(".") == timm_name:
-            return config.parent
-    return None
-
-
 def _timm(name: str, timm_name: str, image_size: int | None) -> Model:
     known = next((entry for entry in entries().items() if entry[1].get("timm") == timm_name), ("", {}))
-    folder = _folder(timm_name)
-    if folder:
-        return with_facts(_hub_folder(timm_name, folder, image_size), known[1], known[0])
-    instead = (
+    place = folder(timm_name)
+    if place:
+        return with_facts(_hub_folder(timm_name, place, image_size), known[1], known[0])
+    instead = damaged() + (
         f"put a folder with config.json and model.safetensors from the hub's timm/{timm_name} into a folder named by "
         "VITREG_MODELS, or use --profile mini, which works offline"
     )

@@ -30,6 +30,7 @@ from types import SimpleNamespace
 import yaml
 
 from ..base import DATA, NOTEBOOKS, UserError, env_folder, in_batch, results, shown, unknown, write_atomically, written
+from ..model import names as model_names
 from . import values
 
 PROFILES = ("mini", "small", "large", "paper")
@@ -66,8 +67,9 @@ def check_parameters(item: str, given: dict) -> dict:
     if checked["profile"] not in PROFILES:
         raise unknown("profile", checked["profile"], PROFILES)
     usual = declared.get("models") or str(items().get(item, {}).get("mini", {}).get("models", ""))
-    if not usual or values.is_model(usual.split()[0]):  # Figure 12 takes sizes of architectures
-        values.check_models(checked.get("models", ""))
+    # Figure 12 takes sizes of architectures, not names
+    if not usual or model_names.split(usual.split()[0])[0] in model_names.entries():
+        model_names.check(checked.get("models", ""))
     return checked
 
 
@@ -92,7 +94,7 @@ def notebook(item: str) -> Path:
     """The notebook of an item such as fig04 (also fig4, figure4, table2)."""
     name = normal_name(item)
     paths = sorted(p for p in NOTEBOOKS.glob("*/*.ipynb") if p.parent.name != "workshop")  # exercises are no items
-    found = [p for p in paths if p.stem.startswith(f"{name}_")] + [p for p in paths if p.stem == name]
+    found = [p for p in paths if p.parent.name == "paper" and p.stem.split("_")[0] == name] + [p for p in paths if p.stem == name]
     if not found:
         names = {p.stem for p in paths} | {p.stem.split("_")[0] for p in paths if p.parent.name == "paper"}
         raise unknown("item", item, names, "See the README's table of notebooks.")

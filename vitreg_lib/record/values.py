@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import ast
-import functools
 import math
+import re
 from pathlib import Path
 
-import yaml
-
-from ..base import DATA, UserError, unknown
+from ..base import UserError
 
 COUNTS = ("n_", "steps", "rounds", "batch_size", "grid_in", "grid_out")  # starts of names of which 0 makes no sense
-PREFIXES = ("timm:", "random:", "file:", "open_clip:", "hf:")
-MOST_REGISTERS = 64
 
 
 def taken(name: str, default, value):
@@ -67,38 +63,5 @@ def resolved(name: str, value):
 def _absolute(word: str) -> str:
     if not word.startswith("file:"):
         return word
-    place, mark, architecture = word.removeprefix("file:").partition("#")
-    path, plus, registers = place.partition("+ttr")
-    return f"file:{Path(path).expanduser().resolve()}{plus}{registers}{mark}{architecture}"
-
-
-@functools.cache
-def model_entries() -> dict[str, dict]:
-    """The entries of data/models.yaml by name; reading them needs no torch."""
-    return yaml.safe_load((DATA / "models.yaml").read_text())
-
-
-def is_model(name: str) -> bool:
-    """Whether a name has an entry in data/models.yaml, with or without registers added at test time."""
-    return name.partition("+ttr")[0] in model_entries()
-
-
-def check_models(names: str) -> None:
-    """Raise UserError for a name of which no model can be made, by names alone: nothing is loaded or looked up."""
-    for name in names.replace(",", " ").split():
-        base, mended, registers = name.partition("+ttr")
-        registers = registers.partition("#")[0]
-        if mended and not (registers.isdecimal() and int(registers) <= MOST_REGISTERS):
-            raise UserError(f"{name!r}: write +ttrN with N from 0 to {MOST_REGISTERS}, for instance {base}+ttr4")
-        if base in model_entries() or base.startswith(("open_clip:", "hf:")):
-            continue
-        if base.startswith("file:"):
-            if not Path(base.removeprefix("file:").partition("#")[0]).expanduser().exists():
-                raise UserError(f"{name}: no such file, and no folder with a config.json")
-            continue
-        import timm
-
-        plain = base.partition(":")[2] if base.startswith(PREFIXES) else base
-        if plain not in model_entries() and not timm.is_model(plain.partition(".")[0]):
-            known = [*model_entries(), *timm.list_models("*vit*")]
-            raise unknown("model", plain, known, "See `vitreg models`.")
+    place, mark, rest = re.fullmatch(r"file:([^#+]*)([#+]?)(.*)", word).groups()
+    return f"file:{Path(place).expanduser().resolve()}{mark}{rest}"

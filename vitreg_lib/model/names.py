@@ -1,0 +1,104 @@
+"""Names of models and what is known of them before one is loaded: data/models.yaml, folders of weights; no torch."""
+
+from __future__ import annotations
+
+import functools
+import json
+import re
+from pathlib import Path
+
+import yaml
+
+from ..base import CHECKPOINTS, DATA, UserError, env_folder, unknown
+
+MOST_TOKENS = 64  # that can be added at test time
+OTHERS = ("timm:", "random:", "file:", "open_clip:", "hf:")
+
+
+@functools.cache
+def entries() -> dict[str, dict]:
+    """The entries of data/models.yaml by name."""
+    return yaml.safe_load((DATA / "models.yaml").read_text())
+
+
+def split(name: str) -> tuple[str, str, int]:
+    """(name, "", 0), or of NAME+ttrN and NAME+emptyN (NAME, "ttr" or "empty", N). Raises UserError for another N."""
+    base, kind, number = re.fullmatch(r"(.*?)(?:\+(ttr|empty)(.*))?", name).groups()
+    if kind and (not number.isdecimal() or int(number) > MOST_TOKENS):
+        raise UserError(f"{name!r}: write +{kind}N with N from 0 to {MOST_TOKENS}, for instance {base}+{kind}4")
+    return base, kind or "", int(number or 0)
+
+
+def check(names: str) -> None:
+    """Raise UserError for a name, among those separated by spaces or commas, of which no model can be made.
+
+    Names alone are looked at; a name that is no entry needs timm's list, which takes seconds to import.
+    """
+    for name in names.replace(",", " ").split():
+        base, _, _ = split(name)
+        if base in entries() or base.startswith(("open_clip:", "hf:")):
+            continue
+        if base.startswith("file:"):
+            if not Path(base.removeprefix("file:").partition("#")[0]).expanduser().exists():
+                raise UserError(f"{name}: no such file, and no folder with a config.json")
+            continue
+        import timm
+
+        plain = base.partition(":")[2] if base.startswith(OTHERS) else base
+        if plain not in entries() and not timm.is_model(plain.partition(".")[0]):
+            raise unknown("model", plain, [*entries(), *timm.list_models("*vit*")], "See `vitreg models`.")
+
+
+def available(name: str) -> str:
+    """Where an entry's weights are: "shipped", "computed", "VITREG_MODELS", "hub cache" or "not here"."""
+    entry = entries()[name]
+    if "file" in entry:
+        return "shipped" if (CHECKPOINTS / entry["file"]).exists() else "not here"
+    if "random" in entry:
+        return "computed"
+    if folder(entry["timm"]):
+        return "VITREG_MODELS"
+    from huggingface_hub import try_to_load_from_cache
+
+    for filename in ("model.safetensors", "pytorch_model.bin"):
+        if isinstance(try_to_load_from_cache(f"timm/{entry['timm']}", filename), str):
+            return "hub cache"
+    return "not here"
+
+
+def folder(timm_name: str) -> Path | None:
+    """The folder of VITREG_MODELS that holds a model of timm in hub layout, recognised by its name or its config.
+
+    A config.json that cannot be read hides no other model.
+    """
+    root = env_folder("VITREG_MODELS")
+    if not root:
+        return None
+    if not root.is_dir():
+        raise UserError(f"VITREG_MODELS={root}: no such folder")
+    if (root / timm_name / "config.json").exists():
+        return root / timm_name
+    for place, content in _configs(root):
+        config = content.get("pretrained_cfg", {}) if content else {}
+        if content and f"{content.get('architecture')}.{config.get('tag', '')}".removesuffix(".") == timm_name:
+            return place
+    return None
+
+
+def damaged() -> str:
+    """A sentence on folders of VITREG_MODELS whose config.json cannot be read; empty without any."""
+    root = env_folder("VITREG_MODELS")
+    bad = [place.name for place, content in _configs(root) if not content] if root else []
+    return f"config.json in {', '.join(bad)} cannot be read; " if bad else ""
+
+
+def _configs(root: Path) -> list[tuple[Path, dict | None]]:
+    """(folder, what its config.json holds, None where it cannot be read)."""
+    found = []
+    for path in sorted(root.glob("*/config.json")):
+        try:
+            content = json.loads(path.read_text())
+        except (OSError, ValueError):
+            content = None
+        found.append((path.parent, content if isinstance(content, dict) else None))
+    return found
