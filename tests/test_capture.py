@@ -213,7 +213,10 @@ def test_bad_requests_are_refused_before_anything_runs(tiny, options, told):
 
 
 def test_a_model_that_is_no_vit_is_refused():
-    with pytest.raises(TypeError, match="Linear has no blocks"):
+    with pytest.raises(
+        TypeError,
+        match="Linear has no list of equal blocks with attention and no patch embedding: no ViT is recognised",
+    ):
         capture(nn.Linear(3, 3), torch.randn(1, 3, 32, 32))
 
 

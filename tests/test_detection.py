@@ -34,7 +34,7 @@ def observed(norms: torch.Tensor, mask: torch.Tensor | None = None, lift: float 
     if mask is not None:
         maps = torch.where(mask, lift * maps, maps)
     attention = {} if mask is None else {0: maps / maps.sum(1, keepdim=True)}
-    return Observed(Capture((0,), (14, 14), False, 0, norms=norms[:, None]), attention, attention)
+    return Observed(Capture((0,), (14, 14), (), norms=norms[:, None]), attention, attention)
 
 
 def test_tokens_apart_in_norm_and_attention_are_artifacts_with_their_numbers():

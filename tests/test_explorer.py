@@ -91,7 +91,7 @@ def test_a_model_that_lacks_the_query_says_what_it_shows_instead(store):
 
 
 def test_a_patch_keeps_its_place_on_another_grid():
-    seen = capture.Capture((0,), (16, 16), True, 0)
+    seen = capture.Capture((0,), (16, 16), ("cls",))
     assert explorer.query_token("patch (0, 0)", seen, (12, 12))[0] == 1
     assert explorer.query_token("patch (11, 11)", seen, (12, 12))[0] == 256
     assert explorer.query_token("patch (6, 3)", seen, (12, 12))[0] == 1 + 8 * 16 + 4

@@ -196,9 +196,8 @@ def test_rules_are_scored_where_the_truth_is_known(on_planted):
 def captured(norms: torch.Tensor, prefix: int = 1) -> Capture:
     """A capture of blocks 3 and 4 with these patch norms after block 4, (images, rows, cols)."""
     tokens = torch.cat([torch.full((len(norms), prefix), 999.0), norms.flatten(1)], 1)
-    return Capture(
-        (3, 4), tuple(norms.shape[1:]), True, prefix - 1, norms=torch.stack([tokens.clamp(max=1), tokens], 1)
-    )
+    names = ("cls", *(f"register {i}" for i in range(1, prefix)))
+    return Capture((3, 4), tuple(norms.shape[1:]), names, norms=torch.stack([tokens.clamp(max=1), tokens], 1))
 
 
 def test_outliers_are_those_of_the_norms_by_hand():

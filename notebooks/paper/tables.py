@@ -307,13 +307,12 @@ def classification_tokens(
         if mask.shape != norms.shape:
             raise ValueError(f"places on {mask.shape[1]} patches do not fit the {norms.shape[1]} of {model.name}")
         partners = matched_normal(mask.unflatten(1, seen.grid)).flatten(1)
-        first = int(seen.has_cls)
         cls = tokens[:, 0] if seen.has_cls else patches.mean(1)  # the mean stands in where there is no cls
         found = {"cls": cls, "mean": patches.mean(1), "norms": norms, "is_outlier": mask}
         if before:
             found["planted"] = planted.content(model, seen.tokens[before[0]][:, 0])
         if seen.num_registers:
-            found["registers"] = tokens[:, first : seen.num_prefix_tokens]
+            found["registers"] = tokens[:, seen.registers]
         u = uniform(rows, len(GROUPS) * draws, seed).double().view(len(rows), len(GROUPS), draws)
         for number, (name, members) in enumerate(zip(GROUPS, (~mask, mask, partners), strict=True)):
             place = _drawn(members, u[:, number])

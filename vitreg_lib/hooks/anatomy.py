@@ -1,54 +1,81 @@
-"""Where things are in a vision transformer: blocks, tokens, heads, patch grid.
+"""Where things are in a vision transformer: blocks, tokens by name, heads, patch grid, and how to run it.
 
-Everything that counts tokens asks here, and the answer comes from the model, never from a literal.
-Known families: timm's VisionTransformer and Eva (DeiT, DINO, DINOv2, DINOv3, CLIP, MAE, EVA-02 …).
-A token sequence is (cls, registers, patches) in that order, each part possibly empty.
+Everything that counts tokens asks here, and the answer comes from the model, never from a literal. `dissect` recognises
+a model by its structure, not by its name: a list of equal blocks with attention, a patch embedding, parameters of
+prefix tokens. So it does timm's VisionTransformer and Eva, the ViTs of transformers, the image towers of open_clip and
+OpenAI's CLIP, and torchvision's, also inside a larger model or a wrapper. `describe` says it by hand for any other.
+
+A token sequence is (prefix tokens, patches), the patches row by row. `capture` checks on the tokens that arrive what is
+said here.
 """
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import nn
+
+PREFIX = {  # names of the parameters of prefix tokens, in the order in which all families put the tokens
+    "cls": ("cls_token", "class_token", "class_embedding"),
+    "dist": ("dist_token", "distillation_token"),
+    "register": ("reg_token", "register_tokens"),
+}
+HEADS = ("num_heads", "num_attention_heads")
+NORMS = ("norm", "layernorm", "post_layernorm", "ln_post", "encoder.ln", "encoder.norm")
 
 
 @dataclass(frozen=True)
 class Anatomy:
     """Sizes and parts of one model; holds references into the model, never copies.
 
-    blocks: the transformer blocks, block 0 first. attention: each block's attention module.
-    mlp: each block's feed-forward module.
-    has_cls, num_registers, num_prefix_tokens: cls (0 or 1) + registers = prefix tokens.
-    embed_dim, num_heads, head_dim, patch_size = (rows, cols) in pixels.
+    blocks: the transformer blocks, block 0 first. attention: each block's attention module. mlp_out: each block's last
+    linear layer, which the MLP's activations enter; empty where there is none. patch_embed: gives the patches'
+    embeddings, before any position. norm: the final LayerNorm of tokens. prefix: names of the tokens before the
+    patches, "cls", "dist", "register 1" … patch_size: (rows, cols) in pixels. channels: of the images.
+    batch_first: whether blocks take (batch, tokens, dim), else (tokens, batch, dim). forward: runs the model on images.
     """
 
     blocks: tuple[nn.Module, ...]
     attention: tuple[nn.Module, ...]
-    mlp: tuple[nn.Module, ...]
+    mlp_out: tuple[nn.Module, ...]
     patch_embed: nn.Module
     norm: nn.Module
-    has_cls: bool
-    num_registers: int
+    prefix: tuple[str, ...]
     embed_dim: int
     num_heads: int
     head_dim: int
     patch_size: tuple[int, int]
+    forward: Callable
+    channels: int = 3
+    batch_first: bool = True
+
+    @property
+    def has_cls(self) -> bool:
+        return "cls" in self.prefix
+
+    @property
+    def num_registers(self) -> int:
+        return sum(name.startswith("register") for name in self.prefix)
 
     @property
     def num_prefix_tokens(self) -> int:
-        return int(self.has_cls) + self.num_registers
+        return len(self.prefix)
 
     @property
     def depth(self) -> int:
         return len(self.blocks)
 
     def grid(self, images: torch.Tensor) -> tuple[int, int]:
-        """Patch grid (rows, cols) of images (batch, 3, height, width).
+        """Patch grid (rows, cols) of images (batch, channels, height, width).
 
-        Raises ValueError where the sides are not multiples of the patch.
+        Raises ValueError for another number of channels, and where the sides are not multiples of the patch.
         """
-        height, width = images.shape[-2:]
+        channels, height, width = images.shape[-3:]
+        if channels != self.channels:
+            raise ValueError(f"images of {channels} channels: this model takes {self.channels}")
         if height % self.patch_size[0] or width % self.patch_size[1]:
             raise ValueError(
                 f"images of {height} x {width} pixels do not divide into patches of "
@@ -69,42 +96,229 @@ class Anatomy:
                 raise ValueError(f"layer {layer} out of range for {self.depth} blocks (0…{self.depth - 1}, or -1)")
         return tuple(layer % self.depth for layer in wanted)
 
+    def tokens(self, output, batch: int, grid: tuple[int, int]) -> torch.Tensor:
+        """A block's output as (batch, tokens, dim). Raises ValueError where it is not what the anatomy says."""
+        x = output[0] if isinstance(output, tuple) else output
+        x = x if self.batch_first or x.dim() != 3 else x.transpose(0, 1)
+        expected = (batch, len(self.prefix) + grid[0] * grid[1], self.embed_dim)
+        if tuple(x.shape) != expected:
+            prefix = " + ".join(filter(None, [", ".join(self.prefix), f"{grid[0]} x {grid[1]} patches"]))
+            raise ValueError(
+                f"a block gives {tuple(x.shape)}, but {expected} was expected ({prefix}): a model whose tokens or grid "
+                "change on the way cannot be measured; `vr.describe` corrects what was recognised wrongly"
+            )
+        return x
+
+
+def describe(
+    module: nn.Module,
+    *,
+    blocks: str,
+    patch: int | tuple[int, int],
+    attention: str = "attn",
+    mlp_out: str | None = None,
+    prefix: tuple[str, ...] = ("cls",),
+    norm: str | None = None,
+    patch_embed: str | None = None,
+    heads: int | None = None,
+    forward: Callable | None = None,
+) -> nn.Module:
+    """The module itself, with a description for `dissect`: for a model that it does not recognise.
+
+    blocks: name of the list of blocks, as "encoder.layers". attention, mlp_out: names inside a block of the attention
+    module and of the linear layer that the MLP's activations enter. patch: pixels a side. prefix: names of the tokens
+    before the patches, in order. norm, patch_embed: names of the final LayerNorm and of the patch convolution, the
+    usual ones where not given. heads: where the attention module does not say it. forward: a function of (module,
+    images), by default the module's own call. Raises TypeError for a name that leads nowhere.
+    """
+    patch = (patch, patch) if isinstance(patch, int) else tuple(patch)
+    names = dict(blocks=blocks, attention=attention, mlp_out=mlp_out, norm=norm, patch_embed=patch_embed)
+    module.vitreg_description = names | dict(patch=patch, prefix=tuple(prefix), heads=heads, forward=forward)
+    dissect(module)
+    return module
+
 
 def dissect(model: nn.Module) -> Anatomy:
-    """The `Anatomy` of a timm VisionTransformer or Eva model.
+    """The `Anatomy` of a vision transformer, by its description or by its structure.
 
-    Raises TypeError for a model without blocks, patch embedding and prefix tokens in timm's naming, and for
-    blocks without one attention and one feed-forward module.
+    Of a model with more in it, such as a text tower, a head or a wrapper, the smallest part with blocks and a patch
+    embedding is taken. Raises TypeError where there is none.
     """
-    parts = ("blocks", "patch_embed", "norm", "num_prefix_tokens", "embed_dim")
-    if missing := [part for part in parts if not hasattr(model, part)]:
-        raise TypeError(f"{type(model).__name__} has no {', '.join(missing)}: not a ViT in timm's layout")
-    blocks = tuple(model.blocks)
-    for name in ("attn", "mlp"):
-        if not all(hasattr(block, name) for block in blocks):
-            raise TypeError(f"{type(blocks[0]).__name__} has no .{name}: blocks of this kind are not known here")
-    attention = tuple(block.attn for block in blocks)
-    has_cls = getattr(model, "cls_token", None) is not None
-    heads = attention[0].num_heads
-    return Anatomy(
+    if names := getattr(model, "vitreg_description", None):
+        return _described(model, **names)
+    embeddings = [name for name, part in model.named_modules() if name.split(".")[-1] == "patch_embed"]
+    embeddings += [name for name, part in model.named_modules() if _cuts_patches(part)]
+    lists = [name for name, part in model.named_modules() if _is_blocks(part)]
+    lists = [name for name in lists if not any(name.startswith(f"{other}.") for other in lists if other != name)]
+    if not embeddings or not lists:
+        missing = [] if lists else ["no list of equal blocks with attention"]
+        missing += [] if embeddings else ["no patch embedding"]
+        raise TypeError(
+            f"{type(model).__name__} has {' and '.join(missing)}: no ViT is recognised in it; `vr.describe` says by "
+            "hand where its parts are"
+        )
+    # the deepest part that holds both; of equals the first, as an encoder stands before its decoder
+    pairs = [(_common(blocks, embedding), blocks, embedding) for blocks in lists for embedding in embeddings]
+    root, blocks, embedding = max(pairs, key=lambda pair: len(pair[0].split(".")) if pair[0] else 0)
+    vit = model.get_submodule(root)
+    return _anatomy(vit, tuple(model.get_submodule(blocks)), model.get_submodule(embedding))
+
+
+def _cuts_patches(part: nn.Module) -> bool:
+    """Whether a layer is a convolution of images whose windows do not overlap."""
+    images = isinstance(part, nn.Conv2d) and part.in_channels < 16
+    return images and part.kernel_size == part.stride and min(part.stride) > 1
+
+
+def _is_blocks(part: nn.Module) -> bool:
+    """Whether a list holds modules of one class that all have attention in them."""
+    if not isinstance(part, nn.ModuleList | nn.Sequential) or not len(part):
+        return False
+    return len({type(child) for child in part}) == 1 and all(_attention(child) is not None for child in part)
+
+
+def _attention(block: nn.Module) -> nn.Module | None:
+    """The first module in a block that has heads."""
+    for part in block.modules():
+        if isinstance(next((getattr(part, name) for name in HEADS if hasattr(part, name)), None), int):
+            return part
+    return None
+
+
+def _common(one: str, other: str) -> str:
+    """The longest name that two names of modules begin with: where both are inside."""
+    parts = []
+    for a, b in zip(one.split("."), other.split("."), strict=False):
+        if a != b:
+            break
+        parts.append(a)
+    return ".".join(parts)
+
+
+def _anatomy(vit: nn.Module, blocks: tuple, patch_embed: nn.Module, **known) -> Anatomy:
+    """The `Anatomy` of a ViT whose blocks and patch embedding are found; `known` fields are taken as they are."""
+    attention = known.pop("attention", None) or tuple(map(_attention, blocks))
+    heads = known.get("num_heads") or next(getattr(attention[0], name) for name in HEADS if hasattr(attention[0], name))
+    convolution = next((part for part in patch_embed.modules() if isinstance(part, nn.Conv2d)), None)
+    norm = next((part for name in NORMS if (part := _submodule(vit, name)) is not None), nn.Identity())
+    dim = getattr(vit, "embed_dim", None) or getattr(patch_embed, "embed_dim", None)
+    dim = dim or getattr(norm, "normalized_shape", [0])[-1] or convolution.out_channels
+    fields = dict(
         blocks=blocks,
         attention=attention,
-        mlp=tuple(block.mlp for block in blocks),
-        patch_embed=model.patch_embed,
-        norm=model.norm,
-        has_cls=has_cls,
-        num_registers=model.num_prefix_tokens - int(has_cls),
-        embed_dim=model.embed_dim,
+        mlp_out=_second_linears(blocks, attention, dim),
+        patch_embed=patch_embed,
+        norm=norm,
+        prefix=_prefix(vit),
+        embed_dim=dim,
         num_heads=heads,
-        head_dim=getattr(attention[0], "head_dim", model.embed_dim // heads),
-        patch_size=tuple(model.patch_embed.patch_size),
+        head_dim=getattr(attention[0], "head_dim", None) or dim // heads,
+        patch_size=_patch_size(patch_embed),
+        forward=_forward(vit),
+        channels=convolution.in_channels if convolution is not None else 3,
+        batch_first=getattr(attention[0], "batch_first", True),
     )
+    return Anatomy(**fields | known)
+
+
+def _described(module, blocks, attention, mlp_out, prefix, patch, norm, patch_embed, heads, forward) -> Anatomy:
+    part = tuple(_named(module, blocks))
+    embedding = _named(module, patch_embed) if patch_embed else next(filter(_cuts_patches, module.modules()), None)
+    if embedding is None:
+        raise TypeError(f"{type(module).__name__} has no patch convolution: name it by patch_embed")
+    known = dict(attention=tuple(_named(block, attention) for block in part), prefix=prefix, patch_size=patch)
+    if heads or _attention(known["attention"][0]) is None:
+        if not heads:
+            raise TypeError(f"{attention} of {type(module).__name__} does not say its heads: give heads")
+        known["num_heads"] = heads
+    known |= {"mlp_out": tuple(_named(block, mlp_out) for block in part)} if mlp_out else {}
+    known |= {"norm": _named(module, norm)} if norm else {}
+    known["forward"] = module if forward is None else lambda images: forward(module, images)
+    return _anatomy(module, part, embedding, **known)
+
+
+def _named(module: nn.Module, name: str) -> nn.Module:
+    part = _submodule(module, name)
+    if part is None:
+        raise TypeError(
+            f"{type(module).__name__} has no {name}; it has {', '.join(n for n, _ in module.named_children())}"
+        )
+    return part
+
+
+def _submodule(module: nn.Module, name: str) -> nn.Module | None:
+    try:
+        return module.get_submodule(name)
+    except AttributeError:
+        return None
+
+
+def _prefix(vit: nn.Module) -> tuple[str, ...]:
+    """The prefix tokens by name, by the parameters that hold them."""
+    if hasattr(vit, "blocks_token_only"):
+        return ()  # cls joins after the blocks (CaiT)
+    held = {name.split(".")[-1]: p for name, p in vit.named_parameters()}
+    counts = {kind: next((held[n] for n in names if n in held), None) for kind, names in PREFIX.items()}
+    names = [kind for kind in ("cls", "dist") if counts[kind] is not None]
+    registers = 0 if counts["register"] is None else counts["register"].shape[-2]
+    # timm counts, and with it those that were added at test time
+    registers = max(registers, getattr(vit, "num_prefix_tokens", 0) - len(names))
+    return (*names, *(f"register {i + 1}" for i in range(registers)))
+
+
+def _patch_size(patch_embed: nn.Module) -> tuple[int, int]:
+    """Pixels of a patch, (rows, cols); of a convolutional stem by the grid that it makes."""
+    image, grid = getattr(patch_embed, "img_size", None), getattr(patch_embed, "grid_size", None)
+    if image and grid:
+        return tuple(a // b for a, b in zip(image, grid, strict=True))
+    size = getattr(patch_embed, "patch_size", None) or getattr(patch_embed, "stride", None)
+    if size is None:
+        raise TypeError(f"{type(patch_embed).__name__} does not say the size of its patches: no ViT is recognised")
+    return (size, size) if isinstance(size, int) else tuple(size)
+
+
+def _second_linears(blocks: tuple, attention: tuple, dim: int) -> tuple[nn.Module, ...]:
+    """Each block's last linear layer outside attention that gives a token's size; empty where a block has none."""
+    found = []
+    for block, attn in zip(blocks, attention, strict=True):
+        inside = set() if attn is block else set(attn.modules())
+        linear = [m for m in block.modules() if isinstance(m, nn.Linear) and m not in inside]
+        found += [m for m in linear if m.out_features == dim][-1:]
+    return tuple(found) if len(found) == len(blocks) else ()
+
+
+def _forward(vit: nn.Module) -> Callable:
+    """How to run the model on images, up to its final norm at least."""
+    if hasattr(vit, "forward_features"):
+        return vit.forward_features
+    accepted = inspect.signature(vit.forward).parameters
+    if "pixel_values" not in accepted:
+        return vit
+
+    def run(images):
+        options = {"interpolate_pos_encoding": True} if "interpolate_pos_encoding" in accepted else {}
+        if "noise" not in accepted:
+            return vit(pixel_values=images, **options)
+        ratio, vit.config.mask_ratio = vit.config.mask_ratio, 0.0  # a masked autoencoder sees all patches, in order
+        try:
+            size = vit.embeddings.patch_embeddings.projection.stride
+            count = images.shape[-2] // size[0] * (images.shape[-1] // size[1])
+            noise = torch.arange(count, device=images.device, dtype=torch.float32).expand(len(images), -1)
+            return vit(pixel_values=images, noise=noise, **options)
+        finally:
+            vit.config.mask_ratio = ratio
+
+    return run
 
 
 def layer_scale(block: nn.Module, branch: int) -> torch.Tensor | None:
     """(dim,) LayerScale of a block's attention (branch 1) or MLP (branch 2); None where it has none.
 
-    A parameter of `ls1`, `ls2` in timm's VisionTransformer, and `gamma_1`, `gamma_2` of the block itself in Eva.
+    A parameter of `ls1`, `ls2` in timm's VisionTransformer, of `layer_scale1` … in transformers, and `gamma_1`,
+    `gamma_2` of the block itself in Eva.
     """
-    scale = getattr(getattr(block, f"ls{branch}", None), "gamma", None)
-    return getattr(block, f"gamma_{branch}", None) if scale is None else scale
+    for name, parameter in ((f"ls{branch}", "gamma"), (f"ls_{branch}", "gamma"), (f"layer_scale{branch}", "lambda1")):
+        scale = getattr(getattr(block, name, None), parameter, None)
+        if scale is not None:
+            return scale
+    return getattr(block, f"gamma_{branch}", None)

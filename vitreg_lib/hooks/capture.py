@@ -20,6 +20,7 @@ O(queries x tokens). The model is left as it came, also when the forward pass fa
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections.abc import Callable
 from contextlib import ExitStack, contextmanager
@@ -40,14 +41,13 @@ WHOLE = ("norms", "embedding", "final")  # sites of one tensor; the others have 
 class Capture:
     """What one or more forward passes left behind; holds no reference to the model.
 
-    grid: (rows, cols) of the patches. layers: the captured blocks. The other fields are those of the module's
-    docstring, None or empty where they were not asked for.
+    grid: (rows, cols) of the patches. layers: the captured blocks. prefix: names of the tokens before the patches. The
+    other fields are those of the module's docstring, None or empty where they were not asked for.
     """
 
     layers: tuple[int, ...]
     grid: tuple[int, int]
-    has_cls: bool
-    num_registers: int
+    prefix: tuple[str, ...]
     queries: tuple[int, ...] = ()
     norms: torch.Tensor | None = None
     tokens: dict[int, torch.Tensor] = field(default_factory=dict)
@@ -60,8 +60,21 @@ class Capture:
     final: torch.Tensor | None = None
 
     @property
+    def has_cls(self) -> bool:
+        return "cls" in self.prefix
+
+    @property
+    def registers(self) -> list[int]:
+        """Positions of the registers among the tokens."""
+        return [place for place, name in enumerate(self.prefix) if name.startswith("register")]
+
+    @property
+    def num_registers(self) -> int:
+        return len(self.registers)
+
+    @property
     def num_prefix_tokens(self) -> int:
-        return int(self.has_cls) + self.num_registers
+        return len(self.prefix)
 
     @property
     def patch_norms(self) -> torch.Tensor:
@@ -76,7 +89,7 @@ class Capture:
     @property
     def register_norms(self) -> torch.Tensor:
         """(images, layers, registers) norms of the registers."""
-        return self.norms[..., int(self.has_cls) : self.num_prefix_tokens]
+        return self.norms[..., self.registers]
 
     @property
     def norm_maps(self) -> torch.Tensor:
@@ -92,14 +105,10 @@ class Capture:
         return self.layers[layer]
 
     def norms_by_kind(self, layer: int = -1) -> dict[str, torch.Tensor]:
-        """Norms at one captured layer, apart: "patches" (images, patches), "cls" and "register 1" … (images,)."""
+        """Norms after one captured block: "patches" (images, patches), and "cls", "register 1" … (images,)."""
         at = self.norms[:, self.layers.index(self.block(layer))]
         kinds = {"patches": at[:, self.num_prefix_tokens :]}
-        if self.has_cls:
-            kinds["cls"] = at[:, 0]
-        for i in range(self.num_registers):
-            kinds[f"register {i + 1}"] = at[:, int(self.has_cls) + i]
-        return kinds
+        return kinds | {name: at[:, place] for place, name in enumerate(self.prefix)}
 
     @property
     def final_patch_norms(self) -> torch.Tensor:
@@ -127,8 +136,10 @@ def capture(
     model; they are given to it on the device and in the dtype of its weights. Out of memory on the device halves the
     batch and goes on, with a warning.
 
-    Raises ValueError for an unknown site, layer or query or for no images, and TypeError for a model of unknown
-    anatomy, before anything runs; RuntimeError if a site was never reached.
+    Raises ValueError for an unknown site, layer or query, for no images or those of other channels, and TypeError for a
+    model of unknown anatomy, before anything runs. What arrives is checked: ValueError where a block's tokens are not
+    those that the anatomy says, where attention is called twice in a block or is used otherwise than as softmax times
+    v; RuntimeError if a site was never reached.
     """
     keep = (keep,) if isinstance(keep, str) else tuple(keep)
     anatomy = dissect(model)
@@ -144,8 +155,12 @@ def capture(
         raise ValueError("no queries: this model has no prefix tokens, so say which tokens' attention is wanted")
     if "attention" in keep and (bad := [i for i in queries if not 0 <= i < num_tokens]):
         raise ValueError(f"query {bad[0]} out of range for {num_tokens} tokens (0…{num_tokens - 1})")
+    if "mlp" in keep and not anatomy.mlp_out:
+        raise TypeError(
+            f"{type(anatomy.blocks[0]).__name__} has no linear layer after an MLP: its activations stay hidden"
+        )
     parts = _run(model, images, batch_size, progress, lambda x: _one(model, anatomy, x, keep, layers, queries))
-    empty = Capture(layers, (rows, cols), anatomy.has_cls, anatomy.num_registers, queries)
+    empty = Capture(layers, (rows, cols), anatomy.prefix, queries)
     return _join(empty, parts)
 
 
@@ -195,71 +210,70 @@ def _run(model, images, batch_size, progress, function) -> list:
 def _one(model: nn.Module, anatomy: Anatomy, images, keep, layers, queries) -> dict:
     """Run one batch and return {site: tensor or {layer: tensor}} on the CPU."""
     found: dict = {site: {} for site in keep}
+    grid = anatomy.grid(images)
 
     def after_block(layer):
         def hook(block, inputs, output):
-            if "norms" in keep:
-                found["norms"][layer] = torch.linalg.vector_norm(output.detach(), dim=-1, dtype=torch.float32)
-            if "tokens" in keep:
-                found["tokens"][layer] = output.detach()
+            x = anatomy.tokens(output, len(images), grid).detach()
+            if "norms" in keep and layer in layers:
+                found["norms"][layer] = torch.linalg.vector_norm(x, dim=-1, dtype=torch.float32)
+            if "tokens" in keep and layer in layers:
+                found["tokens"][layer] = x
+            if "final" in keep and layer == anatomy.depth - 1:
+                found["final"][0] = anatomy.norm(x).detach()  # some models give their norm one token alone
 
         return hook
 
     def after_patch_embedding(module, inputs, output):
+        output = output[0] if isinstance(output, tuple) else output
+        output = output.permute(0, 2, 3, 1) if isinstance(module, nn.Conv2d) else output
         found["embedding"][0] = output.detach().flatten(1, -2)  # models of any image size give (batch, rows, cols, dim)
 
-    def after_final_norm(module, inputs, output):
-        found["final"][0] = output.detach()
-
     def before_second_linear(layer):
-        return lambda module, inputs: found["mlp"].__setitem__(layer, inputs[0].detach())
+        def hook(module, inputs):
+            found["mlp"][layer] = inputs[0].detach() if anatomy.batch_first else inputs[0].detach().transpose(0, 1)
 
-    pairs = [(anatomy.blocks[layer].register_forward_hook, after_block(layer)) for layer in layers]
+        return hook
+
+    hooked = layers if "final" not in keep else sorted({*layers, anatomy.depth - 1})
+    pairs = [(anatomy.blocks[layer].register_forward_hook, after_block(layer)) for layer in hooked]
     if "mlp" in keep:
-        pairs += [(second_linear(anatomy.mlp[i]).register_forward_pre_hook, before_second_linear(i)) for i in layers]
+        pairs += [(anatomy.mlp_out[i].register_forward_pre_hook, before_second_linear(i)) for i in layers]
     if "embedding" in keep:
         pairs.append((anatomy.patch_embed.register_forward_hook, after_patch_embedding))
-    if "final" in keep:
-        pairs.append((anatomy.norm.register_forward_hook, after_final_norm))
     attention_sites = {"q", "k", "v", "attention"} & set(keep)
-    with evaluating(model), hooks(*pairs), ExitStack() as stack:
+    with evaluating(model), ExitStack() as stack:
         if attention_sites:
             stack.enter_context(_Attention(anatomy, layers, attention_sites, queries, found))
-        model.forward_features(images)
+        stack.enter_context(hooks(*pairs))
+        anatomy.forward(images)
     return {site: _collect(site, found[site], layers) for site in keep}
 
 
-def second_linear(mlp: nn.Module) -> nn.Module:
-    """The linear layer that an MLP's activations enter (`fc2`, or `w3` in a SwiGLU)."""
-    for name in ("fc2", "w3"):
-        if hasattr(mlp, name):
-            return getattr(mlp, name)
-    raise TypeError(f"{type(mlp).__name__} has neither fc2 nor w3: its activations cannot be captured")
-
-
 class _Attention(TorchFunctionMode):
-    """Sees each call of scaled_dot_product_attention with the q, k and v that the model really uses.
+    """Sees each call of scaled_dot_product_attention with the q, k and v that the model really uses, and checks it.
 
-    Which block a call belongs to is known from hooks on the attention modules. Models that were told not to
-    use fused attention use it for the time of the capture.
+    Which block a call belongs to is known from hooks on the blocks. In a block there must be one call, what it returns
+    must be softmax times v, and must enter a layer as it is, the heads side by side; otherwise attention rows would
+    say nothing about the model. Models that were told not to use fused attention use it for the time of the capture.
     """
 
     def __init__(self, anatomy, layers, sites, queries, found):
         super().__init__()
-        self.anatomy, self.layers, self.sites, self.queries, self.found = anatomy, set(layers), sites, queries, found
-        self.layer = None
+        self.anatomy, self.layers, self.sites, self.queries, self.found = anatomy, layers, sites, queries, found
+        self.layer = self.returned = None
+        self.called = self.arrived = False
         self.stack = ExitStack()
 
     def __enter__(self):
-        def entering(layer):
-            return lambda module, inputs: setattr(self, "layer", layer)
-
-        pairs = [(m.register_forward_pre_hook, entering(i)) for i, m in enumerate(self.anatomy.attention)]
-        self.stack.enter_context(hooks(*pairs))
-        for module in self.anatomy.attention:
-            if getattr(module, "fused_attn", True) is False:
-                module.fused_attn = True
-                self.stack.callback(setattr, module, "fused_attn", False)
+        for layer in self.layers:
+            block = self.anatomy.blocks[layer]
+            parts = [part for part in block.modules() if list(part.parameters(recurse=False))]  # layers with weights
+            pairs = [(part.register_forward_pre_hook, self._enters) for part in parts]
+            pairs.append((block.register_forward_pre_hook, self._begins(layer)))
+            self.stack.enter_context(hooks(*pairs, (block.register_forward_hook, self._ends)))
+            for part in block.modules():
+                self._fuse(part)
         return super().__enter__()
 
     def __exit__(self, *error):
@@ -268,20 +282,72 @@ class _Attention(TorchFunctionMode):
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if func is F.scaled_dot_product_attention and self.layer in self.layers:
-            self._keep(*args, **kwargs)
+        if self.layer is None:
+            return func(*args, **kwargs)
+        if func is F.scaled_dot_product_attention:
+            return self._attend(func, *args, **kwargs)
+        if func is F.multi_head_attention_forward:  # no mode is active inside: what it calls is wrapped instead
+            F.scaled_dot_product_attention = functools.partial(self._attend, F.scaled_dot_product_attention)
+            try:
+                self.arrived = True  # torch's own code joins the heads
+                return func(*args, **kwargs)
+            finally:
+                F.scaled_dot_product_attention = F.scaled_dot_product_attention.args[0]
         return func(*args, **kwargs)
 
-    def _keep(self, query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, **_):
+    def _fuse(self, part: nn.Module) -> None:
+        if getattr(part, "fused_attn", True) is False:
+            part.fused_attn = True
+            self.stack.callback(setattr, part, "fused_attn", False)
+        config = getattr(part, "config", None)
+        if (before := getattr(config, "_attn_implementation", "sdpa")) != "sdpa":  # of transformers
+            config._attn_implementation = "sdpa"
+            self.stack.callback(setattr, config, "_attn_implementation", before)
+
+    def _begins(self, layer):
+        def hook(block, inputs):
+            self.layer, self.returned, self.called, self.arrived = layer, None, False, False
+
+        return hook
+
+    def _enters(self, part, inputs):
+        if (
+            self.returned is not None
+            and not self.arrived
+            and inputs
+            and torch.is_tensor(x := inputs[0])
+            and x.dim() == 3
+        ):
+            self.arrived |= torch.equal(x[0], self.returned)
+
+    def _ends(self, block, inputs, output):
+        if self.called and not self.arrived:
+            self._refuse("is changed before it enters the next layer")
+        self.layer = self.returned = None
+
+    def _refuse(self, why: str):
+        raise ValueError(f"attention of block {self.layer} {why}: its rows would not say what the block does with v")
+
+    def _attend(self, attention, query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, **more):
+        if self.called:
+            self._refuse("is computed more than once")
+        if is_causal or more.get("enable_gqa"):
+            self._refuse("is causal or shares its keys among heads")
+        output = attention(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, **more)
+        self.called, self.returned = True, output[0].transpose(0, 1).flatten(1)
         for site, tensor in (("q", query), ("k", key), ("v", value)):
             if site in self.sites:
                 self.found[site][self.layer] = tensor
         if "attention" in self.sites:
-            rows = query[:, :, list(self.queries)].float()
-            mask = attn_mask
+            rows, mask = query[:, :, list(self.queries)].float(), attn_mask
             if mask is not None and mask.shape[-2] > 1:
                 mask = mask[..., list(self.queries), :]
-            self.found["attention"][self.layer] = attention_rows(rows, key.float(), scale, mask)
+            rows = attention_rows(rows, key.float(), scale, mask)
+            gap = (rows[0] @ value[0].float() - output[0][:, list(self.queries)].float()).abs().max()
+            if gap > (1e-3 if output.dtype == torch.float32 else 5e-2) * value[0].abs().max().clamp_min(1e-6):
+                self._refuse(f"is not softmax times v (largest gap {gap:.1e})")
+            self.found["attention"][self.layer] = rows
+        return output
 
 
 def attention_rows(q: torch.Tensor, k: torch.Tensor, scale: float | None = None, mask=None) -> torch.Tensor:
@@ -332,8 +398,9 @@ def entering(model, images: torch.Tensor, edit: Callable | None = None) -> tuple
     def after(block, inputs, output):
         found["out"] = output
 
-    blocks = model.anatomy.blocks
+    anatomy = model.anatomy
+    blocks = anatomy.blocks
     first = (blocks[0].register_forward_pre_hook, before, {"with_kwargs": True})
     with evaluating(model.module), hooks(first, (blocks[-1].register_forward_hook, after)):
-        model.module.forward_features(getattr(images, "x", images).to(model.weights))
+        anatomy.forward(getattr(images, "x", images).to(model.weights))
     return found["in"].cpu(), found["out"].cpu()

@@ -38,10 +38,8 @@ def query_names(seen: Capture, queries: list[int] | None = None) -> list[str]:
     """What to call each captured query: cls, register 1 …, patch (row, col)."""
     names = []
     for token in seen.queries if queries is None else queries:
-        if token < int(seen.has_cls):
-            names.append("cls")
-        elif token < seen.num_prefix_tokens:
-            names.append(f"register {token - int(seen.has_cls) + 1}")
+        if token < seen.num_prefix_tokens:
+            names.append(seen.prefix[token])
         else:
             row, col = divmod(token - seen.num_prefix_tokens, seen.grid[1])
             names.append(f"patch ({row}, {col})")
@@ -78,12 +76,12 @@ def budget(seen: Capture, is_outlier: torch.Tensor | None = None, layer: int = -
     import pandas as pd
 
     row = _rows(seen, layer, [query])[:, :, 0].mean(1)  # (images, tokens)
-    first, prefix = int(seen.has_cls), seen.num_prefix_tokens
-    on_patches = row[:, prefix:]
+    on_patches, own = row[:, seen.num_prefix_tokens :], seen.registers
+    others = [place for place in range(seen.num_prefix_tokens) if place not in own]  # cls, and dist where there is one
     outliers = torch.zeros_like(on_patches, dtype=torch.bool) if is_outlier is None else is_outlier
     shares = {
-        "cls": row[:, :first].sum(1),
-        "registers": row[:, first:prefix].sum(1),
+        "cls": row[:, others].sum(1),
+        "registers": row[:, own].sum(1),
         "outliers": (on_patches * outliers).sum(1),
         "patches": (on_patches * ~outliers).sum(1),
     }

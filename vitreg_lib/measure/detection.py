@@ -168,10 +168,7 @@ def registers_alike(model, images) -> float | None:
     if model.anatomy.num_registers < 2:
         return None
     seen = model.capture(getattr(images, "x", images)[:8], "tokens", layers=-1)
-    first = int(seen.has_cls)
-    unit = torch.nn.functional.normalize(
-        seen.tokens[seen.layers[-1]][:, first : seen.num_prefix_tokens].double(), dim=-1
-    )
+    unit = torch.nn.functional.normalize(seen.tokens[seen.layers[-1]][:, seen.registers].double(), dim=-1)
     between = (unit @ unit.mT).masked_fill(torch.eye(unit.shape[1], dtype=torch.bool), -1)
     return between.flatten(1).amax(1).mean().item()
 

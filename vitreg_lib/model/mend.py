@@ -27,7 +27,7 @@ from torch import nn
 
 from ..base import UserError
 from ..hooks.anatomy import Anatomy, dissect, layer_scale
-from ..hooks.capture import evaluating, hooks, second_linear
+from ..hooks.capture import evaluating, hooks
 from ..measure import outliers
 from ..measure.detection import detect
 
@@ -204,7 +204,7 @@ def add_registers(module: nn.Module, neurons: Neurons, n: int) -> nn.Module:
     Raises ValueError for a neuron that does not exist, UserError for attention with a bias for each pair of places.
     """
     anatomy = dissect(module)
-    _check(anatomy, neurons, n)
+    _check(module, anatomy, neurons, n)
     old = anatomy.num_prefix_tokens
     module = copy.deepcopy(module)
     mended = dissect(module)
@@ -216,7 +216,7 @@ def add_registers(module: nn.Module, neurons: Neurons, n: int) -> nn.Module:
                 part.num_prefix_tokens = old + n
     for block in sorted({block for block, _ in neurons}):
         chosen = [neuron for b, neuron in neurons if b == block]
-        second_linear(mended.mlp[block]).register_forward_pre_hook(_Move(chosen, old, n))
+        mended.mlp_out[block].register_forward_pre_hook(_Move(chosen, old, n))
     return module
 
 
@@ -270,15 +270,17 @@ def _counting(base: type, n: int) -> type:
     return made
 
 
-def _check(anatomy: Anatomy, neurons: Neurons, n: int) -> None:
+def _check(module: nn.Module, anatomy: Anatomy, neurons: Neurons, n: int) -> None:
     if n < 0:
         raise ValueError(f"{n} registers: 0 or more")
     for block, neuron in neurons:
         if not 0 <= block < anatomy.depth:
             raise ValueError(f"block {block} out of range for {anatomy.depth} blocks (0…{anatomy.depth - 1})")
-        width = second_linear(anatomy.mlp[block]).in_features
+        width = anatomy.mlp_out[block].in_features
         if not 0 <= neuron < width:
             raise ValueError(f"neuron {neuron} out of range for the {width} of block {block} (0…{width - 1})")
+    if n and not hasattr(module, "forward_features"):
+        raise UserError(f"registers are added at test time to timm's models; this is a {type(module).__name__}")
     tables = ("relative_position_bias_table", "rel_pos", "rel_pos_bias")
     if n and any(getattr(attn, name, None) is not None for attn in anatomy.attention for name in tables):
         raise UserError(
@@ -301,18 +303,18 @@ def _mean_activations(module, x, is_there: torch.Tensor, layers) -> dict:
 
         return keep
 
-    pairs = [(second_linear(anatomy.mlp[layer]).register_forward_pre_hook, hook(layer)) for layer in layers]
+    pairs = [(anatomy.mlp_out[layer].register_forward_pre_hook, hook(layer)) for layer in layers]
     with evaluating(module), hooks(*pairs):
         for images, there in zip(x.split(16), is_there.split(16), strict=True):
             mask = there.to(weights.device)
-            module.forward_features(images.to(weights))
+            anatomy.forward(images.to(weights))
     counts = torch.stack([is_there.sum(), (~is_there).sum()]).clamp(min=1).to(weights.device)
     return {layer: total / counts[:, None] for layer, total in sums.items()}
 
 
 def _output_length(anatomy: Anatomy, layer: int) -> torch.Tensor:
     """(hidden,) length of what a neuron of activation 1 adds to the residual stream, LayerScale included."""
-    weight = second_linear(anatomy.mlp[layer]).weight.detach().float()
+    weight = anatomy.mlp_out[layer].weight.detach().float()
     scale = layer_scale(anatomy.blocks[layer], 2)
     return torch.linalg.vector_norm(weight if scale is None else weight * scale.detach()[:, None], dim=0)
 

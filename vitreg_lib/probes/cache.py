@@ -67,7 +67,7 @@ def captured(model, images, keep=("norms",), layers=None, progress: bool = False
 
     features = mapped(Dataset.from_dict({"row": list(range(len(images)))}), extract, about, progress)
     anatomy = model.anatomy
-    seen = Capture(layers, anatomy.grid(images.x), anatomy.has_cls, anatomy.num_registers)
+    seen = Capture(layers, anatomy.grid(images.x), anatomy.prefix)
     for site in keep:
         whole = site in WHOLE
         setattr(seen, site, features.column(site) if whole else {i: features.column(f"{site}.{i}") for i in layers})

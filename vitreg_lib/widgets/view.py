@@ -163,7 +163,7 @@ def query_token(query: str, capture: Capture, grid: tuple[int, int]) -> tuple[in
     if kind == "cls" and capture.has_cls:
         return 0, ""
     if kind == "register" and numbers[0] <= capture.num_registers:
-        return int(capture.has_cls) + numbers[0] - 1, ""
+        return capture.registers[numbers[0] - 1], ""
     missing = f"has no {query}" if kind == "cls" or capture.num_registers else "has no registers"
     return 0, f"{missing}: {attention.query_names(capture, [0])[0]} is shown"
 

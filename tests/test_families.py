@@ -1,0 +1,298 @@
+"""ViTs of every library are recognised by their structure, and what is captured is what the library itself says."""
+
+from __future__ import annotations
+
+import pytest
+import timm
+import torch
+import torchvision
+from torch import nn
+
+import vitreg_lib as vr
+from vitreg_lib.hooks.anatomy import describe, dissect
+from vitreg_lib.hooks.capture import SITES, capture
+
+X = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+REGISTERS = tuple(f"register {i}" for i in range(1, 5))
+SIZES = dict(hidden_size=48, num_hidden_layers=3, num_attention_heads=3, image_size=32, patch_size=16)
+OF_TRANSFORMERS = {  # class of the configuration: its own options, prefix tokens
+    "ViT": ({}, ("cls",)),
+    "DeiT": ({}, ("cls", "dist")),
+    "Dinov2": ({"mlp_ratio": 2}, ("cls",)),
+    "Dinov2WithRegisters": ({"mlp_ratio": 2, "num_register_tokens": 4}, ("cls", *REGISTERS)),
+    "DINOv3ViT": ({"num_register_tokens": 4}, ("cls", *REGISTERS)),
+    "CLIPVision": ({}, ("cls",)),
+    "SiglipVision": ({}, ()),
+    "ViTMAE": ({"mask_ratio": 0.0}, ("cls",)),
+    "Beit": ({}, ("cls",)),
+    "IJepa": ({}, ()),
+}
+
+
+def stirred(model: nn.Module) -> nn.Module:
+    """The model with all weights away from special values."""
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.05 * torch.randn_like(parameter)
+    return model.eval()
+
+
+def of_transformers(name: str, implementation: str = "sdpa") -> nn.Module:
+    transformers = pytest.importorskip("transformers")
+    options = SIZES | ({} if name.startswith("Dinov2") else {"intermediate_size": 96}) | OF_TRANSFORMERS[name][0]
+    config = getattr(transformers, f"{name}Config")(**options, attn_implementation=implementation)
+    torch.manual_seed(0)
+    return stirred(getattr(transformers, f"{name}Model")(config))
+
+
+@pytest.mark.parametrize("name", OF_TRANSFORMERS)
+def test_transformers_say_the_same_of_tokens_and_attention(name):
+    """Against `output_hidden_states` and, from the eager implementation, `output_attentions`."""
+    sdpa, eager = of_transformers(name), of_transformers(name, "eager")
+    assert all(torch.equal(a, b) for a, b in zip(sdpa.parameters(), eager.parameters(), strict=True))
+    options = {"noise": torch.arange(4.0).expand(2, -1)} if name == "ViTMAE" else {}
+    with torch.no_grad():
+        theirs = eager(pixel_values=X, output_hidden_states=True, output_attentions=True, **options)
+    prefix = OF_TRANSFORMERS[name][1]
+    for model in (sdpa, eager):  # eager attention is fused for the time of the capture
+        seen = capture(model, X, SITES, queries=range(len(prefix) + 4))
+        assert seen.prefix == prefix and seen.grid == (2, 2)
+        for layer in range(3):
+            torch.testing.assert_close(seen.tokens[layer], theirs.hidden_states[layer + 1], rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(seen.attention[layer], theirs.attentions[layer], rtol=1e-4, atol=1e-5)
+        if name not in ("CLIPVision", "IJepa"):  # the first gives no normalised tokens
+            torch.testing.assert_close(seen.final, theirs.last_hidden_state, rtol=1e-4, atol=1e-4)
+    assert eager.config._attn_implementation == "eager"
+
+
+def test_what_enters_the_second_linear_layer_of_the_mlp_is_kept():
+    model = of_transformers("DINOv3ViT")
+    seen = capture(model, X, ("mlp", "embedding"))
+    expected = []
+    handle = model.model.layer[1].mlp.down_proj.register_forward_pre_hook(lambda m, inputs: expected.append(inputs[0]))
+    with torch.no_grad():
+        model(pixel_values=X)
+    handle.remove()
+    torch.testing.assert_close(seen.mlp[1], expected[0])
+    convolution = model.embeddings.patch_embeddings
+    torch.testing.assert_close(seen.embedding, convolution(X).flatten(2).transpose(1, 2).detach())
+
+
+def rows_of(attention: nn.MultiheadAttention, x: torch.Tensor) -> torch.Tensor:
+    return attention(x, x, x, need_weights=True, average_attn_weights=False)[1]
+
+
+def of_torchvision() -> nn.Module:
+    torch.manual_seed(0)
+    sizes = dict(image_size=32, patch_size=16, num_layers=3, num_heads=3, hidden_dim=48, mlp_dim=96)
+    return stirred(torchvision.models.VisionTransformer(**sizes))
+
+
+def of_open_clip() -> nn.Module:
+    open_clip = pytest.importorskip("open_clip")
+    torch.manual_seed(0)
+    vision = dict(image_size=32, layers=3, width=48, head_width=16, patch_size=16)
+    text = dict(context_length=8, vocab_size=60, width=32, heads=2, layers=5)
+    return stirred(open_clip.CLIP(24, vision, text))
+
+
+class Clip(nn.Module):
+    """The image tower of OpenAI's CLIP as it was published: blocks take (tokens, batch, dim)."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv1 = nn.Conv2d(3, 48, 16, 16, bias=False)
+        self.class_embedding = nn.Parameter(torch.randn(48))
+        self.positional_embedding = nn.Parameter(torch.randn(5, 48))
+        self.ln_pre, self.ln_post = nn.LayerNorm(48), nn.LayerNorm(48)
+        self.resblocks = nn.Sequential(*(ClipBlock() for _ in range(3)))
+        self.proj = nn.Parameter(torch.randn(48, 24))
+
+    def forward(self, x):
+        x = self.conv1(x).flatten(2).transpose(1, 2)
+        x = torch.cat([self.class_embedding.expand(len(x), 1, -1), x], 1) + self.positional_embedding
+        x = self.resblocks(self.ln_pre(x).transpose(0, 1)).transpose(0, 1)
+        return self.ln_post(x[:, 0]) @ self.proj
+
+
+class ClipBlock(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.attn, self.ln_1, self.ln_2 = nn.MultiheadAttention(48, 3), nn.LayerNorm(48), nn.LayerNorm(48)
+        self.mlp = nn.Sequential(nn.Linear(48, 96), nn.GELU(), nn.Linear(96, 48))
+
+    def forward(self, x):
+        y = self.ln_1(x)
+        x = x + self.attn(y, y, y, need_weights=False)[0]
+        return x + self.mlp(self.ln_2(x))
+
+
+@pytest.mark.parametrize("wrap", [None, nn.DataParallel, torch.compile, lambda m: nn.ModuleDict({"backbone": m})])
+@pytest.mark.parametrize("kind", ["torchvision", "open_clip", "OpenAI"])
+def test_attention_of_torchs_own_module_is_captured(kind, wrap):
+    """Against the module's own weights, with each block's own input; also inside a wrapper."""
+    model = {"torchvision": of_torchvision, "open_clip": of_open_clip, "OpenAI": lambda: stirred(Clip())}[kind]()
+    seen = capture(model if wrap is None else wrap(model), X, SITES, queries=range(5))
+    visual = model.visual if kind == "open_clip" else model
+    blocks = {"torchvision": lambda: visual.encoder.layers, "open_clip": lambda: visual.transformer.resblocks}
+    blocks, states = blocks.get(kind, lambda: visual.resblocks)(), []
+    handles = [b.register_forward_hook(lambda m, inputs, out: states.append((inputs[0], out))) for b in blocks]
+    with torch.no_grad():
+        visual(X)
+        for layer, (block, (entering, leaving)) in enumerate(zip(blocks, states, strict=True)):
+            leaving = leaving.transpose(0, 1) if kind == "OpenAI" else leaving
+            torch.testing.assert_close(seen.tokens[layer], leaving, rtol=1e-4, atol=1e-4)
+            attention = block.self_attention if kind == "torchvision" else block.attn
+            rows = rows_of(attention, block.ln_1(entering))
+            torch.testing.assert_close(seen.attention[layer], rows, rtol=1e-4, atol=1e-5)
+    for handle in handles:
+        handle.remove()
+    assert seen.prefix == ("cls",) and seen.mlp[2].shape == (2, 5, 192 if kind == "open_clip" else 96)
+    norm = visual.encoder.ln if kind == "torchvision" else visual.ln_post
+    torch.testing.assert_close(seen.final, norm(seen.tokens[2]).detach())
+
+
+OF_TIMM = {  # what was measured wrongly by other means: what is right
+    "vit_small_r26_s32_224": ((32, 32), ("cls",), (2, 3)),  # a convolutional stem: a patch is 32 pixels
+    "deit_tiny_distilled_patch16_224": ((16, 16), ("cls", "dist"), (4, 6)),
+    "cait_xxs24_224": ((16, 16), (), (4, 6)),  # cls joins after the blocks
+    "vit_dwee_patch16_reg1_gap_256": ((16, 16), ("register 1",), (4, 6)),
+}
+
+
+@pytest.mark.parametrize("name", OF_TIMM)
+def test_grid_and_prefix_are_those_of_the_tokens_that_arrive(name):
+    patch, prefix, grid = OF_TIMM[name]
+    torch.manual_seed(0)
+    model = timm.create_model(name, img_size=(64, 96), **({} if "_r26_" in name else {"depth": 2})).eval()
+    x = torch.randn(1, 3, 64, 96)
+    seen = capture(model, x, layers=[0, 1])
+    assert (dissect(model).patch_size, seen.prefix, seen.grid) == (patch, prefix, grid)
+    assert seen.norms.shape == (1, 2, len(prefix) + grid[0] * grid[1])
+
+
+def test_attention_that_would_say_nothing_is_refused():
+    """Differential attention takes one map from another, talking heads mix them, a gate changes what comes out."""
+    x = torch.randn(1, 3, 64, 64)
+    twice = timm.create_model("vit_dwee_patch16_reg1_gap_256", img_size=64, depth=2).eval()
+    with pytest.raises(ValueError, match="attention of block 0 is computed more than once"):
+        capture(twice, x, "attention")
+    with pytest.raises(RuntimeError, match="did not reach the site 'attention'"):
+        capture(timm.create_model("cait_xxs24_224", img_size=64, depth=2).eval(), x, "attention", queries=[0])
+    gated = timm.create_model("vit_tiny_patch16_224", img_size=64, depth=1).eval()
+    gated.blocks[0].attn.proj = nn.Sequential(Halved(), gated.blocks[0].attn.proj)
+    with pytest.raises(ValueError, match="block 0 is changed before it enters the next layer"):
+        capture(gated, x, "attention")
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in gated.modules())
+
+
+class Halved(nn.Module):
+    def forward(self, x):
+        return x / 2
+
+
+@pytest.mark.parametrize("name", ["convit_tiny", "swin_tiny_patch4_window7_224", "xcit_nano_12_p16_224"])
+def test_tokens_that_change_on_the_way_are_refused_in_one_line(name):
+    model = timm.create_model(name).eval()
+    with pytest.raises(ValueError, match=r"^a block gives \(1, .* cannot be measured; .*wrongly$"):
+        capture(model, torch.randn(1, 3, 224, 224))
+
+
+def test_other_channels_are_taken_or_refused():
+    model = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=1, in_chans=4).eval()
+    assert capture(model, torch.randn(1, 4, 32, 32)).grid == (2, 2)
+    with pytest.raises(ValueError, match="images of 3 channels: this model takes 4"):
+        capture(model, X)
+
+
+@pytest.mark.parametrize("name", ["mixer_s32_224", "resnet18", "mvitv2_tiny"])
+def test_what_is_no_vit_is_refused_in_one_line(name):
+    with pytest.raises(TypeError, match="no ViT is recognised") as error:
+        dissect(timm.create_model(name))
+    assert "\n" not in str(error.value)
+
+
+class Own(nn.Module):
+    """A ViT that nobody knows: attention by hand-made names, a linear patch embedding, two tokens in front."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.cut = nn.Conv2d(3, 24, 8, 8)
+        self.extra = nn.Parameter(torch.randn(2, 24))
+        self.layers = nn.ModuleList(OwnBlock() for _ in range(2))
+        self.last = nn.LayerNorm(24)
+
+    def forward(self, x):
+        x = self.cut(x).flatten(2).transpose(1, 2)
+        x = torch.cat([self.extra.expand(len(x), -1, -1), x], 1)
+        for layer in self.layers:
+            x = layer(x)
+        return self.last(x)
+
+
+class OwnBlock(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.look, self.think = OwnAttention(), nn.Sequential(nn.Linear(24, 24), nn.ReLU(), nn.Linear(24, 24))
+
+    def forward(self, x):
+        x = x + self.look(x)
+        return x + self.think(x)
+
+
+class OwnAttention(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.mix, self.out = nn.Linear(24, 72), nn.Linear(24, 24)
+
+    def forward(self, x):
+        q, k, v = self.mix(x).view(len(x), -1, 3, 4, 6).permute(2, 0, 3, 1, 4)
+        return self.out(nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+DESCRIPTION = dict(blocks="layers", attention="look", mlp_out="think.2", norm="last", patch=8, heads=4)
+
+
+def test_a_model_that_nobody_knows_is_described():
+    model = Own().eval()
+    with pytest.raises(
+        TypeError, match="Own has no list of equal blocks with attention: .* `vr.describe` says by hand"
+    ):
+        dissect(model)
+    assert describe(model, **DESCRIPTION, prefix=("cls", "register 1")) is model
+    x = torch.randn(2, 3, 16, 24)
+    seen = vr.capture(model, x, SITES, queries=range(8))
+    assert (seen.prefix, seen.grid, seen.num_registers) == (("cls", "register 1"), (2, 3), 1)
+    with torch.no_grad():
+        torch.testing.assert_close(seen.final, model(x))
+        inside = model.layers[0](torch.cat([model.extra.expand(2, -1, -1), seen.embedding], 1))
+        q, k = (
+            (model.layers[0].look.mix(torch.cat([model.extra.expand(2, -1, -1), seen.embedding], 1))[..., :48])
+            .view(2, 8, 2, 4, 6)
+            .permute(2, 0, 3, 1, 4)
+        )
+    torch.testing.assert_close(seen.tokens[0], inside)
+    torch.testing.assert_close(seen.attention[0], (q @ k.transpose(-2, -1) / 6**0.5).softmax(-1))
+    assert seen.mlp[1].shape == (2, 8, 24)
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (dict(blocks="blocks"), "Own has no blocks; it has cut, layers, last"),
+        (dict(attention="attn"), "OwnBlock has no attn; it has look, think"),
+        (dict(heads=None), "look of Own does not say its heads: give heads"),
+    ],
+)
+def test_a_description_that_leads_nowhere_is_refused(change, told):
+    with pytest.raises(TypeError, match=told):
+        describe(Own(), **DESCRIPTION | change)
+
+
+def test_a_wrong_description_is_noticed_when_tokens_arrive():
+    model = describe(Own().eval(), **DESCRIPTION, prefix=("cls",))
+    with pytest.raises(ValueError, match=r"a block gives \(2, 18, 24\), but \(2, 17, 24\) was expected"):
+        capture(model, X)
