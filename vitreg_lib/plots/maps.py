@@ -6,14 +6,16 @@ a patch, never smoothed: an artifact is one patch wide.
 
 from __future__ import annotations
 
-import matplotlib
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import torch
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
-from .style import ATTENTION, NORMS, PALETTE, PAPER, picture, styled, wrapped
+from .style import ATTENTION, NORMS, PALETTE, PAPER, bare, picture, ring, styled, wrapped
 
 COMPONENT = "RdBu_r"  # colour map of signed maps, white at zero
 
@@ -24,63 +26,124 @@ def sheet(
     groups: list[dict[str, torch.Tensor]],
     cmap: str | list[str] = ATTENTION,
     label: str = "",
-    scale: str = "each",
-    limits: tuple[float, float] | None = None,
-    cell: float = 1.15,
+    scale: str = "image",
+    limits: tuple[float | None, float | None] = (None, None),
+    rings: dict[str, torch.Tensor] | None = None,
+    cutoffs: dict[str, float] | None = None,
+    gamma: float = 1.0,
+    cell: float = 1.5,
 ) -> Figure:
-    """Images down, models across: the image, then a map of each model; models in one group belong together.
+    """Images down, models across: the image, then a map of each model; models in one group (a pair) stand together.
 
-    pixels: (n, 3, h, w), or None for no images. groups: {name: (n, rows, cols) or (n, 3, rows, cols) colours}. `scale`
-    "each": black to white from the least to the largest value of each map, as in the paper. "group": one scale for all
-    maps of a group, with a colour bar of `label`; "image": one for each image in a group. `limits` sets the scale.
-    cmap: a colour map, or one for each group.
+    pixels: (n, 3, h, w), or None for no images. groups: {name: (n, rows, cols) or (n, 3, rows, cols) colours}; four
+    maps or the maps of one group stand side by side, further groups below. `scale`: what shares one colour scale:
+    "group", all maps of a group; "image", those of one image in a group; "each", none, as in the paper. `limits`: ends
+    of every scale, where given. A flat map is grey. rings: {name: (n, rows, cols) bool}, patches that are ringed;
+    cutoffs: {name: value}, a line in the colour bar. gamma below 1 shows small values. cmap: one, or one a group.
     """
-    count = len(next(iter(groups[0].values())))
-    shape = next(iter(groups[0].values())).shape[-2:]
-    first = 0 if pixels is None else 1
-    widths = [1.0] * first
-    for group in groups:
-        widths += ([0.12] if widths else []) + [1.0] * len(group)
-    bar = scale == "group" or limits is not None
-    height = count * cell * min(1.6, shape[0] / shape[1]) + (0.75 if bar else 0.35)
-    figure = plt.figure(figsize=(cell * sum(widths) + 0.1, height))
-    axes = figure.subplots(count, len(widths), squeeze=False, width_ratios=widths)
-    for axis in axes.flat:
-        axis.axis("off")
-    if first:
-        axes[0, 0].set_title("image", fontsize=8)
-        for axis, image in zip(axes[:, 0], pixels, strict=False):
-            axis.imshow(picture(image))
-    place = first
     colours = [cmap] * len(groups) if isinstance(cmap, str) else cmap
-    for group, cmap in zip(groups, colours, strict=True):
-        place += 1 if place else 0
-        columns = axes[:, place : place + len(group)]
-        drawn = _group(columns, group, cmap, scale, limits)
-        if bar:
-            figure.colorbar(
-                drawn, ax=columns.ravel().tolist(), location="bottom", label=label, aspect=18 * len(group), pad=0.02
-            )
-        place += len(group)
+    bands = _bands(list(zip(groups, colours, strict=True)))
+    first = next(iter(groups[0].values()))
+    most = max(sum(len(group) for group, _ in band) for band in bands)
+    cell = min(cell, 9.6 / (most + (pixels is not None)))
+    size = len(first) * cell * min(1.6, first.shape[-2] / first.shape[-1]) + 0.8
+    figure = plt.figure(figsize=(cell * (most + (pixels is not None) + 0.15 * len(bands[0])), size * len(bands)))
+    for part, band in zip(figure.subfigures(len(bands), 1, squeeze=False)[:, 0], bands, strict=True):
+        widths = [1.0] * (pixels is not None)
+        for group, _ in band:
+            widths += [0.12] * bool(widths) + [1.0] * len(group)
+        widths += [1.0] * (most - sum(len(group) for group, _ in band))
+        axes = part.subplots(len(first), len(widths), squeeze=False, width_ratios=widths)
+        for axis in axes.flat:
+            axis.axis("off")
+        if pixels is not None:
+            axes[0, 0].set_title("image", fontsize=8)
+            for axis, image in zip(axes[:, 0], pixels, strict=False):
+                axis.imshow(picture(image))
+        place = int(pixels is not None)
+        for group, cmap in band:
+            place += bool(place)
+            columns, place = axes[:, place : place + len(group)], place + len(group)
+            norms = _norms(group, scale, limits, gamma)
+            for column, (name, maps) in zip(columns.T, group.items(), strict=True):
+                column[0].set_title(wrapped(name), fontsize=8)
+                for i, axis in enumerate(column):
+                    draw_map(axis, maps[i], cmap, norms[name][i])
+                    if rings and name in rings:
+                        ring(axis, rings[name][i])
+            if any(maps.ndim == 3 for maps in group.values()):
+                _bar(part, columns, cmap, norms[name][0], label, scale, [(cutoffs or {}).get(name) for name in group])
     return figure
+
+
+def _bands(groups: list[tuple], across: int = 4) -> list[list[tuple]]:
+    """Groups in rows of at most `across` maps, or of one group that has more."""
+    bands, room = [], 0
+    for group in groups:
+        room -= len(group[0])
+        if room < 0:
+            bands, room = [*bands, []], max(across - len(group[0]), 0)
+        bands[-1].append(group)
+    return bands
+
+
+def _norms(group: dict[str, torch.Tensor], scale: str, limits: tuple, gamma: float) -> dict[str, list]:
+    """The colour scale of each map of a group, (name, image)."""
+    maps = {name: m.float().cpu() for name, m in group.items() if m.ndim == 3}
+    result = {name: [None] * len(m) for name, m in group.items()}
+    for name, values in maps.items():
+        for i in range(len(values)):
+            among = {"each": [values[i]], "image": [m[i] for m in maps.values()], "group": list(maps.values())}[scale]
+            low, high = min(float(m.min()) for m in among), max(float(m.max()) for m in among)
+            low, high = (end if given is None else given for end, given in zip((low, high), limits, strict=True))
+            result[name][i] = PowerNorm(gamma, low, max(high, low + 1e-9))
+    return result
+
+
+def _bar(figure, axes, cmap: str, norm, label: str, scale: str, cutoffs: list) -> None:
+    """The colour bar below a group; where maps have scales of their own it says least and largest."""
+    one = scale == "group" or norm.vmin == -norm.vmax
+    shown = ScalarMappable(norm if one else PowerNorm(norm.gamma, 0, 1), cmap)
+    style = dict(location="bottom", aspect=16 * axes.shape[1], pad=0.02)
+    bar = figure.colorbar(shown, ax=axes.ravel().tolist(), **style)
+    if one:
+        bar.set_label(label)
+        bar.ax.xaxis.set_major_locator(MaxNLocator(4))
+    else:
+        bar.set_ticks([0, 1], labels=["least", "largest"])
+        bar.set_label((label + ", " if label else "") + {"each": "of each map", "image": "of each image"}[scale])
+    for cutoff in cutoffs:
+        if cutoff is not None and norm.vmin < cutoff < norm.vmax:
+            for colour, width in (("black", 3.5), ("white", 1.5)):
+                bar.ax.axvline(cutoff, color=colour, lw=width)
+
+
+def draw_map(axis, values: torch.Tensor, cmap: str, norm=None) -> None:
+    """One map (rows, cols), a square a patch, or colours (3, rows, cols); a flat map is grey."""
+    if values.ndim == 3:
+        axis.imshow(picture(values), interpolation="nearest")
+        return
+    values = values.float().cpu()
+    if float(values.max() - values.min()) <= 1e-3 * float(values.abs().max()):
+        axis.imshow(torch.full_like(values, 0.6), cmap="gray", vmin=0, vmax=1)
+        axis.text(0.5, 0.5, "flat", transform=axis.transAxes, ha="center", va="center", fontsize=8)
+    else:
+        axis.imshow(values, cmap=cmap, norm=norm, interpolation="nearest")
 
 
 @styled
 def query_view(pixels: torch.Tensor, attention: torch.Tensor, norms: torch.Tensor, query: str, title: str) -> Figure:
     """One image (3, h, w), the attention of one query in multiples of even attention, and the norms, (rows, cols)."""
-    figure, axes = plt.subplots(1, 3, figsize=(6.6, 2.7))
+    figure, axes = plt.subplots(1, 3, figsize=(7.8, 3.2))
     for axis in axes:
         axis.axis("off")
     axes[0].imshow(picture(pixels))
     axes[0].set_title("image")
-    for axis, content, cmap, text, unit in (
-        (axes[1], attention, ATTENTION, f"attention of {query}", "× even attention"),
-        (axes[2], norms, NORMS, "norm", "L2 norm"),
-    ):
-        low, high = _range(content)
-        drawn = axis.imshow(content.cpu(), cmap=cmap, vmin=low, vmax=high, interpolation="nearest")
+    panels = ((attention, ATTENTION, f"attention of {query}", "× even attention"), (norms, NORMS, "norm", "L2 norm"))
+    for axis, (content, cmap, text, unit) in zip(axes[1:], panels, strict=True):
+        draw_map(axis, content, cmap)
         axis.set_title(text)
-        figure.colorbar(drawn, ax=axis, location="bottom", label=unit, aspect=18, pad=0.03)
+        figure.colorbar(axis.images[0], ax=axis, location="bottom", label=unit, aspect=18, pad=0.03)
     figure.suptitle(title, fontsize=9)
     return figure
 
@@ -98,65 +161,33 @@ def by_pair(maps: dict[str, torch.Tensor], pairs: dict[str, str]) -> list[dict[s
     return list(groups.values())
 
 
-def _group(columns, group: dict[str, torch.Tensor], cmap: str, scale: str, limits):
-    """Draw the maps of one group; the last picture, for a colour bar."""
-    drawn = None
-    values = torch.stack([m.float().amin((1, 2)) for m in group.values() if m.ndim == 3] or [torch.zeros(1)])
-    tops = torch.stack([m.float().amax((1, 2)) for m in group.values() if m.ndim == 3] or [torch.ones(1)])
-    for column, (name, maps) in zip(columns.T, group.items(), strict=True):
-        column[0].set_title(wrapped(name), fontsize=8)
-        for i, (axis, content) in enumerate(zip(column, maps, strict=False)):
-            if content.ndim == 3:
-                axis.imshow(picture(content), interpolation="nearest")
-                continue
-            content = content.float().cpu()
-            low, high = (
-                limits
-                or {
-                    "each": _range(content),
-                    "image": (float(values[:, i].min()), float(tops[:, i].max())),
-                    "group": (float(values.min()), float(tops.max())),
-                }[scale]
-            )
-            drawn = axis.imshow(content, cmap=cmap, vmin=low, vmax=high, interpolation="nearest")
-    return drawn
-
-
-def _range(content: torch.Tensor) -> tuple[float, float]:
-    """Least and largest value; a map that is flat but for rounding is drawn in a middle tone."""
-    low, high = float(content.min()), float(content.max())
-    return (low, high) if high - low > 1e-3 * abs(high) else (low - abs(high), high + abs(high))
-
-
 @styled
 def grids(maps: dict[str, torch.Tensor], label: str, cmap: str = NORMS, shared: bool = True, low=None) -> Figure:
     """One heat map (rows, cols) a name, side by side, and below it the profiles of its columns and of its rows.
 
-    One colour scale for all where `shared`, from `low` (by default the least value). A map of zeros says "none".
+    One colour scale for all where `shared`, from `low` (by default the least value). Maps of zeros are not drawn: a
+    line says whose they are.
     """
-    figure, axes = plt.subplots(
-        2, len(maps), figsize=(2.2 * len(maps) + 0.5, 3.4), height_ratios=[2.6, 1], squeeze=False
-    )
-    pool = torch.cat([m.flatten() for m in maps.values()])
-    for (above, below), (name, values) in zip(axes.T, maps.items(), strict=True):
-        values = values.cpu()
-        scale = pool if shared else values
-        least = float(scale.min()) if low is None else low
-        high = float(scale.max()) if float(scale.max()) > least else least + 1
-        drawn = above.imshow(values, cmap=cmap, vmin=least, vmax=high)
-        above.set(xticks=[], yticks=[])
+    drawn = {name: values.cpu() for name, values in maps.items() if values.any()} or dict(list(maps.items())[:1])
+    size = (2.6 * len(drawn) + 0.5, 3.9)
+    figure, axes = plt.subplots(2, len(drawn), figsize=size, height_ratios=[2.8, 1], squeeze=False)
+    for (above, below), (name, values) in zip(axes.T, drawn.items(), strict=True):
+        among = list(drawn.values()) if shared else [values]
+        least = min(float(m.min()) for m in among) if low is None else low
+        high = max(float(m.max()) for m in among)
+        image = above.imshow(values, cmap=cmap, vmin=least, vmax=high if high > least else least + 1)
+        bare(above)
         above.set_title(name.replace(", ", "\n"), fontsize=8)
-        above.grid(False)
-        if not values.any():
-            above.text(0.5, 0.5, "none", transform=above.transAxes, color="white", ha="center", va="center")
-        elif name == list(maps)[-1] or not shared:
-            figure.colorbar(drawn, ax=above, fraction=0.046, pad=0.03, label=label)
+        if name == list(drawn)[-1] or not shared:
+            figure.colorbar(image, ax=above, fraction=0.046, pad=0.03, label=label)
         below.plot(values.mean(0), color=PALETTE[0], marker=".", ms=3, label="mean of column")
         below.plot(values.mean(1), color=PALETTE[1], ls="--", label="mean of row")
-        below.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(integer=True, nbins=5))
+        below.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=5))
         below.set(xlabel="column or row", ylim=(min(0, float(values.mean(0).min()) * 1.2), None))
     axes[1, 0].set_ylabel("mean")
     figure.legend(*axes[1, 0].get_legend_handles_labels(), loc="outside upper center", ncols=2)
+    if none := [name.replace("\n", " ") for name in maps if not maps[name].any()]:
+        figure.suptitle(f"none at any place: {'; '.join(none)}", fontsize=8, color=PAPER)
     return figure
 
 

@@ -7,9 +7,12 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import torch
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 
-from .style import NORMS, PALETTE, PAPER, bare, picture, plain_log, styled
+from .maps import draw_map, sheet
+from .style import NORMS, PALETTE, PAPER, bare, plain_log, styled
 
 
 @styled
@@ -36,12 +39,11 @@ def image_grid(
             bare(axis)
             if content is None:
                 continue
-            if content.ndim == 3:
-                axis.imshow(picture(content))
-                continue
-            pool = {"row": row_maps, "all": everything, "each": [content]}[scale]
-            low, high = min(float(m.min()) for m in pool), max(float(m.max()) for m in pool)
-            drawn = axis.imshow(content.cpu(), cmap=cmap, vmin=low, vmax=high)
+            if content.ndim == 2:
+                among = {"row": row_maps, "all": everything, "each": [content]}[scale]
+                norm = Normalize(min(float(m.min()) for m in among), max(float(m.max()) for m in among))
+                drawn = ScalarMappable(norm, cmap)
+            draw_map(axis, content, cmap, drawn and drawn.norm)
         row_axes[0].set_ylabel(name, rotation=0, ha="right", va="center", fontsize=8)
         if drawn is not None and scale != "each":
             figure.colorbar(drawn, ax=list(row_axes), fraction=0.02, pad=0.01, label=label)
@@ -50,28 +52,12 @@ def image_grid(
     return figure
 
 
-@styled
 def norm_maps(pixels: torch.Tensor, maps: dict[str, torch.Tensor], cutoffs: dict[str, float]) -> Figure:
     """Figure 3, left: images and, for each model, its norm map (images, rows, cols) with outliers ringed."""
-    n = min(len(pixels), 4)
-    figure, axes = plt.subplots(1 + len(maps), n, figsize=(1.5 * n + 1.3, 1.5 * (1 + len(maps))), squeeze=False)
-    for axis, image in zip(axes[0], pixels, strict=False):
-        axis.imshow(picture(image))
-    axes[0, 0].set_ylabel("image", rotation=0, ha="right", va="center", fontsize=8)
-    for row, (name, norms) in zip(axes[1:], maps.items(), strict=True):
-        high = max(float(norms[:n].max()), 1e-6)
-        for axis, norm_map in zip(row, norms, strict=False):
-            drawn = axis.imshow(norm_map.cpu(), cmap=NORMS, vmin=0, vmax=high)
-            place = (norm_map > cutoffs[name]).nonzero().cpu()
-            axis.scatter(place[:, 1], place[:, 0], s=28, facecolors="none", edgecolors=PALETTE[1], linewidths=1.2)
-        row[0].set_ylabel(name, rotation=0, ha="right", va="center", fontsize=8)
-        # a bar inside the last panel's margin leaves the panels of all rows aligned
-        bar = figure.colorbar(drawn, cax=row[-1].inset_axes([1.06, 0, 0.06, 1]), label="L2 norm")
-        if cutoffs[name] <= high:
-            bar.ax.axhline(cutoffs[name], color=PALETTE[1], lw=1.5)
-    for axis in axes.flat:
-        bare(axis)
-    return figure
+    groups = [{name: norms[:3].cpu()} for name, norms in maps.items()]
+    rings = {name: norms[:3].cpu() > cutoffs[name] for name, norms in maps.items()}
+    style = dict(cmap=NORMS, scale="group", label="L2 norm", limits=(0, None))
+    return sheet(pixels[:3], groups, rings=rings, cutoffs=cutoffs, **style)
 
 
 @styled

@@ -9,8 +9,10 @@ import matplotlib
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
+from matplotlib.collections import PatchCollection
 from matplotlib.figure import Figure
-from matplotlib.patches import Rectangle
+from matplotlib.patches import Circle, Rectangle
+from matplotlib.patheffects import withStroke
 
 # The backend is chosen here: chosen inside `rc_context`, a notebook's would lose its "interactive" when the context
 # ends, and every figure of the notebook but the first would stay unseen.
@@ -52,10 +54,10 @@ def styled(function):
 
 
 def caption(figure: Figure, text: str) -> Figure:
-    """Put a line below the figure: which profile, which models, which images made it."""
+    """Put a line below the figure: which models and images made it."""
     import textwrap
 
-    width = int(figure.get_figwidth() * 17)
+    width = int(figure.get_figwidth() * 18)
     figure.supxlabel("\n".join(textwrap.wrap(text, width)), fontsize=7, color="#444444")
     return figure
 
@@ -70,6 +72,14 @@ def bare(axis) -> None:
     axis.set(xticks=[], yticks=[])
     axis.grid(False)
     axis.spines[:].set_visible(False)
+
+
+def ring(axis, mask: torch.Tensor, radius: float = 0.4) -> None:
+    """Ring the patches of a mask (rows, cols) on a map: white with a dark outline, to be seen on any colour."""
+    circles = [Circle((col, row), radius) for row, col in mask.nonzero().tolist()]
+    outline = [withStroke(linewidth=3.2, foreground="black")]
+    style = dict(facecolor="none", edgecolor="white", linewidth=1.4, path_effects=outline)
+    axis.add_collection(PatchCollection(circles, **style))
 
 
 def draw_box(axis, box: torch.Tensor, **style) -> Rectangle:
