@@ -8,7 +8,7 @@ import torch
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 
-from vitreg_lib.plots.style import NORMS, PALETTE, plain_log, styled
+from vitreg_lib.plots.style import NORMS, PALETTE, PAPER, bare, draw_box, picture, plain_log, styled
 
 
 @styled
@@ -44,4 +44,25 @@ def shares(values: dict[str, float], label: str, chance: dict[str, float] | None
         axis.legend(*(part[:1] for part in axis.get_legend_handles_labels()), loc="upper left", bbox_to_anchor=(1, 1))
     axis.set(ylabel=label, ylim=(0, 1.08), xlim=(-0.6, len(values) - 0.4))
     axis.grid(axis="x", visible=False)
+    return figure
+
+
+@styled
+def boxes(pixels: torch.Tensor, found: dict[str, torch.Tensor], truth: list[torch.Tensor], columns: int = 4) -> Figure:
+    """Images with the true boxes (white, dashed) and one found box an image for each name, in pixels."""
+    count = min(len(pixels), 2 * columns)
+    rows = -(-count // columns)
+    figure, axes = plt.subplots(rows, columns, figsize=(1.5 * columns, 1.5 * rows + 0.45), squeeze=False)
+    for axis in axes.flat:
+        bare(axis)
+    handles = {}
+    for i, axis in zip(range(count), axes.flat, strict=False):
+        axis.imshow(picture(pixels[i]))
+        for box in truth[i]:
+            handles["an object (truth)"] = draw_box(axis, box, color="white", ls="--", lw=1)
+        for colour, width, (name, all_boxes) in zip(PALETTE[1:], (2.6, 1.4, 1), found.items(), strict=False):
+            handles[name] = draw_box(axis, all_boxes[i], color=colour, lw=width)
+    legend = figure.legend(handles.values(), handles.keys(), loc="outside upper center", ncols=1 + len(found))
+    legend.get_frame().set(facecolor=PAPER, alpha=0.35)
+    legend.set_frame_on(True)
     return figure

@@ -2,7 +2,7 @@
 
 from .maps import COMPONENT, bars, by_pair, grids, query_view, sheet
 from .norms import histograms, image_grid, norm_maps, norms_by_layer, token_kinds, training
-from .scores import boxes, scores
+from .scores import dots, scores
 from .style import ATTENTION, NORMS, PALETTE, PAPER, caption, picture, plt, styled
 
 __all__ = [
@@ -12,9 +12,9 @@ __all__ = [
     "PALETTE",
     "PAPER",
     "bars",
-    "boxes",
     "by_pair",
     "caption",
+    "dots",
     "grids",
     "histograms",
     "image_grid",

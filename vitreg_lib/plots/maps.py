@@ -192,15 +192,14 @@ def grids(maps: dict[str, torch.Tensor], label: str, cmap: str = NORMS, shared: 
 
 
 @styled
-def bars(table: pd.DataFrame, label: str, line: float | None = None, line_label: str = "", errors=None) -> Figure:
-    """Grouped bars: one group a row of `table`, one colour a column; `errors` a table of the same shape."""
+def bars(table: pd.DataFrame, label: str, line: float | None = None, line_label: str = "") -> Figure:
+    """Grouped bars: one group a row of `table`, one colour a column."""
     figure, axis = plt.subplots(figsize=(max(3.6, 0.3 * table.size + 0.6 * len(table) + 1.4), 2.9))
     width = 0.8 / len(table.columns)
     for number, column in enumerate(table.columns):
         x = np.arange(len(table)) + (number - (len(table.columns) - 1) / 2) * width
-        error = None if errors is None else errors[column]
         values = table[column].astype(float)
-        axis.bar(x, values, width * 0.92, yerr=error, color=PALETTE[number % len(PALETTE)], label=str(column))
+        axis.bar(x, values, width * 0.92, color=PALETTE[number % len(PALETTE)], label=str(column))
         for place, value in zip(x, values, strict=True):
             if not np.isfinite(value):
                 axis.text(place, 0, "none", rotation=90, ha="center", va="bottom", fontsize=7, color=PAPER)

@@ -5,10 +5,9 @@ from __future__ import annotations
 import re
 
 import matplotlib.pyplot as plt
-import torch
 from matplotlib.figure import Figure
 
-from .style import PALETTE, PAPER, bare, draw_box, picture, styled, wrapped
+from .style import PALETTE, PAPER, styled, wrapped
 
 
 def dots(axis, table, value: str, place: str, kind: str, styles: dict[str, tuple], **options) -> None:
@@ -58,25 +57,4 @@ def scores(table, label: str, lines: dict[str, float]) -> Figure:
     axis.set(ylabel=label, xlim=(-0.6, len(models) - 0.4), ylim=(min(0, axis.get_ylim()[0]), None))
     axis.get_legend().remove()
     figure.legend(*axis.get_legend_handles_labels(), loc="outside upper center", ncols=3)
-    return figure
-
-
-@styled
-def boxes(pixels: torch.Tensor, found: dict[str, torch.Tensor], truth: list[torch.Tensor], columns: int = 4) -> Figure:
-    """Images with the true boxes (white, dashed) and one found box an image for each name, in pixels."""
-    count = min(len(pixels), 2 * columns)
-    rows = -(-count // columns)
-    figure, axes = plt.subplots(rows, columns, figsize=(1.5 * columns, 1.5 * rows + 0.45), squeeze=False)
-    for axis in axes.flat:
-        bare(axis)
-    handles = {}
-    for i, axis in zip(range(count), axes.flat, strict=False):
-        axis.imshow(picture(pixels[i]))
-        for box in truth[i]:
-            handles["an object (truth)"] = draw_box(axis, box, color="white", ls="--", lw=1)
-        for colour, width, (name, all_boxes) in zip(PALETTE[1:], (2.6, 1.4, 1), found.items(), strict=False):
-            handles[name] = draw_box(axis, all_boxes[i], color=colour, lw=width)
-    legend = figure.legend(handles.values(), handles.keys(), loc="outside upper center", ncols=1 + len(found))
-    legend.get_frame().set(facecolor=PAPER, alpha=0.35)
-    legend.set_frame_on(True)
     return figure

@@ -74,11 +74,11 @@ def bare(axis) -> None:
     axis.spines[:].set_visible(False)
 
 
-def ring(axis, mask: torch.Tensor, radius: float = 0.4) -> None:
+def ring(axis, mask: torch.Tensor, radius: float = 0.62) -> None:
     """Ring the patches of a mask (rows, cols) on a map: white with a dark outline, to be seen on any colour."""
     circles = [Circle((col, row), radius) for row, col in mask.nonzero().tolist()]
-    outline = [withStroke(linewidth=3.2, foreground="black")]
-    style = dict(facecolor="none", edgecolor="white", linewidth=1.4, path_effects=outline)
+    outline = [withStroke(linewidth=3, foreground="black")]
+    style = dict(facecolor="none", edgecolor="white", linewidth=1.3, path_effects=outline)
     axis.add_collection(PatchCollection(circles, **style))
 
 
