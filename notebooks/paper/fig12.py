@@ -18,6 +18,7 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 import matplotlib.pyplot as plt
+import numpy as np
 import pandas as pd
 import torch
 from matplotlib.figure import Figure
@@ -301,12 +302,16 @@ def _check_registers(num_registers: int) -> None:
 def cost(table: pd.DataFrame, measured: pd.DataFrame | None = None) -> Figure:
     """Figure 12: FLOPs and parameters added by registers, one line a model size; beside them what was measured."""
     panels = 2 if measured is None else 3
-    figure, axes = plt.subplots(1, panels, figsize=(2.7 * panels + 0.2, 3.0))
+    figure, axes = plt.subplots(1, panels, figsize=(3.3 * panels + 0.2, 3.4))
+    ends = {axis: [] for axis in axes[:2]}
     for number, (key, part) in enumerate(table.groupby(["arch", "patch", "resolution"], sort=False)):
         arch, patch, resolution = key
         name, colour = f"ViT-{arch.capitalize()}/{patch}, {resolution} px", PALETTE[number % len(PALETTE)]
-        axes[0].plot(part.registers, part.flops_percent, color=colour, marker=".", label=name)
-        axes[1].plot(part.registers, part.params_percent, color=colour, marker=".", label=name)
+        for axis, values in zip(axes[:2], (part.flops_percent, part.params_percent), strict=True):
+            axis.plot(part.registers, values, color=colour, marker=".")
+            ends[axis].append((float(values.iloc[-1]), name, colour))
+    for axis, labels in ends.items():
+        label_ends(axis, labels, table.registers.max())
     axes[0].plot([4, 16], [2, 6], marker="v", color=PAPER, ls="", label="the paper: < 2 % with 4, ≤ 6 % with 16")
     axes[0].set(xlabel="registers", ylabel="FLOPs added (%)")
     axes[1].set(xlabel="registers", ylabel="parameters added (%)", ylim=(0, None))
@@ -319,8 +324,19 @@ def cost(table: pd.DataFrame, measured: pd.DataFrame | None = None) -> Figure:
         axes[2].set(xlabel="registers", ylabel="measured, added (%)")
         axes[2].set_title(f"this machine ({row.device}):\nViT-{row.arch.capitalize()}/{row.patch}, {row.resolution} px")
         axes[2].legend()
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=panels)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center")
     return figure
+
+
+def label_ends(axis, ends: list[tuple[float, str, str]], x: float) -> None:
+    """Write the names of lines, ends (value, name, colour) at `x`, beside their ends, none on top of another."""
+    gap, last = 0.075 * max(value for value, *_ in ends), -np.inf
+    for value, name, colour in sorted(ends):
+        last = max(value, last + gap)
+        place = dict(xytext=(x * 1.04, last), va="center", fontsize=7, color=colour, annotation_clip=False)
+        axis.annotate(name, (x, value), arrowprops=dict(arrowstyle="-", color=colour, lw=0.5), **place)
+    axis.set_xticks(range(0, int(x) + 1, 4))
+    axis.set_xlim(right=x * 1.02)
 
 
 def claims(table: pd.DataFrame):

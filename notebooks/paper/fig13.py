@@ -30,7 +30,7 @@ def discovery(pixels: torch.Tensor, found: dict, patch_sizes: dict[str, int], tr
 
     found: {model: `objects.Lost` with intermediates, of the images in pixels (n, 3, h, w)}; truth: boxes of each image.
     Inverse degree (bright: linked to few, the seed crossed); similarity to the seed and expansion, white at 0, where
-    LOST cuts; the part that holds the seed, LOST's box (solid) and the true boxes (dashed).
+    LOST cuts; the part that holds the seed, LOST's box (solid), the true boxes (dashed), and whether it hits one.
     """
     titles = ("inverse\ndegree", "similarity\nto seed", "seed\nexpansion", "box")
     figure, axes = rows_of_panels(list(found), len(pixels), titles)
@@ -51,11 +51,17 @@ def discovery(pixels: torch.Tensor, found: dict, patch_sizes: dict[str, int], tr
             line = dict(lw=1.4, clip_on=False)
             for box in [] if truth is None else truth[i]:
                 draw_box(panels[3], box, edgecolor=PALETTE[0], ls="--", **line)
-            draw_box(panels[3], result.boxes[i] * patch_sizes[name], edgecolor=PALETTE[1], **line)
+            box = result.boxes[i] * patch_sizes[name]
+            draw_box(panels[3], box, edgecolor=PALETTE[1], **line)
+            if truth is not None:
+                text, colour = (
+                    ("hit", PALETTE[2]) if objects.found(box[None], truth[i : i + 1]) else ("miss", PALETTE[1])
+                )
+                panels[3].set_xlabel(text, color=colour, fontsize=9, fontweight="bold", labelpad=2)
     return figure
 
 
-def rows_of_panels(names: list[str], count: int, titles: tuple[str, ...], cell: float = 0.95):
+def rows_of_panels(names: list[str], count: int, titles: tuple[str, ...], cell: float = 1.12):
     """(figure, axes (names, images, titles)), bare, names on the left, a gap between images."""
     widths = ([1.0] * len(titles) + [0.12]) * count
     figure = plt.figure(figsize=(cell * sum(widths) + 1.0, cell * len(names) + 0.5))
@@ -101,3 +107,12 @@ def claims(models, compared, profile: str):
     for name, base in pairs.pairs(models, "test time").items():
         text = f"registers added at test time smooth the score of {base}"
         yield f"ours-{name}", *pairs.judge(compared.loc[[name]], "test time"), text, "none"
+
+
+def two_pairs(names: list[str], pairs: dict[str, str]) -> list[str]:
+    """Names of two models without registers, each before its partner with them; the first four where there is no pair.
+
+    pairs: {model with registers: the same model without}.
+    """
+    chosen = [name for with_registers, without in list(pairs.items())[:2] for name in (without, with_registers)]
+    return list(dict.fromkeys(chosen)) or names[:4]

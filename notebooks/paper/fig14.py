@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 
 from vitreg_lib.hooks.capture import evaluating, hooks
 from vitreg_lib.measure import objects, pairs
-from vitreg_lib.plots.style import picture, styled
+from vitreg_lib.plots.style import picture, ring, styled
 
 
 def expansions(model, images, bias: float = 0.0, layer: int = -1, progress: bool = False) -> dict[str, torch.Tensor]:
@@ -64,22 +64,25 @@ def spots(maps: torch.Tensor, height: float = 1.0) -> torch.Tensor:
 
 @styled
 def draw_expansions(
-    pixels: torch.Tensor, maps: dict[str, dict[str, torch.Tensor]], spots: dict | None = None
+    pixels: torch.Tensor, maps: dict[str, dict], spots: dict | None = None, outliers: dict | None = None
 ) -> Figure:
     """Figure 14: seed expansion from several kinds of features; a row a model, a panel a kind for each image.
 
-    maps: {model: {kind: (images, rows, cols)}}, drawn white at 0; spots: masks of the same shapes, ringed.
+    maps: {model: {kind: (images, rows, cols)}}, drawn white at 0; spots: masks of the same shapes, ringed; outliers:
+    {model: (images, rows, cols) bool}, crossed.
     """
     kinds = tuple(next(iter(maps.values())))
     figure, axes = rows_of_panels(list(maps), len(pixels), ("image", *kinds))
-    for row, (name, found) in zip(axes, maps.items(), strict=True):
+    for row, (name, by_kind) in zip(axes, maps.items(), strict=True):
         for i, panels in enumerate(row):
             panels[0].imshow(picture(pixels[i]))
             for axis, kind in zip(panels[1:], kinds, strict=True):
-                signed(axis, found[kind][i])
+                signed(axis, by_kind[kind][i])
+                if outliers is not None:
+                    place = outliers[name][i].nonzero()
+                    axis.scatter(place[:, 1], place[:, 0], s=16, marker="x", color="black", linewidths=1)
                 if spots is not None:
-                    place = spots[name][kind][i].nonzero()
-                    axis.scatter(place[:, 1], place[:, 0], s=30, facecolors="none", edgecolors="black", linewidths=1)
+                    ring(axis, spots[name][kind][i])
     return figure
 
 

@@ -46,24 +46,11 @@ def sheet(
     first = next(iter(groups[0].values()))
     most = max(sum(len(group) for group, _ in band) for band in bands)
     cell = min(cell, 9.6 / (most + (pixels is not None)))
-    size = len(first) * cell * min(1.6, first.shape[-2] / first.shape[-1]) + 0.8
-    figure = plt.figure(figsize=(cell * (most + (pixels is not None) + 0.15 * len(bands[0])), size * len(bands)))
+    height = len(first) * cell * min(1.6, first.shape[-2] / first.shape[-1]) + 0.8
+    figure = plt.figure(figsize=(cell * (most + (pixels is not None) + 0.15 * len(bands[0])), height * len(bands)))
+    numbered = scale == "group" or None not in limits
     for part, band in zip(figure.subfigures(len(bands), 1, squeeze=False)[:, 0], bands, strict=True):
-        widths = [1.0] * (pixels is not None)
-        for group, _ in band:
-            widths += [0.12] * bool(widths) + [1.0] * len(group)
-        widths += [1.0] * (most - sum(len(group) for group, _ in band))
-        axes = part.subplots(len(first), len(widths), squeeze=False, width_ratios=widths)
-        for axis in axes.flat:
-            axis.axis("off")
-        if pixels is not None:
-            axes[0, 0].set_title("image", fontsize=8)
-            for axis, image in zip(axes[:, 0], pixels, strict=False):
-                axis.imshow(picture(image))
-        place = int(pixels is not None)
-        for group, cmap in band:
-            place += bool(place)
-            columns, place = axes[:, place : place + len(group)], place + len(group)
+        for group, cmap, columns in _places(part, band, pixels, len(first), most):
             norms = _norms(group, scale, limits, gamma)
             for column, (name, maps) in zip(columns.T, group.items(), strict=True):
                 column[0].set_title(wrapped(name), fontsize=8)
@@ -71,8 +58,13 @@ def sheet(
                     draw_map(axis, maps[i], cmap, norms[name][i])
                     if rings and name in rings:
                         ring(axis, rings[name][i])
-            if any(maps.ndim == 3 for maps in group.values()):
-                _bar(part, columns, cmap, norms[name][0], label, scale, [(cutoffs or {}).get(name) for name in group])
+            if norms[name][0] is None:  # colours
+                continue
+            bar = _bar(part, columns, cmap, norms[name][0], label, None if numbered else scale)
+            for cutoff in (cutoffs[name] for name in group if name in (cutoffs or {})):
+                if norms[name][0].vmin < cutoff < norms[name][0].vmax:
+                    bar.ax.axvline(cutoff, color="black", lw=3.5)
+                    bar.ax.axvline(cutoff, color="white", lw=1.5)
     return figure
 
 
@@ -87,8 +79,29 @@ def _bands(groups: list[tuple], across: int = 4) -> list[list[tuple]]:
     return bands
 
 
+def _places(figure, band: list[tuple], pixels, count: int, most: int):
+    """(group, colour map, axes (images, maps)) of each group of a band; the images stand in the first column."""
+    first = int(pixels is not None)
+    widths = [1.0] * first
+    for group, _ in band:
+        widths += [0.12] * bool(widths) + [1.0] * len(group)
+    widths += [1.0] * (most - sum(len(group) for group, _ in band))  # cells are of one size in all bands
+    axes = figure.subplots(count, len(widths), squeeze=False, width_ratios=widths)
+    for axis in axes.flat:
+        axis.axis("off")
+    if first:
+        axes[0, 0].set_title("image", fontsize=8)
+        for axis, image in zip(axes[:, 0], pixels, strict=False):
+            axis.imshow(picture(image))
+    place = first
+    for group, cmap in band:
+        place += bool(place)
+        yield group, cmap, axes[:, place : place + len(group)]
+        place += len(group)
+
+
 def _norms(group: dict[str, torch.Tensor], scale: str, limits: tuple, gamma: float) -> dict[str, list]:
-    """The colour scale of each map of a group, (name, image)."""
+    """The colour scale of each map of a group, (name, image); None for colours."""
     maps = {name: m.float().cpu() for name, m in group.items() if m.ndim == 3}
     result = {name: [None] * len(m) for name, m in group.items()}
     for name, values in maps.items():
@@ -100,22 +113,16 @@ def _norms(group: dict[str, torch.Tensor], scale: str, limits: tuple, gamma: flo
     return result
 
 
-def _bar(figure, axes, cmap: str, norm, label: str, scale: str, cutoffs: list) -> None:
-    """The colour bar below a group; where maps have scales of their own it says least and largest."""
-    one = scale == "group" or norm.vmin == -norm.vmax
-    shown = ScalarMappable(norm if one else PowerNorm(norm.gamma, 0, 1), cmap)
-    style = dict(location="bottom", aspect=16 * axes.shape[1], pad=0.02)
-    bar = figure.colorbar(shown, ax=axes.ravel().tolist(), **style)
-    if one:
-        bar.set_label(label)
-        bar.ax.xaxis.set_major_locator(MaxNLocator(4))
-    else:
+def _bar(figure, axes, cmap: str, norm, label: str, scale: str | None):
+    """The colour bar below a group: numbers of `norm`, or least and largest where maps have scales of their own."""
+    shown = ScalarMappable(PowerNorm(norm.gamma, 0, 1) if scale else norm, cmap)
+    bar = figure.colorbar(shown, ax=axes.ravel().tolist(), location="bottom", aspect=16 * axes.shape[1], pad=0.02)
+    bar.ax.xaxis.set_major_locator(MaxNLocator(4))
+    if scale:
         bar.set_ticks([0, 1], labels=["least", "largest"])
-        bar.set_label((label + ", " if label else "") + {"each": "of each map", "image": "of each image"}[scale])
-    for cutoff in cutoffs:
-        if cutoff is not None and norm.vmin < cutoff < norm.vmax:
-            for colour, width in (("black", 3.5), ("white", 1.5)):
-                bar.ax.axvline(cutoff, color=colour, lw=width)
+        label += (", " if label else "") + ("of each map" if scale == "each" else "of each image")
+    bar.set_label(label)
+    return bar
 
 
 def draw_map(axis, values: torch.Tensor, cmap: str, norm=None) -> None:

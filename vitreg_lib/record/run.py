@@ -220,10 +220,15 @@ class Run:
         return images.load(source, model, n or self.settings["n_images"], self.parameters.get("seed", 0))
 
     def examples(self, model, n: int = 4):
-        """A few images to look at: the first of the run's scenes, or photos that may be shown anywhere."""
+        """A few images to look at: the first of the run's own, or photos that may be shown anywhere.
+
+        Scenes, textures and what a person names by its path are shown; of known sets of photos the shipped ones are.
+        """
         from ..data import images
 
-        source = "scenes" if self.settings["images"] == "scenes" else "photos"
+        source = self.settings["images"]
+        if source not in ("scenes", "textures") and not Path(source).exists():
+            source = "photos"
         return images.load(source, model, n, self.parameters.get("seed", 0))
 
     def measure(self, name: str, value, model: str = "", unit: str = "", paper=None, features: str = "") -> None:
@@ -264,9 +269,13 @@ class Run:
                 self.measure(called, value, label, paper=(paper or {}).get(called))
 
     def caption(self, images=None) -> str:
-        """One line for below a figure: profile, models and images."""
-        models = ", ".join(m.name + (f" ({m.role})" if m.role != "trained" else "") for m in self.models)
-        return f"{self.item}, profile {self.profile}: {models}" + (f"; {images.source}" if images else "")
+        """A line for below a figure: the models by their labels, the images, and whether a profile chose them."""
+        by_hand = [name for name in ("models", "images") if self.parameters.get(name)]
+        chosen = f"{' and '.join(by_hand)} chosen by hand" if by_hand else f"profile {self.profile}"
+        models = ", ".join(m.label + (f" ({m.role})" if m.is_control else "") for m in self.models)
+        if len(self.models) > 6:
+            models = f"{len(self.models)} models"
+        return f"{self.item}, {chosen}: {models}" + (f"; {images.source}" if images else "")
 
     def claim(
         self, claim: str, holds: bool | str | None, measured: str, text: str | None = None, paper: str | None = None
