@@ -61,7 +61,7 @@ def discovery(pixels: torch.Tensor, found: dict, patch_sizes: dict[str, int], tr
     return figure
 
 
-def rows_of_panels(names: list[str], count: int, titles: tuple[str, ...], cell: float = 1.12):
+def rows_of_panels(names: list[str], count: int, titles: tuple[str, ...], cell: float = 1.05):
     """(figure, axes (names, images, titles)), bare, names on the left, a gap between images."""
     widths = ([1.0] * len(titles) + [0.12]) * count
     figure = plt.figure(figsize=(cell * sum(widths) + 1.0, cell * len(names) + 0.5))

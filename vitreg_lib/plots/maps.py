@@ -6,6 +6,8 @@ a patch, never smoothed: an artifact is one patch wide.
 
 from __future__ import annotations
 
+import textwrap
+
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
@@ -117,7 +119,7 @@ def _bar(figure, axes, cmap: str, norm, label: str, scale: str | None):
     """The colour bar below a group: numbers of `norm`, or least and largest where maps have scales of their own."""
     shown = ScalarMappable(PowerNorm(norm.gamma, 0, 1) if scale else norm, cmap)
     bar = figure.colorbar(shown, ax=axes.ravel().tolist(), location="bottom", aspect=16 * axes.shape[1], pad=0.02)
-    bar.ax.xaxis.set_major_locator(MaxNLocator(4))
+    bar.ax.xaxis.set_major_locator(MaxNLocator(min(4, 1 + axes.shape[1])))
     if scale:
         bar.set_ticks([0, 1], labels=["least", "largest"])
         label += (", " if label else "") + ("of each map" if scale == "each" else "of each image")
@@ -176,7 +178,7 @@ def grids(maps: dict[str, torch.Tensor], label: str, cmap: str = NORMS, shared: 
     line says whose they are.
     """
     drawn = {name: values.cpu() for name, values in maps.items() if values.any()} or dict(list(maps.items())[:1])
-    size = (2.6 * len(drawn) + 0.5, 3.9)
+    size = (2.6 * len(drawn) + 1.2, 3.9)
     figure, axes = plt.subplots(2, len(drawn), figsize=size, height_ratios=[2.8, 1], squeeze=False)
     for (above, below), (name, values) in zip(axes.T, drawn.items(), strict=True):
         among = list(drawn.values()) if shared else [values]
@@ -192,9 +194,10 @@ def grids(maps: dict[str, torch.Tensor], label: str, cmap: str = NORMS, shared: 
         below.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=5))
         below.set(xlabel="column or row", ylim=(min(0, float(values.mean(0).min()) * 1.2), None))
     axes[1, 0].set_ylabel("mean")
-    figure.legend(*axes[1, 0].get_legend_handles_labels(), loc="outside upper center", ncols=2)
-    if none := [name.replace("\n", " ") for name in maps if not maps[name].any()]:
-        figure.suptitle(f"none at any place: {'; '.join(none)}", fontsize=8, color=PAPER)
+    none = "; ".join(name.replace("\n", " ") for name in maps if not maps[name].any())
+    title = textwrap.fill(f"none at any place: {none}" if none else "", int(11 * size[0]))
+    handles = axes[1, 0].get_legend_handles_labels()
+    figure.legend(*handles, title=title, title_fontsize=8, loc="outside upper center", ncols=2)
     return figure
 
 

@@ -54,10 +54,10 @@ def image_grid(
 
 def norm_maps(pixels: torch.Tensor, maps: dict[str, torch.Tensor], cutoffs: dict[str, float]) -> Figure:
     """Figure 3, left: images and, for each model, its norm map (images, rows, cols) with outliers ringed."""
-    groups = [{name: norms[:3].cpu()} for name, norms in maps.items()]
-    rings = {name: norms[:3].cpu() > cutoffs[name] for name, norms in maps.items()}
+    groups = [{name: norms[:4].cpu()} for name, norms in maps.items()]
+    rings = {name: norms[:4].cpu() > cutoffs[name] for name, norms in maps.items()}
     style = dict(cmap=NORMS, scale="group", label="L2 norm", limits=(0, None))
-    return sheet(pixels[:3], groups, rings=rings, cutoffs=cutoffs, **style)
+    return sheet(pixels[:4], groups, rings=rings, cutoffs=cutoffs, **style)
 
 
 @styled
