@@ -54,10 +54,9 @@ def discovery(pixels: torch.Tensor, found: dict, patch_sizes: dict[str, int], tr
             box = result.boxes[i] * patch_sizes[name]
             draw_box(panels[3], box, edgecolor=PALETTE[1], **line)
             if truth is not None:
-                text, colour = (
-                    ("hit", PALETTE[2]) if objects.found(box[None], truth[i : i + 1]) else ("miss", PALETTE[1])
-                )
-                panels[3].set_xlabel(text, color=colour, fontsize=9, fontweight="bold", labelpad=2)
+                hit = bool(objects.box_hits(box[None], truth[i : i + 1]))
+                style = dict(color=PALETTE[2] if hit else PALETTE[1], fontsize=9, fontweight="bold", labelpad=2)
+                panels[3].set_xlabel("hit" if hit else "miss", **style)
     return figure
 
 
