@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
@@ -132,6 +133,32 @@ def diagnose(
     for name, value in diagnosis.numbers.items():
         print(f"{name:30} {'none' if value is None else f'{value:.4g}'}")
     print(f"\npage: {shown(diagnose.page(diagnosis))}")
+
+
+@app.command(
+    epilog="\b\nvitreg measure deit-ti\nvitreg measure file:my.pth#vit_small_patch16_224 --images DIR --out FILE"
+)
+def measure(
+    model: AnyModel,
+    images: Annotated[str, typer.Option(help="photos (shipped), scenes, or a folder")] = "photos",
+    n_images: Annotated[int, typer.Option(min=1, help="at most this many")] = 10,
+    labelled: Annotated[Path | None, typer.Option(help="a folder with train/ and test/ of class folders")] = None,
+    out: Annotated[Path | None, typer.Option(help="the file; by default in data/measured")] = None,
+):
+    """Measure norms, attention and components of a model on a few images, into a file that replays them."""
+    from .data import images as image_sets
+    from .model import zoo
+    from .record import measured
+
+    loaded = zoo.load(model)
+    pictures = image_sets.load(images, loaded, n_images)
+    tensors = measured.measure(loaded, pictures, labelled)
+    path = out or measured.FOLDER / f"{loaded.label}.safetensors"
+    command = f"vitreg measure {model} --images {Path(images).name} --n-images {len(pictures)}"
+    if labelled:
+        command += f" --labelled {labelled.name}"
+    measured.write(loaded, pictures, tensors, path, command)
+    print(f"{shown(path)}: {path.stat().st_size / 1e6:.2f} MB, {pictures.source}")
 
 
 @app.command(epilog="Then use NAME+ttr4 wherever a model's name is asked for.")

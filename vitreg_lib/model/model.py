@@ -65,6 +65,11 @@ class Model:
         return "control" in self.role
 
     @property
+    def replayed(self) -> bool:
+        """Whether it answers from a file of measurements, without weights (`record.measured`)."""
+        return False
+
+    @property
     def registers(self) -> int:
         """How many registers it has."""
         return self.anatomy.num_registers

@@ -94,7 +94,9 @@ def notebook(item: str) -> Path:
     """The notebook of an item such as fig04 (also fig4, figure4, table2)."""
     name = normal_name(item)
     paths = sorted(p for p in NOTEBOOKS.glob("*/*.ipynb") if p.parent.name != "workshop")  # exercises are no items
-    found = [p for p in paths if p.parent.name == "paper" and p.stem.split("_")[0] == name] + [p for p in paths if p.stem == name]
+    found = [p for p in paths if p.parent.name == "paper" and p.stem.split("_")[0] == name] + [
+        p for p in paths if p.stem == name
+    ]
     if not found:
         names = {p.stem for p in paths} | {p.stem.split("_")[0] for p in paths if p.parent.name == "paper"}
         raise unknown("item", item, names, "See the README's table of notebooks.")
@@ -188,13 +190,12 @@ class Run:
 
         With models given by hand a missing one is an error, since it was asked for.
         """
-        from ..model import zoo
 
         loaded = []
         wanted = (names or self.settings["models"]).replace(",", " ").split()
         for name in wanted:
             try:
-                model = zoo.load(name)
+                model = self._model(name)
             except UserError as error:
                 if self.profile == "mini" or self.parameters.get("models"):
                     raise
@@ -210,11 +211,37 @@ class Run:
             )
         return loaded
 
+    def _model(self, name: str):
+        """A model by name; in the profile mini, where its weights are not at hand, as it was measured before."""
+        from ..model import zoo
+        from . import measured
+
+        base, _, _ = model_names.split(name)
+        if self.profile == "mini" and name in measured.names() and model_names.available(base) == "not here":
+            model = measured.load(name)
+            print(f"{name}: {model.name}, measured {model.measured['date']}, replayed")
+            return model
+        return zoo.load(name)
+
+    def source(self, model) -> str:
+        """What images `model` gets: those of the run; in the profile mini scenes are for models trained on them."""
+        own = model_names.entries().get(model.entry, {})
+        if self.profile == "mini" and self.settings["images"] == "scenes":
+            return own.get("images", "photos" if "timm" in own else "scenes")
+        return self.settings["images"]
+
+    def by_source(self, models: list) -> list[list]:
+        """The models in groups that get the same images, in order: pictures of one group can share a figure."""
+        groups = {}
+        for model in models:
+            groups.setdefault(self.source(model), []).append(model)
+        return list(groups.values())
+
     def images(self, model, n: int | None = None):
-        """The run's images as `model` sees them: `settings["images"]`, `n_images` of them, drawn by `seed`."""
+        """The run's images as `model` sees them: of its `source`, `n_images` of them, drawn by `seed`."""
         from ..data import images
 
-        source = self.settings["images"]
+        source = self.source(model)
         if source == "imagenet" and not images.named_folder("imagenet"):
             source = "photos"  # what ships with the packages, where no folder of photos was given
         return images.load(source, model, n or self.settings["n_images"], self.parameters.get("seed", 0))
@@ -226,7 +253,7 @@ class Run:
         """
         from ..data import images
 
-        source = self.settings["images"]
+        source = self.source(model)
         if source not in ("scenes", "textures") and not Path(source).exists():
             source = "photos"
         return images.load(source, model, n, self.parameters.get("seed", 0))

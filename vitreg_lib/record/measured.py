@@ -1,0 +1,250 @@
+"""Measurements of real models in a file: what the default figures show where the weights are not at hand.
+
+    vitreg measure deit-ti                      # writes data/measured/deit-ti.safetensors
+    model = vr.measured.load("deit-ti")         # a `Replayed` model: it answers for the measured photos, from the file
+    model.capture(photos, "norms")              # a `Capture`, as of the model itself, to half precision
+
+A file holds, in half precision, for n photos (fields of `Capture` where they are there too):
+
+    norms                (n, layers, tokens)              attention.L          (n, heads, prefix tokens, tokens)
+    by_patches.L         (n, patches)                     components           (n, rows, cols, 3)
+    thumbnails           (n, 3, 8, 8), by which photos are recognised
+    features, labels     (m, 4, dim) and (m,), where labelled photos were given: the tokens `TOKENS` after the final
+                         LayerNorm, NaN where an image has no such token; split (m,) is 0 for training, 1 for testing
+
+L are the last third of the blocks. Components are those of the patch tokens after the last block, before the final
+LayerNorm. The metadata say which model, photos (by sha256), command, commit and date. No photo is in it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import json
+import subprocess
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+from ..base import DATA, ROOT, UserError, unknown, written
+from ..data import images as image_sets
+from ..hooks.anatomy import Anatomy
+from ..hooks.capture import Capture
+from ..measure import detection, maps
+from ..model.model import Model
+from ..model.weights import file_sha256
+from ..probes.local import matched_normal
+
+FOLDER = DATA / "measured"
+TOKENS = ("cls", "outlier", "matched", "normal")
+SIZES = ("embed_dim", "num_heads", "head_dim", "channels")  # of `Anatomy`, kept as they are
+SAME = 0.02  # of a thumbnail's values: photos nearer than this are the same
+
+
+def names() -> list[str]:
+    """The labels of the models that are measured in data/measured."""
+    return sorted(path.name.removesuffix(".safetensors") for path in FOLDER.glob("*.safetensors"))
+
+
+def load(name: str) -> Replayed:
+    """The replayed model of data/measured, or of the file at this path. Raises UserError where there is none."""
+    path = Path(name) if name.endswith(".safetensors") else FOLDER / f"{name}.safetensors"
+    if not path.exists():
+        raise unknown("measured model", name, names(), "`vitreg measure MODEL` writes such a file.")
+    with safe_open(path, "pt") as file:
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (no mapping)
+        about = {key: json.loads(value) for key, value in file.metadata().items()}
+    facts = {k: tuple(v) if isinstance(v, list) else v for k, v in about["model"].items()}
+    facts["head"] = {k: tuple(v) for k, v in facts["head"].items()}
+    return Replayed(**facts, module=_NoWeights(facts["label"]), tensors=tensors, measured=about)
+
+
+@dataclass
+class Replayed(Model):
+    """A model without weights, that answers from a file of measurements. `measured`: the file's metadata."""
+
+    tensors: dict[str, torch.Tensor] = field(default_factory=dict, repr=False)
+    measured: dict = field(default_factory=dict, repr=False)
+
+    @property
+    def replayed(self) -> bool:
+        return True
+
+    @property
+    def anatomy(self) -> Anatomy:
+        """Sizes as measured; its parts are empty modules."""
+        known, parts = self.measured["anatomy"], tuple(nn.Identity() for _ in range(self.measured["anatomy"]["depth"]))
+        sizes = {name: known[name] for name in SIZES}
+        named = dict(blocks=parts, attention=parts, mlp_out=parts, patch_embed=nn.Identity(), norm=nn.Identity())
+        lists = {name: tuple(known[name]) for name in ("prefix", "patch_size")}
+        return Anatomy(**named, **sizes, **lists, forward=self.module)
+
+    @property
+    def weights(self) -> torch.Tensor:
+        return torch.zeros(1)
+
+    @property
+    def measured_blocks(self) -> tuple[int, ...]:
+        """The blocks whose attention is in the file."""
+        return tuple(sorted(int(key.split(".")[1]) for key in self.tensors if key.startswith("attention.")))
+
+    def capture(self, images, keep="norms", layers=None, queries=None, **_) -> Capture:
+        """A `Capture` of norms and attention of measured photos; UserError, in one line, for what was not measured."""
+        keep = (keep,) if isinstance(keep, str) else tuple(keep)
+        anatomy, rows = self.anatomy, self._rows(images)
+        layers = anatomy.layers(layers)
+        prefix = range(anatomy.num_prefix_tokens)
+        queries = tuple(prefix) if queries is None else tuple(queries)
+        missing = [site for site in keep if site not in ("norms", "attention")]
+        if "attention" in keep:
+            missing += [f"attention of block {i}" for i in layers if i not in self.measured_blocks]
+            missing += [f"attention of token {i}" for i in queries if i not in prefix]
+        if missing:
+            raise self._not_measured(missing[0])
+        seen = Capture(layers, anatomy.grid(self._x(images)), anatomy.prefix, queries)
+        if "norms" in keep:
+            seen.norms = self.tensors["norms"][rows][:, list(layers)].float()
+        if "attention" in keep:
+            seen.attention = {i: self.tensors[f"attention.{i}"][rows][:, :, list(queries)].float() for i in layers}
+        return seen
+
+    def observed(self, images) -> detection.Observed:
+        """What `detect` rests on."""
+        rows, blocks, first = self._rows(images), self.measured_blocks, self.anatomy.num_prefix_tokens
+        by_patches = {i: self.tensors[f"by_patches.{i}"][rows].float() for i in blocks}
+        by_cls = {i: self.tensors[f"attention.{i}"][rows].float().mean(1)[:, 0, first:] for i in blocks}
+        return detection.Observed(self.capture(images), by_cls if self.anatomy.has_cls else {}, by_patches)
+
+    def components(self, images) -> torch.Tensor:
+        """(images, rows, cols, 3) first principal components of the patch tokens after the last block, whitened."""
+        return self.tensors["components"][self._rows(images)].float()
+
+    def features(self) -> dict[str, torch.Tensor]:
+        """{"features": (m, 4, dim), "labels": (m,), "split": (m,)} of labelled photos; UserError without them."""
+        if "features" not in self.tensors:
+            raise self._not_measured("features of labelled photos")
+        return {key: self.tensors[key].float() if key == "features" else self.tensors[key] for key in LABELLED}
+
+    def _x(self, images) -> torch.Tensor:
+        return getattr(images, "x", images)
+
+    def _rows(self, images) -> torch.Tensor:
+        """Which of the measured photos these are, by their thumbnails. Raises UserError for any other image."""
+        size = self.measured["size"]
+        x = self._x(images)
+        known = self.tensors["thumbnails"].float().flatten(1)
+        if tuple(x.shape[-2:]) != (size, size):
+            raise self._not_measured(f"images of {x.shape[-2]} x {x.shape[-1]} pixels (measured: {size} x {size})")
+        apart, rows = (thumbnails(x).flatten(1)[:, None] - known).abs().mean(2).min(1)
+        if (apart > SAME).any():
+            raise self._not_measured("images other than " + self.measured["source"])
+        return rows
+
+    def _not_measured(self, what: str) -> UserError:
+        return UserError(
+            f"{self.label} is replayed from measurements, in which are norms, and attention of cls and registers in "
+            f"blocks {', '.join(map(str, self.measured_blocks))}: {what} was not measured; with the weights in "
+            "VITREG_MODELS it is computed"
+        )
+
+
+LABELLED = ("features", "labels", "split")
+
+
+class _NoWeights(nn.Module):
+    def __init__(self, label: str):
+        super().__init__()
+        self.label = label
+
+    def forward(self, *_):
+        raise UserError(f"{self.label} is replayed from measurements: its weights are not here, so nothing is computed")
+
+
+def thumbnails(x: torch.Tensor) -> torch.Tensor:
+    """(n, 3, 8, 8) mean of normalised images over an 8 x 8 grid."""
+    return F.adaptive_avg_pool2d(x.float(), 8)
+
+
+def measure(model: Model, images, labelled: Path | None = None, per_class: int = 8, seed: int = 0) -> dict:
+    """The tensors of a file, for an `Images` set; of labelled photos where a folder with train/ and test/ is given."""
+    observed, anatomy = detection.observe(model, images), model.anatomy
+    blocks = list(observed.by_patches)
+    seen = model.capture(images, ("attention", "tokens") if anatomy.num_prefix_tokens else "tokens", layers=blocks)
+    parts = maps.principal_components(seen.patches(seen.tokens[blocks[-1]]), 3, grid=seen.grid)
+    tensors = {"norms": observed.seen.norms, "thumbnails": thumbnails(images.x)}
+    tensors["components"] = parts.scores.unflatten(1, seen.grid)
+    tensors |= {f"by_patches.{i}": at for i, at in observed.by_patches.items()}
+    tensors |= {f"attention.{i}": at for i, at in seen.attention.items()}
+    if labelled is not None:
+        cut = detection.judge(observed).outliers.cutoff
+        tensors |= _labelled(model, labelled, cut, per_class, torch.Generator().manual_seed(seed))
+    return {name: t.half().contiguous() if t.is_floating_point() else t for name, t in tensors.items()}
+
+
+def _labelled(model: Model, folder: Path, cut: float, per_class: int, noise: torch.Generator) -> dict:
+    """features, labels and split of up to `per_class` photos of every class in folder/train and folder/test."""
+    features, labels, split = [], [], []
+    for part, name in enumerate(("train", "test")):
+        classes = sorted(path for path in (folder / name).iterdir() if path.is_dir())
+        for label, path in enumerate(classes):
+            pictures = image_sets.load(str(path), model, per_class)
+            seen = model.capture(pictures, ("norms", "final"))
+            features.append(_tokens(seen, cut, noise))
+            labels += [label] * len(pictures)
+            split += [part] * len(pictures)
+    return {"features": torch.cat(features), "labels": torch.tensor(labels), "split": torch.tensor(split)}
+
+
+def _tokens(seen: Capture, cut: float, noise: torch.Generator) -> torch.Tensor:
+    """(images, 4, dim) the tokens `TOKENS` of each image after the final LayerNorm, drawn at random where many."""
+    mask = seen.patch_norms[:, -1] > cut
+    partner = matched_normal(mask.unflatten(1, seen.grid)).flatten(1)
+    patches = seen.patches(seen.final)
+    chosen = [seen.final[:, :1] if seen.has_cls else torch.full_like(patches[:, :1], torch.nan)]
+    for among in (mask, partner, ~mask):
+        drawn = torch.rand(among.shape, generator=noise).masked_fill(~among, -1).argmax(1)
+        token = patches[torch.arange(len(patches)), drawn]
+        chosen.append(torch.where(among.any(1)[:, None], token, torch.nan)[:, None])
+    return torch.cat(chosen, 1)
+
+
+def write(model: Model, images, tensors: dict, path: Path, command: str) -> Path:
+    """Write a file of measurements with its metadata; its path."""
+    anatomy = model.anatomy
+    facts = {f.name: getattr(model, f.name) for f in dataclasses.fields(Model) if f.name != "module"}
+    sizes = {name: getattr(anatomy, name) for name in ("prefix", "depth", "patch_size", *SIZES)}
+    source = images.source.split(",")[0]
+    metadata = dict(model=facts, anatomy=sizes, source=source, size=images.x.shape[-1], photos=_hashes(images))
+    metadata |= dict(command=command, commit=_commit(), date=datetime.date.today().isoformat())
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with written(path) as temporary:
+        save_file(tensors, temporary, {key: json.dumps(value) for key, value in metadata.items()})
+    return path
+
+
+def _hashes(images) -> dict[str, str]:
+    """{name: sha256 of its file} of photos; empty for procedural images."""
+    if images.scenes is not None or images.source.startswith("textures"):
+        return {}
+    source = "photos" if images.source.startswith("photos") else images.source.split(",")[0]
+    try:
+        paths = {path.stem: path for path in image_sets.find(source)[0]}
+    except UserError:  # a folder that was given by its path: its name alone does not find it
+        return dict.fromkeys(images.names, "")
+    return {name: file_sha256(paths[name]) for name in images.names if name in paths}
+
+
+def _commit() -> str:
+    """The commit of the code that measures, with "+" where files differ from it; "" outside of a repository."""
+    try:
+        done = subprocess.run(
+            ["git", "describe", "--always", "--abbrev=12", "--dirty=+"], cwd=ROOT, capture_output=True, text=True
+        )
+    except OSError:
+        return ""
+    return done.stdout.strip()
