@@ -7,10 +7,12 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 from torch import Tensor
+from verdicts import above, every, over_folds, specimen
 
 from vitreg_lib.plots.scores import dots
 from vitreg_lib.plots.style import PALETTE, PAPER, styled
-from vitreg_lib.probes.local import READABLE, groups
+from vitreg_lib.probes.linear import FOLDS
+from vitreg_lib.probes.local import PER_PLACE, READABLE, groups, local_probes
 
 GROUPS = {"normal": PALETTE[0], "outlier": PALETTE[1], "matched": PALETTE[2], "border": PALETTE[5]}
 FITS = {"normal": "trained on normal", "all": "trained on all", "own": "trained on the group"}
@@ -90,55 +92,74 @@ def by_group(tables: dict, columns: dict[str, str], cap: dict[str, float] | None
 
 def titles(masks: dict[str, Tensor], borrowed: dict[str, str]) -> dict[str, str]:
     """What to write above a model's panel: its share of outliers, or whose places it is looked at in."""
-    told = {name: f"{mask.float().mean():.2%} outliers" for name, mask in masks.items()}
-    told |= {name: f"places of {owner}" for name, owner in borrowed.items()}
-    return {name: f"{name}\n{text}" for name, text in told.items()}
+    texts = {name: f"{mask.float().mean():.2%} outliers" for name, mask in masks.items()}
+    texts |= {name: f"places of {owner}" for name, owner in borrowed.items()}
+    return {name: f"{name}\n{text}" for name, text in texts.items()}
 
 
-def ratios(table, group: str = "outlier", to: str = "matched"):
-    """`group` over `to` for each fit of a `local_probes` table: accuracy, distance, l2, relative; NaN over nothing.
+def probes(tokens: Tensor, pixels: Tensor, is_outlier: Tensor, max_tokens: int, seed: int = 0):
+    """`local_probes` on each of five folds of the images: a DataFrame indexed by (group, fit, fold).
+
+    max_tokens: training tokens of a probe; 0: enough for the position probe, `PER_PLACE` for each place.
+    """
+    import pandas as pd
+
+    most = max_tokens or PER_PLACE * is_outlier[0].numel()
+    folds = {fold: local_probes(tokens, pixels, is_outlier, most, seed, fold) for fold in range(FOLDS)}
+    return pd.concat(folds, names=["fold"]).reorder_levels(["group", "fit", "fold"])
+
+
+def over_all(table):
+    """The means over the folds of a table of `probes`, indexed by (group, fit); `test` is their sum."""
+    means = table.groupby(level=["group", "fit"], sort=False).mean()
+    return means.assign(test=table.test.groupby(level=["group", "fit"], sort=False).sum())
+
+
+def ratios(table, group: str = "outlier", to: str = "matched", fit: str = "own"):
+    """`group` over `to` in each fold of a table of `probes`: accuracy, distance, l2, relative; NaN over nothing.
 
     The distance has half a cell added to both, so that a probe that never errs does not divide by 0.
     """
     columns = ["accuracy", "distance", "l2", "relative"]
-    one, other = (table.xs(name, level="group")[columns].copy() for name in (group, to))
+    one, other = (table.xs((name, fit), level=("group", "fit"))[columns].copy() for name in (group, to))
     one["distance"], other["distance"] = one["distance"] + 0.5, other["distance"] + 0.5
     return one / other.where(other > 0)
 
 
-def verdicts(table, alike) -> dict[str, tuple[bool | None, str]]:
+def verdicts(table, alike) -> dict[str, tuple[bool | str | None, str]]:
     """{"auc", "accuracy", "distance", "l2": (is it as the paper claims of outliers, what was measured)}.
 
-    table of `local_probes` and numbers of `likeness`, of one model. Judged on outlier against matched tokens, each with
-    its own fit: the interval of the AUC above one half, accuracy below 0.8, distance above 2, L2 above 1.1 times. None
-    for accuracy and distance where normal tokens are right less than five times as often as by chance.
+    table of `probes` and numbers of `likeness`, of one model. Judged on outlier against matched tokens, each with its
+    own fit, by intervals over images: AUC above one half, accuracy below 0.8, distance above 2, L2 above 1.1 times.
+    None for accuracy and distance where normal tokens are right less than five times as often as by chance.
     """
-    fair, paper = ratios(table).loc["own"], ratios(table, to="normal").loc["all"]
-    right, chance = table.loc[("normal", "own"), ["accuracy", "chance"]]
-    blind = (
-        f"; not readable: normal tokens {right:.1%} right, {chance:.1%} by chance" if right < READABLE * chance else ""
-    )
-    found = {"accuracy": fair.accuracy < 0.8, "distance": fair.distance > 2, "l2": fair.l2 > 1.1}
-    told = {
-        key: f"outlier / matched {fair[key]:.2f}, as the paper compares {paper[key]:.2f}; "
-        f"{table.test['outlier', 'own']:.0f} outliers scored" + (blind if key != "l2" else "")
-        for key in found
-    }
-    result = {key: (None if blind and key != "l2" else bool(holds), told[key]) for key, holds in found.items()}
+    fair, paper, mean = ratios(table), ratios(table, to="normal", fit="all").mean(), over_all(table)
+    right, chance = mean.loc[("normal", "own"), ["accuracy", "chance"]]
+    blind = right < READABLE * chance
+    result, limits = {}, {"accuracy": (0.8, -1), "distance": (2, 1), "l2": (1.1, 1)}
+    for key, (limit, sign) in limits.items():
+        value, low, high = over_folds(fair[key])
+        holds = above(*sorted((sign * low, sign * high)), sign * limit)
+        text = f"outlier / matched {value:.2f} ({low:.2f} to {high:.2f}), as the paper compares {paper[key]:.2f}; "
+        text += f"{mean.test['outlier', 'own']:.0f} outliers scored"
+        if blind and key != "l2":
+            holds, text = None, f"{text}; not readable: normal tokens {right:.1%} right, {chance:.1%} by chance"
+        result[key] = (holds, text)
     areas = [f"{alike[k]:.2f} ({alike[k + '_low']:.2f} to {alike[k + '_high']:.2f})" for k in ("auc", "auc_matched")]
-    return result | {"auc": (bool(alike["auc_matched_low"] > 0.5), f"AUC {areas[0]}, against matched {areas[1]}")}
+    holds = above(alike["auc_matched_low"], alike["auc_matched_high"], 0.5)
+    return result | {"auc": (holds, f"AUC {areas[0]}, against matched {areas[1]}")}
 
 
 def claims(models, masks: dict[str, Tensor], borrowed: dict[str, str], tables: dict, alike):
-    """Arguments of `Run.claim` one after the other: C016 to C019 on the first model, then ours on the controls.
+    """Arguments of `Run.claim`: C016 to C019 on the first trained model with artifacts, then ours on the others.
 
-    By label: outlier masks, `same_places` of them, `local_probes` tables; alike: `likeness`, one row a model.
+    By label: outlier masks, `same_places` of them, tables of `probes`; alike: `likeness`, one row a model.
     """
     judged = {name: verdicts(table, alike.loc[name]) for name, table in tables.items()}
-    first = models[0].label
+    first = specimen(models, {name for name, mask in masks.items() if mask.any()})
     for claim, key in {"C016": "auc", "C017": "accuracy", "C018": "distance", "C019": "l2"}.items():
-        holds, told = judged[first][key] if masks[first].any() else (None, "no outliers")
-        yield claim, holds, f"{first}: {told}"
+        holds, text = judged[first.label][key] if first else (None, "no trained model here has outliers")
+        yield claim, holds, f"{first.label}: {text}" if first else text
     texts = {
         "trained": "has no outliers; its tokens know their patch where {} has them",
         "random control": "fresh weights know no less where {} has outliers",
@@ -146,14 +167,14 @@ def claims(models, masks: dict[str, Tensor], borrowed: dict[str, str], tables: d
         "planted control": "its outliers know less of place and pixels than matched tokens, as planted",
     }
     for model in (m for m in models if m.label in borrowed or (m.is_control and masks[m.label].any())):
-        name = model.label
-        keys = ("accuracy", "distance", "l2")
+        name, keys = model.label, ("accuracy", "distance", "l2")
         worse = [judged[name][key][0] for key in keys]
-        told = "; ".join(f"{key} {ratios(tables[name]).loc['own', key]:.2f}" for key in keys)
+        asked = [not w if isinstance(w, bool) else w for w in worse] if name in borrowed else worse
+        spans = {key: over_folds(ratios(tables[name])[key]) for key in keys}
+        text = "; ".join(f"{key} {value:.2f} ({low:.2f} to {high:.2f})" for key, (value, low, high) in spans.items())
         blind = " (position is not readable here)" if None in worse else ""
-        holds = not any(worse) if name in borrowed else all(worse)
-        text = f"ours: {name}: " + texts[model.role].format(borrowed.get(name, name))
-        yield f"control-{name}", holds, f"outlier places / matched: {told}{blind}", text, "none"
+        claim = f"{name}: " + texts[model.role].format(borrowed.get(name, name))
+        yield f"control-{name}", every(asked), f"outlier places / matched: {text}{blind}", claim, "none"
 
 
 def likeness(similarity: Tensor, is_outlier: Tensor, draws: int = 500, seed: int = 0) -> dict[str, float]:

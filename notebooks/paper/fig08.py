@@ -1,13 +1,18 @@
-"""Figure 8: scores by the number of registers, and their plot."""
+"""Figure 8: scores by the number of registers, their plot, and the verdicts."""
 
 from __future__ import annotations
 
 import matplotlib.pyplot as plt
 import numpy as np
+import torch
 from matplotlib.figure import Figure
-from tab02 import LOWER_IS_BETTER, PANELS, TASKS
+from tab02 import LOWER_IS_BETTER, PANELS, SCORE
+from verdicts import above, every
 
+from vitreg_lib.measure.pairs import pairs
 from vitreg_lib.plots.style import PALETTE, styled
+
+LEVEL = 0.05  # share of simulated chance draws that pass a test
 
 ASKED = {  # the claims of Figure 8 in this module's words
     "C030": "one register brings more than half of the best gain in masks and in depth",
@@ -20,7 +25,7 @@ ASKED = {  # the claims of Figure 8 in this module's words
 def scores_by_registers(ladders: dict) -> Figure:
     """Figure 8, below: the three scores by the number of registers; one line a family, bars: spread over seeds.
 
-    ladders: {family: DataFrame of `probes.scores.table` with a column registers}.
+    ladders: {family: DataFrame of `tab02.table` with a column registers}.
     """
     tasks = [task for task in PANELS if any(task in table for table in ladders.values())]
     counts = sorted({int(c) for table in ladders.values() for c in table.registers})
@@ -56,73 +61,134 @@ def rows(table, members):
     return table.loc[[m.label for m in members]].assign(registers=[m.registers for m in members])
 
 
-def by_registers(table, counts) -> dict[str, tuple[bool | None, str]]:
+def claims(models, table, having, found: dict, ladders: dict, profile: str):
+    """Arguments of `Run.claim`: C029 on artifacts, C030 to C032 on the first trained ladder, ours on the others.
+
+    table: outlier_share by label; having: labels of models with artifacts; found: {label: `tab02.Scores`}.
+    """
+    base = pairs(models)
+    one = [m.label for m in models if m.registers == 1 and m.registers_from == "trained"]
+    judged = [name for name in one if base.get(name) in having]
+    text = "; ".join(f"{name}: {table.outlier_share[name]:.2%}" for name in judged or one)
+    missing = f"no artifacts without registers ({text})" if one else f"no model with one register in profile {profile}"
+    yield "C029", bool((table.outlier_share[judged] < 0.001).all()) if judged else None, text if judged else missing
+    trained = next((n for n, members in ladders.items() if members[-1].registers_from == "trained"), None)
+    if trained is None:
+        for claim in ("C030", "C031", "C032"):
+            yield claim, None, f"no family trained at three or more numbers of registers in profile {profile}"
+    for name, members in ladders.items():
+        for claim, (holds, measured) in by_registers(found, members).items():
+            if name == trained:
+                yield claim, holds, f"{name}: {measured}"
+            else:
+                yield f"ours-{claim}-{name}", holds, measured, f"{ASKED[claim]} ({name})", "none"
+    mended = [m for m in models if m.role == "mended"]
+    if mended:
+        names = [base[mended[0].label], *(m.label for m in mended)]
+        text = "; ".join(f"{table.registers[name]}: {table.outlier_share[name]:.2%}" for name in names)
+        before, after = table.outlier_share[names[:2]]
+        holds = bool(after < 0.1 * before) if names[0] in having else None
+        claim = "one register added at test time removes at least nine tenths of the outliers"
+        yield "ours-one-added", holds, f"share of outliers by registers added to {names[0]}: {text}", claim, "none"
+
+
+def by_registers(found: dict, members, draws: int = 500, seed: int = 0) -> dict[str, tuple[bool | str | None, str]]:
     """{"C030", "C031", "C032": (verdict, what was measured)}: the claims of Figure 8 about the three tasks.
 
-    table: rows of `table` for one ladder, with counts their numbers of registers, from 0. C030: one register has more
-    than half of the best gain in masks and depth; C031: their best number is not 0; C032: the class gains with more
-    (most registers above none, rank correlation above 0). None where a number or a gain is missing that it needs.
+    found: {label: `tab02.Scores`}; members: the models of one ladder, the first without registers. C031: the largest
+    gain of masks and of depth is larger than chance gives. C030: one register then has more than half of it. C032: the
+    class improves along the numbers of registers. Chance is simulated: in each image the scores are shuffled among the
+    models, which leaves no difference between them but keeps the choice of the best; 5 % of such draws pass one test.
+    It holds for these trained models, of which there is one for each number.
     """
-    from scipy.stats import spearmanr
-
-    gains = {}
-    for task in (t for t in TASKS if t in table):
-        sign, factor = (-1, 1) if task in LOWER_IS_BETTER else (1, 100)
-        gains[task] = dict(zip(counts, factor * sign * (table[task] - table[task].iloc[0]), strict=True))
-    unit = {task: "" if task in LOWER_IS_BETTER else " points" for task in TASKS}
-    dense = {task: gain for task, gain in gains.items() if task != "accuracy"}
-    best = {task: max(gain, key=gain.get) for task, gain in dense.items()}
-    told = {
-        t: f"{t}: 1 register {g.get(1, float('nan')):+.2f}, best {g[best[t]]:+.2f}{unit[t]} with {best[t]}"
-        for t, g in dense.items()
+    counts = [model.registers for model in members]
+    scored = {
+        task: torch.stack([found[m.label].parts[task] for m in members]) for task in found[members[0].label].parts
     }
-    result = {}
-    if dense:
-        enough = {0, 1} <= set(counts) and all(g[best[t]] > 0 for t, g in dense.items())
-        first = all(g.get(1, 0) > g[best[t]] / 2 for t, g in dense.items())
-        none = "" if enough else "; no gain, or no model with one register, to take the share of"
-        result["C030"] = (bool(first) if enough else None, "; ".join(told.values()) + none)
-        numbers = ", ".join(f"{t} {b}" for t, b in best.items())
-        by_chance = f"; by chance alone another than 0 is the best of {len(counts)} in {1 - 1 / len(counts):.0%}"
-        result["C031"] = (all(b != 0 for b in best.values()), f"best number: {numbers}{by_chance}")
-    if "accuracy" in gains:
-        gain = gains["accuracy"]
-        rank = float(spearmanr(list(gain), list(gain.values())).statistic)
-        most = max(gain)
-        result["C032"] = (
-            bool(gain[most] > 0 and rank > 0),
-            f"{most} registers {gain[most]:+.1f} points, rank correlation {rank:.2f}",
+    result, first = {}, {}
+    best = {task: _best_gain(scored[task], task, draws, seed) for task in ("miou", "rmse") if task in scored}
+    if best:
+        text = "; ".join(_said(task, counts, *b) for task, b in best.items())
+        holds = every(p_up < LEVEL or (False if p_down < LEVEL else "undecided") for _, p_up, p_down in best.values())
+        result["C031"] = (holds, f"{text} ({draws} shuffles of the models; a rule that only asks for the best number "
+                                 f"passes by chance in {1 - 1 / len(counts):.0%})")  # fmt: skip
+        for task, (gains, *_) in best.items():
+            if 1 in counts:
+                low, high = _half_gain(scored[task], task, counts.index(1), int(gains.argmax()), draws, seed)
+                first[task] = (
+                    above(low, high),
+                    f"{task}: gain of 1 register minus half of the best {_span(task, low, high)}",
+                )
+        if result["C031"][0] is not True:
+            result["C030"] = (None, "no gain of masks and depth beyond chance to take the share of; " + text)
+        elif not first:
+            result["C030"] = (None, "no model with one register")
+        else:
+            result["C030"] = (every(v for v, _ in first.values()), "; ".join(t for _, t in first.values()))
+    if "accuracy" in scored:
+        trend, p_up, p_down = _trend(scored["accuracy"], draws, seed)
+        holds = True if p_up < LEVEL else False if p_down < LEVEL else "undecided"
+        gain = 100 * (
+            SCORE["accuracy"](scored["accuracy"]).mean(1)[-1] - SCORE["accuracy"](scored["accuracy"]).mean(1)[0]
         )
+        result["C032"] = (holds, f"{counts[-1]} registers {gain:+.1f} points; correlation with the rank of the number "
+                                 f"{trend:+.2f} (p {p_up:.2g} of {draws} shuffles)")  # fmt: skip
     return result
 
 
-def claims(models, shares, scored, families: dict[str, list], profile: str):
-    """Arguments of `Run.claim`: C029 to C032 on trained registers, the same questions of registers added at test time.
+def _gains(parts: torch.Tensor, task: str) -> torch.Tensor:
+    """(models,) mean score over seeds minus that of the first model, larger is better; parts (models, seeds, …)."""
+    score = SCORE[task](parts).mean(1)
+    return (score - score[0]) * (-1 if task in LOWER_IS_BETTER else 1)
 
-    shares: outlier share by label; scored: `tab02.table`; families: `ladders`.
-    """
-    one = [m.label for m in models if m.registers == 1 and m.registers_from == "trained"]
-    text = "; ".join(f"{name}: {shares[name]:.2%}" for name in one)
-    missing = f"no model trained with one register in profile {profile}"
-    yield "C029", bool((shares[one] < 0.001).all()) if one else None, text or missing
-    added = {name: members[-1].registers_from == "test time" for name, members in families.items()}
-    for name, members in sorted(families.items(), key=lambda item: added[item[0]]):
-        part = rows(scored, members)
-        for claim, (holds, text) in by_registers(part, list(part.registers)).items():
-            if added[name]:
-                asked = f"{ASKED[claim]}, added to {members[0].label} at test time"
-                yield f"ours-{claim}-{name}", holds, text, asked, "none"
-            else:
-                yield claim, holds, f"{name}: {text}"
-    if all(added.values()):
-        for claim in ASKED:
-            yield claim, None, f"no family trained at three or more numbers of registers in profile {profile}"
-    mended = [m for m in models if m.role == "mended"]
-    if mended:
-        names = [mended[0].base, *(m.label for m in mended)]
-        numbers = {m.label: m.registers for m in models}
-        text = "; ".join(f"{numbers[name]}: {shares[name]:.2%}" for name in names)
-        before, after = shares[names[:2]]
-        measured = f"share of outliers by registers added to {names[0]}: {text}"
-        asked = "one register added at test time removes at least nine tenths of the outliers"
-        yield "ours-one-added", bool(after < 0.1 * before), measured, asked, "none"
+
+def _shuffles(parts: torch.Tensor, draws: int, seed: int):
+    """Draws of parts (models, seeds, images, values) in which each image's scores are shuffled among the models."""
+    generator, images = torch.Generator().manual_seed(seed), torch.arange(parts.shape[2])
+    for _ in range(draws):
+        order = torch.rand(len(parts), len(images), generator=generator).argsort(0)
+        yield parts[order[:, None, :], torch.arange(parts.shape[1])[None, :, None], images]
+
+
+def _p(value: float, null: list[float]) -> float:
+    return (1 + sum(n >= value - 1e-12 for n in null)) / (1 + len(null))
+
+
+def _best_gain(parts, task: str, draws: int, seed: int) -> tuple[torch.Tensor, float, float]:
+    """(gains (models,), p that the largest is none, p that the smallest loss of another number than 0 is none)."""
+    gains = _gains(parts, task)
+    null = [_gains(drawn, task)[1:].max().item() for drawn in _shuffles(parts, draws, seed)]
+    return gains, _p(gains[1:].max().item(), null), _p(-gains[1:].max().item(), [-n for n in null])
+
+
+def _half_gain(parts, task: str, one: int, best: int, draws: int, seed: int) -> tuple[float, float]:
+    """The middle 95 % of the gain of one register minus half of the best gain, images drawn anew."""
+    generator, images = torch.Generator().manual_seed(seed), parts.shape[2]
+    drawn = []
+    for _ in range(draws):
+        gains = _gains(parts[:, :, torch.randint(images, (images,), generator=generator)], task)
+        drawn.append((gains[one] - gains[best] / 2).item())
+    low, high = torch.tensor(drawn).double().quantile(torch.tensor([0.025, 0.975]).double()).tolist()
+    return low, high
+
+
+def _trend(parts, draws: int, seed: int) -> tuple[float, float, float]:
+    """(correlation of the accuracy with the rank of the number of registers, p of its rise, p of its fall)."""
+
+    def correlation(values):
+        score, rank = SCORE["accuracy"](values).mean(1), torch.arange(float(len(values))).double()
+        return torch.corrcoef(torch.stack([rank, score]))[0, 1].nan_to_num().item()
+
+    value, null = correlation(parts), [correlation(drawn) for drawn in _shuffles(parts, draws, seed)]
+    return value, _p(value, null), _p(-value, [-n for n in null])
+
+
+def _span(task: str, low: float, high: float) -> str:
+    factor, unit = (1, "") if task in LOWER_IS_BETTER else (100, " points")
+    return f"{factor * low:+.2f} to {factor * high:+.2f}{unit}"
+
+
+def _said(task: str, counts: list[int], gains: torch.Tensor, p_up: float, p_down: float) -> str:
+    best, factor = 1 + int(gains[1:].argmax()), 1 if task in LOWER_IS_BETTER else 100
+    unit = "" if task in LOWER_IS_BETTER else " points"
+    return f"{task}: best gain {factor * gains[best]:+.2f}{unit} with {counts[best]} (p {p_up:.2g})"

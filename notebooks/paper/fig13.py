@@ -6,6 +6,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from matplotlib.figure import Figure
+from verdicts import above, every
 
 from vitreg_lib.measure import objects, pairs
 from vitreg_lib.plots.maps import COMPONENT
@@ -82,30 +83,39 @@ def signed(axis, values: torch.Tensor) -> None:
     axis.imshow(values.numpy(), cmap=COMPONENT, vmin=-most, vmax=most, interpolation="nearest")
 
 
-def claims(models, compared, profile: str):
-    """Arguments of `Run.claim`: C045 to C047 by family, then ours on registers added at test time.
+def claims(models, compared, roughness: dict, having, profile: str):
+    """Arguments of `Run.claim`: C045 to C047 on pairs trained without and with registers, ours on added registers.
 
-    compared: `pairs.compare` of the roughness of the score, 1 - Moran's I.
+    compared: `pairs.compare` of the roughness (images,) of each model's score; having: labels of models with artifacts.
     """
-    with_registers = [m for m in models if m.label in pairs.pairs(models, "trained")]
-    trained = {m.family: m.label for m in reversed(with_registers)}
+    base = pairs.pairs(models)
+    trained = {m.family: m.label for m in reversed(models) if m.label in base and m.registers_from == "trained"}
     for claim, family in (("C045", "deit3"), ("C046", "dinov2")):
-        name = trained.get(family)
-        missing = (None, f"no pair of the family {family} in profile {profile}")
-        yield claim, *(pairs.judge(compared.loc[[name]]) if name else missing)
-    drop = compared.median_without - compared.median_with
-    gains = {family: drop[trained[family]] for family in ("deit3", "dinov2", "clip") if family in trained}
-    text = "drop of the median roughness: " + (", ".join(f"{f} {gain:+.2f}" for f, gain in gains.items()) or "no pair")
-    others = [gain for family, gain in gains.items() if family != "clip"]
-    testable = "clip" in gains and others
-    yield (
-        "C047",
-        bool(gains["clip"] < min(others)) if testable else None,
-        text + "; no pair of clip" * ("clip" not in gains),
-    )
-    for name, base in pairs.pairs(models, "test time").items():
-        text = f"registers added at test time smooth the score of {base}"
-        yield f"ours-{name}", *pairs.judge(compared.loc[[name]], "test time"), text, "none"
+        if family in trained:
+            yield claim, *pairs.judge(compared.loc[[trained[family]]], having=having)
+        else:
+            yield claim, None, f"no pair of the family {family} in profile {profile}"
+    drops = {}
+    for family, name in trained.items():
+        if base[name] in having:
+            drop = roughness[base[name]] - roughness[name]
+            drops[family] = drop[drop.isfinite()]
+    others = [family for family in drops if family != "clip"]
+    if "clip" in drops and others:
+        answers = [_smaller(drops["clip"], drops[family]) for family in others]
+        spans = "; ".join(f"{family} {drop.mean():+.3f}" for family, drop in drops.items())
+        yield "C047", every(answers), f"mean drop of the roughness: {spans}"
+    else:
+        yield "C047", None, "needs a pair of OpenCLIP and another whose models without registers have artifacts"
+    for name in (m.label for m in models if m.label in base and m.registers_from == "test time"):
+        text = f"registers added at test time smooth the score of {base[name]}"
+        yield f"ours-{name}", *pairs.judge(compared.loc[[name]], "test time", having), text, "none"
+
+
+def _smaller(one: torch.Tensor, other: torch.Tensor) -> bool | str:
+    """Is the mean of one smaller than that of the other? By the sum of two bootstrap intervals, images apart."""
+    (low, high), (least, most) = pairs.interval(one), pairs.interval(other)
+    return above(least - high, most - low)
 
 
 def two_pairs(names: list[str], pairs: dict[str, str]) -> list[str]:

@@ -9,9 +9,11 @@ import torch
 import torch.nn.functional as F
 from fig13 import rows_of_panels, signed
 from matplotlib.figure import Figure
+from verdicts import above
 
 from vitreg_lib.hooks.capture import evaluating, hooks
 from vitreg_lib.measure import objects, pairs
+from vitreg_lib.measure.maps import median
 from vitreg_lib.plots.style import picture, ring, styled
 
 
@@ -101,28 +103,58 @@ def spot_table(spots: dict, outlying: dict, base: dict[str, str]):
     return pd.DataFrame(rows).T
 
 
-def claims(models, spots: dict, filtered: dict[str, float], profile: str):
-    """Arguments of `Run.claim`: C048 to C051 on a CLIP model, then the same questions of models with outliers.
+def filtered(gains: torch.Tensor, is_outlier: torch.Tensor, draws: int = 500, seed: int = 0):
+    """(ratio, low, high): median gain of outliers over that of other patches, and its interval, images drawn anew.
 
-    By label: spots, {kind: masks}; filtered, the value gain of outliers over that of normal tokens.
+    gains (images, patches) of `value_gain`; is_outlier of the same shape.
     """
-    clip = next((m.label for m in models if m.family == "clip"), None)
-    paired = next((n for n, base in pairs.pairs(models, "trained").items() if base == clip), None)
-    count = {n: {kind: mask.sum((1, 2)).float() for kind, mask in kinds.items()} for n, kinds in spots.items()}
+    generator, n = torch.Generator().manual_seed(seed), len(gains)
+
+    def ratio(rows):
+        value, mask = gains[rows], is_outlier[rows]
+        return (median(value[mask]) / median(value[~mask])).item() if mask.any() else math.nan
+
+    drawn = [ratio(torch.randint(n, (n,), generator=generator)) for _ in range(draws)]
+    low, high = torch.tensor(drawn).double().nanquantile(torch.tensor([0.025, 0.975]).double()).tolist()
+    return ratio(torch.arange(n)), low, high
+
+
+def claims(models, spots: dict, through: dict, having, profile: str):
+    """Arguments of `Run.claim`: C048 to C051 on CLIP models, then ours on every other model with artifacts.
+
+    spots: {label: {kind: mask (images, rows, cols)}}; through: {label: `filtered`} of models with outliers.
+    """
+    clip = next((m.label for m in models if m.family == "clip" and m.role == "trained"), None)
+    with_registers = next((n for n, base in pairs.pairs(models, "trained").items() if base == clip), None)
+    count = {name: {kind: mask.sum((1, 2)).double() for kind, mask in masks.items()} for name, masks in spots.items()}
+    missing = f"no CLIP model with artifacts in profile {profile}"
     for claim, kind in (("C048", "keys"), ("C049", "queries")):
-        compared = pairs.compare({n: count[n][kind] for n in (clip, paired) if n}, models)
-        missing = (None, f"no CLIP model trained without and with registers in profile {profile}")
-        yield claim, *(pairs.judge(compared) if paired else missing)
-    mean = {name: {kind: values.mean().item() for kind, values in kinds.items()} for name, kinds in count.items()}
-    text = {n: ", ".join(f"{k} {v:.2f}" for k, v in kinds.items()) + " spots a map" for n, kinds in mean.items()}
-    fewest = {name: kinds["values"] < min(kinds["keys"], kinds["queries"]) for name, kinds in mean.items()}
-    yield "C050", fewest.get(clip), f"{clip}: {text[clip]}" if clip else f"no CLIP model in profile {profile}"
-    missing = f"no CLIP model with outliers in profile {profile}"
-    known = clip in filtered
-    yield "C051", filtered[clip] < 1 if known else None, f"{clip}: {filtered[clip]:.2f}" if known else missing
-    for name in (n for n in filtered if n != clip):
-        asked = f"{name}, which has outliers, has fewest spots in the values' map"
-        yield f"ours-values-{name}", fewest[name], text[name], asked, "none"
-        measured = f"median |W_v x| / |x|, outlier / normal: {filtered[name]:.2f}"
-        asked = f"the value projection of {name} lets less of an outlier through"
-        yield f"ours-filter-{name}", filtered[name] < 1, measured, asked, "none"
+        if with_registers:
+            compared = pairs.compare({n: count[n][kind] for n in (clip, with_registers)}, models)
+            yield claim, *pairs.judge(compared, having=having)
+        else:
+            yield claim, None, f"no CLIP model trained without and with registers in profile {profile}"
+    yield "C050", *(_fewest(count[clip], clip) if clip in having else (None, missing))
+    yield "C051", *(_less(through[clip], clip) if clip in having else (None, missing))
+    for name in (name for name in through if name in having and name != clip):
+        text = f"{name}, which has artifacts, has fewest spots in the values' map"
+        yield f"ours-values-{name}", *_fewest(count[name], name), text, "none"
+        text = f"the value projection of {name} lets less of an outlier through"
+        yield f"ours-filter-{name}", *_less(through[name], name), text, "none"
+
+
+def _fewest(count: dict[str, torch.Tensor], name: str) -> tuple[bool | str, str]:
+    """Has the values' map fewer spots than that of keys and that of queries, whichever has fewer?"""
+    other = min(("keys", "queries"), key=lambda kind: count[kind].mean())
+    gap = count[other] - count["values"]
+    low, high = pairs.interval(gap)
+    text = ", ".join(f"{kind} {values.mean():.2f}" for kind, values in count.items())
+    return above(
+        low, high
+    ), f"{name}: {text} spots a map; {other} minus values {gap.mean():+.2f} ({low:+.2f} to {high:+.2f})"
+
+
+def _less(ratio: tuple[float, float, float], name: str) -> tuple[bool | str, str]:
+    value, low, high = ratio
+    text = f"{name}: median |W_v x| / |x|, outlier / normal: {value:.2f} ({low:.2f} to {high:.2f})"
+    return above(-high, -low, -1), text

@@ -84,9 +84,9 @@ def scores(
 ) -> Scores:
     """`Scores` of a `zoo.Model`; a source "" leaves its task out.
 
-    classification: a name of `data.tasks`; dense and depths: names of `data.registry` ("scenes" are the same images for
+    classification: a name of `tables_tasks`; dense and depths: names of `tab02_sets` ("scenes" are the same images for
     all three). At most n_train and n_test images, drawn by `seed`. steps: of the heads' training, batches of 16; bins:
-    of depth (the paper 256); stride: masks and depths are trained on every so many pixels and scored on all.
+    of depth (the paper 256); stride: masks and depths are trained on every n-th pixel and scored on all.
     """
     from tqdm.auto import tqdm
 
@@ -269,26 +269,24 @@ def reported(registers: bool) -> dict[tuple[str, str], float]:
     return found
 
 
-def judge(change, task: str, tolerance: float) -> tuple[bool | None, str]:
+def judge(change, task: str, tolerance: float) -> tuple[bool | str, str]:
     """(verdict, what was measured): is a score no worse with registers, by more than `tolerance` in its own unit?
 
-    change: a row of `changes`. None where the interval holds both answers: then the images are too few to tell.
+    change: a row of `changes`. "undecided" where the interval holds both answers.
     """
     sign, unit, factor = (-1, "", 1) if task in LOWER_IS_BETTER else (1, " points", 100)
     ends = sorted(sign * factor * change[key] for key in ("low", "high"))
-    holds = True if ends[0] >= -tolerance else False if ends[1] < -tolerance else None
     digits = 3 if task in LOWER_IS_BETTER else 1
     value, low, high = (factor * change[key] for key in ("change", "low", "high"))
-    told = f"{value:+.{digits}f}{unit} ({low:+.{digits}f} to {high:+.{digits}f})"
-    undecided = f"; not decided by so few images, since the interval holds both sides of {tolerance:g}{unit}"
-    return holds, told + (undecided if holds is None else "")
+    text = f"{value:+.{digits}f}{unit} ({low:+.{digits}f} to {high:+.{digits}f})"
+    return True if ends[0] >= -tolerance else False if ends[1] < -tolerance else "undecided", text
 
 
 @styled
 def task_scores(table, change, paper: dict[tuple[str, str], float] | None = None) -> Figure:
     """Table 2a as dots: above, every model's score (bar: standard deviation over seeds); below, what registers change.
 
-    table, change: DataFrames of `probes.scores.table` and `changes` (bar: the middle 95 % of a bootstrap). paper:
+    table, change: DataFrames of `table` and `changes` (bar: the middle 95 % of a bootstrap). paper:
     {(model with registers, task): change that the paper reports for its family}, drawn as triangles.
     """
     tasks = [task for task in PANELS if task in table]

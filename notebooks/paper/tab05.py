@@ -6,18 +6,19 @@ import matplotlib.pyplot as plt
 import torch
 from matplotlib.figure import Figure
 from torch import Tensor
+from verdicts import above, every, over_folds, within
 
-from vitreg_lib.measure.pairs import pairs as of_models
 from vitreg_lib.plots.scores import dots
 from vitreg_lib.plots.style import PALETTE, PAPER, styled
+from vitreg_lib.probes.linear import FOLDS
 from vitreg_lib.probes.local import READABLE, probe_groups, same_places
 
 
 @styled
 def draw_register_changes(fair, as_paper) -> Figure:
-    """Table 5 as dots: what registers change in position and in pixels, two comparisons, spread over splits as bars.
+    """Table 5 as dots: what registers change in position and in pixels, two comparisons, intervals as bars.
 
-    fair, as_paper: DataFrames of `probes.local.register_changes` with the same rows.
+    fair, as_paper: DataFrames of `register_changes` with the same rows.
     """
     import pandas as pd
 
@@ -29,8 +30,7 @@ def draw_register_changes(fair, as_paper) -> Figure:
     for axis, (column, none, band, label) in zip(axes, panels, strict=True):
         axis.axvspan(*band, color=PAPER, alpha=0.12, lw=0, label="counts as unchanged")
         axis.axvline(none, color=PAPER, lw=1)
-        spread = both[f"{column}_sd"]
-        ends = both.assign(low=both[column] - spread, high=both[column] + spread)
+        ends = both.assign(low=both[f"{column}_low"], high=both[f"{column}_high"])
         dots(axis, ends, column, "model", "compared", styles, orient="h", dodge=0.3, legend="full")
         axis.get_legend().remove()
         axis.set_xlabel(label)
@@ -48,16 +48,17 @@ def across_registers(
     pixels: dict[str, Tensor],
     masks: dict[str, Tensor],
     pairs: dict[str, str],
-    seeds=(0, 1, 2),
-    max_tokens=3000,
+    max_tokens: int = 3000,
+    seed: int = 0,
+    folds=range(FOLDS),
 ):
-    """Local probes of models without and with registers on the same images (Table 5): (model, group, fit, seed).
+    """Local probes of models without and with registers on the same images (Table 5): (model, group, fit, fold).
 
     By label: tokens (images, patches, dim), pixels (images, patches, values), outlier masks (images, rows, cols), and
     `pairs.pairs`. Groups: "normal", the model's own non-outliers, as the paper compares them; "shared", the tokens at
     places where neither it nor its pairs have an outlier, so that both are asked about the same patches;
     "places", those at the places where one has. A family without outliers borrows places by `same_places`, for that
-    last group alone. Columns as `local_probes`; a seed splits the images and draws the tokens.
+    last group alone. Columns as `local_probes`; each fold tests on other images.
     """
     import pandas as pd
 
@@ -69,9 +70,9 @@ def across_registers(
         parts = {"normal": ~masks[name], "shared": ~union[name]}
         if (places := union[borrowed.get(name, name)]).any():
             parts["places"] = places
-        for seed in seeds:
-            rows[name, seed] = probe_groups(x, pixels[name], masks[name].shape[1:], parts, max_tokens, seed)
-    return pd.concat(rows, names=["model", "seed"]).reorder_levels(["model", "group", "fit", "seed"])
+        for fold in folds:
+            rows[name, fold] = probe_groups(x, pixels[name], masks[name].shape[1:], parts, max_tokens, seed, fold)
+    return pd.concat(rows, names=["model", "fold"]).reorder_levels(["model", "group", "fit", "fold"])
 
 
 def register_changes(table, pairs: dict[str, str], group: str = "shared", fit: str = "own"):
@@ -79,7 +80,8 @@ def register_changes(table, pairs: dict[str, str], group: str = "shared", fit: s
 
     right: the smaller of the two accuracies; readable: whether it is at least five times chance, without which equal
     positions mean nothing. points: accuracy with registers less that without, in points; cells: the same of the
-    distance; l2_ratio: error with over error without. Means over seeds, paired by seed, and standard deviations (_sd).
+    distance; l2_ratio: error with over error without. Means over the folds, paired, and intervals (_low, _high), which
+    are over images: no image is in the test of two folds.
     """
     import pandas as pd
 
@@ -94,10 +96,11 @@ def register_changes(table, pairs: dict[str, str], group: str = "shared", fit: s
             "cells": one.distance - other.distance,
             "l2_ratio": one.l2 / other.l2,
         }
-        known = min(one.accuracy.mean(), other.accuracy.mean())
-        rows[name] = {"without": base, "right": known, "readable": bool(known >= READABLE * other.chance.mean())} | {
-            k: v for c, x in change.items() for k, v in ((c, x.mean()), (f"{c}_sd", x.std()))
-        }
+        right = min(one.accuracy.mean(), other.accuracy.mean())
+        rows[name] = {"without": base, "right": right, "readable": bool(right >= READABLE * other.chance.mean())}
+        for column, values in change.items():
+            keys = (column, f"{column}_low", f"{column}_high")
+            rows[name] |= dict(zip(keys, over_folds(values), strict=True))
     return pd.DataFrame.from_dict(rows, orient="index")
 
 
@@ -105,44 +108,55 @@ REPORTED = {"accuracy": (0.663, 0.658), "l2": (15.9, 16.0)}  # Table 5, without 
 
 
 def measure(run, summary, with_registers) -> None:
-    """Put means and spreads over the splits into the record, beside the paper's for its own comparison."""
+    """Put means and spreads over the folds into the record, beside the paper's for its own comparison."""
     for (name, group, fit), row in summary.iterrows():
         for (column, kind), value in row.items():
             beside = REPORTED.get(column) if (group, fit, kind) == ("normal", "all", "mean") else None
-            called = f"{column} ({kind} over splits), {group} tokens, trained on {fit}"
+            called = f"{column} ({kind} over folds), {group} tokens, trained on {fit}"
             run.measure(called, value, name, paper=beside and beside[name in with_registers])
 
 
-def claims(models, fair, as_paper, moved, profile: str):
-    """Arguments of `Run.claim`: C111 and C112 on a pair trained with registers, then ours on all pairs.
+def claims(models, fair, as_paper, moved, having, profile: str):
+    """Arguments of `Run.claim`: C111 and C112 on a trained pair, the same of the others, and what moving brings back.
 
-    fair, as_paper, moved: `register_changes` in the shared places, of all normal tokens, and at the outliers' places.
+    fair, as_paper, moved: `register_changes` of the groups "shared", "normal" and "places".
     """
-    trained = [m for m in models if m.label in of_models(models, "trained")]
-    first = next((m for m in trained if m.family == "dinov2"), trained[0] if trained else None)
-    controls = {m.label for m in models for base in models if m.base == base.label and base.is_control}
-    name, row = (first.label, fair.loc[first.label]) if first else (None, None)
-    text = f"{name}: {in_words(row, as_paper.loc[name])}" if first else ""
-    missing = f"no pair trained without and with registers in profile {profile}"
-    yield "C111", bool(abs(row.points) <= 2) if first and row.readable else None, text or missing
-    yield "C112", bool(0.95 <= row.l2_ratio <= 1.05) if first else None, text or missing
+    trained = [m for m in models if m.label in fair.index and m.registers_from == "trained"]
+    names = [m.label for m in sorted(trained, key=lambda m: m.family != "dinov2") if fair.without[m.label] in having]
+    name = names[0] if names else None
+    missing = f"without registers no model of a pair has artifacts in profile {profile}"
+    if name:
+        row = fair.loc[name]
+        yield "C111", _place_unchanged(row), f"{name}: {_said(row, as_paper.loc[name])}"
+        yield "C112", within(row.l2_ratio_low, row.l2_ratio_high, 0.05, 1), f"{name}: {_said(row, as_paper.loc[name])}"
+    else:
+        yield "C111", None, missing
+        yield "C112", None, missing
     for other in (n for n in fair.index if n != name):
         row = fair.loc[other]
-        near = not row.readable or abs(row.points) <= max(2, 2 * row.points_sd)
-        asked = f"the normal tokens of {other} know as much of their patch as those of {row.without}"
-        asked += " (control)" * (other in controls)
-        measured = in_words(row, as_paper.loc[other])
-        yield f"same-{other}", bool(near and 0.95 <= row.l2_ratio <= 1.05), measured, asked, "none"
+        holds = every([_place_unchanged(row), within(row.l2_ratio_low, row.l2_ratio_high, 0.05, 1)])
+        text = f"the normal tokens of {other} know as much of their patch as those of {row.without}"
+        yield f"same-{other}", holds, _said(row, as_paper.loc[other]), text, "none"
     for other, row in moved.iterrows():
-        measured = f"at the outliers' places {row.points:+.1f} ± {row.points_sd:.1f} points, error × {row.l2_ratio:.2f}"
-        asked = f"with the outliers of {row.without} moved to registers, the tokens there know more of their patch"
-        yield f"moved-{other}", bool(row.points > 2 * row.points_sd and row.l2_ratio < 1), measured, asked, "none"
+        holds = every([above(row.points_low, row.points_high), above(-row.l2_ratio_high, -row.l2_ratio_low, -1)])
+        measured = f"at the outliers' places {_numbers(row)}"
+        text = f"with the outliers of {row.without} moved to registers, the tokens there know more of their patch"
+        yield f"moved-{other}", holds if row.without in having else None, measured, text, "none"
 
 
-def in_words(row, uncorrected) -> str:
-    """One row of `register_changes` beside that of the paper's comparison."""
-    blind = "" if row.readable else f"; position is not readable here ({row.right:.1%} right) and is left out"
+def _place_unchanged(row) -> bool | str | None:
+    """None where the position is not readable."""
+    return within(row.points_low, row.points_high, 2) if row.readable else None
+
+
+def _numbers(row) -> str:
     return (
-        f"{row.points:+.1f} ± {row.points_sd:.1f} points, error × {row.l2_ratio:.2f} ± {row.l2_ratio_sd:.2f}; "
-        f"as the paper compares {uncorrected.points:+.1f} points, × {uncorrected.l2_ratio:.2f}{blind}"
+        f"{row.points:+.1f} points ({row.points_low:+.1f} to {row.points_high:+.1f}), "
+        f"error × {row.l2_ratio:.2f} ({row.l2_ratio_low:.2f} to {row.l2_ratio_high:.2f})"
     )
+
+
+def _said(row, as_paper) -> str:
+    blind = "" if row.readable else f"; position is not readable here ({row.right:.1%} right) and is left out"
+    paper = f"as the paper compares {as_paper.points:+.1f} points, × {as_paper.l2_ratio:.2f}"
+    return f"{_numbers(row)}; {paper}{blind}"

@@ -12,7 +12,7 @@
 from __future__ import annotations
 
 import torch
-from scipy.stats import binomtest
+from scipy.stats import binomtest, t
 
 # families of models by the paper's family whose way of training they share
 FAMILIES = {"deit3": ("deit3", "deit", "augreg"), "clip": ("clip",), "dinov2": ("dinov2",), "dino": ("dino",)}
@@ -61,10 +61,42 @@ def exists(found: bool, profile: str) -> bool | None:
 
 def above(low: float, high: float, limit: float = 0.0) -> bool | str:
     """True where the interval lies above the limit, False below it, "undecided" where the limit is inside."""
-    return True if low > limit else False if high < limit else "undecided"
+    return True if low > limit else False if high < limit else "undecided"  # also where there is no interval
 
 
 def majority(hits) -> bool | str:
     """Is a property, bool (images,), that of most images? By the exact 95 % interval of the share."""
     interval = binomtest(int(hits.sum()), len(hits)).proportion_ci(0.95)
     return above(interval.low, interval.high, 0.5)
+
+
+def within(low: float, high: float, margin: float, centre: float = 0.0) -> bool | str:
+    """Is a quantity unchanged: True where its interval lies within the margin, False outside, else "undecided"."""
+    if centre - margin <= low and high <= centre + margin:
+        return True
+    return False if low > centre + margin or high < centre - margin else "undecided"
+
+
+def every(answers) -> bool | str | None:
+    """One verdict on all of some questions: False where one fails, True where all hold, else "undecided"; None of none.
+
+    Questions that could not be asked (None) are left out.
+    """
+    answers = [a for a in answers if a is not None]
+    if not answers:
+        return None
+    return False if any(a is False for a in answers) else (True if all(a is True for a in answers) else "undecided")
+
+
+def over_folds(values) -> tuple[float, float, float]:
+    """(mean, low, high) of a score over the folds of a cross-validation: the middle 95 % by Student's t.
+
+    The folds test on different images, so the interval is one over images; they share training images, which makes it
+    somewhat too narrow (Bengio and Grandvalet 2004).
+    """
+    values = torch.as_tensor(list(values), dtype=torch.float64)
+    values = values[values.isfinite()]
+    if len(values) < 2:
+        return float(values.mean()), float("nan"), float("nan")
+    half = float(t.ppf(0.975, len(values) - 1) * values.std() / len(values) ** 0.5)
+    return float(values.mean()), float(values.mean()) - half, float(values.mean()) + half

@@ -131,10 +131,10 @@ def score_table(
     for name, values in attn.items():
         peaks = numbers.peak_ratio(values)
         inside = (where or {}).get(name)
-        high = values > 10 * values.flatten(1).median(1).values[:, None, None]
+        high = values > 10 * numbers.median(values.flatten(1))[:, None, None]
         peaky = high.flatten(1).any(1) if inside is None else (high & inside).flatten(1).any(1)
         rows[name] = {
-            "peak_ratio": peaks.median().item(),
+            "peak_ratio": numbers.median(peaks).item(),
             "peaky_images": peaky.float().mean().item(),
             "kurtosis": numbers.kurtosis(values).mean().item(),
             "entropy": numbers.entropy(values, normalised=True).mean().item(),

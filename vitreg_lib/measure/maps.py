@@ -90,7 +90,7 @@ def peak_ratio(maps: torch.Tensor, grid: Grid | None = None) -> torch.Tensor:
     Infinite where the median is 0 and the largest is not.
     """
     x = _flat(maps, grid)
-    return x.amax(-1) / _median(x)
+    return x.amax(-1) / median(x)
 
 
 def kurtosis(maps: torch.Tensor, grid: Grid | None = None) -> torch.Tensor:
@@ -248,6 +248,13 @@ def _component_signs(scores: torch.Tensor, axes: torch.Tensor, patches: int, gri
     return torch.where(decided, torch.where(centre < 0, -1.0, 1.0).to(scores), sign)
 
 
+def median(x: torch.Tensor) -> torch.Tensor:
+    """Median of the last axis (...); of an even number of values the mean of the two in the middle, unlike torch's."""
+    # torch.median takes the lower one, and torch.quantile refuses more than 16 million values
+    ordered, last = x.sort(-1).values, x.shape[-1] - 1
+    return ordered[..., last // 2].lerp(ordered[..., (last + 1) // 2], 0.5)
+
+
 def _pairs(x: torch.Tensor):
     """(upper, lower) and (left, right) of every adjacent pair of (..., rows, cols, dim)."""
     return (x[..., :-1, :, :], x[..., 1:, :, :]), (x[..., :-1, :], x[..., 1:, :])
@@ -297,9 +304,3 @@ def _centred(x: torch.Tensor) -> torch.Tensor:
 def _rank(x: torch.Tensor) -> torch.Tensor:
     """Place of every patch from the highest, 0 first; ties in order of position."""
     return x.sort(dim=-1, descending=True, stable=True).indices.argsort(-1)
-
-
-def _median(x: torch.Tensor) -> torch.Tensor:
-    # torch.median takes the lower of two middle values, and torch.quantile refuses more than 16 million
-    ordered, last = x.sort(-1).values, x.shape[-1] - 1
-    return ordered[..., last // 2].lerp(ordered[..., (last + 1) // 2], 0.5)

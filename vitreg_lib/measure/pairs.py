@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import torch
 
+from .maps import median
+
 MISSING = {"trained": "trained with", "test time": "added"}  # registers, in words
 
 
@@ -53,7 +55,8 @@ def compare(scores: dict[str, torch.Tensor], models):
     rows, source = {}, {model.label: model.registers_from for model in models}
     for name, plain in pairs([model for model in models if model.label in scores]).items():
         share, p = sign_test(scores[plain], scores[name])
-        medians = {"median_without": scores[plain].nanmedian().item(), "median_with": scores[name].nanmedian().item()}
+        without, with_registers = (median(s[~s.isnan()]).item() for s in (scores[plain], scores[name]))
+        medians = {"median_without": without, "median_with": with_registers}
         p_higher = sign_test(scores[name], scores[plain])[1]
         rows[name] = {"without": plain, **medians, "share_lower": share, "p": p, "p_higher": p_higher}
         rows[name]["registers_from"] = source[name]

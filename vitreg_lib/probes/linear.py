@@ -18,6 +18,7 @@ from ..base import UserError
 from ._lbfgs import path
 
 STRENGTHS = (1e-3, 1e-2, 1e-1, 1.0, 10.0)  # for features that `scale` brought to one size
+FOLDS = 5  # parts of the images of which each is the test once
 DINOV2_STRENGTHS = tuple(float(c) for c in 10 ** np.linspace(-6, 5, 45))  # the grid of DINOv2's own evaluation code
 
 
@@ -173,9 +174,10 @@ def scale(x: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
     return tuple(t / size for t in (x, *others))
 
 
-def split_by_image(image_ids: Tensor, fractions=(0.64, 0.16, 0.2), seed: int = 0) -> Tensor:
+def split_by_image(image_ids: Tensor, fractions=(0.64, 0.16, 0.2), seed: int = 0, fold: int = 0) -> Tensor:
     """The part (0 train, 1 validation, 2 test) of each token, (tokens,); all tokens of an image fall in one part.
 
+    fold: the same images in the same order, another fifth of them for the test: the tests of folds 0 to 4 share none.
     Raises ValueError when there are fewer images than parts.
     """
     ids, inverse = torch.unique(image_ids.cpu(), return_inverse=True)
@@ -186,6 +188,7 @@ def split_by_image(image_ids: Tensor, fractions=(0.64, 0.16, 0.2), seed: int = 0
         bounds[i] = min(max(bounds[i], i + 1), len(ids) - (len(fractions) - 1 - i))
     rank = torch.empty(len(ids), dtype=torch.long)
     rank[torch.randperm(len(ids), generator=torch.Generator().manual_seed(seed))] = torch.arange(len(ids))
+    rank = (rank + len(ids) * fold // FOLDS) % len(ids)
     return torch.bucketize(rank, torch.as_tensor(bounds), right=True)[inverse].to(image_ids.device)
 
 

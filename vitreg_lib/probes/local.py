@@ -13,6 +13,7 @@ from torch import Tensor
 
 from .linear import fit_logistic, fit_ridge, predict, scale, select, split_by_image
 
+PER_PLACE = 40  # training tokens that the position probe needs for each place
 READABLE = 5  # times chance: from there on a position counts as read
 POSITION_STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 RIDGE_STRENGTHS = tuple(10.0**i for i in range(-2, 8))
@@ -68,16 +69,20 @@ def groups(is_outlier: Tensor) -> dict[str, Tensor]:
     return {name: mask.flatten(1) for name, mask in masks.items()}
 
 
-def local_probes(tokens: Tensor, pixels: Tensor, is_outlier: Tensor, max_tokens: int = 6000, seed: int = 0):
+def local_probes(
+    tokens: Tensor, pixels: Tensor, is_outlier: Tensor, max_tokens: int = 6000, seed: int = 0, fold: int = 0
+):
     """Position and reconstruction probes of `groups`: a DataFrame indexed by (group, fit).
 
     tokens (images, patches, dim), pixels (images, patches, values). Columns: test (tokens scored), accuracy, distance
     (grid cells), chance, l2 (in the unit of the pixels), relative (l2 over that of the best constant patch).
     """
-    return probe_groups(tokens, pixels, is_outlier.shape[1:], groups(is_outlier), max_tokens, seed)
+    return probe_groups(tokens, pixels, is_outlier.shape[1:], groups(is_outlier), max_tokens, seed, fold)
 
 
-def probe_groups(tokens: Tensor, pixels: Tensor, grid, masks: dict[str, Tensor], max_tokens: int, seed: int):
+def probe_groups(
+    tokens: Tensor, pixels: Tensor, grid, masks: dict[str, Tensor], max_tokens: int, seed: int, fold: int = 0
+):
     """The table of `local_probes` for other groups, given as masks (images, patches); `grid` is (rows, cols)."""
     n, patches, _ = tokens.shape
     options = dict(
@@ -85,6 +90,7 @@ def probe_groups(tokens: Tensor, pixels: Tensor, grid, masks: dict[str, Tensor],
         image_ids=torch.arange(n).repeat_interleave(patches),
         max_tokens=max_tokens,
         seed=seed,
+        fold=fold,
     )
     x, places = tokens.flatten(0, 1), torch.arange(patches).repeat(n)
     position = position_probe(x, places, tuple(grid), **options).set_index(["group", "fit"])
@@ -102,6 +108,7 @@ def position_probe(
     strengths=POSITION_STRENGTHS,
     max_tokens: int = 20000,
     seed: int = 0,
+    fold: int = 0,
 ):
     """A DataFrame with one row for each group and fit: how well positions are read off the group's test tokens.
 
@@ -140,10 +147,10 @@ def position_probe(
         return row
 
     columns = ["accuracy", "distance", "chance", "places", "strength"]
-    return three_fits(tokens, groups, image_ids, normal, fit, score, columns, max_tokens, seed)
+    return three_fits(tokens, groups, image_ids, normal, fit, score, columns, max_tokens, seed, fold)
 
 
-def three_fits(tokens, groups, image_ids, normal, fit, score, columns, max_tokens, seed):
+def three_fits(tokens, groups, image_ids, normal, fit, score, columns, max_tokens, seed, fold=0):
     """The table of a local probe: each group scored by the fits trained on normal tokens, on all, and on itself.
 
     fit(train, val) gives a result or None when there is too little to fit; score(result, test, own_train) a dict with
@@ -152,7 +159,7 @@ def three_fits(tokens, groups, image_ids, normal, fit, score, columns, max_token
     import pandas as pd
 
     groups = _check_groups(tokens, groups, image_ids, normal)
-    part = split_by_image(image_ids, seed=seed).to(tokens.device)
+    part = split_by_image(image_ids, seed=seed, fold=fold).to(tokens.device)
     everything = torch.stack(list(groups.values())).any(0)
     fits: list = []  # (mask, fit): where masks are the same, one fit serves both
 
@@ -204,6 +211,7 @@ def reconstruction_probe(
     strengths=RIDGE_STRENGTHS,
     max_tokens: int = 50000,
     seed: int = 0,
+    fold: int = 0,
 ):
     """A DataFrame with one row for each group and fit: the error of predicting the pixels of the group's test patches.
 
@@ -235,7 +243,7 @@ def reconstruction_probe(
         return {"l2": l2, "rmse": rmse, "flat": flat, "relative": l2 / max(flat, 1e-12), "strength": strength}
 
     columns = ["l2", "rmse", "flat", "relative", "strength"]
-    return three_fits(tokens, groups, image_ids, normal, fit, score, columns, max_tokens, seed)
+    return three_fits(tokens, groups, image_ids, normal, fit, score, columns, max_tokens, seed, fold)
 
 
 def patch_pixels(images: Tensor, patch_size: int) -> Tensor:
