@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from types import SimpleNamespace
-from types import SimpleNamespace
 
 import fig08
 import pytest

@@ -76,7 +76,7 @@ def claims(models, table, having, found: dict, ladders: dict, profile: str):
     if trained is None:
         for claim in ("C030", "C031", "C032"):
             yield claim, None, f"no family trained at three or more numbers of registers in profile {profile}"
-    for name, members in ladders.items():
+    for name, members in sorted(ladders.items(), key=lambda item: item[0] != trained):
         for claim, (holds, measured) in by_registers(found, members).items():
             if name == trained:
                 yield claim, holds, f"{name}: {measured}"
@@ -128,11 +128,11 @@ def by_registers(found: dict, members, draws: int = 500, seed: int = 0) -> dict[
     if "accuracy" in scored:
         trend, p_up, p_down = _trend(scored["accuracy"], draws, seed)
         holds = True if p_up < LEVEL else False if p_down < LEVEL else "undecided"
-        gain = 100 * (
-            SCORE["accuracy"](scored["accuracy"]).mean(1)[-1] - SCORE["accuracy"](scored["accuracy"]).mean(1)[0]
+        gain = 100 * _gains(scored["accuracy"], "accuracy")[-1]
+        text = (
+            f"{counts[-1]} registers {gain:+.1f} points, {100 * trend:+.2f} from one number to the next (p {p_up:.2g})"
         )
-        result["C032"] = (holds, f"{counts[-1]} registers {gain:+.1f} points; correlation with the rank of the number "
-                                 f"{trend:+.2f} (p {p_up:.2g} of {draws} shuffles)")  # fmt: skip
+        result["C032"] = (holds, text)
     return result
 
 
@@ -173,13 +173,17 @@ def _half_gain(parts, task: str, one: int, best: int, draws: int, seed: int) -> 
 
 
 def _trend(parts, draws: int, seed: int) -> tuple[float, float, float]:
-    """(correlation of the accuracy with the rank of the number of registers, p of its rise, p of its fall)."""
+    """(slope of the accuracy over the rank of the number of registers, p of its rise, p of its fall).
 
-    def correlation(values):
+    The slope and not the rank correlation: of four numbers even shuffled ones are often in order.
+    """
+
+    def slope(values):
         score, rank = SCORE["accuracy"](values).mean(1), torch.arange(float(len(values))).double()
-        return torch.corrcoef(torch.stack([rank, score]))[0, 1].nan_to_num().item()
+        rank = rank - rank.mean()
+        return ((score * rank).sum() / rank.square().sum()).item()
 
-    value, null = correlation(parts), [correlation(drawn) for drawn in _shuffles(parts, draws, seed)]
+    value, null = slope(parts), [slope(drawn) for drawn in _shuffles(parts, draws, seed)]
     return value, _p(value, null), _p(-value, [-n for n in null])
 
 
