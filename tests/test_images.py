@@ -77,6 +77,13 @@ def test_scenes_come_with_their_truth_and_are_held_out():
     assert not set(other.scenes.index.tolist()) & set(loaded.scenes.index.tolist())
 
 
+def test_a_model_too_small_for_scenes_is_refused_in_one_line():
+    with pytest.raises(
+        UserError, match="scenes have 64 to 224 pixels a side, this model wants 12; try images textures"
+    ):
+        images.load("scenes", any_model(input_size=12), 2)
+
+
 def test_textures_are_what_the_task_holds_out(tmp_path):
     """As the model was trained to see them, not normalised; another seed has others; another size is refused."""
     config, recipe = loop.configure("emergence")

@@ -86,6 +86,8 @@ def stream(
 
 
 def _scenes(model, rows: range, n: int, seed: int, size: int) -> Images:
+    if not 64 <= size <= 224:
+        raise UserError(f"scenes have 64 to 224 pixels a side, this model wants {size}; try images textures")
     first = SCENES_FROM + seed * 100_000
     batch = scenes.render(range(first + rows.start, first + rows.stop), size)
     names = [f"scene {i}" for i in rows]
