@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import functools
-import json
+import time
 from pathlib import Path
 
 from ..base import UserError, results, shown, write_atomically
@@ -40,15 +40,46 @@ def show(item: str, parameters: dict, differences: bool = False) -> None:
 
 
 def write(profile: str) -> Path:
-    """Write results/<profile>/report.html, self-contained; its path. Raises UserError where nothing was made yet."""
-    records = [(p.parent, json.loads(p.read_text())) for p in sorted((results() / profile).glob("[!.]*/record.json"))]
-    if not records:
+    """Write results/<profile>/report.html, self-contained except for links to the notebooks beside it; its path.
+
+    A damaged record is named on the page. Raises UserError where nothing was made yet.
+    """
+    place = results() / profile
+    made, damaged = [], []
+    for path in sorted(place.glob("[!.]*/record.json")):
+        try:
+            made.append(_entry(path.parent, record.read_folder(path.parent.name.partition("--")[0], path.parent)))
+        except UserError as error:
+            damaged.append(str(error))
+    if not made and not damaged:
         raise UserError(f"nothing made yet in profile {profile}: run `make reproduce-all PROFILE={profile}` first")
-    tally = record.tally([claim for _, made in records for claim in made["claims"]])
-    values = dict(profile=profile, records=records, tally=tally, verdicts=record.VERDICTS)
-    path = results() / profile / "report.html"
-    write_atomically(path, page("report", **values).encode())
-    return path
+    claims = [(entry, claim) for entry in made for claim in entry["record"]["claims"]]
+    sides = {
+        "Claims of the paper": [pair for pair in claims if pair[1]["id"] in record.reported_claims()],
+        "Claims of this collection's own": [pair for pair in claims if pair[1]["id"] not in record.reported_claims()],
+    }
+    values = dict(profile=profile, made=made, damaged=damaged, sides=sides, verdicts=record.VERDICTS)
+    write_atomically(place / "report.html", page("report", **values).encode())
+    return place / "report.html"
+
+
+def _entry(folder: Path, made: dict) -> dict:
+    """What the page shows of one record: its folder, what of its parameters differs from the defaults, when it was
+    made, the executed notebook, and its numbers beside the paper's."""
+    item, given = made["item"], made.get("parameters", {})
+    try:
+        declared = record.declared_parameters(item)
+    except UserError:  # of a notebook that is not here
+        declared = {}
+    return {
+        "folder": folder,
+        "record": made,
+        "differs": {k: v for k, v in given.items() if k != "profile" and declared.get(k) != v},
+        "parameters": {**made.get("settings", {}), **{k: v for k, v in given.items() if v not in ("", 0)}},
+        "day": time.strftime("%Y-%m-%d", time.localtime((folder / "record.json").stat().st_mtime)),
+        "notebook": f"{folder.name}/{item}.ipynb" if (folder / f"{item}.ipynb").exists() else "",
+        "reported": [row for row in made["measured"] if row["paper"] is not None],
+    }
 
 
 def page(name: str, **values) -> str:
