@@ -43,7 +43,7 @@ def test_the_page_shows_claims_numbers_models_parameters_and_where_from(made):
         assert model["sha256"] in text
     reported = [row for row in kept["measured"] if row["paper"] is not None]
     assert reported
-    assert f"<td>{'%.4g' % reported[0]['value']}</td><td>{reported[0]['paper']}</td>" in text
+    assert f"<td>{reported[0]['value']:.4g}</td><td>{reported[0]['paper']}</td>" in text
     assert "n_images = 100" in text
     assert f"torch {kept['environment']['torch']}" in text
     assert re.search(r"Made on \d{4}-\d\d-\d\d", text)

@@ -300,3 +300,26 @@ def test_make_help_lists_every_target():
     told = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     for target in ("setup", "reproduce-%", "reproduce-all", "report", "test", "lab", "bench", "clean"):
         assert f"make {target} " in told
+
+
+@pytest.mark.slow
+def test_a_sweep_goes_on_where_it_was_and_writes_one_table(small):
+    place, write, _ = small
+    write(
+        "fig01", RECORD.replace("VALUE", '{"name": "x", "model": "m", "value": len(word), "unit": "", "paper": None}')
+    )
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("VITREG_")} | {"PYTHONPATH": str(place)}
+
+    def batch(words: str) -> str:
+        (place / "my sweep.yaml").write_text(f"profile: small\nitems: [fig01]\nparameters: {{word: {words}}}\n")
+        command = [sys.executable, "-m", "vitreg_lib.cli", "batch", "my sweep.yaml"]
+        done = subprocess.run(command, cwd=place, env=environment, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    assert "1 of 1 runs made now; 1 numbers: results/small/sweeps/my sweep.parquet" in batch('["a b"]')
+    assert "1 of 2 runs made now; 2 numbers" in batch('["a b", "{c}"]')
+    import pandas as pd
+
+    table = pd.read_parquet(place / "results" / "small" / "sweeps" / "my sweep.parquet")
+    assert list(zip(table["parameter word"], table.value, strict=True)) == [("a b", 3.0), ("{c}", 3.0)]

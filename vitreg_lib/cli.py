@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from .base import UserError, shown, unknown
+from .base import ROOT, UserError, shown, unknown
 from .record import run as record
 from .train.command import app as training
 
@@ -229,6 +229,30 @@ def data(
             about = known["title"] + (f", for {known['paper']}" if "paper" in known else "")
             how = f"; {sets.how(name)}" if sets.state(name) == "not here" else ""
             print(f"{name:16} {sets.state(name):14} {about}{how}")
+
+
+@app.command()
+def fetch(
+    item: Annotated[str, typer.Argument(help="one item; without it all items of the paper")] = "",
+    profile: Annotated[Literal[*record.PROFILES], typer.Option(help="whose models")] = "small",
+):
+    """Download weights and data sets that items need, to run them later without a network."""
+    _workflow("fetch.py", profile, *([item] if item else []))
+
+
+@app.command(epilog="The file's form and what comes out stand at the top of workflow/batch.py.")
+def batch(
+    sweep: Annotated[str, typer.Argument(help="a YAML file: items, models, parameters")],
+    jobs: Annotated[str, typer.Option(help="notebooks at once")] = "2",
+):
+    """Run items × models × parameters; all numbers in one table. What is finished does not run again."""
+    _workflow("batch.py", sweep, jobs)
+
+
+def _workflow(script: str, *arguments: str) -> None:
+    import subprocess
+
+    raise typer.Exit(subprocess.run([sys.executable, str(ROOT / "workflow" / script), *arguments]).returncode)
 
 
 def _table(entry: dict) -> None:

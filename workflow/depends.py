@@ -31,18 +31,25 @@ def settings(item: str, parameters: dict) -> str:
     sets, the paper's claims that its code names."""
     entry = record.items().get(item, {})
     chosen = {**entry.get("mini", {}), **entry.get(parameters["profile"], {}), "title": entry.get("title")}
-    models = {name: model_names.entries().get(name) for name in _bases(item, parameters)}
-    words = " ".join(str(value) for value in {**chosen, **parameters}.values()).split()
-    sets = yaml.safe_load((DATA / "datasets.yaml").read_text())
+    loaded = {name: model_names.entries().get(name) for name in models(item, parameters)}
     notebook = record.notebook(item)
     code = _source(notebook) + "".join(p.read_text() for p in modules(notebook) if p.parent == notebook.parent)
     claims = {name: record.reported_claims().get(name) for name in re.findall(r"\bC\d{3}\b", code)}
-    return json.dumps([chosen, models, {word: sets[word] for word in words if word in sets}, claims], sort_keys=True)
+    return json.dumps([chosen, loaded, data_sets(item, parameters), claims], sort_keys=True)
+
+
+def data_sets(item: str, parameters: dict) -> dict[str, dict]:
+    """The entries of data/datasets.yaml that the item's settings or parameters name, by name."""
+    entry = record.items().get(item, {})
+    settings = {**entry.get("mini", {}), **entry.get(parameters["profile"], {})}
+    words = " ".join(str(value) for value in [*settings.values(), *parameters.values()]).split()
+    known = yaml.safe_load((DATA / "datasets.yaml").read_text())
+    return {word: known[word] for word in words if word in known}
 
 
 def checkpoints(item: str, parameters: dict) -> list[Path]:
     """The shipped weights, text towers and telemetry of the models that the item loads."""
-    names = _bases(item, parameters)
+    names = models(item, parameters)
     names |= {e["random"] for n in names if "random" in (e := model_names.entries().get(n, {}))}
     suffixes = (".safetensors", ".text.safetensors", ".telemetry.parquet")
     files = [CHECKPOINTS / f"{n}{suffix}" for n in sorted(names) for suffix in suffixes]
@@ -72,7 +79,8 @@ def _source(notebook: Path) -> str:
     return re.sub(r"^[%!].*", "", source, flags=re.MULTILINE)  # lines for IPython or the shell
 
 
-def _bases(item: str, parameters: dict) -> set[str]:
+def models(item: str, parameters: dict) -> set[str]:
+    """Names of the models that an item loads, without what is added to them at test time."""
     entry = record.items().get(item, {})
     profile = {**entry.get("mini", {}), **entry.get(parameters["profile"], {})}
     named = " ".join(str(parameters.get(k) or v) for k, v in profile.items() if k not in ("images", "n_images"))

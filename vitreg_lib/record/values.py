@@ -52,8 +52,8 @@ def literal(text: str):
 
 
 def resolved(name: str, value):
-    """Paths in a value, of images or of `file:` models, from where the user stands: the kernel runs elsewhere."""
-    if name == "images" and value and Path(str(value)).expanduser().exists():
+    """Paths in a value, of images, a table or `file:` models, from where the user stands: the kernel runs elsewhere."""
+    if name in ("images", "table") and value and Path(str(value)).expanduser().exists():
         return str(Path(value).expanduser().resolve())
     if name == "models" and isinstance(value, str) and "file:" in value:
         return " ".join(_absolute(word) for word in value.split())
