@@ -189,13 +189,12 @@ class Run:
 
         With models given by hand a missing one is an error, since it was asked for.
         """
-        from ..model import zoo
 
         loaded = []
         wanted = (names or self.settings["models"]).replace(",", " ").split()
         for name in wanted:
             try:
-                model = zoo.load(name)
+                model = self._model(name)
             except UserError as error:
                 if self.profile == "mini" or self.parameters.get("models"):
                     raise
@@ -211,20 +210,51 @@ class Run:
             )
         return loaded
 
+    def _model(self, name: str):
+        """A model by name; in the profile mini, where its weights are not at hand, as it was measured before."""
+        from ..model import zoo
+        from . import measured
+
+        base, _, _ = model_names.split(name)
+        if self.profile == "mini" and name in measured.names() and model_names.available(base) == "not here":
+            model = measured.load(name)
+            print(f"{name}: {model.name}, measured {model.measured['date']}, replayed")
+            return model
+        return zoo.load(name)
+
+    def source(self, model) -> str:
+        """What images `model` gets: those of the run; in the profile mini scenes are for models trained on them."""
+        own = model_names.entries().get(model.entry, {})
+        if self.profile == "mini" and self.settings["images"] == "scenes":
+            return own.get("looks_at", "photos" if "timm" in own else "scenes")
+        return self.settings["images"]
+
+    def by_source(self, models: list) -> list[list]:
+        """The models in groups that get the same images, in order: pictures of one group can share a figure."""
+        groups = {}
+        for model in models:
+            groups.setdefault(self.source(model), []).append(model)
+        return list(groups.values())
+
     def images(self, model, n: int | None = None):
-        """The run's images as `model` sees them: `settings["images"]`, `n_images` of them, drawn by `seed`."""
+        """The run's images as `model` sees them: of its `source`, `n_images` of them, drawn by `seed`."""
         from ..data import images
 
-        source = self.settings["images"]
+        source = self.source(model)
         if source == "imagenet" and not images.named_folder("imagenet"):
             source = "photos"  # what ships with the packages, where no folder of photos was given
         return images.load(source, model, n or self.settings["n_images"], self.parameters.get("seed", 0))
 
     def examples(self, model, n: int = 4):
-        """A few images to look at: the first of the run's scenes, or photos that may be shown anywhere."""
+        """A few images to look at: the first of the run's own, or photos that may be shown anywhere.
+
+        Scenes, textures and what a person names by its path are shown; of known sets of photos the shipped ones are.
+        """
         from ..data import images
 
-        source = "scenes" if self.settings["images"] == "scenes" else "photos"
+        source = self.source(model)
+        if source not in ("scenes", "textures") and not Path(source).exists():
+            source = "photos"
         return images.load(source, model, n, self.parameters.get("seed", 0))
 
     def measure(self, name: str, value, model: str = "", unit: str = "", paper=None, features: str = "") -> None:
@@ -265,9 +295,13 @@ class Run:
                 self.measure(called, value, label, paper=(paper or {}).get(called))
 
     def caption(self, images=None) -> str:
-        """One line for below a figure: profile, models and images."""
-        models = ", ".join(m.name + (f" ({m.role})" if m.role != "trained" else "") for m in self.models)
-        return f"{self.item}, profile {self.profile}: {models}" + (f"; {images.source}" if images else "")
+        """A line for below a figure: the models by their labels, the images, and whether a profile chose them."""
+        by_hand = [name for name in ("models", "images") if self.parameters.get(name)]
+        chosen = f"{' and '.join(by_hand)} chosen by hand" if by_hand else f"profile {self.profile}"
+        models = ", ".join(m.label + (f" ({m.role})" if m.is_control else "") for m in self.models)
+        if len(self.models) > 6:
+            models = f"{len(self.models)} models"
+        return f"{self.item}, {chosen}: {models}" + (f"; {images.source}" if images else "")
 
     def claim(
         self, claim: str, holds: bool | str | None, measured: str, text: str | None = None, paper: str | None = None

@@ -1,0 +1,28 @@
+"""Sheets of maps where models get different images: photos, scenes, textures. One sheet for each."""
+
+from __future__ import annotations
+
+from vitreg_lib import plots
+from vitreg_lib.measure.pairs import pairs as of_models
+
+
+def draw(run, models, shown: dict, n: int = 4, name: str = "figure", alone: bool = False, **style) -> None:
+    """Draw and save a sheet for each group of models that get the same images.
+
+    shown: maps (n, rows, cols) of the first n images of `run.examples`, or colours, by label. Pairs share a colour
+    scale, unless each map stands `alone`. The first sheet is saved as `name`, others as name-scenes, name-textures. style: of `plots.sheet`.
+    """
+    saved, pairs = False, of_models(models)
+    for group in run.by_source(models):
+        labels = [m.label for m in group if m.label in shown]
+        if not labels:
+            continue
+        examples, maps = run.examples(group[0], n), {label: shown[label] for label in labels}
+        together = {label: base for label, base in pairs.items() if label in maps and base in maps}
+        groups = [{label: each} for label, each in maps.items()] if alone else plots.by_pair(maps, together)
+        figure = plots.sheet(examples.pixels, groups, **style)
+        roles = [m.label + (f" ({m.role})" if m.is_control else "") for m in group if m.label in maps]
+        text = f"{run.item}, profile {run.profile}: {', '.join(roles)}; {examples.source}"
+        source = examples.source.split(",")[0].split()[0]
+        run.save(plots.caption(figure, text), f"{name}-{source}" if saved else name)
+        saved = True
