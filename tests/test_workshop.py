@@ -135,14 +135,14 @@ WRONG = {  # answer: [(a usual wrong one, from the right one r and the data d; w
     ],
     "share": [
         (lambda r, d: 100 * r, "percentage"),
-        (lambda r, d: d["is_outlier"].float().mean(), "not how much they are looked at"),
+        (lambda r, d: d["is_outlier"].float().mean(), "not how much attention they get"),
         (lambda r, d: r * d["rows"].shape[1], "the heads are added up"),
         (lambda r, d: r / 2, "too low"),
     ],
     "head": [
         (lambda r, d: -1, "mean of all heads"),
         (lambda r, d: d["rows"].shape[1], "counted from 0"),
-        (lambda r, d: r - 1, "another one gives them more"),
+        (lambda r, d: r - 1, "another head gives them more"),
         (lambda r, d: "the last", "one number is wanted"),
     ],
     "split": [

@@ -1,8 +1,8 @@
 """Checks of the workshop's exercises (notebooks/workshop): what is wrong with an answer, without giving it away.
 
-Each `check_…` takes what the student filled in and the data that the notebook works on, computes the truth from the
-library and returns a `checking.Checked`: nothing filled in yet, not yet right (with a line that says what to look at),
-or right (with what follows from it).
+Each `check_…` takes what the student filled in and the data of the notebook, computes the truth with the library and
+returns a `Checked`: nothing filled in yet, not yet right (with a line that says what to look at), or right (with what
+follows from it).
 """
 
 from __future__ import annotations
@@ -73,16 +73,14 @@ def numbers(*shape: int, seed: int = 0) -> Tensor:
 def call(function, *arguments):
     """The student's function on these arguments; an error inside it becomes a line."""
     if not callable(function):
-        raise NotYet(f"a function is wanted (def …), yours is {short(function)}")
+        raise NotYet(f"the answer must be a function (def …), yours is {short(function)}")
     try:
         result = function(*arguments)
     except Exception as error:  # whatever a student's code may raise
         shapes = ", ".join(str(tuple(a.shape)) if isinstance(a, Tensor) else str(a) for a in arguments)
-        raise NotYet(
-            f"your function stopped with {type(error).__name__}: {short(error)} (it was given {shapes})"
-        ) from None
+        raise NotYet(f"your function raised {type(error).__name__}: {short(error)} (its input: {shapes})") from None
     if result is None or result is ...:
-        raise Empty("nothing comes back yet. Fill in the function (it ends with return …) and run both cells.")
+        raise Empty("the function returns nothing yet. Fill it in (it ends with return …) and run both cells.")
     return result
 
 
@@ -91,13 +89,13 @@ def tensor(found) -> Tensor:
     try:
         return torch.as_tensor(found)
     except (TypeError, ValueError, RuntimeError):
-        raise NotYet(f"a tensor is wanted, yours is {short(found)}") from None
+        raise NotYet(f"the answer must be a tensor, yours is {short(found)}") from None
 
 
 def shaped(found: Tensor, shape, words: str) -> None:
     """NotYet for another shape than `shape`, which `words` explain."""
     if found.shape != shape:
-        raise NotYet(f"the shape is {tuple(found.shape)}; wanted is {words}, here {tuple(shape)}")
+        raise NotYet(f"the shape is {tuple(found.shape)}; it should be {words}, here {tuple(shape)}")
 
 
 def number(found) -> float:
@@ -105,9 +103,9 @@ def number(found) -> float:
     try:
         value = float(found)
     except (TypeError, ValueError, RuntimeError):
-        raise NotYet(f"one number is wanted, yours is {short(found)}") from None
+        raise NotYet(f"the answer must be one number, yours is {short(found)}") from None
     if math.isnan(value):
-        raise NotYet("your number is NaN: something was divided by nothing, or taken of an empty set")
+        raise NotYet("your number is NaN: was something divided by zero, or is it the mean of an empty set?")
     return value
 
 
@@ -115,7 +113,7 @@ def whole(found, what: str) -> int:
     """The answer as a whole number, or NotYet; `what` says of what."""
     value = number(found)
     if not value.is_integer():
-        raise NotYet(f"{what} is wanted, a whole number, yours is {value:g}")
+        raise NotYet(f"the answer must be {what}, a whole number, yours is {value:g}")
     return int(value)
 
 
@@ -158,7 +156,7 @@ def check_patch_norms(function, tokens: Tensor, num_prefix_tokens: int) -> str:
         found = tensor(call(function, x, prefix))
         patches = truth.shape[1]
         if found.shape == (len(x), x.shape[1]):
-            raise NotYet(f"{x.shape[1]} values an image, but there are {patches} patches: which tokens are too many?")
+            raise NotYet(f"{x.shape[1]} values per image, but there are {patches} patches: which tokens are too many?")
         if found.shape == (len(x), x.shape[2]):
             raise NotYet("one value for each dimension: you took the norm along the tokens, not of each token")
         shaped(found, truth.shape, "(images, patches)")
@@ -169,8 +167,8 @@ def check_patch_norms(function, tokens: Tensor, num_prefix_tokens: int) -> str:
             {
                 "these are squared lengths: one step is missing": own.square().sum(-1),
                 "this is the sum of absolute values (L1): the paper's norm is L2": own.abs().sum(-1),
-                "this is a mean over the dimensions: an L2 norm adds up": own.square().mean(-1).sqrt(),
-                "the right number of values, but of other tokens: where in the sequence do cls and registers stand?": x[
+                "this is a mean over the dimensions: an L2 norm is a sum": own.square().mean(-1).sqrt(),
+                "the right number of values, but of the wrong tokens: where in the sequence are cls and registers?": x[
                     :, : x.shape[1] - prefix
                 ].norm(dim=-1),
             },
@@ -189,15 +187,17 @@ def check_onset(answer, norms: Tensor) -> str:
     at = norms[:, block]
     ratio = (at.max() / at.median()).item()
     if block == truth:
-        return f"right: the largest norm is {ratio:.0f} times the median from here on, and stays apart in later blocks."
+        return (
+            f"right: the largest norm is {ratio:.0f} times the median from here on, and the gap stays in later blocks."
+        )
     if block == truth + 1:
-        raise NotYet("close: they are there already before this block has run. Is your first block 0 or 1?")
+        raise NotYet("close: the outliers are there before this block. Is your first block 0 or 1?")
     if block > truth:
-        raise NotYet("they are there, but not for the first time: look at the blocks before")
+        raise NotYet("the outliers are there, but not for the first time: look at earlier blocks")
     share = outliers.separated_share(norms)[block].item()
     raise NotYet(
-        f"after this block {share:.1%} of tokens lie above 3 medians, but they are the tail of one crowd, or are gone "
-        "again in the next block: look for the first block with two crowds that stay"
+        f"after this block {share:.1%} of tokens lie above 3 medians, but they are the tail of one group, or disappear "
+        "in the next block: look for the first block with two groups that stay"
     )
 
 
@@ -209,22 +209,28 @@ def check_cutoff(function, norms: Tensor, truth: Tensor, clean: Tensor) -> str:
     large.
     """
     for factor in (1.0, 20.0):
-        other = "" if factor == 1 else " in a model whose norms are all 20 times as large (is a number of yours fixed?)"
+        other = (
+            ""
+            if factor == 1
+            else " in a model whose norms are all 20 times as large (does your rule contain a fixed number?)"
+        )
         cut = number(call(function, norms * factor))
         found = outliers.score(norms * factor > cut, truth)
         if found["recall"] < 0.9:
-            raise NotYet(f"the rule misses {1 - found['recall']:.0%} of the planted outliers{other}: it lies too high")
+            raise NotYet(
+                f"the rule misses {1 - found['recall']:.0%} of the planted outliers{other}: the cutoff is too high"
+            )
         if found["precision"] < 0.9:
             raise NotYet(
-                f"of what the rule calls outliers only {found['precision']:.0%} were planted{other}: it lies too low"
+                f"only {found['precision']:.0%} of the outliers by this rule were planted{other}: the cutoff is too low"
             )
         flagged = (clean * factor > number(call(function, clean * factor))).float().mean().item()
         if flagged > 1e-3:
             raise NotYet(
                 f"good on the planted control, but on the random one, which has no outliers, it calls {flagged:.1%} "
-                f"of the tokens outliers{other}. Does it find some in any model, by its making?"
+                f"of the tokens outliers{other}. Would this rule find outliers in every model?"
             )
-    return "right: it finds what was planted, nothing where nothing is, and holds in models of another scale."
+    return "right: it finds the planted outliers and nothing in the random model, also at another scale."
 
 
 # 2 Attention
@@ -256,7 +262,9 @@ def check_attention_row(function, q: Tensor, k: Tensor) -> str:
             },
             "shares",
         )
-    return "right: the same numbers as inside the model. For one query that is all of it; no tokens × tokens matrix."
+    return (
+        "right: the same numbers as inside the model. For one query this is all: no tokens × tokens matrix is needed."
+    )
 
 
 @check("2.2 the share on outliers")
@@ -271,21 +279,23 @@ def check_share(answer, rows: Tensor, is_outlier: Tensor) -> str:
         truth,
         {
             "this is a percentage: a share lies between 0 and 1": 100 * truth,
-            "this is how many of the patches are outliers, not how much they are looked at": count,
-            "this is what one outlier gets on average: ask for what all of an image get together": (
+            "this is how many of the patches are outliers, not how much attention they get": count,
+            "this is what one outlier gets on average: take all outliers of an image together": (
                 rows[..., prefix:][is_outlier[:, None].expand_as(rows[..., prefix:])].mean().item()
             ),
             "the heads are added up: take their mean": on.sum(1).mean().item(),
-            "this is the share of what falls on patches; here the whole row is meant, cls and registers too": (
+            "this is a share of the attention on patches: take the whole row, with cls and registers": (
                 (on / rows[..., prefix:].sum(-1)).mean().item()
             ),
         },
         "share",
     )
-    return f"right: {truth:.0%} of the attention, for {count:.1%} of the patches, {truth / count:.0f} times their part."
+    return (
+        f"right: {truth:.0%} of the attention, for {count:.1%} of the patches, {truth / count:.0f} times an even share."
+    )
 
 
-@check("2.3 the head that looks")
+@check("2.3 the head that attends")
 def check_head(answer, rows: Tensor, is_outlier: Tensor) -> str:
     """The head that gives outliers the most, for rows (images, heads, tokens) and outliers (images, patches)."""
     prefix = rows.shape[-1] - is_outlier.shape[-1]
@@ -298,7 +308,7 @@ def check_head(answer, rows: Tensor, is_outlier: Tensor) -> str:
         raise NotYet("-1 is the mean of all heads in the explorer: go through them one by one")
     if not 0 <= head < len(by_head):
         raise NotYet(f"there is no head {head}: they are counted from 0 to {len(by_head) - 1}")
-    raise NotYet(f"head {head} gives the outliers {by_head[head]:.0%} of its attention; another one gives them more")
+    raise NotYet(f"head {head} gives the outliers {by_head[head]:.0%} of its attention; another head gives them more")
 
 
 # 3 What outlier tokens know
@@ -312,7 +322,7 @@ def check_split(function) -> str:
         for image_ids in (ids, ids[torch.randperm(len(ids), generator=torch.Generator().manual_seed(0))]):
             is_test = tensor(call(function, image_ids))
             if is_test.dtype != torch.bool:
-                raise NotYet(f"a bool for each token is wanted, True for test; yours is {is_test.dtype}")
+                raise NotYet(f"the answer must be a bool for each token, True for test; yours is {is_test.dtype}")
             shaped(is_test, image_ids.shape, "(tokens,)")
             share = is_test.float().mean().item()
             if share in (0.0, 1.0):
@@ -321,12 +331,12 @@ def check_split(function) -> str:
             leaking = set(image_ids[is_test].tolist()) & set(image_ids[~is_test].tolist())
             if leaking:
                 raise NotYet(
-                    f"{len(leaking)} of {images} images have tokens on both sides: what of one image can the probe "
-                    "learn in training and use in the test?"
+                    f"{len(leaking)} of {images} images have tokens on both sides: what can the probe learn "
+                    "from an image in training and use in the test?"
                 )
             if not 0.1 <= share <= 0.5:
                 raise NotYet(f"{share:.0%} of the tokens are for the test: a tenth to a half is usual")
-    return "right: no image on both sides. Tokens of one image are no independent samples."
+    return "right: no image on both sides. Tokens of one image are not independent samples."
 
 
 @check("3.2 a matched partner")
@@ -344,18 +354,20 @@ def check_partner(function) -> str:
             try:
                 r, c = (int(value) for value in place)
             except (TypeError, ValueError):
-                raise NotYet(f"a pair (row, col) is wanted, yours is {short(place)}") from None
+                raise NotYet(f"the answer must be a pair (row, col), yours is {short(place)}") from None
             at = f"for the outlier at ({row}, {col}) you return ({r}, {c})"
             if not (0 <= r < mask.shape[0] and 0 <= c < mask.shape[1]):
                 raise NotYet(f"{at}, which is outside the grid of {mask.shape[0]} × {mask.shape[1]}: mind the border")
             if (r, c) == (row, col):
                 raise NotYet(f"{at}: that is the outlier itself")
             if mask[r, c]:
-                raise NotYet(f"{at}: that is an outlier too, and no normal token to compare with")
+                raise NotYet(f"{at}: that is an outlier, too, not a normal token")
             least = (normal - torch.tensor([row, col])).square().sum(1).min().item()
             if (r - row) ** 2 + (c - col) ** 2 > least:
                 raise NotYet(f"{at}: a normal token, but there is a nearer one (distance between cells of the grid)")
-    return "right, at the border and in clusters too. Place is now the same for both groups, as nearly as it can be."
+    return (
+        "right, at the border and in clusters, too. Both groups now come from the same places, as nearly as possible."
+    )
 
 
 @check("3.3 the fair fit")
@@ -364,18 +376,18 @@ def check_fit(answer) -> str:
     word = str(answer).strip().lower()
     if word == "normal":
         raise NotYet(
-            "this probe never saw such a norm. Would it fail on tokens that hold everything, only ten times larger?"
+            "this probe never saw such a norm. Would it fail on tokens that contain everything, multiplied by ten?"
         )
     if word == "all":
         raise NotYet(
-            "nearly all tokens that it learnt from are normal: whose features does it serve? It is the paper's fit; "
-            "what else than lost information could bring its score on outliers down?"
+            "nearly all tokens of its training are normal, so it fits those. It is the paper's fit. What could lower "
+            "its score on outliers, other than lost information?"
         )
     if word in ("outlier", "matched", "border"):
-        raise NotYet(f"{word} is a group of tokens, a row of the table; wanted is a fit, the head of a column")
+        raise NotYet(f"{word} is a group of tokens, a row of the table; the answer must be a fit, the name of a column")
     if word != "own":
-        raise NotYet(f"{short(answer)} is no fit: wanted is the head of a column of the table, as a text")
-    return "right: only a probe that learnt from such tokens can say that something is not there to be learnt."
+        raise NotYet(f"{short(answer)} is no fit: the answer must be the name of a column of the table, as a text")
+    return "right: only a probe trained on such tokens can show that something is not in them."
 
 
 # 4 Registers
@@ -389,21 +401,21 @@ def check_add_registers(function) -> str:
         many = registers.expand(batch, -1, -1)
         found = tensor(call(function, x, registers))
         if found.shape == x.shape:
-            raise NotYet(f"the sequence is as long as before: {count} tokens more are wanted")
+            raise NotYet(f"the sequence is as long as before: it should have {count} tokens more")
         truth = torch.cat([x[:, :1], many, x[:, 1:]], 1)
         shaped(found, truth.shape, "(batch, tokens + registers, dim)")
         compare(
             found,
             truth,
             {
-                "registers stand before cls: code that takes x[:, 0] for the class now takes a register": torch.cat(
+                "registers are before cls: code that reads the class from x[:, 0] now reads a register": torch.cat(
                     [many, x], 1
                 ),
-                "registers stand at the end: the usual order is cls, registers, patches": torch.cat([x, many], 1),
+                "registers are at the end: the usual order is cls, registers, patches": torch.cat([x, many], 1),
             },
             "tokens",
         )
-    return "right: cls, registers, patches, as in timm and in DINOv2. They got no position embedding, on purpose."
+    return "right: cls, registers, patches, as in timm. Registers get no position embedding: they have no place."
 
 
 @check("4.2 the mean of patches")
@@ -420,17 +432,17 @@ def check_patch_mean(function) -> str:
             truth,
             {
                 "all tokens are in this mean, cls and registers too": x.mean(1),
-                "registers are still in this mean: it happened in well-known libraries too": x[:, 1:].mean(1),
+                "registers are still in this mean: a mistake that well-known libraries made, too": x[:, 1:].mean(1),
                 "cls is still in this mean": torch.cat([x[:, :1], x[:, 1 + count :]], 1).mean(1),
                 "cls is still in this mean, and a register or a patch is missing": x[:, count:].mean(1),
-                "tokens are dropped at the end of the sequence: registers stand elsewhere": x[
+                "tokens are dropped at the end of the sequence: registers are elsewhere": x[
                     :, 1 : x.shape[1] - count
                 ].mean(1),
                 "the mean is along the dimensions, not over tokens": x[:, 1 + count :].mean(2)[:, :6],
             },
             "means",
         )
-    return "right, without registers too. What collects global information has no place in a feature of patches."
+    return "right, also without registers. Tokens that collect global information do not belong in a mean of patches."
 
 
 @check("4.3 what registers grew to")
@@ -447,16 +459,17 @@ def check_ratio(answer, telemetry) -> str:
         number(answer),
         truth,
         {
-            "upside down: registers over patches is asked for": 1 / truth,
+            "the ratio is inverted: divide registers by patches": 1 / truth,
             "this is cls over patches": at.cls_norm / at["q0.5"],
-            "this is over the largest patch, which one token decides: take the median (q0.5)": at.register_norm / at.q1,
-            "this was so before the first step: take the last step": first.register_norm / first["q0.5"],
+            "this divides by the largest patch norm, which one token decides: take the median (q0.5)": at.register_norm
+            / at.q1,
+            "this is the ratio before the first step: take the last step": first.register_norm / first["q0.5"],
             "this is the first block: take the last one": below.register_norm / below["q0.5"],
         },
         "ratio",
     )
     more = "longer than" if truth > 1.1 else "shorter than" if truth < 0.9 else "as long as"
-    return f"right. In this run registers ended {more} a typical patch. Train again with another seed before you tell."
+    return f"right. In this run registers ended {more} a typical patch. Train another seed before you report it."
 
 
 # 5 Objects
@@ -471,8 +484,8 @@ def check_iou(function) -> str:
         "one box with itself": ([0, 0, 4, 2], [0, 0, 4, 2]),
         "two boxes that overlap": ([0, 0, 4, 4], [2, 1, 7, 5]),
         "a box inside another": ([0, 0, 6, 6], [1, 1, 3, 4]),
-        "two boxes apart, to the right and below": ([0, 0, 2, 2], [5, 6, 8, 9]),
-        "two boxes apart, one above the other": ([0, 0, 4, 2], [0, 5, 4, 8]),
+        "two separate boxes, to the right and below": ([0, 0, 2, 2], [5, 6, 8, 9]),
+        "two separate boxes, one above the other": ([0, 0, 4, 2], [0, 5, 4, 8]),
     }
     for name, (a, b) in pairs.items():
         a, b = torch.tensor(a).float(), torch.tensor(b).float()
@@ -481,20 +494,20 @@ def check_iou(function) -> str:
         width, height = (torch.minimum(a[2:], b[2:]) - torch.maximum(a[:2], b[:2])).tolist()
         overlap = max(width, 0) * max(height, 0)
         areas = [((box[2] - box[0]) * (box[3] - box[1])).item() for box in (a, b)]
-        apart = f"for {name} there is no overlap, yet you find {found:.3g}: can a width be negative?"
+        apart = f"for {name} there is no overlap, but your IoU is {found:.3g}: can a width be negative?"
         compare_numbers(
             found,
             truth,
             ({apart: found} if truth == 0 and found != 0 else {})
             | {
                 f"for {name}: the union counts the overlap twice": overlap / sum(areas),
-                f"for {name}: this is over the smaller box; over the union is asked for": overlap / min(areas),
-                f"for {name}: this is over the larger box; over the union is asked for": overlap / max(areas),
+                f"for {name}: this divides by the smaller box: divide by the union": overlap / min(areas),
+                f"for {name}: this divides by the larger box: divide by the union": overlap / max(areas),
                 f"for {name}: this is the area of the overlap, not yet a share": overlap,
             },
             f"IoU for {name}",
         )
-    return "right, for boxes apart and nested too. From 0.5 on a box counts as a hit in CorLoc."
+    return "right, for separate and nested boxes, too. From 0.5 on a box counts as a hit in CorLoc."
 
 
 @check("5.2 the seed of LOST")
@@ -509,16 +522,16 @@ def check_seed(function, features: Tensor) -> str:
         if degrees[index] == degrees.min():  # any of equal ones
             continue
         lines = {
-            "this is the patch with the most friends: LOST starts from the fewest": degrees.argmax(),
-            "this is the patch of lowest summed similarity: sizes play no part, only signs": gram.sum(1).argmin(),
-            "this is the shortest feature: norms play no part, only signs of similarities": f.norm(dim=1).argmin(),
+            "this is the patch with the most links: LOST starts from the one with the fewest": degrees.argmax(),
+            "this is the patch of lowest summed similarity: only signs count, not sizes": gram.sum(1).argmin(),
+            "this is the shortest feature: only signs of similarities count, not norms": f.norm(dim=1).argmin(),
         }
         for line, wrong in lines.items():
             if index == int(wrong):
                 raise NotYet(line)
         least = int(degrees.min())
         raise NotYet(f"patch {index} has degree {int(degrees[index])}, and there is one of degree {least}")
-    return "right: Equation 1 of LOST. An object's patches are few, so they have few friends; the background has many."
+    return "right: Equation 1 of LOST. An object has few patches, so they have few links; background patches have many."
 
 
 @check("5.3 what registers change")
@@ -532,8 +545,8 @@ def check_gain(answer, without: Tensor, with_registers: Tensor) -> str:
         number(answer),
         truth,
         {
-            "the sign is turned: with registers minus without": -truth,
-            "this is a difference of shares; points are asked for, hundredths": truth / 100,
+            "the sign is wrong: take with registers minus without": -truth,
+            "this is a difference of shares: give it in points, which are hundredths": truth / 100,
             "this is the change relative to the value without; points are a plain difference": (
                 100 * (after - before) / before if before else math.nan
             ),
@@ -541,12 +554,12 @@ def check_gain(answer, without: Tensor, with_registers: Tensor) -> str:
         },
         "gain in points",
     )
-    told = "zero is not inside" if low > 0 or high < 0 else "zero is inside, so these images do not tell"
+    told = "zero is not inside" if low > 0 or high < 0 else "zero is inside, so these images do not decide it"
     return f"right: {truth:+.1f} points. Drawing the images anew gives {low:+.1f} to {high:+.1f} (95 %): {told}."
 
 
 def read_off_one_token(tokens: Tensor, labels: Tensor, groups: dict[str, Tensor], most: int = 2000) -> dict[str, float]:
-    """{group: share of test tokens from which a linear probe tells the label of their image}, a probe a group.
+    """{group: share of test tokens from which a linear probe reads the label of their image}, a probe a group.
 
     tokens (images, patches, dim), labels (images,), groups of bool (images, patches). Split by image; at most `most`
     training tokens, drawn at random; the strength is chosen on validation images. NaN for a group too small.
