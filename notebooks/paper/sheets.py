@@ -9,8 +9,9 @@ from vitreg_lib.measure.pairs import pairs as of_models
 def draw(run, models, shown: dict, n: int = 4, name: str = "figure", alone: bool = False, **style) -> None:
     """Draw and save a sheet for each group of models that get the same images.
 
-    shown: maps (n, rows, cols) of the first n images of `run.examples`, or colours, by label. Pairs share a colour
-    scale, unless each map stands `alone`. The first sheet is saved as `name`, others as name-scenes, name-textures. style: of `plots.sheet`.
+    shown: maps (n, rows, cols) of the first n images of `run.examples`, or colours, by label. A pair shares a colour
+    scale, unless each map stands `alone`. The first sheet is saved as `name`, others as name-scenes, name-textures.
+    style: of `plots.sheet`.
     """
     saved, pairs = False, of_models(models)
     for group in run.by_source(models):
