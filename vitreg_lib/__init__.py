@@ -16,7 +16,8 @@ __version__ = "0.1.0"
 SHORT = {  # what `vr.NAME` stands for: a function (module:name) or a module
     "start": "record.run:start",
     "load": "model.zoo:load",
-    "capture": "hooks.capture:capture",
+    "capture": "model.zoo:capture",
+    "describe": "hooks.anatomy:describe",
     "detect": "measure.detection:detect",
     "anatomy": "hooks.anatomy",
     "outliers": "measure.outliers",

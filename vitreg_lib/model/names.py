@@ -23,10 +23,21 @@ def entries() -> dict[str, dict]:
 
 def split(name: str) -> tuple[str, str, int]:
     """(name, "", 0), or of NAME+ttrN and NAME+emptyN (NAME, "ttr" or "empty", N). Raises UserError for another N."""
-    base, kind, number = re.fullmatch(r"(.*?)(?:\+(ttr|empty)(.*))?", name).groups()
+    # in a path, only an ending counts: what looks like one before is part of the path
+    pattern = r"(.*?)(?:\+(ttr|empty)(\d+))?" if name.startswith(("file:", "hf:")) else r"(.*?)(?:\+(ttr|empty)(.*))?"
+    base, kind, number = re.fullmatch(pattern, name).groups()
     if kind and (not number.isdecimal() or int(number) > MOST_TOKENS):
         raise UserError(f"{name!r}: write +{kind}N with N from 0 to {MOST_TOKENS}, for instance {base}+{kind}4")
     return base, kind or "", int(number or 0)
+
+
+def file_parts(name: str) -> tuple[Path, str]:
+    """(path, architecture) of file:PATH#ARCH; a path may hold a # of its own."""
+    whole = name.removeprefix("file:")
+    location, mark, architecture = whole.rpartition("#")
+    if not mark or Path(whole).expanduser().exists():
+        location, architecture = whole, ""
+    return Path(location).expanduser(), architecture
 
 
 def check(names: str) -> None:
@@ -39,7 +50,7 @@ def check(names: str) -> None:
         if base in entries() or base.startswith(("open_clip:", "hf:")):
             continue
         if base.startswith("file:"):
-            if not Path(base.removeprefix("file:").partition("#")[0]).expanduser().exists():
+            if not file_parts(base)[0].exists():
                 raise UserError(f"{name}: no such file, and no folder with a config.json")
             continue
         import timm

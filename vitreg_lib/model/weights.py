@@ -1,16 +1,50 @@
-"""Weights from files: read, checked, and put into a module of timm's."""
+"""Weights from files, by their content: read, unwrapped, recognised by their layout, put into a module.
+
+What is read: safetensors, and what torch.save wrote (.pt, .pth, .bin, .ckpt), as weights only: a file that would run
+code is refused. Around the weights may lie what training scripts put there: state_dict, model, model_ema, teacher or
+student; before the names module., backbone., _orig_mod., Lightning's model. Where moving averages lie beside raw
+weights, the averages are taken unless raw ones are asked for.
+
+Layouts (`recognise`): timm's, which is also that of DINO, MAE and DeiT-III; DINOv2 and DINOv3 of the official code,
+also with blocks in chunks; image towers of OpenAI's CLIP and of open_clip; torchvision.
+"""
 
 from __future__ import annotations
 
+import argparse
+import contextlib
 import hashlib
+import io
 import json
 import re
+import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import nn
 
 from ..base import UserError
+
+AVERAGED, RAW = ("model_ema", "state_dict_ema", "ema", "teacher"), ("student",)
+PLAIN = ("state_dict", "model", "module", "backbone")
+BEFORE = r"^(module\.|_orig_mod\.|backbone\.|model\.|encoder\.(?=(blocks|patch_embed|norm)\.|(cls_token|pos_embed)$))+"
+IMAGENET = dict(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225), interpolation="bicubic")
+CLIP = dict(mean=(0.48145466, 0.4578275, 0.40821073), std=(0.26862954, 0.26130258, 0.27577711), interpolation="bicubic")
+NAMES = {192: "tiny", 384: "small", 768: "base", 1024: "large", 1280: "huge", 1536: "giant"}  # by width, as timm's
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What a file's weights are: the layout's name, timm's architecture, options for it, preprocessing if it says any.
+
+    architecture: the nearest one by width, depth and patch; "torchvision" for a module of torchvision's; "" for none.
+    """
+
+    name: str
+    architecture: str
+    options: dict
+    preprocessing: dict
 
 
 def file_sha256(path: Path) -> str:
@@ -19,60 +53,168 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(f, "sha256").hexdigest()
 
 
-def _read_json(path: Path) -> dict:
+def read_json(path: Path) -> dict:
+    """A JSON file. Raises UserError for a damaged one."""
     try:
         return json.loads(path.read_text())
     except ValueError as error:
-        raise UserError(f"{path.name} in {path.parent.name} cannot be read: {_line(error)}") from error
+        raise UserError(f"{path.name} in {path.parent.name} cannot be read: {line(error)}") from error
 
 
-def _read_safetensors(path: Path):
+def read_safetensors(path: Path) -> tuple[dict, dict[str, torch.Tensor]]:
+    """(metadata, tensors) of a safetensors file. Raises UserError for a damaged one."""
     from safetensors import safe_open
 
     try:
         with safe_open(path, "pt") as f:
             return f.metadata() or {}, {key: f.get_tensor(key) for key in f.keys()}
     except Exception as error:  # safetensors raises its own kind, OSError or ValueError
-        raise UserError(f"{path.name} is no whole safetensors file: {_line(error)}") from error
+        raise UserError(f"{path.name} is no whole safetensors file: {line(error)}") from error
 
 
-def _read_pickle(path: Path) -> dict[str, torch.Tensor]:
+def is_safetensors(path: Path) -> bool:
+    """Whether a file begins as safetensors do: the length of a header, and the header's brace."""
+    with open(path, "rb") as f:
+        return f.read(9)[8:] == b"{"
+
+
+def read_weights(path: Path, which: str = "ema") -> tuple[dict, dict[str, torch.Tensor], str]:
+    """(metadata, tensors by name, what was taken) of any file; `which` of averaged ("ema") and "raw" weights is taken.
+
+    Raises UserError for a file that is damaged, would run code, or holds no weights.
+    """
+    if is_safetensors(path):
+        metadata, tensors = read_safetensors(path)
+        taken = ""
+    else:
+        metadata, (tensors, taken) = {}, _unwrapped(_read_pickle(path), which)
+    tensors = {k: v for k, v in tensors.items() if torch.is_tensor(v)}
+    if not tensors:
+        raise UserError(f"{path.name} holds no weights by name")
+    return metadata, {re.sub(BEFORE, "", name): value for name, value in tensors.items()}, taken
+
+
+def _read_pickle(path: Path):
+    """What torch.save wrote, with argparse's Namespace and numpy's scalars allowed, which hold no code."""
+    import numpy as np
+
+    allowed = [argparse.Namespace, np.dtype, np._core.multiarray.scalar, *map(type, map(np.dtype, "fdilqLQ?"))]
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals(allowed):
+            return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # truncated archives and refused pickles raise several kinds
-        raise UserError(f"{path.name} cannot be read as weights only: {_line(error)}") from error
-    for key in ("state_dict", "model", "teacher"):
-        if isinstance(content, dict) and isinstance(content.get(key), dict):
-            content = content[key]
-    if not isinstance(content, dict):
-        raise UserError(f"{path.name} holds no weights by name, but a {type(content).__name__}")
-    return {re.sub(r"^(module\.|backbone\.)+", "", k): v for k, v in content.items() if torch.is_tensor(v)}
+        raise UserError(f"{path.name} cannot be read as weights only: {line(error)}") from error
 
 
-def _at_size(module: nn.Module, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Weights whose position embeddings, of a square grid, are interpolated to the module's grid."""
-    from timm.layers import resample_abs_pos_embed
+def _unwrapped(content, which: str) -> tuple[dict, str]:
+    """(the innermost dict of tensors, the name of what was taken, "" where there was nothing to choose)."""
+    taken = ""
+    while isinstance(content, dict) and not any(map(torch.is_tensor, content.values())):
+        inside = [key for key, value in content.items() if isinstance(value, dict) and value]
+        averaged = [key for key in AVERAGED if key in inside]
+        raw = [key for key in (*RAW, *PLAIN) if key in inside]
+        chosen = (averaged + raw) if which == "ema" else (raw + averaged)
+        if not chosen:
+            break
+        taken = chosen[0] if averaged and raw else taken
+        content = content[chosen[0]]
+    return content if isinstance(content, dict) else {}, taken
 
-    stored, own = tensors.get("pos_embed"), getattr(module, "pos_embed", None)
-    if stored is None or own is None or stored.shape[1] == own.shape[1]:
-        return tensors
-    prefix = own.shape[1] - module.patch_embed.num_patches
-    resized = resample_abs_pos_embed(stored, module.patch_embed.grid_size, num_prefix_tokens=prefix)
-    return tensors | {"pos_embed": resized}
+
+def recognise(tensors: dict[str, torch.Tensor]) -> tuple[Layout, dict[str, torch.Tensor]]:
+    """The `Layout` of weights, and the weights that belong to the ViT: no decoder, no heads of a self-supervised loss.
+
+    Raises UserError for weights in which no known layout is recognised.
+    """
+    tensors = {re.sub(r"^blocks\.\d+\.(?=\d+\.)", "blocks.", k): v for k, v in tensors.items()}  # blocks in chunks
+    own = {
+        k: v for k, v in tensors.items() if not re.match(r"decoder|(dino_|ibot_)?head\.(mlp|last_layer)|dino_|ibot_", k)
+    }
+    if "conv_proj.weight" in own:
+        return Layout("torchvision", "torchvision", {}, IMAGENET | {"interpolation": "bilinear"}), own
+    if "visual.class_embedding" in own or "class_embedding" in own:
+        return _clip(own)
+    patch = own.get("patch_embed.proj.weight")
+    if patch is None or "blocks.0.norm1.weight" not in own:
+        raise UserError(f"no layout of a ViT is recognised; the weights' names begin {', '.join(list(tensors)[:4])}")
+    width, size = patch.shape[0], patch.shape[-1]
+    name, head = NAMES.get(width, ""), own.get("head.weight")
+    options = {"num_classes": 0 if head is None else len(head)}
+    if "storage_tokens" in own:
+        bias = own.get("blocks.0.attn.qkv.bias")
+        with_bias = "_qkvb" if bias is not None and bias.nan_to_num().any() else ""
+        return Layout("DINOv3", f"vit_{name}_patch{size}_dinov3{with_bias}", options, IMAGENET), own
+    if "register_tokens" in own or ("mask_token" in own and "blocks.0.ls1.gamma" in own):
+        registers = f"_reg{own['register_tokens'].shape[1]}" if "register_tokens" in own else ""
+        return Layout("DINOv2", f"vit_{name}_patch{size}{registers}_dinov2", options, IMAGENET), own
+    if "blocks.0.gamma_1" in own:
+        return Layout("DeiT-III", f"deit3_{name}_patch{size}_224", options, IMAGENET), own
+    decoder, heads = any(k.startswith("decoder") for k in tensors), len(own) < len(tensors)
+    kind = "MAE" if decoder else "DINO" if heads else "timm's, without a head" if head is None else "timm's"
+    # weights without a head come from self-supervised training, which uses ImageNet's mean throughout
+    return Layout(kind, f"vit_{name}_patch{size}_224", options, IMAGENET if head is None else {}), own
 
 
-def _fill(name: str, module: nn.Module, tensors: dict[str, torch.Tensor]) -> None:
-    """Load weights; a classifier that is missing or too much is no fault, all else is."""
+def _clip(own: dict[str, torch.Tensor]) -> tuple[Layout, dict[str, torch.Tensor]]:
+    own = own if "visual.class_embedding" in own else {f"visual.{k}": v for k, v in own.items()}
+    own = {k: v for k, v in own.items() if k.startswith("visual.") or k in ("input_resolution", "vocab_size")}
+    width, size = own["visual.conv1.weight"].shape[0], own["visual.conv1.weight"].shape[-1]
+    openai = "input_resolution" in own  # only OpenAI's own files say it; their models have another activation
+    own = {k: v for k, v in own.items() if k.startswith("visual.")}
+    quick = "quickgelu_" if openai else ""
+    options = {"num_classes": own["visual.proj"].shape[1] if "visual.proj" in own else 0}
+    architecture = f"vit_{NAMES.get(width, '')}_patch{size}_clip_{quick}224"
+    return Layout("OpenAI's CLIP" if openai else "open_clip", architecture, options, CLIP), own
+
+
+def torchvision_vit(name: str, tensors: dict[str, torch.Tensor]) -> nn.Module:
+    """A VisionTransformer of torchvision's with the weights in it; heads are 64 wide, as in all of its models."""
+    from torchvision.models import VisionTransformer
+
+    width, _, _, size = tensors["conv_proj.weight"].shape
+    depth = 1 + max(int(k.split("encoder_layer_")[1].split(".")[0]) for k in tensors if "encoder_layer_" in k)
+    side = round((tensors["encoder.pos_embedding"].shape[1] - 1) ** 0.5)
+    hidden = tensors["encoder.layers.encoder_layer_0.mlp.0.weight"].shape[0]
+    classes = len(tensors["heads.head.weight"]) if "heads.head.weight" in tensors else 1000
+    module = VisionTransformer(side * size, size, depth, max(1, width // 64), width, hidden, num_classes=classes)
+    fill(name, module, tensors)
+    return module
+
+
+def fill(name: str, module: nn.Module, tensors: dict[str, torch.Tensor], convert: bool = True) -> None:
+    """Load weights; a classifier that is missing or too much is no fault, all else is.
+
+    Names and position embeddings are converted by timm's own filter for the module's class, if `convert`. Raises
+    UserError with the names or shapes that do not fit and the nearest architecture that does.
+    """
+    filter = getattr(sys.modules[type(module).__module__], "checkpoint_filter_fn", None) if convert else None
+    options = {"adapt_layer_scale": True} if any(".gamma_1" in k for k in tensors) else {}
+    eva = type(module).__module__.endswith(".eva")
     try:
-        missing, extra = module.load_state_dict(tensors, strict=False)
-    except RuntimeError as error:
-        raise UserError(f"{name}: the weights do not fit the architecture: {_line(error)}") from error
+        with contextlib.redirect_stdout(io.StringIO()):  # timm prints what it tries
+            fitted = filter(dict(tensors), module, **({} if eva else options)) if filter else tensors
+        missing, extra = module.load_state_dict(fitted, strict=False)
+    except (RuntimeError, KeyError, AttributeError) as error:
+        raise UserError(
+            f"{name}: the weights do not fit the architecture: {line(error)}{_nearest(name, tensors)}"
+        ) from error
     wrong = [k for k in [*missing, *extra] if not k.startswith("head")]
     if wrong:
-        raise UserError(
-            f"{name}: the weights do not fit the architecture: {', '.join(wrong[:4])}{' …' * (len(wrong) > 4)}"
-        )
+        names = f"{', '.join(wrong[:4])}{' …' * (len(wrong) > 4)}"
+        raise UserError(f"{name}: the weights do not fit the architecture: {names}{_nearest(name, tensors)}")
 
 
-def _line(error: Exception) -> str:
+def _nearest(name: str, tensors: dict[str, torch.Tensor]) -> str:
+    """What to say about the architecture that weights are of, if they are not of the one that was named."""
+    import timm
+
+    try:
+        architecture = recognise(tensors)[0].architecture
+    except UserError:
+        return f"; their names begin {', '.join(list(tensors)[:2])}"
+    return f"; they look like #{architecture}" if timm.is_model(architecture) and f"#{architecture}" not in name else ""
+
+
+def line(error: Exception) -> str:
+    """An error's message on one line."""
     return " ".join(str(error).split())[:160]

@@ -3,8 +3,10 @@
 mini-deit3, vit-ti …      an entry of data/models.yaml
 planted, mini-random      the two controls, entries too
 timm:NAME, or NAME alone  a model of timm: VITREG_MODELS first, then the hub's cache, then the hub
-file:PATH                 .safetensors, or .pt/.pth (weights only), or a folder in timm's hub layout;
-                          file:PATH#ARCH names timm's architecture where the file does not
+file:PATH                 weights in any layout that `weights` recognises, or a folder in timm's hub layout;
+                          file:PATH#ARCH says which architecture of timm's it is
+hf:REPO                   a model of transformers: a name of the hub's, or a folder of `save_pretrained`
+open_clip:ARCH/TAG        the image tower of a model of open_clip's; TAG may be a file
 random:NAME               the same architecture with fresh weights: a control
 NAME+ttrN                 any of them with N registers added at test time (see `mend`)
 NAME+emptyN               with N tokens of zeros and nothing else changed
@@ -23,31 +25,53 @@ from torch import nn
 from ..base import CHECKPOINTS, UserError, hub, unknown
 from ..data.scenes import ATTRIBUTES
 from .model import Model, weights_sha256
-from .names import available, damaged, entries, folder, split
-from .weights import _at_size, _fill, _line, _read_json, _read_pickle, _read_safetensors, file_sha256
+from .names import available, damaged, entries, file_parts, folder, split
+from .outside import of_module, of_open_clip, of_transformers, with_config
+from .weights import (
+    Layout,
+    file_sha256,
+    fill,
+    line,
+    read_json,
+    read_safetensors,
+    read_weights,
+    recognise,
+    torchvision_vit,
+)
 
-__all__ = ["available", "entries", "folder", "load", "split", "with_facts"]
+__all__ = ["available", "capture", "entries", "folder", "load", "split", "with_facts"]
 FACTS = ("role", "family", "base", "registers_from", "head", "onset")  # fields of `Model` that an entry may give
 
 
-def load(name: str, device: str | None = None, image_size: int | None = None) -> Model:
+def load(
+    name: str | nn.Module | Model, device: str | None = None, image_size: int | None = None, weights: str = "ema"
+) -> Model:
     """The model of that name, in evaluation mode, on `device` (CUDA where there is one, by default).
 
-    `image_size` asks for another input size than the model's own; position embeddings are interpolated.
-    Raises UserError for an unknown name, weights that cannot be had, or a damaged file.
+    A module of one's own, described (`vr.describe`) or recognised, becomes a `Model` where it is; its preprocessing is
+    what it says, else ImageNet's: `dataclasses.replace` sets another. `image_size` asks for another input size than the
+    model's own; position embeddings are interpolated. weights: "ema" or "raw", where a file holds both. Raises
+    UserError for an unknown name, weights that cannot be had, or a damaged file.
     """
+    if not isinstance(name, str):
+        return name if isinstance(name, Model) else of_module(name)
     base, kind, number = split(name)
     if kind:
         from . import mend
 
         remedy = {"ttr": mend.with_test_time_registers, "empty": mend.with_empty_tokens}[kind]
-        model = remedy(load(base, device, image_size), number)
+        model = remedy(load(base, device, image_size, weights), number)
         model.label = name
         return model
-    if base.startswith("random:"):
+    where, _, rest = base.partition(":")
+    if where == "random":
         model = _random(base, image_size)
-    elif base.startswith("file:"):
-        model = _file(base, image_size)
+    elif where == "file":
+        model = _file(base, image_size, weights)
+    elif where == "hf":
+        model = of_transformers(base, rest)
+    elif where == "open_clip":
+        model = of_open_clip(base, rest)
     elif base in entries():
         model = _entry(base, image_size)
     else:
@@ -58,6 +82,14 @@ def load(name: str, device: str | None = None, image_size: int | None = None) ->
     model.module.eval().requires_grad_(False)
     model.module.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     return model
+
+
+def capture(model, images, keep="norms", **options):
+    """`hooks.capture.capture` of a model's name, a `Model`, or a module of one's own, on normalised images or `Images`.
+
+    seen = vr.capture("mini-deit3", images, ("norms", "attention"), layers=-1)
+    """
+    return load(model).capture(images, keep, **options)
 
 
 def _entry(name: str, image_size: int | None) -> Model:
@@ -97,12 +129,12 @@ def with_facts(model: Model, facts: dict, entry: str = "") -> Model:
 
 def _mini_file(name: str, path: Path, image_size: int | None = None) -> Model:
     """A checkpoint with timm's arguments and the training's settings in its metadata, as this project writes them."""
-    metadata, tensors = _read_safetensors(path)
+    metadata, tensors = read_safetensors(path)
     from timm.models.vision_transformer import VisionTransformer
 
     module = VisionTransformer(**json.loads(metadata["vit"]))
     module.vit_arguments = json.loads(metadata["vit"])
-    _fill(name, module, {k: v.float() for k, v in tensors.items()})
+    fill(name, module, {k: v.float() for k, v in tensors.items()}, convert=False)
     size = image_size or module.patch_embed.img_size[0]
     if image_size:
         module.set_input_size((image_size, image_size))
@@ -130,8 +162,8 @@ def _described_file(name, path, described: dict, tensors, image_size: int | None
         **arguments,
     )
     module.timm_config = described
-    _fill(name, module, {k: v.float() for k, v in (_at_size(module, tensors) if image_size else tensors).items()})
-    return with_facts(_with_config(name, module, file_sha256(path), image_size), described.get("facts", {}))
+    fill(name, module, {k: v.float() for k, v in tensors.items()})
+    return with_facts(with_config(name, module, file_sha256(path), image_size), described.get("facts", {}))
 
 
 def _random(name: str, image_size: int | None) -> Model:
@@ -144,7 +176,7 @@ def _random(name: str, image_size: int | None) -> Model:
             model.module.init_weights("")
         else:
             module = _create(entry.get("timm", inner.removeprefix("timm:")), image_size, pretrained=False)
-            model = _with_config(name, module, "", image_size)
+            model = with_config(name, module, "", image_size)
     base = f"random:{entry['base']}" if "base" in entry else ""
     facts = dict(role="random control", entry=inner if entry else "", family="", base=base, onset=None)
     facts |= dict(name=name, about="", registers_from="none", sha256=weights_sha256(model.module))
@@ -168,19 +200,6 @@ def _create(architecture: str, image_size: int | None, **options) -> nn.Module:
         raise unknown("model", architecture.split(":")[-1], known, f"{damaged()}See `vitreg models`.") from None
 
 
-def _with_config(name: str, module: nn.Module, sha256: str, image_size: int | None) -> Model:
-    import timm.data
-
-    config = timm.data.resolve_model_data_config(module)
-    size = image_size or config["input_size"][-1]
-    head = {"imagenet": (0, 1000)} if timm.data.infer_imagenet_subset(module) == "imagenet-1k" else {}
-    options = dict(
-        head=head, mean=tuple(config["mean"]), std=tuple(config["std"]), interpolation=config["interpolation"]
-    )
-    options |= dict(crop=config["crop_pct"], crop_mode=config["crop_mode"])
-    return Model(name, module, sha256, input_size=size, **options)
-
-
 def _timm(name: str, timm_name: str, image_size: int | None) -> Model:
     known = next((entry for entry in entries().items() if entry[1].get("timm") == timm_name), ("", {}))
     place = folder(timm_name)
@@ -192,11 +211,11 @@ def _timm(name: str, timm_name: str, image_size: int | None) -> Model:
     )
     with hub(f"{name}: its weights", instead):
         module = _create(timm_name, image_size, pretrained=True)
-    return with_facts(_with_config(timm_name, module, weights_sha256(module), image_size), known[1], known[0])
+    return with_facts(with_config(timm_name, module, weights_sha256(module), image_size), known[1], known[0])
 
 
 def _hub_folder(name: str, folder: Path, image_size: int | None) -> Model:
-    _read_json(folder / "config.json")
+    read_json(folder / "config.json")
     weights = folder / "model.safetensors"
     if not weights.exists():
         raise UserError(f"{name}: {folder.name} has a config.json but no model.safetensors")
@@ -205,33 +224,51 @@ def _hub_folder(name: str, folder: Path, image_size: int | None) -> Model:
     except UserError:
         raise
     except Exception as error:  # safetensors and timm raise many kinds for damaged files
-        raise UserError(f"{name}: model.safetensors in {folder.name} cannot be read: {_line(error)}") from error
-    return _with_config(name, module, file_sha256(weights), image_size)
+        raise UserError(f"{name}: model.safetensors in {folder.name} cannot be read: {line(error)}") from error
+    return with_config(name, module, file_sha256(weights), image_size)
 
 
-def _file(name: str, image_size: int | None) -> Model:
-    location, _, architecture = name.removeprefix("file:").partition("#")
-    path = Path(location).expanduser()
+def _file(name: str, image_size: int | None, which: str) -> Model:
+    path, architecture = file_parts(name)
     if path.is_dir() and (path / "config.json").exists():
         return _hub_folder(name, path, image_size)
     if not path.is_file():
         raise UserError(f"{name}: no such file, and no folder with a config.json")
-    if path.suffix == ".safetensors":
-        metadata, tensors = _read_safetensors(path)
-        if "vit" in metadata:
-            return _mini_file(name, path, image_size)
-        if "timm" in metadata:
-            return _described_file(name, path, json.loads(metadata["timm"]), tensors, image_size)
-    elif path.suffix in (".pt", ".pth"):
-        tensors = _read_pickle(path)
+    metadata, tensors, taken = read_weights(path, which)
+    if "vit" in metadata:
+        return _mini_file(name, path, image_size)
+    if "timm" in metadata:
+        return _described_file(name, path, json.loads(metadata["timm"]), tensors, image_size)
+    try:
+        layout, tensors = recognise(tensors)
+    except UserError as error:
+        if not architecture:
+            raise UserError(f"{name}: {error}; file:PATH#ARCH names an architecture of timm's") from None
+        layout = Layout("timm's", architecture, {}, {})
+    if layout.architecture == "torchvision" and not architecture:
+        module = torchvision_vit(name, tensors)
+        model = Model(name, module, file_sha256(path), input_size=module.image_size)
     else:
-        raise UserError(f"{name}: a .safetensors, .pt or .pth file is wanted")
-    if not architecture:
+        model = _in_timm(name, path, architecture or layout.architecture, layout.options, tensors, image_size)
+    told = {} if "." in architecture else layout.preprocessing  # a tag of timm's says its own
+    about = f"weights in the layout {layout.name}" + (f", of {taken}" if taken else "")
+    return dataclasses.replace(model, about=about, **told)
+
+
+def _in_timm(name, path, architecture: str, options: dict, tensors, image_size: int | None) -> Model:
+    known = architecture.partition(".")[0]
+    if not timm_knows(known):
         raise UserError(
-            f"{name}: the file does not say its architecture; write file:{location}#ARCH with a name of timm's"
+            f"{name}: the file does not say its architecture, and no usual one is like it: write {name}#ARCH with a "
+            "name of timm's"
         )
-    head = tensors.get("head.weight")
-    options = {} if head is None else {"num_classes": len(head)}
     module = _create(architecture, image_size, pretrained=False, **options)
-    _fill(name, module, _at_size(module, tensors) if image_size else tensors)
-    return _with_config(name, module, file_sha256(path), image_size)
+    fill(name, module, tensors)
+    return with_config(name, module, file_sha256(path), image_size)
+
+
+def timm_knows(architecture: str) -> bool:
+    """Whether timm has an architecture of that name."""
+    import timm
+
+    return timm.is_model(architecture)

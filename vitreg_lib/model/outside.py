@@ -1,0 +1,79 @@
+"""Models that come as modules: one's own, those of transformers and of open_clip; and timm's by their configuration."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+from torch import nn
+
+from ..base import UserError, hub, unknown
+from .model import Model, weights_sha256
+from .weights import IMAGENET
+
+
+def with_config(name: str, module: nn.Module, sha256: str, image_size: int | None) -> Model:
+    """A module of timm's as a `Model`, with the preprocessing that its configuration says."""
+    import timm.data
+
+    config = timm.data.resolve_model_data_config(module)
+    size = image_size or config["input_size"][-1]
+    head = {"imagenet": (0, 1000)} if timm.data.infer_imagenet_subset(module) == "imagenet-1k" else {}
+    options = dict(
+        head=head, mean=tuple(config["mean"]), std=tuple(config["std"]), interpolation=config["interpolation"]
+    )
+    options |= dict(crop=config["crop_pct"], crop_mode=config["crop_mode"])
+    return Model(name, module, sha256, input_size=size, **options)
+
+
+def of_module(module: nn.Module) -> Model:
+    """A module of one's own as a `Model`; it stays on its device, in its mode, with its gradients."""
+    name, digest = type(module).__name__, weights_sha256(module)
+    if getattr(module, "pretrained_cfg", None):
+        return dataclasses.replace(with_config(name, module, digest, None), label=name)
+    config = getattr(module, "config", None)
+    sizes = (getattr(part, "image_size", None) for part in (config, getattr(config, "vision_config", None), module))
+    size = next((size for size in sizes if size), 224)
+    size = size if isinstance(size, int) else size[0]
+    model = Model(name, module, digest, input_size=size, label=name, **IMAGENET)
+    model.registers_from = "trained" if model.registers else "none"
+    return model
+
+
+def of_transformers(name: str, repository: str) -> Model:
+    """A model of transformers, with the preprocessing that lies beside it."""
+    try:
+        import transformers
+    except ImportError:
+        raise UserError(f"{name}: needs the package transformers: pip install transformers") from None
+    place = str(Path(repository).expanduser())
+    with hub(name, "give the folder of a downloaded model, as hf:FOLDER, or a name of timm's"):
+        module = transformers.AutoModel.from_pretrained(place)
+    model = dataclasses.replace(of_module(module), name=name, label=name)
+    try:
+        told = transformers.AutoImageProcessor.from_pretrained(place).to_dict()
+    except Exception:  # none lies there: ImageNet's stays
+        return model
+    sides = {**told.get("size", {}), **(told.get("crop_size") or {})}
+    side = sides.get("height") or sides.get("shortest_edge") or model.input_size
+    given = {k: tuple(told[f"image_{k}"]) for k in ("mean", "std") if told.get(f"image_{k}")}
+    resized = (told.get("size") or {}).get("shortest_edge") or side
+    return dataclasses.replace(model, **given, input_size=side, crop=min(1.0, side / resized))
+
+
+def of_open_clip(name: str, rest: str) -> Model:
+    """The image tower of a model of open_clip's."""
+    import open_clip
+
+    architecture, _, tag = rest.partition("/")
+    if architecture not in open_clip.list_models():
+        raise unknown("architecture of open_clip", architecture, open_clip.list_models())
+    known = open_clip.list_pretrained_tags_by_model(architecture)
+    if not Path(tag).expanduser().is_file() and tag not in known:
+        raise unknown(f"weights of {architecture}", tag, known, "Write open_clip:ARCH/TAG, or a file as TAG.")
+    with hub(f"{name}: its weights", "give a downloaded file, as open_clip:ARCH/PATH"):
+        clip = open_clip.create_model(architecture, pretrained=tag)
+    tower, told = clip.visual, open_clip.get_model_preprocess_cfg(clip)
+    size = told["size"] if isinstance(told["size"], int) else told["size"][0]
+    options = dict(mean=tuple(told["mean"]), std=tuple(told["std"]), interpolation=told["interpolation"])
+    return Model(name, tower, weights_sha256(tower), input_size=size, family="clip", label=name, **options)
