@@ -1,12 +1,18 @@
-"""Figure 16: scores of average attention maps, and the verdicts."""
+"""Figure 16: scores of average attention maps, a grid of maps, and the verdicts."""
 
 from __future__ import annotations
 
+import matplotlib.pyplot as plt
 import torch
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import Normalize
+from matplotlib.figure import Figure
 from verdicts import above, copies, registered
 
 from vitreg_lib.measure import maps
 from vitreg_lib.measure.pairs import interval
+from vitreg_lib.plots.maps import draw_map
+from vitreg_lib.plots.style import NORMS, bare, styled
 
 LEAST = 0.01  # a leaning of less than one point of the attention does not count
 
@@ -98,3 +104,40 @@ def _of_registers(name: str, attention: torch.Tensor, tokens: list[str]):
     gap, low, high = entropy_gap(attention, len(tokens) - 1)
     text = f"{name}: the narrowest map of cls and registers has {gap:+.3f} ({low:+.3f} to {high:+.3f}) more entropy"
     yield "C057", above(low, high), f"{text} than the patch's map"
+
+
+@styled
+def image_grid(
+    rows: list[tuple[str, list]],
+    columns: list[str] | None = None,
+    cmap: str = NORMS,
+    scale: str = "row",
+    label: str = "norm",
+    cell: float = 1.35,
+) -> Figure:
+    """A grid of pictures with labels on its margins.
+
+    rows: (label, cells); a cell is (3, h, w) pixels, an (r, c) map, or None for an empty place. Maps share a colour
+    scale per `scale`: "row", "all" or "each"; the colour bar says `label`.
+    """
+    count = max(len(cells) for _, cells in rows)
+    figure, axes = plt.subplots(len(rows), count, figsize=(cell * count + 1.2, cell * len(rows) + 0.4), squeeze=False)
+    maps = [[c for c in cells if c is not None and c.ndim == 2] for _, cells in rows]
+    everything = [m for row in maps for m in row]
+    for (name, cells), row_axes, row_maps in zip(rows, axes, maps, strict=True):
+        drawn = None
+        for axis, content in zip(row_axes, list(cells) + [None] * (count - len(cells)), strict=True):
+            bare(axis)
+            if content is None:
+                continue
+            if content.ndim == 2:
+                among = {"row": row_maps, "all": everything, "each": [content]}[scale]
+                norm = Normalize(min(float(m.min()) for m in among), max(float(m.max()) for m in among))
+                drawn = ScalarMappable(norm, cmap)
+            draw_map(axis, content, cmap, drawn and drawn.norm)
+        row_axes[0].set_ylabel(name, rotation=0, ha="right", va="center", fontsize=8)
+        if drawn is not None and scale != "each":
+            figure.colorbar(drawn, ax=list(row_axes), fraction=0.02, pad=0.01, label=label)
+    for axis, title in zip(axes[0], columns or [], strict=False):
+        axis.set_title(title, fontsize=8)
+    return figure

@@ -1,7 +1,7 @@
 """Figures in one visual style, from tensors or data frames to an unsaved matplotlib Figure."""
 
 from .maps import COMPONENT, bars, by_pair, grids, query_view, sheet
-from .norms import histograms, image_grid, norm_maps, norms_by_layer, token_kinds, training
+from .norms import histograms, norm_maps, norms_by_layer, token_kinds, training
 from .scores import dots, scores
 from .style import ATTENTION, NORMS, PALETTE, PAPER, caption, picture, plt, styled
 
@@ -17,7 +17,6 @@ __all__ = [
     "dots",
     "grids",
     "histograms",
-    "image_grid",
     "norm_maps",
     "norms_by_layer",
     "picture",

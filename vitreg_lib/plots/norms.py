@@ -7,49 +7,10 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import torch
-from matplotlib.cm import ScalarMappable
-from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 
-from .maps import draw_map, sheet
-from .style import NORMS, PALETTE, PAPER, bare, plain_log, styled
-
-
-@styled
-def image_grid(
-    rows: list[tuple[str, list]],
-    columns: list[str] | None = None,
-    cmap: str = NORMS,
-    scale: str = "row",
-    label: str = "norm",
-    cell: float = 1.35,
-) -> Figure:
-    """A grid of pictures with labels on its margins.
-
-    rows: (label, cells); a cell is (3, h, w) pixels, an (r, c) map, or None for an empty place. Maps share a colour
-    scale per `scale`: "row", "all" or "each"; the colour bar says `label`.
-    """
-    count = max(len(cells) for _, cells in rows)
-    figure, axes = plt.subplots(len(rows), count, figsize=(cell * count + 1.2, cell * len(rows) + 0.4), squeeze=False)
-    maps = [[c for c in cells if c is not None and c.ndim == 2] for _, cells in rows]
-    everything = [m for row in maps for m in row]
-    for (name, cells), row_axes, row_maps in zip(rows, axes, maps, strict=True):
-        drawn = None
-        for axis, content in zip(row_axes, list(cells) + [None] * (count - len(cells)), strict=True):
-            bare(axis)
-            if content is None:
-                continue
-            if content.ndim == 2:
-                among = {"row": row_maps, "all": everything, "each": [content]}[scale]
-                norm = Normalize(min(float(m.min()) for m in among), max(float(m.max()) for m in among))
-                drawn = ScalarMappable(norm, cmap)
-            draw_map(axis, content, cmap, drawn and drawn.norm)
-        row_axes[0].set_ylabel(name, rotation=0, ha="right", va="center", fontsize=8)
-        if drawn is not None and scale != "each":
-            figure.colorbar(drawn, ax=list(row_axes), fraction=0.02, pad=0.01, label=label)
-    for axis, title in zip(axes[0], columns or [], strict=False):
-        axis.set_title(title, fontsize=8)
-    return figure
+from .maps import sheet
+from .style import NORMS, PALETTE, PAPER, plain_log, styled
 
 
 def norm_maps(pixels: torch.Tensor, maps: dict[str, torch.Tensor], cutoffs: dict[str, float]) -> Figure:

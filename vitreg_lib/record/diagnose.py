@@ -98,8 +98,8 @@ def page(found: Diagnosis, path: Path | None = None) -> Path:
     figures = {
         "Norms of patch tokens after every block": plots.norms_by_layer({label: table}, {label: found.detection.onset}),
         f"Norms after block {outliers.layer}": plots.histograms({label: outliers.norms}, {label: outliers.cutoff}),
-        "How often a place holds an outlier (0 to 1)": plots.image_grid(
-            [(label, [found.places])], label="share of images", cell=2.5
+        "How often a place holds an outlier (0 to 1)": plots.sheet(
+            None, [{label: found.places[None]}], plots.NORMS, "share of images", "group", cell=2.5
         ),
     }
     pictures = {}
