@@ -138,5 +138,5 @@ def test_the_figure_comes_first(path):
     """A figure stands on the first screen: at most three cells of code compute and draw it, and tables follow."""
     code = ["".join(c["source"]) for c in json.loads(path.read_text())["cells"] if c["cell_type"] == "code"]
     start = next(i for i, source in enumerate(code) if "vr.start(" in source)
-    drawn = next(i for i, source in enumerate(code) if "run.save(" in source)
+    drawn = next(i for i, source in enumerate(code) if "run.save(" in source or "sheets.draw(" in source)
     assert drawn - start <= 3, f"{path.name} draws in its cell {drawn - start} after the start"

@@ -9,12 +9,12 @@ from vitreg_lib.measure import outliers
 NO_OUTLIERS = 0.001  # of the patch tokens: below this share a model with registers has none
 
 
-def claims(models, found: dict, pairs: dict[str, str], truths: dict, profile: str):
+def claims(models, found: dict, pairs: dict[str, str], truths: dict, having, profile: str):
     """Arguments of `Run.claim`: C023 to C028 by family, without and with registers; ours; then the controls.
 
-    found: `Outliers` by label, those of a model with registers by the cutoff of its pair; truths: bool masks or None.
+    found: `Outliers` by label, those of a model with registers by the cutoff of its pair; truths: bool masks or None;
+    having: labels of the models with artifacts.
     """
-    having = outliers.having(found)
     share = {name: f"{name}: {each.share:.2%}" for name, each in found.items()}
     families = {"dinov2": ("C023", "C024"), "clip": ("C025", "C026"), "deit3": ("C027", "C028")}
     for family, (without, with_registers) in families.items():

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from verdicts import copies, registered
 
 from vitreg_lib.base import env_folder
-from vitreg_lib.measure import outliers
+from vitreg_lib.measure.pairs import pairs as of_models
 from vitreg_lib.plots.style import PALETTE, plain_log, styled
 
 
@@ -68,12 +68,13 @@ def registers_by_layer(norms: dict[str, torch.Tensor]) -> Figure:
     return figure
 
 
-def claims(models, kinds: dict, found: dict, quantised: dict, pairs: dict[str, str], profile: str):
+def claims(models, kinds: dict, found: dict, quantised: dict, having, profile: str):
     """Arguments of `Run.claim`: C052 to C054 on a model trained with registers, ours on registers added at test time.
 
-    By label: kinds, {kind of token: norms}; found, `Outliers`; quantised, `quantisation`.
+    By label: kinds, {kind of token: norms}; found, `Outliers`; quantised, `quantisation`. having: of models
+    with artifacts.
     """
-    having = outliers.having(found)
+    pairs = of_models(models)
     judged, missing = registered(models, pairs, having, profile)
     added = [m for m in models if m.role == "mended" and pairs.get(m.label) in having]
     for model, ids in ((next(iter(judged), None), ("C052", "C053", "C054")), *((m, ()) for m in added)):

@@ -21,12 +21,13 @@ def summary(found: dict, overlap: dict) -> pd.DataFrame:
     return pd.DataFrame.from_dict(rows, orient="index")
 
 
-def claims(models, found: dict, overlap: dict, pairs: dict[str, str], truths: dict):
+def claims(models, found: dict, overlap: dict, pairs: dict[str, str], truths: dict, having):
     """Arguments of `Run.claim`: C064 and C065, ours on registers added at test time, then the controls.
 
-    By label: found, `Outliers`; overlap, `maps.top_overlap` of attention and norms; truths, masks or None.
+    By label: found, `Outliers`; overlap, `maps.top_overlap` of attention and norms; truths, masks or None. having:
+    labels of the models with artifacts.
     """
-    having, table = outliers.having(found), summary(found, overlap)
+    table = summary(found, overlap)
     specimens = [m.label for m in models if m.role == "trained" and m.label in having]
     text = "; ".join(
         f"{n}: {table.overlap_with_attention[n]:.0%} in common, by chance {table.overlap_by_chance[n]:.1%} "

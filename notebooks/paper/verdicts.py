@@ -1,7 +1,7 @@
 """Which model a claim is judged on, and when: one rule for all figures and tables of the paper.
 
-- A claim about artifacts, or about what registers remove, is judged on models that have artifacts. Where none of the
-  models at hand has any, the claim is "not testable here".
+- A claim about artifacts, or about what registers remove, is judged on models that have artifacts by `vr.detect`. Where
+  none of the models at hand has any, the claim is "not testable here".
 - A claim about a family (DeiT-III, OpenCLIP, DINOv2) is judged on models trained in the same way: with labels, with
   captions, on images alone. The measured text names them.
 - A difference inside its interval is "undecided".
@@ -11,8 +11,14 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
+
 import torch
 from scipy.stats import binomtest, t
+
+from vitreg_lib.measure import detection, outliers
+from vitreg_lib.measure.pairs import pairs as of_models
 
 # families of models by the paper's family whose way of training they share
 FAMILIES = {"deit3": ("deit3", "deit", "augreg"), "clip": ("clip",), "dinov2": ("dinov2",), "dino": ("dino",)}
@@ -24,6 +30,28 @@ COPIES = 0.99  # cosine of two registers: above it they are one register, whose 
 def of_family(models, family: str) -> list:
     """The trained models among `models` whose training is that of a family of the paper, in order."""
     return [m for m in models if m.role == "trained" and m.family in FAMILIES[family]]
+
+
+def detected(run, models, seen: dict) -> tuple[dict, set[str]]:
+    """({label: `Outliers`}, labels of the models that have artifacts), by `vr.detect` on the run's images.
+
+    seen: captures with norms, by label; the last captured block counts. A model with registers takes the cutoff of its
+    pair without. Where the answer is "none" no token is an outlier; where artifacts were judged after another block
+    than the captured one, or the answer is "undecided", the cutoff follows from the captured norms.
+    """
+    own, having = {}, set()
+    for model in models:
+        name, answer = model.label, detection.detect(model, run.images(model))
+        found = outliers.find(seen[name], model=name)
+        if answer.answer == "none":
+            found = outliers.find(seen[name], cut=math.inf)
+        elif answer.has_artifacts and answer.outliers.layer == found.layer:
+            found = outliers.find(seen[name], cut=answer.outliers.cutoff)
+        own[name] = dataclasses.replace(found, cutoff_from=name)
+        having |= {name} if answer.has_artifacts else set()
+    pairs = of_models(models)
+    found = {name: outliers.find(seen[name], cut=own.get(pairs.get(name), each)) for name, each in own.items()}
+    return found, having
 
 
 def specimen(models, having):

@@ -65,13 +65,15 @@ def compare(scores: dict[str, torch.Tensor], models):
 
 
 def judge(compared, registers_from: str = "trained", having=None, level: float = 0.05) -> tuple[bool | str | None, str]:
-    """(verdict, what was measured) over the pairs of one kind, registers "trained" or "test time", for `run.claim`.
+    """(verdict, what was measured) over the pairs of one kind, for `run.claim`.
 
-    compared: from `compare`. having: labels of the models that have artifacts. Other pairs are not judged, since
+    compared: from `compare`. registers_from: "trained" (from the start, or into a finished model) or "test time".
+    having: labels of the models that have artifacts. Other pairs are not judged, since
     registers have nothing to remove there; None judges all. Holds where the score is lower with registers in every
     judged pair (p below `level`), fails where it is higher in one, else "undecided"; None where no pair is judged.
     """
-    chosen = compared[compared.registers_from == registers_from]
+    kinds = ("trained", "fine-tuned") if registers_from == "trained" else (registers_from,)
+    chosen = compared[compared.registers_from.isin(kinds)]
     if not len(chosen):
         return None, f"no pair of this kind ({MISSING.get(registers_from, registers_from)} registers) in this profile"
     text = "; ".join(

@@ -1,0 +1,93 @@
+"""The rule by which figures judge claims, on cases whose answer is known by hand."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import fig02
+import fig16
+import fig18
+import pytest
+import torch
+import verdicts
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "verdict"),
+    [(0.1, 0.2, True), (-0.2, -0.1, False), (-0.1, 0.1, "undecided"), (0.0, 1.0, "undecided")],
+)
+def test_an_interval_decides_on_its_own_side_of_the_limit(low, high, verdict):
+    assert verdicts.above(low, high) == verdict
+    assert verdicts.above(low + 5, high + 5, 5) == verdict
+
+
+def test_a_majority_is_decided_by_an_exact_interval():
+    hits = torch.arange(100) < 70
+    assert verdicts.majority(hits) is True and verdicts.majority(~hits) is False
+    assert verdicts.majority(hits[60:80]) == "undecided"  # 10 of 20
+
+
+def some(label, family="", role="trained", registers=0, base="", reg_token=None):
+    anatomy = SimpleNamespace(num_registers=registers)
+    module = SimpleNamespace(reg_token=reg_token)
+    return SimpleNamespace(label=label, family=family, role=role, anatomy=anatomy, base=base, module=module)
+
+
+def test_a_claim_needs_a_trained_model_with_artifacts():
+    models = [some("a", "deit3"), some("b", "augreg"), some("planted", role="planted control"), some("c", "clip")]
+    assert verdicts.specimen(models, {"planted", "b"}).label == "b"
+    assert verdicts.specimen(models, {"planted"}) is None
+    assert [m.label for m in verdicts.of_family(models, "deit3")] == ["a", "b"]
+
+
+def test_absence_counts_against_the_paper_on_its_own_models_only():
+    assert verdicts.exists(True, "mini") is True
+    assert verdicts.exists(False, "mini") is None and verdicts.exists(False, "large") is False
+
+
+def test_registers_are_judged_where_the_model_without_has_artifacts():
+    plain, paired = some("a"), some("a-reg4", registers=4, base="a")
+    assert verdicts.registered([plain, paired], {"a-reg4": "a"}, {"a"}, "mini")[0] == [paired]
+    chosen, reason = verdicts.registered([plain, paired], {"a-reg4": "a"}, set(), "mini")
+    assert chosen == [] and "a-reg4" in reason
+    assert verdicts.registered([paired], {}, set(), "large")[0] == [paired]
+
+
+def test_copies_are_recognised():
+    one = torch.randn(1, 1, 16, generator=torch.Generator().manual_seed(0))
+    noise = torch.randn(1, 4, 16, generator=torch.Generator().manual_seed(1))
+    assert verdicts.copies(some("m", reg_token=one.expand(1, 4, 16) + 1e-6 * noise))
+    assert not verdicts.copies(some("m", reg_token=noise))
+    assert not verdicts.copies(some("m", reg_token=one)) and not verdicts.copies(some("m"))
+
+
+def test_the_peak_of_the_background_is_looked_up_among_the_outliers():
+    attention = torch.tensor([[[9.0, 5.0], [1.0, 0.0]], [[9.0, 1.0], [5.0, 0.0]]])
+    is_outlier = torch.tensor([[[False, True], [False, False]]]).expand(2, 2, 2)
+    background = torch.tensor([[[False, True], [True, True]]]).expand(2, 2, 2)
+    assert fig02.peak_is_outlier(attention, is_outlier, None).tolist() == [False, False]
+    assert fig02.peak_is_outlier(attention, is_outlier, background).tolist() == [True, False]
+
+
+def test_a_leaning_is_chosen_on_one_half_of_the_images_and_measured_on_the_other():
+    score = torch.zeros(200, 3)
+    score[:, 1] += 0.2
+    score[::2, 2] += 0.5  # on the even images alone, as chance would have it
+    which, gap, low, high = fig16.leaning(score, torch.zeros(200, 3))
+    assert which == 2 and gap == 0 and low == high == 0
+    assert fig16.leaning(score[:, :2], torch.zeros(200, 2))[:2] == (1, pytest.approx(0.2))
+
+
+def test_a_local_map_has_less_entropy_than_wide_ones():
+    wide = torch.ones(50, 2, 4, 4) + 0.1 * torch.rand(50, 2, 4, 4, generator=torch.Generator().manual_seed(0))
+    local = torch.full((50, 1, 4, 4), 1e-3)
+    local[:, :, 1, 1] = 1.0
+    gap, low, high = fig16.entropy_gap(torch.cat([wide, local], 1), local=2)
+    assert 0 < low <= gap <= high
+
+
+def test_two_equal_heads_do_not_differ():
+    lift = 2 + torch.randn(200, 1, generator=torch.Generator().manual_seed(0)).expand(200, 2)
+    assert fig18.gap_between_heads(lift) == (0, 0)
+    low, _ = fig18.gap_between_heads(lift * torch.tensor([1.0, 2.0]))
+    assert low > 0
