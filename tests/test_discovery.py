@@ -196,7 +196,7 @@ def test_effects_and_changes_by_hand(swept):
         lost_sweep.compare(hits, {})
     choices = lost_sweep.choices({"a": table})
     assert choices.loc["a", "bias"] == pytest.approx(100 * found.spread["bias", "0.0"])
-    assert lost_sweep.told([(7, "k", True, -0.1)] * 2) == "block 7, k, length 1, bias -0.1"
+    assert lost_sweep.in_words([(7, "k", True, -0.1)] * 2) == "block 7, k, length 1, bias -0.1"
 
 
 def test_the_grid_is_drawn(swept):

@@ -129,7 +129,7 @@ def measure(run, tables: dict, scores, choices, baselines: dict[str, float]) -> 
     run.measure_table(choices.add_prefix("points moved, or share in percent: "))
     for name, table in tables.items():
         for setting, row in table.iterrows():
-            run.measure(f"corloc ({row.low:.2f} to {row.high:.2f}), {told([setting])}", row.corloc, name)
+            run.measure(f"corloc ({row.low:.2f} to {row.high:.2f}), {in_words([setting])}", row.corloc, name)
     for name, value in baselines.items():
         run.measure(f"corloc, {name}", value / 100)
 
@@ -141,7 +141,7 @@ def along_bias(table, site: str):
     return 100 * part.rename(columns=L.IN_WORDS, index=lambda bias: f"bias {bias:g}")
 
 
-def told(settings: list[tuple]) -> str:
+def in_words(settings: list[tuple]) -> str:
     """Settings of a `grid` in words."""
     return "; ".join(
         f"block {layer}, {site}, {'length 1' if unit else 'lengths kept'}, bias {bias:g}"
@@ -230,7 +230,7 @@ def claims(hits: dict, baseline: tuple[str, Tensor], models, choices, faults, se
     for name, (found, chosen) in best.items():
         if name not in controls:
             g, low, high = L.gain(costs_nothing, found)
-            measured = f"{g:+.0f} points ({low:+.0f} to {high:+.0f}) to {free}; chosen: {told(chosen)}"
+            measured = f"{g:+.0f} points ({low:+.0f} to {high:+.0f}) to {free}; chosen: {in_words(chosen)}"
             text = f"LOST on {name} beats the best baseline with a setting chosen on other images"
             yield f"beats-baseline-{name}", _above(low, high), measured, text, "none"
     for name, base in base_of.items():
@@ -315,8 +315,8 @@ def setting_grids(tables: dict, zero: float, label: str = "CorLoc − best basel
             axis.tick_params(length=0, labelbottom=number == len(kinds) - 1, labelleft=axis is row[0])
             if number == 0:
                 axis.set_title(",\n".join(wrapped(part) for part in name.split(", ")), fontsize=8)
-        told = {"q": "queries", "k": "keys", "v": "values"}[site] + ("\nlength 1" if unit else "\nlengths kept")
-        row[0].set_ylabel(f"{told}\nblock", fontsize=7)
+        named = {"q": "queries", "k": "keys", "v": "values"}[site] + ("\nlength 1" if unit else "\nlengths kept")
+        row[0].set_ylabel(f"{named}\nblock", fontsize=7)
         if number == len(kinds) - 1:
             for axis in row:
                 axis.set_xlabel("bias", fontsize=7)

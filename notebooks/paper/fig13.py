@@ -113,7 +113,7 @@ def claims(models, compared, roughness: dict, having, profile: str):
 
 
 def _smaller(one: torch.Tensor, other: torch.Tensor) -> bool | str:
-    """Is the mean of one smaller than that of the other? By the sum of two bootstrap intervals, images apart."""
+    """Is the mean of one smaller than that of the other? By the difference of their bootstrap intervals."""
     (low, high), (least, most) = pairs.interval(one), pairs.interval(other)
     return above(least - high, most - low)
 

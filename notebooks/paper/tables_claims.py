@@ -77,8 +77,8 @@ def measure(run, found: tables.Classified) -> None:
         run.measure("cutoff", cut, names[model], paper=150)
     for (model, problem), share in found.shares.items():
         own = found.owner.get(model) == model
-        told = "outlier_share" if own else f"share of places borrowed from {found.owner.get(model, 'nobody')}"
-        run.measure(f"{told}, {problem}", share, names[model], paper=0.0237 if own else None)
+        measured = "outlier_share" if own else f"share of places borrowed from {found.owner.get(model, 'nobody')}"
+        run.measure(f"{measured}, {problem}", share, names[model], paper=0.0237 if own else None)
 
 
 def subject(found: tables.Classified, models) -> str | None:
@@ -96,7 +96,7 @@ def of_table1(found: tables.Classified, models) -> Iterator[tuple]:
         if task is None or name is None:
             yield f"C{66 + number:03d}", None, f"needs {titles[column]} and a trained model with outliers"
         else:
-            yield f"C{66 + number:03d}", _more(fair, name, task), f"{name}: {_told(fair, plain, name, task)}"
+            yield f"C{66 + number:03d}", _more(fair, name, task), f"{name}: {_gap_in_words(fair, plain, name, task)}"
     here = [task for task in tasks.values() if task]
     if name is None:
         why = "no trained model here has outliers; the controls are judged below"
@@ -177,11 +177,11 @@ def of_table6(found: tables.Classified, models) -> Iterator[tuple]:
         return
     gap = tables.gaps(found, "outlier", "matched").loc[name]
     plain = tables.gaps(found, "outlier", "normal").loc[name]
-    told = "; ".join(
+    measured = "; ".join(
         f"{t}: gap {g:+.0f}, sd {s:.0f} (to a random normal token {p:+.0f}, sd {q:.0f})"
         for t, g, s, p, q in zip(gap.index, gap.gap, gap.sd, plain.gap, plain.sd, strict=True)
     )
-    yield "C084", bool((gap.gap > gap.sd).all()), f"{name}: {told}"
+    yield "C084", bool((gap.gap > gap.sd).all()), f"{name}: {measured}"
 
 
 def of_controls(found: tables.Classified, models) -> Iterator[tuple]:
@@ -192,21 +192,21 @@ def of_controls(found: tables.Classified, models) -> Iterator[tuple]:
         if name not in fair.index.get_level_values(0):
             continue
         (mean, low, high), normal = tables.over_tasks(fair.loc[name]), tables.over_tasks(plain.loc[name])
-        told = (
+        measured = (
             f"over {len(fair.loc[name])} tasks {mean:+.0f} points ({low:+.0f} to {high:+.0f}) against matched tokens, "
         )
-        told += f"{normal[0]:+.0f} ({normal[1]:+.0f} to {normal[2]:+.0f}) against random normal ones"
+        measured += f"{normal[0]:+.0f} ({normal[1]:+.0f} to {normal[2]:+.0f}) against random normal ones"
         lender = found.owner[name]
         if model.role == "planted control":
             yield from _of_planted(found, name, fair)
             text = f"{name}: outlier tokens tell more of the image than matched normal ones, over all tasks"
-            yield f"control-{name}-all", above(low, high), told, text
+            yield f"control-{name}-all", above(low, high), measured, text
         elif model.role == "random control":
             text = f"{name}: fresh weights, tokens at the places of {lender}'s outliers tell neither more nor less"
-            yield f"control-{name}", *_no_gap(fair.loc[name], told), text
+            yield f"control-{name}", *_no_gap(fair.loc[name], measured), text
         elif model.role == "trained" and lender != name:
             text = f"{name} has no outliers: its tokens at the places of {lender}'s tell neither more nor less"
-            yield f"clean-{name}", *_no_gap(fair.loc[name], told), text
+            yield f"clean-{name}", *_no_gap(fair.loc[name], measured), text
         elif model.role == "mended" and lender != name:
             yield from _of_moved(found, name, lender)
 
@@ -232,13 +232,17 @@ def _of_planted(found: tables.Classified, name: str, fair) -> Iterator[tuple]:
     matched = pd.Series({t: 100 * scores[name, t, "matched"] for t in tasks})
     off, r = (got - truth).abs().mean(), (got - matched).corr(truth - matched) if len(tasks) > 2 else float("nan")
     text = f"{name}: what an outlier token tells is what was planted (within 5 points in the mean, r above 0.9)"
-    told = f"{off:.0f} points off over {len(tasks)} tasks; r {r:.2f} of measured and planted gap to the matched token"
-    yield f"control-{name}-planted", (off < 5 and r > 0.9) if len(tasks) > 2 else None, told, text
+    measured = (
+        f"{off:.0f} points off over {len(tasks)} tasks; r {r:.2f} of the gap to the matched token"
+    )
+    yield f"control-{name}-planted", (off < 5 and r > 0.9) if len(tasks) > 2 else None, measured, text
     difference = tables.gaps(found, "planted", "matched").loc[name]
     telling = [t for t in tasks if difference.low[t] > 0]
-    told = ", ".join(f"{t} {fair.gap[name, t]:+.0f}" for t in telling) or "no task of which more was planted is known"
+    measured = (
+        ", ".join(f"{t} {fair.gap[name, t]:+.0f}" for t in telling) or "no task with more planted is known"
+    )
     text = f"{name}: where what was planted tells more than a matched normal token, the outlier token does too"
-    yield f"control-{name}", every(_more(fair, name, t) for t in telling), told, text
+    yield f"control-{name}", every(_more(fair, name, t) for t in telling), measured, text
 
 
 def _of_moved(found: tables.Classified, name: str, lender: str) -> Iterator[tuple]:
@@ -246,16 +250,16 @@ def _of_moved(found: tables.Classified, name: str, lender: str) -> Iterator[tupl
     scores = found.table.score.to_dict()
     tasks = [t for m, t, token in scores if m == name and token == "outlier"]
     lost = [t for t in tasks if scores[lender, t, "outlier"] > scores[name, t, "outlier"]]
-    told = ", ".join(
+    measured = ", ".join(
         f"{t} {100 * scores[lender, t, 'outlier']:.0f} → {100 * scores[name, t, 'outlier']:.0f}" for t in tasks
     )
     text = f"with the artifact moved ({name}), the tokens at the same places of the same images tell less"
-    yield f"moved-{name}", _most(lost, tasks), f"{len(lost)} of {len(tasks)}: {told}", text
+    yield f"moved-{name}", _most(lost, tasks), f"{len(lost)} of {len(tasks)}: {measured}", text
     if any(token == "register" for m, _, token in scores if m == name):
         more = [t for t in tasks if scores[name, t, "register"] > scores[name, t, "normal"]]
-        told = ", ".join(f"{t} {100 * scores[name, t, 'register']:.0f}" for t in tasks)
+        measured = ", ".join(f"{t} {100 * scores[name, t, 'register']:.0f}" for t in tasks)
         text = f"the added registers of {name} tell more than a random normal token"
-        yield f"registers-{name}", _most(more, tasks), f"{len(more)} of {len(tasks)}: {told}", text
+        yield f"registers-{name}", _most(more, tasks), f"{len(more)} of {len(tasks)}: {measured}", text
 
 
 def _most(some: list, tasks: list) -> bool | str:
@@ -307,7 +311,7 @@ def _register_verdict(claim: str, found: tables.Classified, name: str, base: str
     return above(low, high) if limit is None else within(low, high, limit), text
 
 
-def _told(fair, plain, name: str, task: str) -> str:
+def _gap_in_words(fair, plain, name: str, task: str) -> str:
     low, high = fair.low[name, task], fair.high[name, task]
     interval = f" ({low:+.0f} to {high:+.0f})" if low == low else ""
     plain_gap = plain.gap[name, task]

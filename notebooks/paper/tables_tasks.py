@@ -1,6 +1,6 @@
 """Classification tasks for Tables 1, 4 and 6: images with labels of one or several kinds, for training and test.
 
-    digits, scenes = tasks.load("digits scenes")        # profile mini; "caltech101-small", "food" … from the registry
+    digits, scenes = load("digits scenes")              # or "caltech101-small", "food" … of data/datasets.yaml
     scenes.train, scenes.test                           # `Source`s: rows that any model can be fed from
     scenes.tasks[0].train                               # labels of the training images
 
@@ -75,7 +75,7 @@ class Problem:
 
 
 def load(names: str, n_train: int = 0, n_test: int = 0, seed: int = 0) -> list[Problem]:
-    """The problems of these names: scenes, digits, or classification sets of the registry, separated by spaces.
+    """The problems of these names: scenes, digits, or classification sets of `vitreg data`, separated by spaces.
 
     "scenes:kind,colour" takes some of the tasks on scenes alone.
     At most `n_train` and `n_test` images of each (0: all; 1000 and 500 scenes), drawn by `seed`. Raises UserError for
@@ -184,7 +184,7 @@ def _scenes(n_train: int, n_test: int, seed: int) -> Problem:
         digest = hashlib.sha256(f"scenes {renderer} {first} {n}".encode()).hexdigest()
         rows = Dataset.from_dict({"index": list(index)})
         parts.append(Source(f"scenes, {name} {n} images", digest, rows, _render))
-        truth.append(scenes.render(index, 64))  # labels hardly hang on the size; 64 pixels are quick
+        truth.append(scenes.render(index, 64))  # labels hardly depend on the size; 64 pixels are quick
     found = []
     for name, (about, classes, of) in SCENES.items():
         metric = "mean average precision" if name in ("shapes", "colours") else "accuracy"

@@ -193,7 +193,7 @@ def principal_components(
 ) -> Components:
     """First n principal components of patch tokens (..., patches, dim), of all together or `per_image` (Fig. 17, 20).
 
-    `whiten`: scores divided by their standard deviation (n - 1), as scikit-learn's PCA. `clip`: scores cut at so many
+    `whiten`: scores divided by their standard deviation (n - 1), as scikit-learn's PCA. `clip`: scores cut at this many
     standard deviations, whitened or not; None cuts nothing (`beyond_sigma` needs that). Sign: with `grid` the mean
     score of the central half of rows and columns is positive, so that pictures never flip; without, or where that
     mean is 0, the largest loading in absolute value is positive. Components of equal variance remain arbitrary.

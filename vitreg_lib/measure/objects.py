@@ -34,7 +34,7 @@ _GRAM_VALUES = {"cpu": 2**20, "cuda": 2**26}  # Gram entries at once: on a CPU a
 
 @dataclass
 class Lost:
-    """What LOST found in each image; the maps (batch, rows, cols) are None unless `intermediates` were asked for."""
+    """LOST's box for each image and how it came about; maps (batch, rows, cols) where `intermediates` were asked for."""
 
     boxes: Tensor  # (batch, 4)
     seeds: Tensor  # (batch,) patch index
@@ -295,7 +295,7 @@ def sweep(
 
 @dataclass
 class CorLoc:
-    """Share of images found (0 to 1), its bootstrap interval over images, and each image's hit for paired tests."""
+    """Share of images with a hit (0 to 1), its bootstrap interval over images, and the hit of each image."""
 
     value: float
     low: float

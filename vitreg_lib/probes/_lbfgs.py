@@ -36,7 +36,7 @@ def path(x: Tensor, targets: Tensor, strengths: list[float], variance: Tensor, m
 
 
 def _stops(strengths, easy: float, decades: float = 0.5) -> list[float]:
-    """The strengths in rising order, from `easy` (penalty as large as the curvature) on, no two far apart."""
+    """The strengths in rising order, from `easy` (penalty as large as the curvature) on, with small steps between."""
     ends = sorted(set(strengths))
     stops = [ends[0]] if ends[0] <= easy else [easy]
     for c in ends:

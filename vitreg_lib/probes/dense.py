@@ -45,11 +45,11 @@ def fit_segmentation(
     """
     check_dense(tokens, grid, masks)
     masks = masks.long().to(tokens.device)
-    found = masks[masks != ignore_index].unique()
-    if len(found) < 2:
-        raise ValueError(f"segmentation needs two classes at least, the masks hold {found.tolist()}")
-    if int(found.min()) < 0 or int(found.max()) >= num_classes:
-        raise ValueError(f"labels {int(found.min())}…{int(found.max())} are out of range for {num_classes} classes")
+    labels = masks[masks != ignore_index].unique()
+    if len(labels) < 2:
+        raise ValueError(f"segmentation needs two classes at least, the masks hold {labels.tolist()}")
+    if int(labels.min()) < 0 or int(labels.max()) >= num_classes:
+        raise ValueError(f"labels {int(labels.min())}…{int(labels.max())} are out of range for {num_classes} classes")
 
     def loss(maps, rows):
         maps = interpolate(maps, masks.shape[1:], mode="bilinear", align_corners=False)
