@@ -34,7 +34,7 @@ _GRAM_VALUES = {"cpu": 2**20, "cuda": 2**26}  # Gram entries at once: on a CPU a
 
 @dataclass
 class Lost:
-    """LOST's box for each image and how it came about; maps (batch, rows, cols) where `intermediates` were asked for."""
+    """LOST's box for each image and its causes; maps (batch, rows, cols) where `intermediates` were asked for."""
 
     boxes: Tensor  # (batch, 4)
     seeds: Tensor  # (batch,) patch index
