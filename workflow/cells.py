@@ -27,7 +27,7 @@ class Cell:
 
     @property
     def name(self) -> str:
-        """The name of its rule: the folder's, which tells apart what parameters tell apart."""
+        """The name of its rule: that of the folder, which differs where parameters differ."""
         return self.folder.name
 
     @property

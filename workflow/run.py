@@ -166,8 +166,8 @@ def _last_line(log: Path, began: float) -> str:
     if not log.exists() or log.stat().st_mtime < began:
         return ""
     lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
-    told = [line for line in lines if line.startswith("vitreg: ")] or lines[-1:]
-    return told[-1].removeprefix("vitreg: ") if told else "its process was killed without a word"
+    messages = [line for line in lines if line.startswith("vitreg: ")] or lines[-1:]
+    return messages[-1].removeprefix("vitreg: ") if messages else "its process was killed without a word"
 
 
 def _conclude(asked: list[cells.Cell], profile: str) -> None:

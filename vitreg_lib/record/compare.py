@@ -61,30 +61,30 @@ def differences(record: dict) -> list[str]:
     now, before = digest(record), json.loads(path(record["item"]).read_text())
     # sixty steps of training carry rounding on to the verdict on a few images: shares within five points
     least = 1.0 if record["item"].startswith("train_") else ROUNDING
-    told = _numbers(now["measured"], before["measured"], least)
-    judged = [dict(found["verdicts"]) for found in (now, before)]
+    lines = _numbers(now["measured"], before["measured"], least)
+    judged = [dict(side["verdicts"]) for side in (now, before)]
     for claim in judged[1] | judged[0]:
         new, old = (verdicts.get(claim, "absent") for verdicts in judged)
-        told += [f"claim {claim}: {new}, recorded {old}"] if new != old else []
+        lines += [f"claim {claim}: {new}, recorded {old}"] if new != old else []
     for name in dict.fromkeys([*before["drawn"], *now["drawn"]]):
         if name not in now["drawn"] or name not in before["drawn"]:
-            told.append(f"{name}: {'not drawn any more' if name in before['drawn'] else 'not recorded'}")
+            lines.append(f"{name}: {'not drawn any more' if name in before['drawn'] else 'not recorded'}")
         else:
-            told += [f"{name}, {line}" for line in compare(now["drawn"][name], before["drawn"][name])]
-    return told
+            lines += [f"{name}, {line}" for line in compare(now["drawn"][name], before["drawn"][name])]
+    return lines
 
 
 def verdict(record: dict, all_of_them: bool = False) -> str:
     """One line where a run agrees with the committed record, else its differences, the first few or all."""
-    told, place, share = differences(record), shown(path(record["item"])), f"{TOLERANCE:.0%}".replace("%", " %")
-    if not told:
+    lines, place, share = differences(record), shown(path(record["item"])), f"{TOLERANCE:.0%}".replace("%", " %")
+    if not lines:
         kept = digest(record)
         return (
             f"as recorded: {len(kept['measured'])} numbers and {len(kept['drawn'])} "
             f"figure{'s' * (len(kept['drawn']) != 1)} agree with {place} within {share}"
         )
-    few = told if all_of_them else told[:FEW]
-    rest = len(told) - len(few)
+    few = lines if all_of_them else lines[:FEW]
+    rest = len(lines) - len(few)
     more = [f"… and {rest} more: vitreg report {record['item']} --differences"] if rest else []
     return "\n  ".join([f"not as recorded in {place} (tolerance {share}):", *few, *more])
 
@@ -115,33 +115,33 @@ def _numbers(now: list, before: list, least: float = ROUNDING) -> list[str]:
     scales = {}
     for (name, _), rows in old.items():
         scales[name] = max([scales.get(name, least), *(abs(v) for *_, v in rows if v is not None)])
-    told = []
+    lines = []
     for key in dict.fromkeys([*old, *new]):
-        rows, known = new.get(key, []), old.get(key, [])
-        if len(rows) != len(known):
-            name, model, _ = (known or rows)[0]
-            told.append(f"{_named(name, model)}: measured {len(rows)} times, recorded {len(known)} times")
+        rows, recorded = new.get(key, []), old.get(key, [])
+        if len(rows) != len(recorded):
+            name, model, _ = (recorded or rows)[0]
+            lines.append(f"{_named(name, model)}: measured {len(rows)} times, recorded {len(recorded)} times")
             continue
-        for (name, model, value), (name_before, _, value_before) in zip(rows, known, strict=True):
+        for (name, model, value), (name_before, _, value_before) in zip(rows, recorded, strict=True):
             if not same_text(name, name_before):
-                told.append(f"measured '{name}' for {model}, recorded '{name_before}'")
+                lines.append(f"measured '{name}' for {model}, recorded '{name_before}'")
             elif not close(value, value_before, scales[key[0]]):
-                told.append(f"{_named(name, model)} is {_told(value)}, recorded {_told(value_before)}")
-    return told
+                lines.append(f"{_named(name, model)} is {_text(value)}, recorded {_text(value_before)}")
+    return lines
 
 
 def _by_name(rows: list) -> dict[tuple[str, str], list]:
-    found = {}
+    groups = {}
     for name, model, value in rows:
-        found.setdefault((re.sub(r"-?\d[\d.]*", "#", name), model), []).append((name, model, value))
-    return found
+        groups.setdefault((re.sub(r"-?\d[\d.]*", "#", name), model), []).append((name, model, value))
+    return groups
 
 
 def _named(name: str, model: str) -> str:
     return f"{name} of {model}" if model else name
 
 
-def _told(value: float | None) -> str:
+def _text(value: float | None) -> str:
     return "none" if value is None else f"{value:.4g}"
 
 
@@ -182,12 +182,12 @@ def compare(now: list[dict], before: list[dict], tolerance: float = TOLERANCE) -
     """What differs between two summaries of a figure, one line each; tolerance is a share of the panel's range."""
     if len(now) != len(before):
         return [f"panels: {len(now)}, recorded {len(before)}"]
-    told = []
+    lines = []
     for number, (new, old) in enumerate(zip(now, before, strict=True), 1):
         name = (old.get("title") or old.get("ylabel") or "").split("\n")[0]
         place = f"panel {number}" + (f" '{name}'" if name else "")
-        told += [f"{place}: {line}" for line in _panel_differences(new, old, tolerance)]
-    return told
+        lines += [f"{place}: {line}" for line in _panel_differences(new, old, tolerance)]
+    return lines
 
 
 def same_text(now: str, before: str, tolerance: float = TOLERANCE) -> bool:
@@ -209,33 +209,33 @@ def same_text(now: str, before: str, tolerance: float = TOLERANCE) -> bool:
 
 
 def _panel_differences(now: dict, before: dict, tolerance: float) -> list[str]:
-    told = []
+    lines = []
     for key in WORDS:
         new, old = now.get(key, ""), before.get(key, "")
         if not same_text(str(new), str(old), tolerance):
-            told.append(f"{key} {new!r}, recorded {old!r}")
+            lines.append(f"{key} {new!r}, recorded {old!r}")
     kinds = [[artist["kind"] for artist in panel["drawn"]] for panel in (now, before)]
     if kinds[0] != kinds[1]:
-        return [*told, f"draws {_counted(kinds[0])}; recorded {_counted(kinds[1])}"]
+        return [*lines, f"draws {_counted(kinds[0])}; recorded {_counted(kinds[1])}"]
     spans = {key: _span([artist[key][:2] for artist in before["drawn"] if key in artist]) for key in ("x", "y")}
     for number, (new, old) in enumerate(zip(now["drawn"], before["drawn"], strict=True), 1):
         place = f"{old['kind']} {kinds[1][:number].count(old['kind'])}"
         if not same_text(new.get("label", ""), old.get("label", ""), tolerance):
-            told.append(f"{place} is labelled {new.get('label', '')!r}, recorded {old.get('label', '')!r}")
+            lines.append(f"{place} is labelled {new.get('label', '')!r}, recorded {old.get('label', '')!r}")
         if new["n"] != old["n"]:
-            told.append(f"{place} draws {new['n']} values, recorded {old['n']}")
+            lines.append(f"{place} draws {new['n']} values, recorded {old['n']}")
             continue
         for key in ("x", "y", "value", "limits"):
             span = spans.get(key) or _span([old.get("limits", [0, 0])])
             if len(new.get(key, [])) != len(old.get(key, [])):
-                told.append(f"{place} has another number of finite {key}")
+                lines.append(f"{place} has another number of finite {key}")
                 continue
             gaps = [abs(a - b) for a, b in zip(new.get(key, []), old.get(key, []), strict=True)]
             if gaps and max(gaps) > tolerance * span:
                 worst = gaps.index(max(gaps))
                 name = f"{_statistic(worst)} {key}" if key != "limits" else ("lower limit", "upper limit")[worst]
-                told.append(f"{place} has {name} {new[key][worst]:g}, recorded {old[key][worst]:g}")
-    return told
+                lines.append(f"{place} has {name} {new[key][worst]:g}, recorded {old[key][worst]:g}")
+    return lines
 
 
 def _statistic(number: int) -> str:
@@ -246,11 +246,11 @@ def _statistic(number: int) -> str:
 
 
 def _panel(axis) -> dict:
-    found = [*_patches(axis), *map(_line, axis.lines), *map(_collection, axis.collections), *map(_image, axis.images)]
-    found = [artist for artist in found if artist]
-    spans = {k: _span([_ends(artist[k]) for artist in found if artist.get(k) is not None]) for k in ("x", "y")}
+    artists = [*_patches(axis), *map(_line, axis.lines), *map(_collection, axis.collections), *map(_image, axis.images)]
+    artists = [artist for artist in artists if artist]
+    spans = {k: _span([_ends(artist[k]) for artist in artists if artist.get(k) is not None]) for k in ("x", "y")}
     drawn = []
-    for artist in found:
+    for artist in artists:
         entry = {"kind": artist["kind"]}
         if (label := str(artist["label"])) and not label.startswith("_"):
             entry["label"] = label
@@ -275,15 +275,15 @@ def _patches(axis) -> list[dict | None]:
     """Bars that were drawn together, and each other patch by itself, all by their boxes."""
     together = [list(c.patches) for c in axis.containers if hasattr(c, "patches") and c.patches]
     grouped = {id(patch) for bars in together for patch in bars}
-    found = []
+    drawn = []
     for group in together + [[patch] for patch in axis.patches if id(patch) not in grouped]:
         boxes = [patch.get_path().get_extents(patch.get_patch_transform()) for patch in group]
         corners = np.array([box.p0 for box in boxes] + [box.p1 for box in boxes])
         if id(group[0]) in grouped and axis.get_yscale() == "log":
             corners[:, 1] += 1  # bars stand on zero, which a log axis does not have
         label = next((c.get_label() for c in axis.containers if group[0] in c), group[0].get_label())
-        found.append(_artist(group[0], "bars" if id(group[0]) in grouped else "shape", corners, len(group), label))
-    return found
+        drawn.append(_artist(group[0], "bars" if id(group[0]) in grouped else "shape", corners, len(group), label))
+    return drawn
 
 
 def _collection(collection) -> dict | None:
@@ -305,16 +305,16 @@ def _artist(artist, kind: str, xy: np.ndarray, n: int | None = None, label: str 
     if artist.get_gid() == THIS_MACHINE or not artist.get_visible():
         return None
     transform = artist.get_offset_transform() if kind == "points" else artist.get_transform()
-    found = {"kind": kind, "label": artist.get_label() if label is None else label}
+    entry = {"kind": kind, "label": artist.get_label() if label is None else label}
     for key, values, scale, inside in zip(
         "xy", xy.T, (axis.xaxis, axis.yaxis), transform.contains_branch_seperately(axis.transData), strict=True
     ):
         if inside:
             with np.errstate(all="ignore"):
                 placed = scale.get_transform().transform(values)
-            found[key] = placed[np.isfinite(placed) & (placed > -900)]  # -1000: zero on a log axis
-    found["n"] = n if n is not None else max((len(found[key]) for key in "xy" if key in found), default=0)
-    return found
+            entry[key] = placed[np.isfinite(placed) & (placed > -900)]  # -1000: zero on a log axis
+    entry["n"] = n if n is not None else max((len(entry[key]) for key in "xy" if key in entry), default=0)
+    return entry
 
 
 def _image(image) -> dict | None:

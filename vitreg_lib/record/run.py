@@ -274,9 +274,9 @@ class Run:
 
     def trace(self, about: dict[str, dict]) -> None:
         """Put descriptions of cached features into the record by fingerprint: model's sha256, images, options."""
-        for key, told in about.items():
-            infinite = {k: None for k, v in told.items() if v == float("inf")}  # JSON has no such number
-            self._features[key] = {k: v for k, v in told.items() if k != "code"} | infinite
+        for key, entry in about.items():
+            infinite = {k: None for k, v in entry.items() if v == float("inf")}  # JSON has no such number
+            self._features[key] = {k: v for k, v in entry.items() if k != "code"} | infinite
 
     def measure_table(self, table, paper: dict | None = None, name: str = "{column}") -> None:
         """`measure` every cell of a DataFrame whose index is models' labels; empty cells are recorded as null.

@@ -1,4 +1,4 @@
-"""All that a training run depends on; kept apart so that `vitreg train --help` needs no torch.
+"""All that a training run depends on; a file of its own, so that `vitreg train --help` needs no torch.
 
 Every field is an option of `vitreg train` with the help text beside it.
 """

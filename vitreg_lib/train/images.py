@@ -74,8 +74,8 @@ def pairs(config, step: int, device) -> tuple[torch.Tensor, list[str]]:
 
 
 def held_out(config, first: int, count: int) -> torch.Tensor:
-    """Images (n, 3, size, size) in [0, 1] that are never trained on: `count` from number `first` on, as far as there
-    are so many."""
+    """Images (n, 3, size, size) in [0, 1] that are never trained on: `count` from number `first` on, or fewer
+    where there are not as many."""
     if not config.data:
         return scenes.render(range(HELD_OUT + first, HELD_OUT + first + count), config.image_size, config.seed).pixels
     source = captioned(config.data, "val") if config.recipe == "clip" else pictures(config.data, "val")

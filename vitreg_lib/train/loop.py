@@ -85,20 +85,7 @@ def train(
             if step > start and step % config.save_every == 0:
                 state.save(folder, run)
             numbers = _step(run, loss, recipe, config, step, device, asked)
-            if not math.isfinite(numbers["loss"]):
-                raise FloatingPointError(
-                    f"loss is {numbers['loss']} at step {step}; the last good state is kept in {folder}. "
-                    "A smaller --learning-rate or a longer --warmup may help, in another folder"
-                )
-            stop = numbers.pop("stop")
-            run.step = step + 1
-            run.log.append({"step": step, **numbers})
-            try:
-                if on_step:
-                    on_step(step, numbers["loss"])
-            except KeyboardInterrupt:
-                stop = 1.0
-            if stop or (parallel.world() == 1 and asked()):
+            if _note(run, step, numbers, folder, on_step) or (parallel.world() == 1 and asked()):
                 state.save(folder, run)
                 raise KeyboardInterrupt(
                     f"stopped after step {run.step} of {config.steps}; go on with: vitreg train --resume {folder}"
@@ -197,6 +184,27 @@ def _step(run: Run, loss, recipe, config, step: int, device, asked=lambda: False
     return numbers
 
 
+def _note(run: Run, step: int, numbers: dict[str, float], folder: Path, on_step) -> bool:
+    """Put a step's numbers into the log; whether a process, or `on_step` by KeyboardInterrupt, asks to stop.
+
+    Raises FloatingPointError for a loss that is not finite.
+    """
+    if not math.isfinite(numbers["loss"]):
+        raise FloatingPointError(
+            f"loss is {numbers['loss']} at step {step}; the last good state is kept in {folder}. "
+            "A smaller --learning-rate or a longer --warmup may help, in another folder"
+        )
+    stop = bool(numbers.pop("stop"))
+    run.step = step + 1
+    run.log.append({"step": step, **numbers})
+    try:
+        if on_step:
+            on_step(step, numbers["loss"])
+    except KeyboardInterrupt:
+        stop = True
+    return stop
+
+
 def _gradients(run: Run, loss, config, step: int, device, asked) -> dict[str, float]:
     """Put the gradients of the whole batch into the parameters, micro-batch by micro-batch; the numbers of `_step`."""
     run.optimizer.zero_grad(set_to_none=True)
@@ -277,15 +285,15 @@ def _stop_button():
     if threading.current_thread() is not threading.main_thread():
         yield lambda: False
         return
-    seen = []
+    signals = []
 
     def note(number, frame):
-        seen.append(number)
+        signals.append(number)
         signal.signal(number, before[number] or signal.SIG_DFL)
 
     before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        yield lambda: bool(seen)
+        yield lambda: bool(signals)
     finally:
         for number, handler in before.items():
             signal.signal(number, handler or signal.SIG_DFL)
@@ -297,9 +305,9 @@ def _finish(folder: Path, run: Run, recipe, config: TrainConfig, device, began: 
     if whole is None:
         return {}
     with parallel.eager(config):
-        found = recipe.evaluate(whole, config, device)
+        measured = recipe.evaluate(whole, config, device)
     result = {
-        **found,
+        **measured,
         "steps": config.steps,
         "images": config.steps * config.batch_size,
         "parameters": sum(p.numel() for p in whole.parameters()),

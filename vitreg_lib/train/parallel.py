@@ -156,7 +156,7 @@ class Loss(nn.Module):
 def blocks(module: nn.Module) -> list[nn.Module]:
     """The transformer blocks of all towers inside a module, in timm's and in open_clip's naming."""
     lists = (getattr(m, name, None) for m in module.modules() for name in ("blocks", "resblocks"))
-    return [block for found in lists if isinstance(found, (nn.Sequential, nn.ModuleList)) for block in found]
+    return [block for modules in lists if isinstance(modules, (nn.Sequential, nn.ModuleList)) for block in modules]
 
 
 def compile_blocks(module: nn.Module, device: str) -> bool:
@@ -164,16 +164,16 @@ def compile_blocks(module: nn.Module, device: str) -> bool:
 
     A trial on the first block, forward and backward, shows whether this machine can.
     """
-    found = blocks(module)
+    modules = blocks(module)
     # blocks differ in their rate of stochastic depth alone, and are called with and without gradient
-    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 4 * len(found))
-    for block in found:
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 4 * len(modules))
+    for block in modules:
         block.compile(dynamic=False)
-    dim = next(p.shape[0] for name, p in found[0].named_parameters() if name.endswith("norm1.weight"))
+    dim = next(p.shape[0] for name, p in modules[0].named_parameters() if name.endswith("norm1.weight"))
     try:
-        found[0](torch.zeros(2, 8, dim, device=device, requires_grad=True)).sum().backward()
+        modules[0](torch.zeros(2, 8, dim, device=device, requires_grad=True)).sum().backward()
     except Exception as error:  # whatever the compiler, the driver or the tool chain raises
-        for block in found:
+        for block in modules:
             block._compiled_call_impl = None  # what nn.Module.compile sets; it has no public inverse
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         warnings.warn(f"torch.compile does not work here, going on without: {reason}", stacklevel=2)

@@ -55,8 +55,8 @@ def claim(folder: Path, config: TrainConfig) -> None:
     path = folder / "config.json"
     wanted = asdict(config)
     if path.exists():
-        found = asdict(read_config(folder))
-        if names := [k for k in wanted if k not in MACHINE and found[k] != wanted[k]]:
+        saved = asdict(read_config(folder))
+        if names := [k for k in wanted if k not in MACHINE and saved[k] != wanted[k]]:
             raise UserError(f"{folder} holds a run with another {', '.join(names)}; choose another folder or delete it")
     write_atomically(path, json.dumps(wanted, indent=1).encode())
 
@@ -181,12 +181,12 @@ def _read(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
 
 @torch.no_grad()
 def _fill(module: nn.Module, tensors: dict[str, torch.Tensor], prefix: str) -> None:
-    found = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+    saved = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
     own = module.state_dict()
-    if found.keys() != own.keys():
-        raise UserError(f"the saved state is of another model: {sorted(found.keys() ^ own.keys())[0]} is in one alone")
+    if saved.keys() != own.keys():
+        raise UserError(f"the saved state is of another model: {sorted(saved.keys() ^ own.keys())[0]} is in one alone")
     for name, tensor in own.items():
-        tensor.copy_(_like(found[name], tensor))
+        tensor.copy_(_like(saved[name], tensor))
 
 
 def _fill_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, torch.Tensor]) -> None:

@@ -16,7 +16,7 @@ QUANTILES = (0.0, 0.01, 0.25, 0.5, 0.75, 0.99, 0.999, 1.0)
 
 
 def measured_steps(total: int, logarithmic: int = 40, even: int = 20) -> list[int]:
-    """Steps from 0 to `total`, both included: so many spaced evenly in the logarithm, so many evenly.
+    """Steps from 0 to `total`, both included: `logarithmic` of them spaced evenly in the logarithm, `even` evenly.
 
     The former see early training, where things change fast; the latter what begins late.
     """

@@ -1,7 +1,7 @@
 r"""DeiT-III (Touvron et al. 2022) on real images: what `vitreg train deit3 --data FOLDER` runs.
 
 Binary cross-entropy on the classes, 3-Augment, mixup and CutMix, stochastic depth, LayerScale, LAMB; all timm's. The
-defaults are those published for a ViT-B on ImageNet-1k (800 epochs), save that there each image is repeated thrice in
+defaults are those published for a ViT-B on ImageNet-1k (800 epochs), except that there each image is repeated thrice in
 a batch and that training is at 192 pixels, with 20 epochs at 224 after it. For ImageNet-22k, as in the paper, other
 settings were published (240 epochs). Neither was run here:
 
@@ -49,7 +49,7 @@ LOSSES = ("bce", "ce")
 def build(config) -> torch.nn.Module:
     """A fresh ViT with a linear head for the folder's classes."""
     classes = pictures(config.data, "train").classes
-    pictures(config.data, "val")  # what is wrong with it is told before a training, not after
+    pictures(config.data, "val")  # a fault of it shows before a training, not after
     if config.loss not in LOSSES:
         raise unknown("loss", config.loss, LOSSES)
     if (config.mixup or config.cutmix) and config.batch_size // parallel.world() // config.accumulate % 2:

@@ -81,7 +81,7 @@ def build(config) -> torch.nn.Module:
 
 
 def waves(dim: int) -> torch.Tensor:
-    """(36, dim) sines and cosines of row and column, of mean square 1: from there neighbours are soon found."""
+    """(36, dim) sines and cosines of row and column, of mean square 1: from there the training finds neighbours soon."""
     frequency = torch.pi / GRID * 2.0 ** torch.linspace(-1, 2, dim // 4)
     angle = torch.arange(GRID)[:, None] * frequency
     one = math.sqrt(2) * torch.cat([angle.sin(), angle.cos()], 1)  # (6, dim / 2)
@@ -99,7 +99,7 @@ def errors(module, batch: Batch) -> torch.Tensor:
     return (given - batch.answer).square().mean(-1)
 
 
-def told(error: torch.Tensor, batch: Batch) -> dict[str, float]:
+def named(error: torch.Tensor, batch: Batch) -> dict[str, float]:
     """The error at triggers and at the other patches that are asked."""
     others = error[batch.asked & ~batch.trigger].mean().item()
     return {"trigger_error": error[batch.trigger].mean().item(), "other_error": others}
@@ -112,7 +112,7 @@ def loss(module, config, step, device):
     batch = draw(config, step, slice(first, first + len(indices)), device)
     error = errors(module, batch)
     # idle patches are equally many in each image, so that this is the mean of the means of a batch's parts
-    return error[batch.asked].mean(), told(error.detach(), batch)
+    return error[batch.asked].mean(), named(error.detach(), batch)
 
 
 def telemetry_images(config) -> torch.Tensor:
@@ -125,4 +125,4 @@ def evaluate(module, config, device) -> dict[str, float]:
     """Errors on held-out images, at triggers and at other patches; 1 is what a blank answer to a texture costs."""
     module.eval()
     batch = held_out(config, config.eval_images, device, part=1)
-    return told(errors(module, batch), batch)
+    return named(errors(module, batch), batch)
