@@ -40,10 +40,10 @@ def store():
 def registers():
     """The mini model with registers, scene 1 and all that the library keeps of it: rows of all tokens too."""
     model = zoo.load("mini-deit3-reg4", "cpu")
-    found = images.load("scenes", model, choice.MAX_IMAGES)
-    x = found.x[1:2]
+    batch = images.load("scenes", model, choice.MAX_IMAGES)
+    x = batch.x[1:2]
     tokens = model.anatomy.num_prefix_tokens + 144
-    return model.capture(x, ("norms", "tokens", "attention"), queries=range(tokens)), model.capture(found, "norms")
+    return model.capture(x, ("norms", "tokens", "attention"), queries=range(tokens)), model.capture(batch, "norms")
 
 
 @pytest.mark.parametrize(
@@ -98,7 +98,7 @@ def test_a_patch_keeps_its_place_on_another_grid():
 
 
 @pytest.mark.parametrize(
-    ("changes", "told"),
+    ("changes", "message"),
     [
         ({"layer": 8}, "layer 8 out of range for 8 blocks"),
         ({"layer": -9}, "layer -9 out of range"),
@@ -112,10 +112,10 @@ def test_a_patch_keeps_its_place_on_another_grid():
         ({"images": "/nowhere"}, "no images at '/nowhere'"),
     ],
 )
-def test_what_is_not_there_is_refused_in_one_line(store, changes, told):
+def test_what_is_not_there_is_refused_in_one_line(store, changes, message):
     with pytest.raises(UserError) as error:
         explorer.look(replace(PAIR, **changes), store)
-    assert told in str(error.value) and "\n" not in str(error.value)
+    assert message in str(error.value) and "\n" not in str(error.value)
 
 
 def test_heads_and_cutoffs_are_read_from_text():
@@ -153,11 +153,11 @@ def test_the_copied_commands_are_accepted_by_their_notebooks(store, query):
 
 
 def test_the_store_keeps_little_and_forgets_what_failed():
-    told = []
-    store = Store(told.append)
+    messages = []
+    store = Store(messages.append)
     one = store.seen("mini-deit3", "scenes", 0)
     assert store.seen("mini-deit3", "scenes", 0) is one
-    assert len(told) == 3  # model, norms of the images, all layers of one
+    assert len(messages) == 3  # model, norms of the images, all layers of one
     with pytest.raises(UserError):
         store.seen("mini-deit3", "scenes", 99)
     assert len(store._seen) == 1

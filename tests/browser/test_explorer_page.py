@@ -289,15 +289,15 @@ def test_the_cutoff_is_dragged(ready, store, tmp_path):
 def test_another_image_and_model_say_that_they_take_a_moment(ready, store):
     page = ready.page
     reset(page, store)
-    page.evaluate("""() => { window.told = []; new MutationObserver(() =>
-        document.querySelectorAll('.vr-spin + span').forEach((e) => told.push(e.textContent))
+    page.evaluate("""() => { window.messages = []; new MutationObserver(() =>
+        document.querySelectorAll('.vr-spin + span').forEach((e) => messages.push(e.textContent))
         ).observe(document.querySelector('.vr-status'), { childList: true, subtree: true }); }""")
     after(page, lambda: control(page, "Image").select_option("scene 3"))
     assert_shows(page, replace(DEFAULT, image=3), store)
     after(page, lambda: control(page, "Beside").select_option("mini-deit3"))
     state = State(models=("planted", "mini-deit3"), images="scenes", image=3, layer=7)
     assert_shows(page, state, store)
-    assert any("loading mini-deit3" in text for text in page.evaluate("told"))
+    assert any("loading mini-deit3" in text for text in page.evaluate("messages"))
     assert not page.locator(".vr-spin").count()
     after(page, lambda: control(page, "Beside").select_option("—"))
     assert page.locator(".vr-card").nth(1).is_hidden()

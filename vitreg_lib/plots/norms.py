@@ -75,10 +75,10 @@ def norms_by_layer(tables: dict[str, pd.DataFrame], onsets: dict[str, int]) -> F
     for axis, (name, table) in zip(axes[0], tables.items(), strict=True):
         bands(axis, table.layer, quantile_levels(table), PALETTE[0])
         onset = onsets.get(name)
-        told = "no outliers" if pd.isna(onset) else f"outliers from block {onset} of {len(table)}"
+        text = "no outliers" if pd.isna(onset) else f"outliers from block {onset} of {len(table)}"
         if not pd.isna(onset):
             axis.axvline(onset, color=PALETTE[2], ls=":")
-        axis.set(title=f"{name}\n{told}", xlabel="block (from 0)", yscale="log")
+        axis.set(title=f"{name}\n{text}", xlabel="block (from 0)", yscale="log")
         plain_log(axis.yaxis)
         axis.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(integer=True, nbins=7))
     axes[0, 0].set_ylabel("L2 norm of patch tokens")

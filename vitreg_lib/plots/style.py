@@ -20,7 +20,7 @@ plt.switch_backend(matplotlib.get_backend())
 
 NORMS = "viridis"  # colour map of norms
 ATTENTION = "magma"  # colour map of attention
-# Okabe and Ito's colours, told apart by all readers
+# Okabe and Ito's colours, which colour-blind readers can distinguish
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442")
 PAPER = "#555555"  # lines that show the paper's values
 STYLE = {
