@@ -11,6 +11,7 @@ from torch import nn
 import vitreg_lib as vr
 from vitreg_lib.hooks.anatomy import describe, dissect
 from vitreg_lib.hooks.capture import SITES, capture
+from vitreg_lib.model import zoo
 
 X = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 REGISTERS = tuple(f"register {i}" for i in range(1, 5))
@@ -296,3 +297,34 @@ def test_a_wrong_description_is_noticed_when_tokens_arrive():
     model = describe(Own().eval(), **DESCRIPTION, prefix=("cls",))
     with pytest.raises(ValueError, match=r"a block gives \(2, 18, 24\), but \(2, 17, 24\) was expected"):
         capture(model, X)
+
+
+NOT_MEASURED = [name for name, entry in zoo.entries().items() if entry.get("measured") == "not here"]
+
+
+def test_published_models_say_their_terms_and_what_is_expected():
+    assert len(NOT_MEASURED) >= 16
+    for name in NOT_MEASURED:
+        entry = zoo.entries()[name]
+        assert {"timm", "about", "family", "licence", "megabytes", "expected"} <= set(entry), name
+        assert timm.get_pretrained_cfg(entry["timm"]).tag == entry["timm"].partition(".")[2], name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NOT_MEASURED)
+def test_a_published_model_that_is_not_here_can_be_measured(name):
+    """Its architecture, with random weights: norms, and attention where there is one map a head."""
+    entry = zoo.entries()[name]
+    model = vr.load(f"random:{entry['timm'].partition('.')[0]}", "cpu")
+    assert model.module.pretrained_cfg["architecture"] == entry["timm"].partition(".")[0]
+    parameters = sum(p.numel() for p in model.module.parameters())
+    assert 4e-6 * parameters == pytest.approx(entry["megabytes"], rel=0.05)
+    x = torch.randn(1, 3, model.input_size, model.input_size)
+    seen = model.capture(x, ("norms", "final"))
+    assert seen.norms.isfinite().all() and seen.norms.shape[1] == model.anatomy.depth
+    if name == "vit-dwee":
+        with pytest.raises(ValueError, match="more than once"):
+            model.capture(x, "attention")
+    else:
+        rows = model.capture(x, "attention", layers=-1, queries=[0]).attention[model.anatomy.depth - 1]
+        torch.testing.assert_close(rows.sum(-1), torch.ones(rows.shape[:-1]))
