@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import timm
 import torch
@@ -9,6 +11,7 @@ import torchvision
 from torch import nn
 
 import vitreg_lib as vr
+from vitreg_lib.base import ROOT
 from vitreg_lib.hooks.anatomy import describe, dissect
 from vitreg_lib.hooks.capture import SITES, capture
 from vitreg_lib.model import zoo
@@ -328,3 +331,13 @@ def test_a_published_model_that_is_not_here_can_be_measured(name):
     else:
         rows = model.capture(x, "attention", layers=-1, queries=[0]).attention[model.anatomy.depth - 1]
         torch.testing.assert_close(rows.sum(-1), torch.ones(rows.shape[:-1]))
+
+
+def test_the_worked_example_of_your_own_vit_runs(capsys):
+    text = (ROOT / "docs" / "your-own-vit.md").read_text()
+    examples = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
+    assert len(examples) == 2 and "vr.describe(" in examples[1]
+    namespace = {"__name__": "example"}
+    for example in examples:
+        exec(compile(example, "docs/your-own-vit.md", "exec"), namespace)  # noqa: S102
+    assert "of the patch tokens are outliers after block 3" in capsys.readouterr().out
