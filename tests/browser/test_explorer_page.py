@@ -94,6 +94,15 @@ def number(page, place: int, name: str) -> str:
     return page.locator(".vr-card").nth(place).locator(f"[data-name='{name}']").inner_text()
 
 
+def wait_for_text(page, place: int, name: str, text: str) -> None:
+    """Wait until one card writes the text: what follows the pointer is drawn with the next frame."""
+    page.wait_for_function(
+        "([place, name, text]) => document.querySelectorAll('.vr-card')[place]"
+        ".querySelector(`[data-name='${name}']`).innerText === text",
+        arg=[place, name, text],
+    )
+
+
 def assert_shows(page, state: State, store) -> list:
     """Both cards come to show the state; what they draw is what the library's views hold, which are returned."""
     views = explorer.look(state, store)
@@ -126,7 +135,7 @@ def compare_words(page, place: int, view: explorer.View) -> None:
         assert float(number(page, place, f"on-{name}").split()[0]) == pytest.approx(100 * share, abs=0.1)
     if view.patch:
         row, col = view.patch
-        assert number(page, place, "patch") == f"Patch ({row}, {col})"
+        wait_for_text(page, place, "patch", f"Patch ({row}, {col})")
         assert number(page, place, "rank") == f"{view.ranks[row, col]} of {view.norms.numel()}"
         assert float(number(page, place, "norm")) == pytest.approx(view.norms[row, col].item(), rel=6e-3)
         share = float(number(page, place, "attention").split()[0])
@@ -242,7 +251,7 @@ def test_a_patch_is_asked_by_click_and_by_arrow_keys(ready, store, tmp_path):
     assert_shows(page, DEFAULT, store)
     box = page.locator(".vr-card canvas[data-panel=norms]").first.bounding_box()
     page.mouse.move(box["x"] + box["width"] * 2.5 / 12, box["y"] + box["height"] * 1.5 / 12)
-    assert number(page, 0, "patch") == "Patch (1, 2)"
+    wait_for_text(page, 0, "patch", "Patch (1, 2)")
     view = explorer.look(DEFAULT, store)[0]
     assert number(page, 0, "rank").startswith(f"{view.ranks[1, 2]} of")
     page.mouse.move(1, 1)
