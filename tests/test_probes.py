@@ -3,11 +3,12 @@
 import numpy as np
 import pytest
 import tab02
+import tab02_heads
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vitreg_lib.probes import _lbfgs, dense, linear, local
+from vitreg_lib.probes import _lbfgs, linear, local
 
 SKLEARN = {"solver": "newton-cholesky", "tol": 1e-10, "max_iter": 1000}
 
@@ -362,13 +363,13 @@ def mean_iou(predicted, masks, num_classes):
 
 def test_segmentation_reads_the_class_of_patches():
     tokens, label, masks = dense_scene()
-    head = dense.fit_segmentation(tokens[:8], (4, 6), masks[:8], 3, steps=80, lr=0.05)
+    head = tab02_heads.fit_segmentation(tokens[:8], (4, 6), masks[:8], 3, steps=80, lr=0.05)
     assert not head.training
-    low = dense.predict_segmentation(head, tokens[8:], (4, 6), (4, 6))
+    low = tab02_heads.predict_segmentation(head, tokens[8:], (4, 6), (4, 6))
     assert (low.flatten(1) == label[8:]).float().mean() > 0.98
-    full = dense.predict_segmentation(head, tokens[8:], (4, 6), (16, 24))
+    full = tab02_heads.predict_segmentation(head, tokens[8:], (4, 6), (16, 24))
     assert mean_iou(full, masks[8:], 3) > 0.7
-    again = dense.fit_segmentation(tokens[:8], (4, 6), masks[:8], 3, steps=80, lr=0.05)
+    again = tab02_heads.fit_segmentation(tokens[:8], (4, 6), masks[:8], 3, steps=80, lr=0.05)
     assert torch.equal(head.linear.weight, again.linear.weight)
 
 
@@ -376,14 +377,16 @@ def test_pixels_without_label_do_not_count():
     tokens, _, masks = dense_scene()
     wrong = masks.clone()
     wrong[:, :4] = 255  # the first row of patches, which is all class 0
-    clean = dense.fit_segmentation(tokens, (4, 6), wrong, 3, steps=20)
+    clean = tab02_heads.fit_segmentation(tokens, (4, 6), wrong, 3, steps=20)
     assert torch.isfinite(clean.linear.weight).all()
     predicted = masks.clone()
     predicted[:, :4] = 2
     assert mean_iou(predicted, wrong, 3) == 1.0
     empty = torch.full_like(masks, 255)
     empty[0] = masks[0]  # batches without any label must not give NaN
-    assert torch.isfinite(dense.fit_segmentation(tokens, (4, 6), empty, 3, steps=5, batch_size=1).linear.bias).all()
+    assert torch.isfinite(
+        tab02_heads.fit_segmentation(tokens, (4, 6), empty, 3, steps=5, batch_size=1).linear.bias
+    ).all()
 
 
 def test_mean_iou_by_hand():
@@ -400,50 +403,52 @@ def test_depth_is_read_from_tokens():
     depths = torch.rand(12, 4, 6, generator=generator) * 4 + 1
     smooth = torch.nn.functional.interpolate(depths[:, None], (16, 24), mode="bilinear")[:, 0]
     tokens = torch.cat([depths.reshape(12, 24, 1), torch.randn(12, 24, 3, generator=generator) * 0.1], 2)
-    head = dense.fit_depth(tokens[:8], (4, 6), smooth[:8], steps=120, lr=0.05)
-    found = dense.predict_depth(head, tokens[8:], (4, 6), (16, 24))
+    head = tab02_heads.fit_depth(tokens[:8], (4, 6), smooth[:8], steps=120, lr=0.05)
+    found = tab02_heads.predict_depth(head, tokens[8:], (4, 6), (16, 24))
     guesses = found, smooth[:8].mean().expand(4, 16, 24)
-    error, flat = (dense.image_rmse(guess, smooth[8:]).mean() for guess in guesses)
+    error, flat = (tab02_heads.image_rmse(guess, smooth[8:]).mean() for guess in guesses)
     assert found.shape == (4, 16, 24) and error < 0.5 * flat, f"RMSE {error:.3f}, of a constant {flat:.3f}"
 
 
 def test_depth_of_bins_by_hand():
     maps = torch.full((1, 256, 2, 3), -1.0)
-    assert torch.allclose(dense.bin_depth(maps, 0.0, 10.0), torch.full((1, 8, 12), 5.0))  # all bins alike: the middle
+    assert torch.allclose(
+        tab02_heads.bin_depth(maps, 0.0, 10.0), torch.full((1, 8, 12), 5.0)
+    )  # all bins alike: the middle
     maps[:, 200] = 1e6
-    assert torch.allclose(dense.bin_depth(maps, 0.0, 10.0), torch.full((1, 8, 12), 200 / 255 * 10), atol=1e-3)
+    assert torch.allclose(tab02_heads.bin_depth(maps, 0.0, 10.0), torch.full((1, 8, 12), 200 / 255 * 10), atol=1e-3)
 
 
 def test_depth_loss_by_hand():
     d = torch.tensor([1.0, 2.0, 4.0])
-    assert float(dense.log_depth_loss(d, d)) < 1e-5
-    twice = float(dense.log_depth_loss(2 * d, d, eps=0.0))
+    assert float(tab02_heads.log_depth_loss(d, d)) < 1e-5
+    twice = float(tab02_heads.log_depth_loss(2 * d, d, eps=0.0))
     assert twice == pytest.approx(0.15**0.5 * np.log(2), rel=1e-4)  # a wrong scale costs only the mean's share
 
 
 def test_rmse_is_of_the_valid_pixels_of_each_image():
     depths = torch.tensor([[[1.0, 0.0]], [[2.0, 2.0]], [[0.0, float("nan")]]])
     predicted = torch.tensor([[[3.0, 9.0]], [[2.0, 2.0]], [[1.0, 1.0]]])
-    error = dense.image_rmse(predicted, depths)
+    error = tab02_heads.image_rmse(predicted, depths)
     assert error[:2].tolist() == [2.0, 0.0] and error[2].isnan()  # the third has no depth
 
 
 def test_cls_stands_beside_every_patch():
-    both = dense.with_cls(torch.zeros(2, 5, 3), torch.ones(2, 3))
+    both = tab02_heads.with_cls(torch.zeros(2, 5, 3), torch.ones(2, 3))
     assert both.shape == (2, 5, 6) and both[..., 3:].eq(1).all() and both[..., :3].eq(0).all()
 
 
 def test_dense_probes_refuse_what_they_cannot_fit():
     tokens, _, masks = dense_scene()
     with pytest.raises(ValueError, match="drop the prefix tokens"):
-        dense.fit_segmentation(torch.zeros(12, 25, 3), (4, 6), masks, 3)
+        tab02_heads.fit_segmentation(torch.zeros(12, 25, 3), (4, 6), masks, 3)
     with pytest.raises(ValueError, match="two classes at least"):
-        dense.fit_segmentation(tokens, (4, 6), torch.zeros_like(masks), 3)
+        tab02_heads.fit_segmentation(tokens, (4, 6), torch.zeros_like(masks), 3)
     with pytest.raises(ValueError, match="out of range for 2 classes"):
-        dense.fit_segmentation(tokens, (4, 6), masks, 2)
+        tab02_heads.fit_segmentation(tokens, (4, 6), masks, 2)
     with pytest.raises(ValueError, match="tokens of image 0 hold NaN"):
-        dense.fit_segmentation(tokens * float("nan"), (4, 6), masks, 3)
+        tab02_heads.fit_segmentation(tokens * float("nan"), (4, 6), masks, 3)
     with pytest.raises(ValueError, match="labels must be"):
-        dense.fit_segmentation(tokens, (4, 6), masks[:3], 3)
+        tab02_heads.fit_segmentation(tokens, (4, 6), masks[:3], 3)
     with pytest.raises(ValueError, match="check the unit of the depths"):
-        dense.fit_depth(tokens, (4, 6), torch.zeros(12, 16, 24))
+        tab02_heads.fit_depth(tokens, (4, 6), torch.zeros(12, 16, 24))

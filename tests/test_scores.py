@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import fig08
 import pytest
 import tab02
+import tab02_heads
 import tab02_sets
 import torch
 
@@ -49,8 +50,6 @@ def small():
 def test_scores_are_those_of_the_probes_called_one_by_one(model, small):
     from sklearn.metrics import root_mean_squared_error
 
-    from vitreg_lib.probes import dense
-
     found = tab02.scores(model, **small)
     assert {task: tuple(v.shape) for task, v in found.values().items()} == dict.fromkeys(tab02.TASKS, (2,))
     parts = {}
@@ -60,17 +59,17 @@ def test_scores_are_those_of_the_probes_called_one_by_one(model, small):
         parts[split] = pictures.scenes, seen.patches(seen.final), seen.final[:, 0]
     rows = torch.randperm(24, generator=torch.Generator().manual_seed(1))[:19]
     train, test = parts["train"], parts["test"]
-    head = dense.fit_segmentation(
+    head = tab02_heads.fit_segmentation(
         train[1][rows], (12, 12), train[0].semantic[rows, 2::4, 2::4], 9, steps=20, lr=1e-2, seed=1
     )
-    guess = dense.predict_segmentation(head, test[1], (12, 12), (96, 96))
+    guess = tab02_heads.predict_segmentation(head, test[1], (12, 12), (96, 96))
     wanted = torchmetrics_iou(guess, test[0].semantic, 9)
     assert found.values()["miou"][1].item() == pytest.approx(wanted, abs=1e-6)
-    x, x_test = (dense.with_cls(p[1], p[2]) for p in (train, test))
-    head = dense.fit_depth(
+    x, x_test = (tab02_heads.with_cls(p[1], p[2]) for p in (train, test))
+    head = tab02_heads.fit_depth(
         x[rows], (12, 12), train[0].depth[rows, 2::4, 2::4], bins=16, steps=20, lr=1e-2, seed=1, upsample=2
     )
-    guess = dense.predict_depth(head, x_test, (12, 12), (96, 96), upsample=2)
+    guess = tab02_heads.predict_depth(head, x_test, (12, 12), (96, 96), upsample=2)
     by_image = [root_mean_squared_error(t.flatten(), g.flatten()) for t, g in zip(test[0].depth, guess, strict=True)]
     assert found.values()["rmse"][1].item() == pytest.approx(sum(by_image) / 16, rel=1e-5)
 
@@ -176,9 +175,7 @@ def test_the_papers_table_is_read_by_family():
 
 
 def test_figures_of_scores_are_drawn(model, small):
-    import fig08
     import pandas as pd
-    import tab02
 
     table = pd.DataFrame({"accuracy": [0.5, 0.6], "miou": [0.1, 0.3]}, index=["a", "a-reg4"])
     table = table.assign(accuracy_sd=0.1, miou_sd=0.1)

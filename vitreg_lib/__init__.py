@@ -36,7 +36,6 @@ SHORT = {  # what `vr.NAME` stands for: a function (module:name) or a module
     "planted": "model.planted",
     "linear": "probes.linear",
     "local": "probes.local",
-    "dense": "probes.dense",
     "cache": "probes.cache",
     "telemetry": "train.telemetry",
     "plots": "plots",

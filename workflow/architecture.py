@@ -18,7 +18,7 @@ JOBS = {  # from what everything rests on to what people use
     "measure": "outliers, attention, maps, objects, pairs",
     "data": "scenes, textures, photos, the paper's data sets",
     "model": "from a name to a model; registers at test time",
-    "probes": "what tokens know: linear, dense, zero-shot",
+    "probes": "what tokens know: linear, local, zero-shot",
     "train": "one loop, five recipes, stop and resume",
     "plots": "pictures that several figures need",
     "widgets": "JupyterLab: explorer, live training",

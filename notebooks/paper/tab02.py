@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 import matplotlib
 import matplotlib.pyplot as plt
 import numpy as np
+import tab02_heads
 import tab02_sets
 import tables_tasks
 import torch
@@ -23,7 +24,7 @@ from torch import Tensor
 from vitreg_lib.base import DATA, UserError
 from vitreg_lib.data.scenes import SHAPES
 from vitreg_lib.plots.style import PALETTE, PAPER, styled
-from vitreg_lib.probes import dense, linear
+from vitreg_lib.probes import linear
 from vitreg_lib.probes.linear import held_out
 
 TASKS = {"accuracy": "classification", "miou": "segmentation", "rmse": "depth"}
@@ -177,8 +178,8 @@ def _pooled(part: _Part) -> Tensor:
 
 def _mask_scores(train: _Part, test: _Part, seed: int, steps: int, bins, stride: int) -> Tensor:
     coarse = train.truth[:, stride // 2 :: stride, stride // 2 :: stride]
-    head = dense.fit_segmentation(train.patches, train.grid, coarse, train.most, steps=steps, lr=1e-2, seed=seed)
-    guess = dense.predict_segmentation(head, test.patches, test.grid, tuple(test.truth.shape[1:]))
+    head = tab02_heads.fit_segmentation(train.patches, train.grid, coarse, train.most, steps=steps, lr=1e-2, seed=seed)
+    guess = tab02_heads.predict_segmentation(head, test.patches, test.grid, tuple(test.truth.shape[1:]))
     return iou_parts(guess, test.truth, train.most)
 
 
@@ -195,11 +196,11 @@ def iou_parts(guess: Tensor, masks: Tensor, num_classes: int, ignore_index: int 
 
 def _depth_scores(train: _Part, test: _Part, seed: int, steps: int, bins: int, stride: int) -> Tensor:
     coarse = train.truth[:, stride // 2 :: stride, stride // 2 :: stride]
-    x, x_test = (dense.with_cls(p.patches, p.cls) if p.cls is not None else p.patches for p in (train, test))
+    x, x_test = (tab02_heads.with_cls(p.patches, p.cls) if p.cls is not None else p.patches for p in (train, test))
     options = dict(max_depth=train.most, upsample=2)
-    head = dense.fit_depth(x, train.grid, coarse, bins=bins, steps=steps, lr=1e-2, seed=seed, **options)
-    guess = dense.predict_depth(head, x_test, test.grid, tuple(test.truth.shape[1:]), **options)
-    return dense.image_rmse(guess, test.truth, train.most)[:, None]
+    head = tab02_heads.fit_depth(x, train.grid, coarse, bins=bins, steps=steps, lr=1e-2, seed=seed, **options)
+    guess = tab02_heads.predict_depth(head, x_test, test.grid, tuple(test.truth.shape[1:]), **options)
+    return tab02_heads.image_rmse(guess, test.truth, train.most)[:, None]
 
 
 _SCORED = {"accuracy": _class_scores, "miou": _mask_scores, "rmse": _depth_scores}

@@ -43,7 +43,7 @@ def mask_classes(mask: torch.Tensor, spec: dict) -> torch.Tensor:
 def depth(name: str, split: str, model, n: int | None = None, seed: int = 0):
     """(`Images`, depths (images, side, side), largest depth) of a depth set in metres, or of "scenes" in their unit.
 
-    0 where there is no measurement, as `dense.fit_depth` expects it.
+    0 where there is no measurement, as `tab02_heads.fit_depth` expects it.
     """
     if name == "scenes":
         pictures = _scenes(model, split, n, seed)
