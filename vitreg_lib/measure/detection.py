@@ -26,7 +26,7 @@ from dataclasses import dataclass, field
 import torch
 
 from ..hooks.capture import Capture
-from .outliers import BINS, MINORITY, STANDS_OUT, Outliers, bin_middle, histogram, onset_of, place_share, valleys
+from .outliers import BINS, MINORITY, STANDS_OUT, Outliers, bin_middle, find, histogram, onset_of, place_share, valleys
 from .pairs import interval
 
 LIFT = 3.0  # attention received, in even shares: 5 to 20 in models with artifacts, 1 to 2.3 for kinds of content
@@ -136,6 +136,38 @@ def detect(model, images, progress: bool = False) -> Detection:
     return judge(observe(model, images, progress), model.label)
 
 
+def find_all(detections: dict[str, Detection], seen: dict[str, Capture], pairs: dict[str, str] | None = None, layer=-1):
+    """{label: `Outliers`} of captures at one captured block, by the cutoffs of the `Detection`s.
+
+    A model with registers takes the cutoff of its pair without (pairs: {with: without}). Where no artifacts were
+    detected after that block, there are no outliers, by an infinite cutoff.
+    """
+    cuts = {}
+    for name, each in detections.items():
+        judged = each.has_artifacts and each.outliers.layer == seen[name].block(layer)
+        cuts[name] = dataclasses.replace(each.outliers, cutoff=each.outliers.cutoff if judged else math.inf)
+    return {name: find(each, layer, cuts[(pairs or {}).get(name, name)]) for name, each in seen.items()}
+
+
+def table(detections: dict[str, Detection]):
+    """A DataFrame with the numbers of records, one row a model; what needs outliers is empty where there are none."""
+    import pandas as pd
+
+    rows = {}
+    for name, each in detections.items():
+        norms, cut = each.outliers.norms, each.outliers.cutoff
+        rows[name] = {
+            "cutoff": cut if cut < math.inf else None,
+            "outlier_share": each.share[0],
+            "norm_ratio": each.norm_ratio,
+            "onset_layer": each.onset,
+            "median_norm": norms.median().item(),
+            "largest_norm": norms.max().item(),
+            "support": each.support,
+        }
+    return pd.DataFrame.from_dict(rows, orient="index").astype({"onset_layer": "Int64"})
+
+
 def observe(model, images, progress: bool = False, batch_size: int = 32) -> Observed:
     """The `Observed` of a `Model` on images, in batches; attention rows are kept for cls and `QUERIES` patches only."""
     if hasattr(model, "observed"):  # measured before, and read from a file
@@ -230,16 +262,9 @@ def _answer(there: bool, support: float, norms: torch.Tensor, attended: bool) ->
         needed = math.ceil(images * A_TAIL / far)
         return "undecided", f"{far} tokens of up to {largest:.0f} times the median are too few; {needed} images", needed
     if not attended:
-        return (
-            "undecided",
-            f"norms alone show no second mode at {APART:.0f} times the median; attention would decide",
-            None,
-        )
-    return (
-        "none",
-        f"no second mode of norm and attention in {many}, the largest norm is {largest:.1f} times the median",
-        None,
-    )
+        return "undecided", f"norms have no second mode from {APART:.0f} times the median on; attention decides", None
+    reason = f"no second mode of norm and attention in {many}, the largest norm is {largest:.1f} times the median"
+    return "none", reason, None
 
 
 def _binned(observed: Observed, block: int) -> tuple[torch.Tensor, torch.Tensor]:
