@@ -26,7 +26,7 @@ from dataclasses import dataclass, field
 import torch
 
 from ..hooks.capture import Capture
-from .outliers import BINS, MINORITY, STANDS_OUT, Outliers, bin_middle, find, histogram, onset_of, place_share, valleys
+from .outliers import BINS, MINORITY, STANDS_OUT, Outliers, bin_middle, histogram, onset_of, place_share, valleys
 from .pairs import interval
 
 LIFT = 3.0  # attention received, in even shares: 5 to 20 in models with artifacts, 1 to 2.3 for kinds of content
@@ -134,19 +134,6 @@ class Detection:
 def detect(model, images, progress: bool = False) -> Detection:
     """The `Detection` of a `Model` on normalised images (n, 3, height, width) or an `Images` set; one forward pass."""
     return judge(observe(model, images, progress), model.label)
-
-
-def find_all(detections: dict[str, Detection], seen: dict[str, Capture], pairs: dict[str, str] | None = None, layer=-1):
-    """{label: `Outliers`} of captures at one captured block, by the cutoffs of the `Detection`s.
-
-    A model with registers takes the cutoff of its pair without (pairs: {with: without}). Where no artifacts were
-    detected after that block, there are no outliers, by an infinite cutoff.
-    """
-    cuts = {}
-    for name, each in detections.items():
-        judged = each.has_artifacts and each.outliers.layer == seen[name].block(layer)
-        cuts[name] = dataclasses.replace(each.outliers, cutoff=each.outliers.cutoff if judged else math.inf)
-    return {name: find(each, layer, cuts[(pairs or {}).get(name, name)]) for name, each in seen.items()}
 
 
 def table(detections: dict[str, Detection]):
