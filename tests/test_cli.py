@@ -116,12 +116,11 @@ def test_lists(capsys):
 
 
 def test_values_take_the_type_of_the_default():
-    pairs = ["n_images=64", "cutoff=150", "models=12", "rule=mad", "seed=true"]
+    pairs = ["n_images=64", "cutoff=150", "models=12", "seed=true"]
     assert record.typed("fig03", pairs, "small") == {
         "n_images": 64,
         "cutoff": 150,
         "models": "12",
-        "rule": "mad",
         "seed": True,
         "profile": "small",
     }

@@ -67,7 +67,7 @@ def test_what_papermill_passes_is_taken_where_its_meaning_is_clear():
         values = record.check_parameters(item, given)
         return {name: values[name] for name in given}
 
-    assert checked("fig03", n_images="64", cutoff="150", rule=3) == {"n_images": 64, "cutoff": 150.0, "rule": "3"}
+    assert checked("fig03", n_images="64", cutoff="150") == {"n_images": 64, "cutoff": 150.0}
     assert checked("fig03", n_images=64.0) == {"n_images": 64}
     assert checked("fig12", registers=4, models="ti/16/224") == {"registers": "4", "models": "ti/16/224"}
     assert checked("tab03", normalize="false") == {"normalize": False}

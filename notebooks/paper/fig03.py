@@ -1,23 +1,35 @@
-"""Figure 3: its verdicts, and the cutoff on a slider."""
+"""Figure 3: the panel that the detector is scored on, the verdicts, and the cutoff on a slider."""
 
 from __future__ import annotations
 
 import math
 
+import matplotlib.pyplot as plt
+import pandas as pd
 import torch
+from matplotlib.figure import Figure
 from verdicts import of_family, specimen
 
 from vitreg_lib import plots, widgets
-from vitreg_lib.measure import outliers
+from vitreg_lib.data import images as image_sets
+from vitreg_lib.hooks.capture import Capture
+from vitreg_lib.measure import detection, outliers
+from vitreg_lib.measure.detection import Observed
+from vitreg_lib.plots.style import PALETTE, styled
+
+WITH = ("deit-ti", "vit-ti", "mini-corners", "planted")
+WITHOUT = ("dinov2-s", "mini-corners-reg4", "mini-deit3", "mini-clip", "mini-dinov2", "mini-random", "random:mini-clip")
+NUMBERS = (1, 2, 5, 10, 50)  # of images
+OTHER_SEED = 1000  # of scenes and textures that no threshold was set on
 
 
 def claims(models, output: dict, table, is_outlier: dict, truths: dict):
     """Arguments of `Run.claim`: C007 to C010 on the first trained model with artifacts, C011, then the controls.
 
     By label: output, patch norms (images, patches); is_outlier and truths, bool of the same shape (None where the truth
-    is not known). table: `outliers.summary`.
+    is not known). table: `detection.table`.
     """
-    having = set(table.index[table.outlier_share >= outliers.MIN_SHARE])
+    having = set(table.index[table.cutoff.notna()])
     model = specimen(models, having)
     none = "; ".join(f"{m.label}: {table.outlier_share[m.label]:.2%}" for m in models if m.role == "trained")
     if model is None:
@@ -33,9 +45,9 @@ def claims(models, output: dict, table, is_outlier: dict, truths: dict):
         # the paper's 100 is two thirds of its cutoff of 150
         bulk = (norms <= row.cutoff * 100 / 150).float().mean().item()
         yield "C008", bulk > 0.9, f"{name}: {bulk:.1%} of the norms are at most two thirds of the cutoff"
-        valley = outliers.cutoff_antimode(norms)
-        text = f"a valley at {valley:.3g}" if valley < math.inf else "one mode"
-        yield "C009", valley < math.inf, f"{name}: {text} in the histogram of log norms"
+        valley = outliers.cutoff_valley(norms)
+        text = f"a valley at {valley:.3g}" if valley < math.inf else "no valley that stands out"
+        yield "C009", True if valley < math.inf else "undecided", f"{name}: {text} in the histogram of log norms"
         yield "C010", 5 <= row.norm_ratio <= 20, f"{name}: ratio {row.norm_ratio:.1f}"
     dino = of_family(models, "dino")
     shares = {m.label: (output[m.label] > 3 * output[m.label].median()).float().mean().item() for m in dino}
@@ -47,6 +59,100 @@ def claims(models, output: dict, table, is_outlier: dict, truths: dict):
         measured = f"precision {score['precision']:.3f}, recall {score['recall']:.3f}, truth {truth.float().mean():.2%}"
         good = min(score["precision"], score["recall"]) >= 0.95
         yield f"control-{model.label}", good, f"{measured} of tokens", text, "none"
+
+
+def calibration(run, seed: int = 0, draws: int = 5) -> pd.DataFrame:
+    """The detector's answer to `draws` draws of each number of images: columns model, has (artifacts), images, answer.
+
+    Models come from `run.load`; of photos there are ten, so a model on photos has no draw of 50.
+    """
+    panel = {}
+    for model in run.load(" ".join((*WITH, *WITHOUT))):
+        pictures = image_sets.load(run.source(model), model, 60, seed + OTHER_SEED)
+        panel[model.label] = (model.label in WITH, detection.observe(model, pictures))
+    panel |= synthetic(seed)
+    noise, rows = torch.Generator().manual_seed(seed), []
+    for name, (has, observed) in panel.items():
+        available = len(observed.norms)
+        for number in (n for n in NUMBERS if n <= available):
+            for _ in range(draws if number < available else 1):
+                some = torch.randperm(available, generator=noise)[:number]
+                rows.append((name, has, number, detection.judge(chosen(observed, some), draws=60).answer))
+    return pd.DataFrame(rows, columns=["model", "has", "images", "answer"])
+
+
+def chosen(observed: Observed, some: torch.Tensor) -> Observed:
+    """What was observed of some of the images."""
+    seen = Capture(observed.seen.layers, observed.seen.grid, observed.seen.prefix, norms=observed.seen.norms[some])
+    maps = ({i: at[some] for i, at in each.items()} for each in (observed.by_cls, observed.by_patches))
+    return Observed(seen, *maps)
+
+
+def synthetic(seed: int, n: int = 60) -> dict[str, tuple[bool, Observed]]:
+    """{name: (whether some tokens are outliers, norms and attention of n images)}, of known shape.
+
+    One mode, narrow or with a heavy tail (Student's t of log norms), and a half of all tokens at ten times the rest,
+    all with attention that is even but for noise. Then 0.1, 0.5, 2 and 10 % of the tokens at 2, 3, 10 and 50 times the
+    median, which receive eight times as much attention as others.
+    """
+    noise = torch.Generator().manual_seed(seed)
+
+    def normal():
+        return torch.randn(n, 196, generator=noise)
+
+    def observed(log_norms, mask, lift):
+        maps = torch.exp(0.3 * normal()) * torch.where(mask, lift, 1.0)
+        seen = Capture((0,), (14, 14), (), norms=20 * log_norms.exp()[:, None])
+        return Observed(seen, {0: maps / maps.sum(1, keepdim=True)}, {0: maps / maps.sum(1, keepdim=True)})
+
+    nowhere, half = torch.zeros(n, 196, dtype=torch.bool), torch.rand(n, 196, generator=noise) < 0.5
+    tail = 0.15 * normal() / torch.stack([normal() for _ in range(3)]).square().mean(0).sqrt()
+    shapes = {
+        "one narrow mode": (False, observed(0.2 * normal(), nowhere, 1.0)),
+        "one mode, heavy tail": (False, observed(tail, nowhere, 1.0)),
+        "two kinds of content": (False, observed(0.2 * normal() + math.log(10) * half, nowhere, 1.0)),
+    }
+    for times in (2, 3, 10, 50):
+        for share in (0.001, 0.005, 0.02, 0.1):
+            mask = torch.rand(n, 196, generator=noise) < share
+            at = torch.where(mask, math.log(times) + 0.15 * normal(), 0.2 * normal())
+            shapes[f"{share:.1%} at {times} ×"] = (True, observed(at, mask, 8.0))
+    return shapes
+
+
+def scores(answers: pd.DataFrame) -> pd.DataFrame:
+    """Precision, recall, denied and decided (0 to 1) by number of images; NaN where nothing was called so."""
+    rows = {}
+    for number, part in answers.groupby("images"):
+        called, has = part.answer == "artifacts", part.has
+        rows[number] = {
+            "precision": has[called].mean(),
+            "recall": called[has].mean(),
+            "denied": (part.answer == "none")[has].mean(),
+            "decided": (part.answer != "undecided").mean(),
+        }
+    return pd.DataFrame.from_dict(rows, orient="index")
+
+
+@styled
+def answers_by_images(answers: pd.DataFrame) -> Figure:
+    """Shares of the three answers, a row a model of the panel and a column a number of images."""
+    names = list(dict.fromkeys(answers.model))[::-1]
+    has = answers.groupby("model").has.first()
+    figure, axes = plt.subplots(1, len(NUMBERS), figsize=(9, 0.17 * len(names) + 1.1), sharey=True)
+    colours = {"artifacts": PALETTE[1], "undecided": "0.85", "none": PALETTE[0]}
+    for axis, number in zip(axes, NUMBERS, strict=True):
+        part = answers[answers.images == number]
+        shares = pd.crosstab(part.model, part.answer, normalize="index").reindex(names).reindex(columns=list(colours))
+        left = 0.0
+        for answer, colour in colours.items():
+            width = 100 * shares[answer].fillna(0)
+            axis.barh(range(len(names)), width, left=left, color=colour, label=answer)
+            left = left + width
+        axis.set(title=f"{number} image" + "s" * (number > 1), xlim=(0, 100), xlabel="draws (%)")
+    axes[0].set_yticks(range(len(names)), [f"{name} ({'has' if has[name] else 'none'})" for name in names], fontsize=6)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper right", ncols=3)
+    return figure
 
 
 def cutoff_slider(images, maps: dict[str, torch.Tensor]):

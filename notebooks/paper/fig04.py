@@ -6,8 +6,8 @@ import matplotlib.pyplot as plt
 import pandas as pd
 import torch
 from matplotlib.figure import Figure
+from verdicts import specimen
 
-from vitreg_lib.measure import outliers
 from vitreg_lib.plots.norms import bands, quantile_levels
 from vitreg_lib.plots.style import PALETTE, PAPER, plain_log, styled
 from vitreg_lib.train import telemetry
@@ -61,14 +61,15 @@ def norms_by_size(norms: dict[str, torch.Tensor]) -> Figure:
     return figure
 
 
-def claims(models, norms: dict, trained: dict, shares: dict, alike: bool):
+def claims(models, norms: dict, detections: dict, trained: dict, shares: dict, alike: bool):
     """Arguments of `Run.claim`: C012 and C013 on a model with artifacts, C014 on telemetry, C015 on sizes; a control.
 
-    By label: norms (images, blocks, patches); trained, telemetry tables; shares, the outlier share by size, smallest
-    first. alike: whether the sizes were trained alike.
+    By label: norms (images, blocks, patches); detections; trained, telemetry tables; shares, the outlier share by size,
+    smallest first. alike: whether the sizes were trained alike.
     """
-    found = {name: (outliers.onset_layer(values), values.shape[1]) for name, values in norms.items()}
-    model = next((m for m in models if m.role == "trained" and found[m.label][0] is not None), None)
+    found = {name: (detections[name].onset, values.shape[1]) for name, values in norms.items()}
+    having = {name for name, each in detections.items() if each.has_artifacts}
+    model = specimen(models, having)
     if model is None:
         for claim in ("C012", "C013"):
             yield claim, None, "no trained model here has outliers in any block"
@@ -76,8 +77,11 @@ def claims(models, norms: dict, trained: dict, shares: dict, alike: bool):
         onset, depth = found[model.label]
         text = f"{model.label}: outliers from block {onset} of {depth}, {onset / depth:.0%} of the depth"
         yield "C012", 0.3 <= onset / depth <= 0.5, text
-        early = max(outliers.layer_shares(norms[model.label])[: max(1, depth // 4)])
-        text = f"{model.label}: at most {early:.2%} of tokens above the cutoff in the first quarter of the blocks"
+        judged = detections[model.label].outliers
+        times = judged.cutoff / judged.norms.median()
+        first = norms[model.label][:, : max(1, depth // 4)].transpose(0, 1).flatten(1)
+        early = (first > times * first.median(1, keepdim=True).values).float().mean(1).max().item()
+        text = f"{model.label}: in the first quarter of blocks at most {early:.2%} of tokens above {times:.1f} × median"
         yield "C013", early < 0.001, text
     name, table = next(iter(trained.items()))
     final, quarter = telemetry.share_at(table, 1.0), telemetry.share_at(table, 1 / 4)

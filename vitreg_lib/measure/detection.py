@@ -136,6 +136,25 @@ def detect(model, images, progress: bool = False) -> Detection:
     return judge(observe(model, images, progress), model.label)
 
 
+def table(detections: dict[str, Detection]):
+    """A DataFrame with the numbers of records, one row a model; what needs outliers is empty where there are none."""
+    import pandas as pd
+
+    rows = {}
+    for name, each in detections.items():
+        norms, cut = each.outliers.norms, each.outliers.cutoff
+        rows[name] = {
+            "cutoff": cut if cut < math.inf else None,
+            "outlier_share": each.share[0],
+            "norm_ratio": each.norm_ratio,
+            "onset_layer": each.onset,
+            "median_norm": norms.median().item(),
+            "largest_norm": norms.max().item(),
+            "support": each.support,
+        }
+    return pd.DataFrame.from_dict(rows, orient="index").astype({"onset_layer": "Int64"})
+
+
 def observe(model, images, progress: bool = False, batch_size: int = 32) -> Observed:
     """The `Observed` of a `Model` on images, in batches; attention rows are kept for cls and `QUERIES` patches only."""
     if hasattr(model, "observed"):  # measured before, and read from a file
@@ -230,16 +249,9 @@ def _answer(there: bool, support: float, norms: torch.Tensor, attended: bool) ->
         needed = math.ceil(images * A_TAIL / far)
         return "undecided", f"{far} tokens of up to {largest:.0f} times the median are too few; {needed} images", needed
     if not attended:
-        return (
-            "undecided",
-            f"norms alone show no second mode at {APART:.0f} times the median; attention would decide",
-            None,
-        )
-    return (
-        "none",
-        f"no second mode of norm and attention in {many}, the largest norm is {largest:.1f} times the median",
-        None,
-    )
+        return "undecided", f"norms have no second mode from {APART:.0f} times the median on; attention decides", None
+    reason = f"no second mode of norm and attention in {many}, the largest norm is {largest:.1f} times the median"
+    return "none", reason, None
 
 
 def _binned(observed: Observed, block: int) -> tuple[torch.Tensor, torch.Tensor]:

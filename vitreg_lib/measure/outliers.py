@@ -312,7 +312,7 @@ def summary(norms: dict[str, torch.Tensor], cutoffs: dict[str, float] | None = N
             "cutoff": cut,
             "outlier_share": outlier_share(output, cut),
             "norm_ratio": norm_ratio(output, output > cut),
-            "onset_layer": onset_layer(values),
+            "onset_layer": onset_of(values, output > cut, cut, values.shape[1] - 1) if (output > cut).any() else None,
             "median_norm": output.median().item(),
             "largest_norm": output.max().item(),
         }
