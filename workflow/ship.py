@@ -42,7 +42,7 @@ def put(name: str, weights: Path, about: str, result: dict) -> None:
     path = DATA / "models.yaml"
     text = path.read_text()
     old = yaml.safe_load(text).get(name, {})
-    facts = {fact: old[fact] for fact in FACTS if fact in old}
+    facts = {fact: old[fact] for fact in (*FACTS, "looks_at", "input_size") if fact in old}
     entry = {"file": weights.name, "about": about, **facts, "sha256": file_sha256(weights), **result}
     new = yaml.safe_dump({name: entry}, sort_keys=False, allow_unicode=True, width=1000)
     lines = text.splitlines(keepends=True)
