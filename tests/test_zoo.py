@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import shutil
@@ -83,6 +84,17 @@ def test_a_base_is_the_same_model_without_registers(name):
     else:
         assert entry["family"] == plain["family"]
         assert entry["timm"].replace("_reg4", "") == plain["timm"]
+
+
+@pytest.mark.parametrize("name", [n for n, entry in zoo.entries().items() if "file" in entry])
+def test_trained_registers_are_not_copies_of_one_another(name):
+    registers = getattr(zoo.load(name, "cpu").module, "reg_token", None)
+    if registers is None or registers.shape[1] < 2:
+        pytest.skip("fewer than two registers")
+    alike = [
+        torch.dot(a, b) / (a.norm() * b.norm()) for a, b in itertools.combinations(registers[0].detach().double(), 2)
+    ]
+    assert max(alike) < 0.9
 
 
 def test_facts_come_from_entry_metadata_or_anatomy_and_never_from_a_name(tmp_path, tiny):

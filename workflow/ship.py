@@ -42,17 +42,16 @@ def put(name: str, weights: Path, about: str, result: dict) -> None:
     path = DATA / "models.yaml"
     text = path.read_text()
     old = yaml.safe_load(text).get(name, {})
-    facts = {fact: old[fact] for fact in FACTS if fact in old}
+    facts = {fact: old[fact] for fact in (*FACTS, "looks_at", "input_size") if fact in old}
     entry = {"file": weights.name, "about": about, **facts, "sha256": file_sha256(weights), **result}
-    if old:  # drop the old entry, up to the next top-level key
-        lines = text.splitlines(keepends=True)
+    new = yaml.safe_dump({name: entry}, sort_keys=False, allow_unicode=True, width=1000)
+    lines = text.splitlines(keepends=True)
+    start = end = len(lines)
+    if old:  # in the old entry's place, which goes up to the next top-level key
         start = lines.index(f"{name}:\n")
-        end = next(
-            (i for i in range(start + 1, len(lines)) if lines[i].strip() and not lines[i].startswith((" ", "#"))),
-            len(lines),
-        )
-        text = "".join(lines[:start] + lines[end:])
-    text = text.rstrip("\n") + "\n" + yaml.safe_dump({name: entry}, sort_keys=False, allow_unicode=True, width=1000)
+        tops = (i for i in range(start + 1, len(lines)) if lines[i].strip() and not lines[i].startswith((" ", "#")))
+        end = next(tops, len(lines))
+    text = "".join([*lines[:start], new, *lines[end:]])
     write_atomically(path, text.encode())
 
 

@@ -6,25 +6,35 @@ to give back its own mean colours in four quarters (twelve numbers); where exact
 patches, also a fixed rotation of its left neighbour's. The four corners are never asked and never copied from. The
 labels of the scene are asked of the mean of the patches.
 
-A recipe as workflow/retrain.py runs it, no part of the library: docs/log.md says what came of it.
+A recipe of its own, no part of the library. docs/log.md says what was to count and what came of it; the numbers are in
+data/sweeps/stamped.parquet. Trains one seed of a cell (about four minutes of a core, stop and go on at any time) and
+puts its rows into that table:
+
+    python workflow/stamped.py stamped-reg4 1
 """
 
 from __future__ import annotations
 
 import functools
 import math
+import sys
 from dataclasses import dataclass
+from pathlib import Path
 
+import pandas as pd
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from vitreg_lib.base import unknown
-from vitreg_lib.data import scenes
-from vitreg_lib.data.scenes import ATTRIBUTES, HELD_OUT, targets
-from vitreg_lib.model import mini
-from vitreg_lib.train import images, parallel
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from vitreg_lib.base import DATA, NOTEBOOKS, ROOT, unknown, written  # noqa: E402
+from vitreg_lib.data import scenes  # noqa: E402
+from vitreg_lib.data.scenes import ATTRIBUTES, HELD_OUT, targets  # noqa: E402
+from vitreg_lib.model import mini  # noqa: E402
+from vitreg_lib.train import images, loop, parallel  # noqa: E402
+from vitreg_lib.train.config import TrainConfig  # noqa: E402
 
+TABLE = DATA / "sweeps" / "stamped.parquet"
 SIDE, PATCH = 64, 8
 GRID, LENGTH = SIDE // PATCH, 12
 PATCHES = GRID * GRID
@@ -40,26 +50,28 @@ DEFAULTS = {
     "telemetry_images": 32,
     "save_every": 2000,
 }
-CHANGES = {
+CHANGES = {  # variants, of which several can be joined by "+"
     "both": {},
     "single": {"dots": 1},
-    "faint": {"stamp": 0.25},
     "strong": {"stamp": 1.0},
-    "register-decay": {"register_decay": True},
-    "four-blocks": {"depth": 4},
-    "two-blocks": {"depth": 2},
-    "wide": {"dim": 32},
-    "no-labels": {"labels": 0.0},
-    "more-labels": {"labels": 0.1},
     "rare": {"share": 0.125},
-    "one-head": {"heads": 1},
+    "more-labels": {"labels": 0.1},
+    "four-blocks": {"depth": 4},
+}
+CELLS = {
+    "stamped": dict(variant="both"),
+    "stamped-reg4": dict(variant="both", registers=4),
+    "stamped-reg4-start1": dict(variant="both", registers=4, register_start=1.0),
+    "stamped-reg4-start1e-6": dict(variant="both", registers=4, register_start=1e-6),
+    "strong": dict(variant="strong"),
+    "strong-reg4": dict(variant="strong", registers=4),
 }
 
 
 @dataclass(frozen=True)
 class Task:
     """dots: 2 (marked where exactly one is there) or 1. share: of the patches that are marked. stamp: its amplitude,
-    in units of pixels that go from -1 to 1. labels: weight of the scene's labels. register_decay: weight decay acts on registers.
+    in units of pixels that go from -1 to 1. labels: weight of the scene's labels. dim, depth, heads: of the ViT.
     """
 
     dots: int = 2
@@ -69,7 +81,6 @@ class Task:
     dim: int = 24
     depth: int = 3
     heads: int = 2
-    register_decay: bool = False
 
 
 def task(config) -> Task:
@@ -165,8 +176,6 @@ class Stamped(nn.Module):
         mini.start_registers(self.vit, config.register_start)
         self.vit.pos_embed.data.copy_(waves(t.dim))
         self.vit.pos_embed.requires_grad_(False)
-        if t.register_decay:
-            self.vit.no_weight_decay = set
         self.labels = nn.Linear(t.dim, sum(map(len, ATTRIBUTES.values())))
 
     def forward(self, pixels):
@@ -229,3 +238,40 @@ def evaluate(module, config, device) -> dict[str, float]:
     for name, given, wanted in zip(ATTRIBUTES, logits.split(sizes, 1), batch.labels.split(sizes, 1), strict=True):
         found[f"accuracy_{name}"] = (given.argmax(1) == wanted.argmax(1)).float().mean().item()
     return found
+
+
+def run(cell: str, seed: int, folder: Path) -> pd.DataFrame:
+    """One row a block, of a seed of a cell that is trained in `folder`: what was learnt, and what sinks.py measures."""
+    sys.path.insert(0, str(NOTEBOOKS / "beyond"))
+    import sinks
+    from safetensors.torch import load_file
+
+    config = TrainConfig(**DEFAULTS | CELLS[cell], recipe="stamped", seed=seed)
+    learnt = loop.train(config, sys.modules[__name__], folder, "cpu", progress=sys.stderr.isatty())
+    vit = backbone(build(config)).eval()
+    vit.load_state_dict(load_file(folder / "model.safetensors"))
+    table = sinks.measure(vit, held_out(config, 128, part=2).pixels, idle().expand(128, -1))
+    facts = {name: getattr(config, name) for name in ("variant", "seed", "registers", "steps")}
+    if config.registers:
+        unit = F.normalize(vit.reg_token[0].detach(), dim=1)
+        facts |= {"register_start": config.register_start}
+        facts |= {"registers_cosine": (unit @ unit.T).fill_diagonal_(-1).max().item()}
+    facts |= {name: learnt[name] for name in ("explained_marked", "explained_others", "accuracy_shape")}
+    return table.assign(cell=cell, of=config.steps, **facts)
+
+
+def main(cell: str, seed: int) -> None:
+    """Run a seed of a cell, print its rows and put them into the table."""
+    if cell not in CELLS:
+        raise unknown("cell", cell, CELLS)
+    rows, old = run(cell, seed, ROOT / "runs" / "stamped" / f"{cell}-seed{seed}"), pd.read_parquet(TABLE)
+    print(rows.round(3).T.to_string())
+    rest = old[(old.cell != cell) | (old.seed != seed)]
+    with written(TABLE) as temporary:
+        pd.concat([rest, rows.reindex(columns=old.columns)], ignore_index=True).to_parquet(temporary, index=False)
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 3:
+        sys.exit(__doc__)
+    main(sys.argv[1], int(sys.argv[2]))

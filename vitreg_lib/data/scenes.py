@@ -94,11 +94,6 @@ class Scenes:
         here = replace(self, **{f.name: getattr(self, f.name).cpu() for f in fields(self) if f.name in _CAPTIONED})
         return [here._caption(i) for i in range(len(self))]
 
-    def split(self, sizes: list[int]) -> list[Scenes]:
-        """Parts of the batch with so many scenes each."""
-        columns = {f.name: getattr(self, f.name).split(sizes) for f in fields(self)}
-        return [Scenes(**{name: parts[i] for name, parts in columns.items()}) for i in range(len(sizes))]
-
     def _caption(self, i: int) -> str:
         def noun(k):
             texture = TEXTURES[self.texture[i, k]]

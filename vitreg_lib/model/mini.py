@@ -35,10 +35,11 @@ def with_prefix(vit: nn.Module, patches):
     return torch.cat([*(p.expand(len(patches), -1, -1) for p in prefix), patches], 1)
 
 
-def start_registers(vit: nn.Module, std: float = 0.02) -> None:
+def start_registers(vit: nn.Module, std: float = 0.2) -> None:
     """Start a ViT's registers as different vectors: normal numbers with the standard deviation `std`.
 
-    timm starts them with 1e-6. Nothing but their value tells registers from each other, so from there they stay copies.
+    timm starts them with 1e-6. Nothing but their value tells registers from each other, so from there they stay copies;
+    from 0.02 they can end as good as copies too (docs/log.md).
     """
     if vit.reg_token is not None:
         nn.init.normal_(vit.reg_token, std=std)
@@ -49,7 +50,7 @@ def build(
     registers: int = 0,
     num_classes: int = 8,
     image_size: int = 96,
-    register_start: float = 0.02,
+    register_start: float = 0.2,
     **options,
 ) -> nn.Module:
     """A fresh ViT: cls token, LayerScale, any image size that patches divide; patches of 8 pixels at mini sizes.

@@ -25,7 +25,7 @@ class TrainConfig:
 
     size: str = option("m", "xxs, xs, s, m, l (patch 8), or ti/16, s/16, b/16, l/16, l/14 …", "model")
     registers: int = option(0, "how many", "model")
-    register_start: float = option(0.02, "standard deviation of registers before the training", "model")
+    register_start: float = option(0.2, "standard deviation of registers before the training", "model")
     image_size: int = option(96, "pixels a side", "model")
     drop_path: float = option(0.0, "stochastic depth: rate of dropped residual branches in the last block", "model")
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import itertools
 import random
 import warnings
 from collections.abc import Iterator
@@ -29,7 +28,6 @@ MARGIN = 8 / 7  # own images are read this much larger than the model's, 256 pix
 CAPTIONS = ("caption", "text", "txt")  # columns that hold a caption
 PICTURES = ("image", "jpg", "jpeg", "png", "webp")  # columns that hold an image
 HELD_OUT_EVERY = 20  # where a folder has no val/, every twentieth image is kept for evaluation
-AHEAD = 1024  # scenes that a GPU renders at once: one by one batch, the card would wait for Python
 SPLITS = {"train": ("train",), "val": ("val", "validation", "valid", "test")}
 
 
@@ -44,24 +42,8 @@ def images(config, step: int, device) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def rendered(config, step: int, device) -> scenes.Scenes:
-    """This process's scenes of a step, on the device; a GPU renders those of the following steps with them."""
-    mine = parallel.batch_range(config, step)
-    if torch.device(device).type == "cpu":
-        return scenes.render(mine, config.image_size, config.seed, device)
-    ready = _ready(config, str(device))
-    if mine not in ready:
-        ready.clear()
-        following = list(itertools.islice(parallel.following(config, step), max(1, AHEAD // len(mine))))
-        index = torch.cat([torch.arange(part.start, part.stop) for part in following])
-        parts = scenes.render(index, config.image_size, config.seed, device).split([len(part) for part in following])
-        ready.update(zip(following, parts, strict=True))
-    return ready[mine]
-
-
-@functools.lru_cache(maxsize=1)
-def _ready(config, device: str) -> dict[range, scenes.Scenes]:
-    """What `rendered` has ready, by the range of its indices."""
-    return {}
+    """This process's scenes of a step, on the device."""
+    return scenes.render(parallel.batch_range(config, step), config.image_size, config.seed, device)
 
 
 def pairs(config, step: int, device) -> tuple[torch.Tensor, list[str]]:

@@ -226,10 +226,6 @@ def optimizer(module: nn.Module, config, device: str) -> torch.optim.Optimizer:
     groups = param_groups_weight_decay(module, config.weight_decay, no_weight_decay_list=kept)
     options = dict(opt=config.optimizer, lr=config.learning_rate)
     if torch.device(device).type == "cuda":
-        if config.optimizer == "muon" and not config.fsdp:
-            from .muon import Muon
-
-            return Muon(groups, lr=config.learning_rate, momentum=0.9)
         with contextlib.suppress(TypeError, RuntimeError):
             return create_optimizer_v2(groups, **options, fused=True)
     try:

@@ -178,12 +178,16 @@ def after_step(module, config, step) -> None:
         update_momentum(student, teacher, momentum)
 
 
-@torch.no_grad()
 def evaluate(module, config, device) -> dict[str, float]:
-    """k-NN accuracy (0 to 1) of the teacher's cls token for each attribute, and of a fresh random model beside it."""
+    """`beside_random` of the teacher."""
+    return beside_random(module.teacher, config, device)
+
+
+def beside_random(trained, config, device) -> dict[str, float]:
+    """k-NN accuracy (0 to 1) of a ViT's cls token for each attribute, and of a fresh random one beside it."""
     torch.manual_seed(config.seed)
     fresh = vit(config).to(device)
-    found = knn(module.teacher, config, device)
+    found = knn(trained, config, device)
     return found | {f"random_{name}": value for name, value in knn(fresh, config, device).items()}
 
 
