@@ -5,6 +5,7 @@ python workflow/twins.py run --arms doses --jobs 2
 python workflow/twins.py run --models DIR --out DIR --jobs 12 --minutes 6      # several cells at once on one GPU
 python workflow/twins.py pack DIR                     # models and photos, small, to take to another machine
 python workflow/twins.py keep [runs/twins]            # the table into data/sweeps/
+python workflow/twins.py maps [runs/twins]            # maps of the twins with 4 registers into data/measured/
 
 VITREG_MODELS names a folder with both models, and data/unlabelled and data/imagenet in it; so does --models.
 """
@@ -44,11 +45,13 @@ def main(arguments: list[str] | None = None) -> int:
     pack_.add_argument("--photos", type=int, default=600, help="photos to train on at most (default 600)")
     keep_ = commands.add_parser("keep", help="put the table of a run into data/sweeps/")
     keep_.add_argument("folder", nargs="?", default=str(ROOT / "runs" / "twins"))
+    maps_ = commands.add_parser("maps", help="measure the twins on the shipped photos, into data/measured/")
+    maps_.add_argument("folder", nargs="?", default=str(ROOT / "runs" / "twins"))
     keep_.add_argument("--device", default="", help="what it ran on, for the record")
     keep_.add_argument("--photos", default="", help="what it was trained and measured on, for the record")
     chosen = parser.parse_args(arguments)
     try:
-        {"run": run, "pack": pack, "keep": keep}[chosen.command](chosen)
+        {"run": run, "pack": pack, "keep": keep, "maps": maps}[chosen.command](chosen)
     except UserError as error:
         print(f"twins: {error}", file=sys.stderr)
         return 1
@@ -127,6 +130,36 @@ def keep(chosen) -> None:
     with written(experiment.TABLE) as temporary:
         rows.to_parquet(temporary, index=False, compression="zstd")
     print(f"{len(rows)} rows of {len(parts)} cells, {experiment.TABLE.stat().st_size / 2**10:.0f} kB")
+
+
+def maps(chosen) -> None:
+    """Norms and attention of DeiT-Ti, of it with 4 empty tokens, and of the twins with 4 registers, on the photos that
+    ship, into data/measured/, as `vitreg measure` writes them. It needs the weights of both models."""
+    import dataclasses
+
+    from vitreg_lib.data import images
+    from vitreg_lib.model import zoo
+    from vitreg_lib.record import measured
+
+    for name in (
+        "deit-ti",
+        "deit-ti+empty4",
+        *(p.stem for p in sorted(Path(chosen.folder).glob("*-reg4.safetensors"))),
+    ):
+        command = f"vitreg measure {name} --images photos --n-images 10"
+        if "-trained-" in name:
+            model, base = zoo.load(f"file:{chosen.folder}/{name}.safetensors", "cpu"), name.split("-trained-")[0]
+            about = f"{zoo.load(base, 'cpu').name} with 4 registers trained in afterwards, 100 steps of 8 photos"
+            model = dataclasses.replace(model, name=name, label=name, base=base, about=about)
+            command = "python workflow/twins.py run --arms doses && python workflow/twins.py maps"
+        elif (measured.FOLDER / f"{name}.safetensors").exists():
+            continue  # measured already, perhaps with more in it
+        else:
+            model = zoo.load(name, "cpu")
+        pictures = images.load("photos", model, 10)
+        path = measured.FOLDER / f"{name}.safetensors"
+        measured.write(model, pictures, measured.measure(model, pictures), path, command)
+        print(f"{path.name}: {path.stat().st_size / 2**10:.0f} kB")
 
 
 def pack(chosen) -> None:

@@ -6,15 +6,22 @@ the mean over photos, which are drawn anew (`vr.pairs.interval`). Differences ar
 
 from __future__ import annotations
 
+import itertools
+
 import matplotlib.pyplot as plt
 import pandas as pd
 import registers_after_training as experiment
 import torch
+from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 
+from vitreg_lib.data import images
 from vitreg_lib.measure import pairs
-from vitreg_lib.plots.style import PALETTE, PAPER, plain_log, styled
+from vitreg_lib.plots.maps import draw_map
+from vitreg_lib.plots.style import ATTENTION, NORMS, PALETTE, PAPER, picture, plain_log, styled
+from vitreg_lib.record import measured
 
+MODELS = experiment.MODELS
 LABELS = {
     "outliers": "outliers (% of patches)",
     "attention_on_outliers": "cls attention on the\nplaces of outliers (%)",
@@ -23,7 +30,8 @@ LABELS = {
     "answers_kl": "change of the answers\n(100 × nats)",
 }
 ARMS = {"doses": "trained in", "empty": "empty tokens", "ttr": "at test time"}
-CHANGED_BY = {"start": "random", "teacher": "shift", "free": "first"}
+SHOWN = {"deit-ti": "as it is", "deit-ti+empty4": "4 empty\ntokens", "deit-ti-trained-reg4": "4 registers\ntrained in"}
+PHOTOS = ("rocket", "coffee", "astronaut", "retina")  # of the shipped photos; no twin was trained on them
 RIGHT_LOST = {"deit-ti": 0.02, "vit-ti": 0.04}  # of the photos: how many answers may turn wrong
 
 
@@ -52,6 +60,14 @@ def photos(rows: pd.DataFrame, arm: str, control: str = "", **fixed) -> pd.DataF
     return chosen.groupby("photo", observed=True)[list(experiment.MEASURES)].mean()
 
 
+def spread(part: pd.DataFrame, measure: str) -> tuple[float, float, float]:
+    """`described` of a measure; for "right" the interval is that of the change, photo by photo."""
+    if measure != "right":
+        return described(part[measure])
+    before = 100 * part.right_before.mean()
+    return tuple(before + value for value in described(part.right - part.right_before))
+
+
 def described(values: pd.Series) -> tuple[float, float, float]:
     """(mean, low, high) over photos, in per cent; photos without a value are left out."""
     known = torch.tensor(values.dropna().to_numpy(), dtype=torch.float64)
@@ -70,32 +86,66 @@ def means(parts: dict[str, pd.DataFrame]) -> pd.DataFrame:
     return pd.DataFrame.from_dict(found, orient="index")
 
 
-def doses(rows: pd.DataFrame, model: str) -> dict[str, pd.DataFrame]:
-    """{"trained in, 4": rows of `photos`} for every arm and number of registers."""
+def doses(rows: pd.DataFrame) -> pd.DataFrame:
+    """`means` for every model, arm and number of registers: "deit-ti, trained in, 4"."""
     found = {}
-    for arm, words in ARMS.items():
+    for model, (arm, words) in itertools.product(MODELS, ARMS.items()):
         counts = sorted(rows[(rows.arm == arm) & (rows.model == model)].registers.unique())
-        found |= {f"{words}, {n}": photos(rows, arm, model=model, registers=n) for n in counts}
-    return found
+        found |= {f"{model}, {words}, {n}": photos(rows, arm, model=model, registers=n) for n in counts}
+    return means(found)
+
+
+@styled
+def pictures(names=SHOWN, shown=PHOTOS) -> Figure:
+    """Norms after the last block and attention of cls there (mean over heads) of measured models on shipped photos.
+
+    names: {name in data/measured: title}. A photo a row, with one scale for its norm maps and one for its attention.
+    """
+    models = [measured.load(name) for name in names]
+    photos_ = images.load("photos", models[0], 10)
+    rows = [photos_.names.index(name) for name in shown]
+    norms, attention = [], []
+    for model in models:
+        seen = model.capture(images.load("photos", model, 10), ("norms", "attention"), layers=-1, queries=[0])
+        norms.append(seen.patch_norms[rows, 0].unflatten(1, seen.grid))
+        cls = seen.attention[seen.layers[-1]][rows, :, 0].mean(1)
+        attention.append(seen.patches(cls).unflatten(1, seen.grid))
+    widths = [1, 0.08, *[1] * len(names), 0.08, *[1] * len(names)]
+    figure, axes = plt.subplots(len(rows), len(widths), figsize=(9.6, 5.6), width_ratios=widths)
+    for axis in axes.flat:
+        axis.axis("off")
+    for row, line in zip(rows, axes, strict=True):
+        line[0].imshow(picture(photos_.pixels[row]))
+    for first, maps, colours in ((2, norms, NORMS), (3 + len(names), attention, ATTENTION)):
+        for i, line in enumerate(axes):
+            scale = Normalize(min(m[i].min().item() for m in maps), max(m[i].max().item() for m in maps))
+            for each, axis, title in zip(maps, line[first:], names.values(), strict=False):
+                draw_map(axis, each[i], colours, scale)
+                if not i:
+                    axis.set_title(title, fontsize=8)
+        words = "norm of patch tokens" if colours == NORMS else "attention of the cls token"
+        middle = axes[0, first + len(names) // 2]
+        middle.annotate(words, (0.5, 1.42), xycoords="axes fraction", ha="center", annotation_clip=False)
+    return figure
 
 
 @styled
 def dose(rows: pd.DataFrame, measures=("outliers", "attention_on_outliers", "right")) -> Figure:
     """Measures by the number of registers, a row a model, a line an arm; bars are intervals over photos."""
     figure, axes = plt.subplots(
-        len(experiment.MODELS), len(measures), figsize=(2.5 * len(measures) + 0.3, 4.6), squeeze=False, sharex=True
+        len(MODELS), len(measures), figsize=(2.5 * len(measures) + 0.3, 4.6), squeeze=False, sharex=True
     )
-    for model, row in zip(experiment.MODELS, axes, strict=True):
+    for model, row in zip(MODELS, axes, strict=True):
         for measure, axis in zip(measures, row, strict=True):
             for i, (arm, words) in enumerate(ARMS.items()):
                 counts = [n for n in experiment.DOSES if n or measure != "attention_on_registers"]
-                parts = [photos(rows, arm, model=model, registers=n)[measure] for n in counts]
-                _line(axis, [experiment.DOSES.index(n) for n in counts], parts, i, words, shift=0.1 * (i - 1))
+                parts = [photos(rows, arm, model=model, registers=n) for n in counts]
+                _line(axis, [experiment.DOSES.index(n) for n in counts], parts, measure, i, words, shift=0.1 * (i - 1))
             _before(axis, photos(rows, "doses", model=model, registers=0), measure)
             axis.set_xticks(range(len(experiment.DOSES)), experiment.DOSES)
             axis.set_ylabel(LABELS[measure])
             if measure != "right":
-                axis.set_ylim(bottom=0)
+                axis.set_ylim(bottom=-0.03 * axis.get_ylim()[1])
         row[0].set_title(model, loc="left")
     for axis in axes[-1]:
         axis.set_xlabel("registers")
@@ -103,9 +153,9 @@ def dose(rows: pd.DataFrame, measures=("outliers", "attention_on_outliers", "rig
     return figure
 
 
-def _line(axis, at, parts, number: int, label: str, shift: float = 0.0) -> None:
-    """Means of parts, series over photos, with bars for their intervals; bars of right answers: of their change."""
-    values = [described(part) for part in parts]
+def _line(axis, at, parts, measure: str, number: int, label: str, shift: float = 0.0) -> None:
+    """Means of a measure in parts, rows of `photos`, with bars for their intervals."""
+    values = [spread(part, measure) for part in parts]
     centre, low, high = (torch.tensor(v) for v in zip(*values, strict=True))
     style = dict(marker="os^"[number % 3], ms=4, lw=1.2, capsize=2, color=PALETTE[number], label=label)
     axis.errorbar([x + shift for x in at], centre, yerr=torch.stack([centre - low, high - centre]), **style)
@@ -121,13 +171,13 @@ def grid(rows: pd.DataFrame, measure: str = "outliers") -> Figure:
     """One panel a model: start and teacher by row, what is free by colour; bars are intervals over photos."""
     from vitreg_lib.train.recipes import registers as recipe
 
-    figure, axes = plt.subplots(1, len(experiment.MODELS), figsize=(7.4, 2.7), sharey=True)
+    figure, axes = plt.subplots(1, len(MODELS), figsize=(7.4, 2.7), sharey=True)
     names = [(start, teacher) for teacher in recipe.TEACHERS for start in recipe.STARTS]
-    for model, axis in zip(experiment.MODELS, axes, strict=True):
+    for model, axis in zip(MODELS, axes, strict=True):
         for i, free in enumerate(recipe.FREE):
             for place, (start, teacher) in enumerate(names):
                 part = photos(rows, "grid", model=model, start=start, teacher=teacher, free=free)
-                mean, low, high = described(part[measure])
+                mean, low, high = spread(part, measure)
                 style = dict(
                     fmt="os^"[i], ms=4, capsize=2, color=PALETTE[i], label=f"free: {free}" if not place else None
                 )
@@ -143,14 +193,14 @@ def grid(rows: pd.DataFrame, measure: str = "outliers") -> Figure:
 @styled
 def steps(rows: pd.DataFrame, measures=("outliers", "right")) -> Figure:
     """Measures by training steps, a row a model, a line a learning rate; bars are intervals over photos."""
-    figure, axes = plt.subplots(len(experiment.MODELS), len(measures), figsize=(7.0, 4.4), squeeze=False, sharex=True)
-    for model, row in zip(experiment.MODELS, axes, strict=True):
+    figure, axes = plt.subplots(len(MODELS), len(measures), figsize=(7.0, 4.4), squeeze=False, sharex=True)
+    for model, row in zip(MODELS, axes, strict=True):
         mine = rows[(rows.arm == "steps") & (rows.model == model)]
         for measure, axis in zip(measures, row, strict=True):
             for i, rate in enumerate(sorted(mine.learning_rate.unique())):
                 counts = sorted(mine[mine.learning_rate == rate].steps.unique())
-                parts = [photos(mine, "steps", learning_rate=rate, steps=n)[measure] for n in counts]
-                _line(axis, [n * 1.04 ** (i - 1) for n in counts], parts, i, f"learning rate {rate:g}")
+                parts = [photos(mine, "steps", learning_rate=rate, steps=n) for n in counts]
+                _line(axis, [n * 1.04 ** (i - 1) for n in counts], parts, measure, i, f"learning rate {rate:g}")
             _before(axis, photos(mine, "steps"), measure)
             axis.set(xscale="log", ylabel=LABELS[measure])
             axis.set_xticks([25, 50, 100, 300, 1000])
@@ -166,7 +216,7 @@ def steps(rows: pd.DataFrame, measures=("outliers", "right")) -> Figure:
 def few(rows: pd.DataFrame) -> pd.DataFrame:
     """`means` by model and by how many photos were trained on, over three seeds."""
     counts = {"10": 10, "50": 50, "200": 200, "all": 0}
-    models = experiment.MODELS
+    models = MODELS
     return means(
         {f"{m}, {word} photos": photos(rows, "photos", model=m, photos=n) for m in models for word, n in counts.items()}
     )
@@ -175,7 +225,7 @@ def few(rows: pd.DataFrame) -> pd.DataFrame:
 def controls(rows: pd.DataFrame, registers: int = 4) -> pd.DataFrame:
     """`means` by model and by what replaces the trained registers before every block, seed 0."""
     found = {}
-    for model in experiment.MODELS:
+    for model in MODELS:
         for how in ("", *experiment.CONTROLS):
             part = photos(rows, "doses", control=how, model=model, registers=registers, seed=0)
             found[f"{model}, {how or 'as trained'}"] = part
@@ -190,7 +240,7 @@ def bounded(difference: pd.Series) -> bool | str:
 
 def claims(rows: pd.DataFrame, registers: int = 4):
     """Arguments of `Run.claim`. The thresholds were set before the runs; each is judged by its interval over photos."""
-    for model in experiment.MODELS:
+    for model in MODELS:
         after = photos(rows, "doses", model=model, registers=registers)
         without = photos(rows, "doses", model=model, registers=0)
         one = photos(rows, "doses", model=model, registers=1)
@@ -235,7 +285,7 @@ def claims(rows: pd.DataFrame, registers: int = 4):
             f"lost {mean:.1f} ({low:.1f} to {high:.1f})",
             f"{model}: at most {100 * RIGHT_LOST[model]:.0f} of 100 photos are lost",
         )
-    empty = {m: photos(rows, "empty", model=m, registers=registers) for m in experiment.MODELS}
+    empty = {m: photos(rows, "empty", model=m, registers=registers) for m in MODELS}
     shares = ", ".join(f"{m}: {part.outliers.sum() / part.outliers_before.sum():.0%} left" for m, part in empty.items())
     content, place = empty["deit-ti"], empty["vit-ti"]
     halved, kept = (
