@@ -5,7 +5,7 @@ python workflow/twins.py run --arms doses --jobs 2
 python workflow/twins.py run --models DIR --out DIR --jobs 12 --minutes 6      # several cells at once on one GPU
 python workflow/twins.py pack DIR                     # models and photos, small, to take to another machine
 python workflow/twins.py keep [runs/twins]            # the table into data/sweeps/
-python workflow/twins.py maps [runs/twins]            # maps of the twins with 4 registers into data/measured/
+python workflow/twins.py maps [runs/twins]            # maps of the twins into data/measured/; docs/registers.png
 
 VITREG_MODELS names a folder with both models, and data/unlabelled and data/imagenet in it; so does --models.
 """
@@ -160,6 +160,14 @@ def maps(chosen) -> None:
         path = measured.FOLDER / f"{name}.safetensors"
         measured.write(model, pictures, measured.measure(model, pictures), path, command)
         print(f"{path.name}: {path.stat().st_size / 2**10:.0f} kB")
+    picture()
+
+
+def picture() -> None:
+    """The README's picture, from data/measured/."""
+    import registers_drawn
+
+    registers_drawn.pictures().savefig(ROOT / "docs" / "registers.png", dpi=100, bbox_inches="tight")
 
 
 def pack(chosen) -> None:
