@@ -9,6 +9,7 @@ from dataclasses import replace
 import pandas as pd
 import pytest
 import registers_after_training as experiment
+import registers_drawn as drawn
 import timm
 import torch
 from torch import nn
@@ -381,6 +382,41 @@ class TestExperiment:
     def test_an_unknown_replacement_is_refused(self, planted):
         with pytest.raises(ValueError, match="known are zeros, mean"):
             experiment.replaced(planted, mend.handful(planted).x[:1], "shuffle")
+
+
+class TestTable:
+    """What the notebook makes of the recorded rows."""
+
+    def test_a_value_is_the_mean_over_seeds_photo_by_photo(self):
+        rows = drawn.table()
+        part = drawn.photos(rows, "doses", model="deit-ti", registers=4)
+        assert len(part) == 100
+        name = part.index[7]
+        mine = rows[(rows.arm == "doses") & (rows.model == "deit-ti") & (rows.registers == 4) & (rows.photo == name)]
+        mine = mine[mine.control == ""]
+        assert sorted(mine.seed) == [0, 1, 2]
+        assert part.outliers[name] == pytest.approx(mine.outliers.mean())
+
+    def test_rows_that_are_not_there_are_refused(self):
+        with pytest.raises(ValueError, match="no rows of doses"):
+            drawn.photos(drawn.table(), "doses", model="deit-ti", registers=3)
+
+    def test_cells_without_rows_are_missing(self):
+        rows = drawn.table()
+        assert all(cell in experiment.cells() for cell in drawn.missing(rows))
+        fewer = rows[~((rows.arm == "photos") & (rows.model == "vit-ti") & (rows.photos == 50))]
+        added = [cell for cell in drawn.missing(fewer) if cell not in drawn.missing(rows)]
+        assert added == [dict(arm="photos", model="vit-ti", photos=50, seed=s) for s in (0, 1, 2)]
+
+    def test_a_claim_is_judged_by_its_interval(self):
+        values = pd.Series([-1.0, -2.0, -3.0] * 20)
+        assert drawn.bounded(values) is True and drawn.bounded(-values) is False
+        assert drawn.bounded(values - values.mean()) == "undecided"
+
+    def test_the_interval_of_right_answers_is_that_of_the_change(self):
+        part = pd.DataFrame({"right_before": [1.0, 0.0] * 30, "right": [1.0, 0.0] * 29 + [0.0, 0.0]})
+        mean, low, high = drawn.spread(part, "right")
+        assert mean == pytest.approx(100 * 29 / 60) and 40 < low < mean < high <= 50
 
 
 def plain_norms(model, x):

@@ -5,6 +5,7 @@ python workflow/twins.py run --arms doses --jobs 2
 python workflow/twins.py run --models DIR --out DIR --jobs 12 --minutes 6      # several cells at once on one GPU
 python workflow/twins.py pack DIR                     # models and photos, small, to take to another machine
 python workflow/twins.py keep [runs/twins]            # the table into data/sweeps/
+python workflow/twins.py maps [runs/twins]            # maps of the twins into data/measured/; docs/registers.png
 
 VITREG_MODELS names a folder with both models, and data/unlabelled and data/imagenet in it; so does --models.
 """
@@ -21,7 +22,7 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from vitreg_lib.base import NOTEBOOKS, ROOT, UserError, env_folder, write_atomically, written  # noqa: E402
+from vitreg_lib.base import NOTEBOOKS, ROOT, UserError, env_folder, written  # noqa: E402
 
 sys.path.insert(0, str(NOTEBOOKS / "beyond"))
 SIZES = {"imagenet": (384, 88), "unlabelled": (224, 50)}  # short side in pixels and quality of packed photos
@@ -44,9 +45,13 @@ def main(arguments: list[str] | None = None) -> int:
     pack_.add_argument("--photos", type=int, default=600, help="photos to train on at most (default 600)")
     keep_ = commands.add_parser("keep", help="put the table of a run into data/sweeps/")
     keep_.add_argument("folder", nargs="?", default=str(ROOT / "runs" / "twins"))
+    maps_ = commands.add_parser("maps", help="measure the twins on the shipped photos, into data/measured/")
+    maps_.add_argument("folder", nargs="?", default=str(ROOT / "runs" / "twins"))
+    keep_.add_argument("--device", default="", help="what it ran on, for the record")
+    keep_.add_argument("--photos", default="", help="what it was trained and measured on, for the record")
     chosen = parser.parse_args(arguments)
     try:
-        {"run": run, "pack": pack, "keep": keep}[chosen.command](chosen)
+        {"run": run, "pack": pack, "keep": keep, "maps": maps}[chosen.command](chosen)
     except UserError as error:
         print(f"twins: {error}", file=sys.stderr)
         return 1
@@ -54,7 +59,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def run(chosen) -> None:
-    """Run the missing cells in processes, then join all rows to OUT/table.parquet."""
+    """Run the missing cells in processes."""
     import registers_after_training as experiment
 
     if chosen.models:
@@ -79,7 +84,6 @@ def run(chosen) -> None:
         for task in as_completed(tasks):
             report = task.exception() or task.result()
             print(f"{time.monotonic() - began:6.0f} s  {tasks[task]}  {report}", flush=True)
-    join(out)
 
 
 def select(cells: list[dict], arms: str = "", only: str = "") -> list[dict]:
@@ -101,41 +105,69 @@ def _cell(cell: dict, data: str, out: Path, deadline: float, options: dict) -> s
     with written(out / "cells" / f"{experiment.key(cell)}.parquet") as temporary:
         rows.to_parquet(temporary, index=False)
     seen = rows[rows.control == ""].mean(numeric_only=True)
-    return " ".join(
-        f"{name} {seen[name]:.4f}"
-        for name in (
-            "outliers_before",
-            "outliers",
-            "attention_on_outliers",
-            "attention_on_registers",
-            "right_before",
-            "right",
-        )
-        if name in seen
-    )
-
-
-def join(out: Path) -> Path:
-    """All rows of the finished cells as one table; strings as categories, which keeps the file small."""
-    import pandas as pd
-
-    parts = sorted((out / "cells").glob("*.parquet"))
-    if not parts:
-        raise UserError("no cell has been finished")
-    table = pd.concat([pd.read_parquet(part) for part in parts], ignore_index=True)
-    texts = table.select_dtypes(include=["object", "string"]).columns
-    table = table.astype({name: "category" for name in texts})
-    with written(out / "table.parquet") as temporary:
-        table.to_parquet(temporary, index=False, compression="zstd")
-    print(f"{len(table)} rows of {len(parts)} cells, {(out / 'table.parquet').stat().st_size / 2**10:.0f} kB")
-    return out / "table.parquet"
+    return " ".join(f"{name} {seen[name]:.4f}" for name in experiment.MEASURES if name in seen)
 
 
 def keep(chosen) -> None:
-    """Copy a run's table into data/sweeps/."""
+    """The rows of all finished cells into data/sweeps/, with what they were made of; what nothing reads is left out."""
+    import pandas as pd
     import registers_after_training as experiment
 
-    write_atomically(experiment.TABLE, join(Path(chosen.folder)).read_bytes())
+    parts = sorted((Path(chosen.folder) / "cells").glob("*.parquet"))
+    if not parts:
+        raise UserError(f"no cell has been finished in {chosen.folder}")
+    rows = pd.concat([pd.read_parquet(part) for part in parts], ignore_index=True)
+    models = rows.groupby("model")
+    about = {"command": "python workflow/twins.py run", "device": chosen.device, "photos": chosen.photos}
+    about["photos_sha256"] = rows.photos_sha256.dropna().unique().tolist()
+    about["models"] = {name: part.model_sha256.iloc[0] for name, part in models}
+    about["cutoffs"] = {name: float(part.cutoff.iloc[0]) for name, part in models}
+    about["neurons"] = {name: part.neurons.dropna().iloc[0] for name, part in models if part.neurons.notna().any()}
+    rows = rows[list(experiment.COLUMNS)].sort_values([*experiment.ID, "photo"], ignore_index=True)
+    texts = rows.select_dtypes(include=["object", "string"]).columns
+    rows = rows.astype({name: "category" for name in texts})
+    rows.attrs = about
+    with written(experiment.TABLE) as temporary:
+        rows.to_parquet(temporary, index=False, compression="zstd")
+    print(f"{len(rows)} rows of {len(parts)} cells, {experiment.TABLE.stat().st_size / 2**10:.0f} kB")
+
+
+def maps(chosen) -> None:
+    """Norms and attention of DeiT-Ti, of it with 4 empty tokens, and of the twins with 4 registers, on the photos that
+    ship, into data/measured/, as `vitreg measure` writes them. It needs the weights of both models."""
+    import dataclasses
+
+    from vitreg_lib.data import images
+    from vitreg_lib.model import zoo
+    from vitreg_lib.record import measured
+
+    for name in (
+        "deit-ti",
+        "deit-ti+empty4",
+        *(p.stem for p in sorted(Path(chosen.folder).glob("*-reg4.safetensors"))),
+    ):
+        command = f"vitreg measure {name} --images photos --n-images 10"
+        if "-trained-" in name:
+            model, base = zoo.load(f"file:{chosen.folder}/{name}.safetensors", "cpu"), name.split("-trained-")[0]
+            about = f"{zoo.load(base, 'cpu').name} with 4 registers trained in afterwards, 100 steps of 8 photos"
+            model = dataclasses.replace(model, name=name, label=name, base=base, about=about)
+            command = "python workflow/twins.py run --arms doses && python workflow/twins.py maps"
+        elif (measured.FOLDER / f"{name}.safetensors").exists():
+            continue  # measured already, perhaps with more in it
+        else:
+            model = zoo.load(name, "cpu")
+        pictures = images.load("photos", model, 10)
+        path = measured.FOLDER / f"{name}.safetensors"
+        measured.write(model, pictures, measured.measure(model, pictures), path, command)
+        print(f"{path.name}: {path.stat().st_size / 2**10:.0f} kB")
+    picture()
+
+
+def picture() -> None:
+    """The README's picture, from data/measured/."""
+    import registers_drawn
+
+    registers_drawn.pictures().savefig(ROOT / "docs" / "registers.png", dpi=100, bbox_inches="tight")
 
 
 def pack(chosen) -> None:

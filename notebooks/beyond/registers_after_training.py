@@ -34,20 +34,11 @@ SEEDS = (0, 1, 2)
 CONTROLS = ("zeros", "mean", "other image", "noise")  # what replaces the trained registers before every block
 MAIN = {"start": "outliers", "teacher": "ttr", "free": "all", "registers": 4}
 KEPT = {("deit-ti", n) for n in (0, 1, 4, 16)} | {("vit-ti", n) for n in (0, 4, 16)}  # twins whose weights are kept
-ID = (
-    "arm",
-    "model",
-    "registers",
-    "start",
-    "teacher",
-    "free",
-    "learning_rate",
-    "steps",
-    "photos",
-    "answer_weight",
-    "seed",
-    "control",
-)
+ID = ("arm", "model", "registers", "start", "teacher", "free", "learning_rate", "steps")
+ID += ("photos", "answer_weight", "seed", "control")
+MEASURES = ("outliers_before", "outliers", "attention_on_outliers_before", "attention_on_outliers")
+MEASURES += ("attention_on_registers", "answers_kl", "same_answer", "right_before", "right")
+COLUMNS = (*ID, "photo", *MEASURES)  # of the table that is kept
 
 
 def cells() -> list[dict]:
