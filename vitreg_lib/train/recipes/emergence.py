@@ -81,7 +81,7 @@ def build(config) -> torch.nn.Module:
 
 
 def waves(dim: int) -> torch.Tensor:
-    """(36, dim) sines and cosines of row and column, of mean square 1: from there the training finds neighbours soon."""
+    """(36, dim) sines and cosines of row and column, of mean square 1: from there neighbours are learnt soon."""
     frequency = torch.pi / GRID * 2.0 ** torch.linspace(-1, 2, dim // 4)
     angle = torch.arange(GRID)[:, None] * frequency
     one = math.sqrt(2) * torch.cat([angle.sin(), angle.cos()], 1)  # (6, dim / 2)
