@@ -264,7 +264,11 @@ def test_plain_papermill_refuses_an_unknown_parameter_before_it_measures(tmp_pat
 
     with pytest.raises(papermill.PapermillExecutionError) as error:
         papermill.execute_notebook(
-            str(record.notebook("fig03")), str(tmp_path / "out.ipynb"), {"n_imagess": 3}, progress_bar=False
+            str(record.notebook("fig03")),
+            str(tmp_path / "out.ipynb"),
+            {"n_imagess": 3},
+            progress_bar=False,
+            cwd=str(record.notebook("fig03").parent),  # where fig03.py is
         )
     assert error.value.ename == "UserError"
     assert "did you mean n_images" in error.value.evalue

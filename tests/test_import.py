@@ -39,7 +39,7 @@ def test_modules_are_at_hand_by_their_short_name():
 
     assert vr.zoo.load is vr.load
     assert vr.start is record.start
-    assert vr.outliers.DEFAULT_RULE in vr.outliers.RULES
+    assert vr.detect is vr.detection.detect
     with pytest.raises(AttributeError, match="vitreg_lib has no 'outlierz'"):
         vr.outlierz  # noqa: B018
 

@@ -29,63 +29,58 @@ KINDS_OF_CONTENT = modes((20.0, 3000), (36.0, 2000))  # 40 % within a factor of 
 CONSTANT = torch.full((500,), 7.0)
 
 
-def test_antimode_finds_nothing_in_one_mode():
-    assert outliers.cutoff_antimode(ONE) == math.inf
+def test_one_mode_has_no_cutoff():
+    assert outliers.cutoff(ONE) == math.inf
 
 
-def test_antimode_lies_between_two_modes_at_ten_times():
-    assert 40 < outliers.cutoff_antimode(TWO) < 150
+def test_the_cutoff_lies_between_two_modes_at_ten_times():
+    assert 40 < outliers.cutoff(TWO) < 150
     assert outliers.outlier_share(TWO) == pytest.approx(0.02)
 
 
-def test_antimode_calls_modes_within_a_factor_of_two_no_outliers():
-    assert outliers.cutoff_antimode(KINDS_OF_CONTENT) == math.inf
+def test_the_cutoff_lies_between_modes_at_twice_the_median():
+    norms = modes((20.0, 4800), (42.0, 200), spread=0.1)
+    assert 26 < outliers.cutoff(norms) < 38
+    assert outliers.outlier_share(norms) == pytest.approx(0.04, abs=2e-3)
 
 
-@pytest.mark.filterwarnings("ignore:Number of distinct clusters")
-@pytest.mark.parametrize("rule", outliers.RULES)
-def test_no_rule_finds_outliers_among_constant_norms(rule):
-    assert outliers.outlier_share(CONSTANT, outliers.cutoff(CONSTANT, rule)) == 0
+def test_more_than_a_third_of_the_tokens_are_a_kind_of_content():
+    assert outliers.cutoff(KINDS_OF_CONTENT) == math.inf
+    assert outliers.cutoff(modes((20.0, 3000), (200.0, 2000))) == math.inf
 
 
-@pytest.mark.parametrize("rule", outliers.RULES)
-def test_every_rule_separates_two_modes_at_ten_times(rule):
-    assert outliers.outlier_share(TWO, outliers.cutoff(TWO, rule)) == pytest.approx(0.02, abs=2e-3)
+def test_constant_norms_have_no_outliers():
+    assert outliers.outlier_share(CONSTANT) == 0
 
 
-def test_a_thousandth_of_the_tokens_is_the_least_that_the_antimode_finds():
-    assert outliers.cutoff_antimode(modes((20.0, 9980), (200.0, 20))) < 200
-    assert outliers.cutoff_antimode(modes((20.0, 9995), (200.0, 5))) == math.inf
+def test_a_few_tokens_are_no_mode():
+    assert outliers.cutoff(modes((20.0, 9980), (200.0, 20))) < 200
+    assert outliers.cutoff(modes((20.0, 9998), (200.0, 2))) == math.inf
 
 
-def test_3x_median_and_mad_by_hand():
-    norms = torch.tensor([1.0, 2.0, 4.0])
-    assert outliers.cutoff_3x_median(norms) == 6.0
-    assert outliers.cutoff_mad(norms) == pytest.approx(2 * 2 ** (10 * 1.4826), rel=1e-4)
+def test_valleys_of_many_histograms_are_those_of_each():
+    counts = torch.cat([outliers.histogram(norms[None]) for norms in (ONE, TWO)])
+    valley, peak = outliers.valleys(counts)
+    assert valley[0] == peak[0] == -1
+    assert 2 < outliers.bin_middle(valley[1].item()) < 7.5 and 8 < outliers.bin_middle(peak[1].item()) < 12.5
 
 
-@given(st.floats(1e-3, 1e3), st.sampled_from(["valley", "3x_median", "antimode", "mad"]))
-def test_a_rule_follows_the_scale_of_the_norms(scale, rule):
-    assert outliers.cutoff(TWO * scale, rule) == pytest.approx(outliers.cutoff(TWO, rule) * scale, rel=0.05)
-    assert outliers.outlier_share(TWO * scale, outliers.cutoff(TWO * scale, rule)) == pytest.approx(0.02, abs=1e-3)
+@given(st.floats(1e-3, 1e3))
+def test_the_cutoff_follows_the_scale_of_the_norms(scale):
+    assert outliers.cutoff(TWO * scale) == pytest.approx(outliers.cutoff(TWO) * scale, rel=0.05)
+    assert outliers.outlier_share(TWO * scale) == pytest.approx(0.02, abs=1e-3)
 
 
 @given(st.permutations(range(8)))
-def test_a_rule_does_not_hang_on_order_or_shape(order):
+def test_the_cutoff_does_not_depend_on_order_or_shape(order):
     shuffled = TWO.view(8, -1)[list(order)].view(10, 5, -1)
-    for rule in ("valley", "3x_median", "antimode", "mad"):
-        assert outliers.cutoff(shuffled, rule) == pytest.approx(outliers.cutoff(TWO, rule))
+    assert outliers.cutoff(shuffled) == pytest.approx(outliers.cutoff(TWO))
 
 
 @pytest.mark.parametrize("norms", [torch.empty(0), torch.tensor([1.0, math.nan]), torch.tensor([1.0, math.inf])])
 def test_norms_that_are_empty_or_not_finite_have_no_cutoff(norms):
     with pytest.raises(ValueError, match="empty or not finite"):
         outliers.cutoff(norms)
-
-
-def test_an_unknown_rule_is_refused_with_the_known_ones():
-    with pytest.raises(ValueError, match="'150'; known are valley, 3x_median"):
-        outliers.cutoff(TWO, "150")
 
 
 def by_layer(*two_modes: bool) -> torch.Tensor:
@@ -183,14 +178,6 @@ def test_nothing_is_found_in_the_random_control():
     assert outliers.layer_shares(norms) == [0] * model.anatomy.depth
     assert outliers.onset_layer(norms) is None
     assert not model.truth(pictures).any()
-
-
-def test_rules_are_scored_where_the_truth_is_known(on_planted):
-    model, pictures, norms = on_planted
-    table = outliers.score_rules({"planted": norms[:, -1], "other": ONE}, {"planted": model.truth(pictures)})
-    assert set(table.index.get_level_values("rule")) == set(outliers.RULES)
-    assert table.xs("planted", level="model").f1.max() == table.f1[outliers.DEFAULT_RULE, "planted"]
-    assert table.xs("other", level="model").f1.isna().all()
 
 
 def captured(norms: torch.Tensor, prefix: int = 1) -> Capture:

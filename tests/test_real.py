@@ -52,12 +52,6 @@ def test_dinov2_s_is_clean(real):
     assert output.max() < 60
 
 
-def test_every_rule_agrees_on_vit_ti(real):
-    output, _, _ = measured("vit-ti")
-    for rule in outliers.RULES:
-        assert outliers.outlier_share(output, outliers.cutoff(output, rule)) == pytest.approx(0.0203, abs=0.004), rule
-
-
 def test_after_the_final_norm_little_is_left_to_see(real):
     model = zoo.load("vit-ti", "cpu")
     seen = model.capture(images.load("imagenet", model, 4), ("norms", "final"))

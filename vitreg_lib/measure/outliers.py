@@ -1,9 +1,8 @@
 """Which tokens are outliers: norms, cutoffs, masks.
 
 Sec. 2.1 of the paper calls a patch token an outlier when its norm at the output exceeds 150, a number picked
-from one model's histogram that "can vary across models". Here the cutoff follows from the model's own norms
-by a stated rule. The rules are scored on the planted control, whose outliers are known (`score`), and on
-models without outliers, where they must find none; notebook fig03 shows the scores and the best is `DEFAULT_RULE`.
+from one model's histogram that "can vary across models". Here the cutoff lies in the valley of the model's own
+histogram. Whether a model has artifacts is a question to `detection`, which also looks at attention.
 
 Norms are of patch tokens, before the final LayerNorm, in any shape.
 """
@@ -17,71 +16,12 @@ import torch
 
 from ..hooks.capture import Capture
 
-DEFAULT_RULE = "valley"
 BIN, LOWEST, BINS = 0.05, -2.5, 160  # of log(norm / median): width, lowest, number; up to 250 times the median
 DIP = 0.8  # a valley is lower than this share of the modes on both sides
 STANDS_OUT = 2.0  # by how many standard errors of a count the upper mode exceeds the valley
 MINORITY = 1 / 3  # of the tokens: a larger upper mode is a kind of content (it is that of 40 % in mini-clip)
 SEPARATED = 3.0  # times the median, for `separated_share`
-TWO_POPULATIONS = 2.0  # times the median: modes closer than this are kinds of content, not outliers
 MIN_SHARE = 0.005  # of patch tokens: from here on a layer holds outliers (Fig. 4 protocol)
-
-
-def cutoff_3x_median(norms: torch.Tensor) -> float:
-    """Three times the median norm."""
-    return SEPARATED * norms.median().item()
-
-
-def cutoff_antimode(norms: torch.Tensor, bins: int = 100) -> float:
-    """The lowest valley between the main mode of the smoothed histogram of log norms and a mode above it.
-
-    Infinite where there is none: a distribution without such a valley has no outliers by this rule. The valley lies
-    above twice the median, is lower than half of the upper mode, and at least 0.1 % of the tokens lie beyond it.
-    (The paper's outliers have ten times the norm of others. Modes within a factor of two are found in many models,
-    for instance of uniform and of busy patches in the first blocks, in up to 40 % of the tokens.)
-    """
-    log = norms.float().clamp_min(1e-12).log().flatten()
-    low, high = log.min().item(), log.max().item()
-    if high - low < 1e-6:
-        return float("inf")
-    counts = torch.histc(log, bins, low, high)
-    kernel = torch.exp(-0.5 * (torch.arange(-6, 7) / 2.0) ** 2).to(log.device)
-    smooth = torch.nn.functional.conv1d(counts[None, None], (kernel / kernel.sum())[None, None], padding=6)[0, 0]
-    main, width = int(smooth.argmax()), (high - low) / bins
-    first = max(main, int((log.median().item() + math.log(TWO_POPULATIONS) - low) / width) + 1)
-    best = None
-    for peak in range(first + 1, bins):
-        valley = first + int(smooth[first : peak + 1].argmin())
-        beyond = counts[valley:].sum() / counts.sum()
-        if beyond >= 1e-3 and smooth[valley] < 0.5 * smooth[peak] and (best is None or smooth[peak] > best[0]):
-            best = (smooth[peak].item(), valley)
-    if best is None:
-        return float("inf")
-    valley = best[1]
-    # the valley may be a flat stretch of empty bins: take its middle
-    flat = int((smooth[valley:] <= smooth[valley] + 1e-9).long().cumprod(0).sum())
-    return math.exp(low + (valley + flat / 2) * width)
-
-
-def cutoff_mad(norms: torch.Tensor, deviations: float = 10.0) -> float:
-    """The median of the log norms plus ten scaled median absolute deviations, back on the scale of norms."""
-    log = norms.float().clamp_min(1e-12).log()
-    centre = log.median()
-    return float((centre + deviations * 1.4826 * (log - centre).abs().median()).exp())
-
-
-def cutoff_mixture(norms: torch.Tensor, seed: int = 0) -> float:
-    """Where two Gaussians fitted to the log norms are equally likely; infinite where one fits as well (BIC)."""
-    from sklearn.mixture import GaussianMixture
-
-    log = norms.float().clamp_min(1e-12).log().flatten()[:, None].double().cpu().numpy()
-    one, two = (GaussianMixture(n, random_state=seed, n_init=n).fit(log) for n in (1, 2))
-    if two.bic(log) >= one.bic(log):
-        return float("inf")
-    upper = int(two.means_.argmax())
-    grid = torch.linspace(float(two.means_.min()), float(two.means_.max()), 2001).double()[:, None].numpy()
-    crossing = (two.predict_proba(grid)[:, upper] >= 0.5).argmax()
-    return float(torch.tensor(grid[crossing, 0]).exp())
 
 
 def histogram(norms: torch.Tensor, weights: torch.Tensor | None = None) -> torch.Tensor:
@@ -133,25 +73,14 @@ def bin_middle(valley: float) -> float:
     return math.exp(LOWEST + (valley + 0.5) * BIN)
 
 
-RULES = {
-    "valley": cutoff_valley,
-    "3x_median": cutoff_3x_median,
-    "antimode": cutoff_antimode,
-    "mad": cutoff_mad,
-    "mixture": cutoff_mixture,
-}
+def cutoff(norms: torch.Tensor) -> float:
+    """The norm above which a token counts as an outlier, by the norms alone (`cutoff_valley`).
 
-
-def cutoff(norms: torch.Tensor, rule: str = DEFAULT_RULE) -> float:
-    """The norm above which a token counts as an outlier, by `rule` (a name in `RULES`).
-
-    Raises ValueError for an unknown rule, or where norms are empty or not finite.
+    Raises ValueError where norms are empty or not finite.
     """
-    if rule not in RULES:
-        raise ValueError(f"unknown rule {rule!r}; known are {', '.join(RULES)}")
     if norms.numel() == 0 or not norms.isfinite().all():
         raise ValueError("norms are empty or not finite: no cutoff can be chosen")
-    return RULES[rule](norms)
+    return cutoff_valley(norms)
 
 
 @dataclass(frozen=True)
@@ -178,7 +107,7 @@ class Outliers:
 def find(seen: Capture, layer: int = -1, cut: float | Outliers | None = None, model: str = "") -> Outliers:
     """The `Outliers` of a capture with norms, after one captured block (negative: from the last captured one).
 
-    The cutoff follows from the same norms by `DEFAULT_RULE`, unless `cut` gives it: a number, or the outliers of
+    The cutoff follows from the same norms by `cutoff`, unless `cut` gives it: a number, or the outliers of
     another model, as those of the model without registers for the one with. `model`: label of the captured model.
     """
     block = seen.block(layer)
@@ -211,7 +140,7 @@ def having(found: dict[str, Outliers]) -> set[str]:
 
 
 def outlier_share(norms: torch.Tensor, cut: float | None = None) -> float:
-    """Share (0 to 1) of tokens above `cut`, which follows from the norms by the default rule if not given."""
+    """Share (0 to 1) of tokens above `cut`, which follows from the norms by `cutoff` if not given."""
     return (norms > (cutoff(norms) if cut is None else cut)).float().mean().item()
 
 
@@ -246,9 +175,9 @@ def separated_share(norms: torch.Tensor) -> torch.Tensor:
     return (flat > SEPARATED * flat.median(1, keepdim=True).values).float().mean(1)
 
 
-def layer_shares(norms: torch.Tensor, rule: str = DEFAULT_RULE) -> list[float]:
+def layer_shares(norms: torch.Tensor) -> list[float]:
     """Outlier share of every layer by its own cutoff, for norms (images, layers, patches)."""
-    return [outlier_share(layer, cutoff(layer, rule)) for layer in norms.unbind(1)]
+    return [outlier_share(layer, cutoff(layer)) for layer in norms.unbind(1)]
 
 
 def layers_with_outliers(norms: torch.Tensor, share: float = MIN_SHARE) -> list[int]:
@@ -276,25 +205,6 @@ def score(found: torch.Tensor, truth: torch.Tensor) -> dict[str, float]:
     recall = hits / truth.sum().item() if truth.any() else 1.0
     f1 = 2 * precision * recall / (precision + recall) if precision + recall else 0.0
     return {"precision": precision, "recall": recall, "f1": f1}
-
-
-def score_rules(norms: dict[str, torch.Tensor], truth: dict[str, torch.Tensor | None]):
-    """Every rule's precision, recall and F1 where the truth is known, and the share flagged where it is not.
-
-    norms: {model: (images, patches)}; truth: {model: bool of the same shape, or None}. A DataFrame, one row a rule
-    and model.
-    """
-    import pandas as pd
-
-    rows = []
-    for rule in RULES:
-        for name, values in norms.items():
-            cut = cutoff(values, rule)
-            row = {"rule": rule, "model": name, "cutoff": cut, "share": outlier_share(values, cut)}
-            if truth.get(name) is not None:
-                row |= score(values > cut, truth[name])
-            rows.append(row)
-    return pd.DataFrame(rows).set_index(["rule", "model"])
 
 
 def summary(norms: dict[str, torch.Tensor], cutoffs: dict[str, float] | None = None):
