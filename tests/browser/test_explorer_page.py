@@ -197,10 +197,15 @@ def reset(page, store) -> None:
     """Layer 7, mean of heads, cls, cutoffs by rule: the notebook's own state."""
     slider(page, "Overlay").press("End")
     wait_for_opacity(page, 1)
-    slider(page, "Layer").press("End")
-    page.get_by_role("button", name="mean", exact=True).click()
-    control(page, "Query").select_option("cls")
-    page.get_by_role("button", name="Cutoff by rule").click()
+    steps = {  # one after the other: what follows from one click may undo another that was too early
+        "block 7 (of": lambda: slider(page, "Layer").press("End"),
+        "mean of 5 heads": page.get_by_role("button", name="mean", exact=True).click,
+        "query cls": lambda: control(page, "Query").select_option("cls"),
+    }
+    for words, act in steps.items():
+        act()
+        page.locator(".vr-title").first.get_by_text(words).wait_for()
+    after(page, page.get_by_role("button", name="Cutoff by rule").click)
     assert_shows(page, DEFAULT, store)
 
 
