@@ -25,6 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from vitreg_lib.base import NOTEBOOKS, ROOT, UserError, env_folder, written  # noqa: E402
 
 sys.path.insert(0, str(NOTEBOOKS / "beyond"))
+TWIN = "deit-ti-trained-reg4"  # the twin of the README's picture
 SIZES = {"imagenet": (384, 88), "unlabelled": (224, 50)}  # short side in pixels and quality of packed photos
 
 
@@ -133,31 +134,21 @@ def keep(chosen) -> None:
 
 
 def maps(chosen) -> None:
-    """Norms and attention of DeiT-Ti, of it with 4 empty tokens, and of the twins with 4 registers, on the photos that
-    ship, into data/measured/, as `vitreg measure` writes them. It needs the weights of both models."""
+    """Norms and attention of DeiT-Ti with 4 empty tokens and of its twin with 4 registers, on the photos that ship,
+    into data/measured/, as `vitreg measure` writes them; then the picture. It needs DeiT-Ti's weights."""
     import dataclasses
 
     from vitreg_lib.data import images
     from vitreg_lib.model import zoo
     from vitreg_lib.record import measured
 
-    for name in (
-        "deit-ti",
-        "deit-ti+empty4",
-        *(p.stem for p in sorted(Path(chosen.folder).glob("*-reg4.safetensors"))),
-    ):
-        command = f"vitreg measure {name} --images photos --n-images 10"
-        if "-trained-" in name:
-            model, base = zoo.load(f"file:{chosen.folder}/{name}.safetensors", "cpu"), name.split("-trained-")[0]
-            about = f"{zoo.load(base, 'cpu').name} with 4 registers trained in afterwards, 100 steps of 8 photos"
-            model = dataclasses.replace(model, name=name, label=name, base=base, about=about)
-            command = "python workflow/twins.py run --arms doses && python workflow/twins.py maps"
-        elif (measured.FOLDER / f"{name}.safetensors").exists():
-            continue  # measured already, perhaps with more in it
-        else:
-            model = zoo.load(name, "cpu")
+    path = f"file:{chosen.folder}/{TWIN}.safetensors"
+    about = "deit-ti with 4 registers trained in afterwards: python workflow/twins.py run --arms doses"
+    twin = dataclasses.replace(zoo.load(path, "cpu"), name=TWIN, label=TWIN, base="deit-ti", about=about)
+    for model, name in ((zoo.load("deit-ti+empty4", "cpu"), "deit-ti+empty4"), (twin, f"file:{TWIN}.safetensors")):
         pictures = images.load("photos", model, 10)
-        path = measured.FOLDER / f"{name}.safetensors"
+        command = f"vitreg measure {name} --images photos --n-images 10"
+        path = measured.FOLDER / f"{model.label}.safetensors"
         measured.write(model, pictures, measured.measure(model, pictures), path, command)
         print(f"{path.name}: {path.stat().st_size / 2**10:.0f} kB")
     picture()
