@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vitreg_lib import base
-from vitreg_lib.base import ROOT
+from vitreg_lib.base import ROOT, UserError
 from vitreg_lib.data import scenes
 
 FIELDS = ("pixels", "instances", "semantic", "depth", "boxes", "visible", "shape", "colour", "texture", "place")
@@ -211,6 +211,6 @@ def test_the_frozen_set_is_written_whole_or_not_at_all(frozen, tmp_path, monkeyp
     path = frozen.write(tmp_path / "few.parquet")
     whole = path.read_bytes()
     monkeypatch.setattr(base.os, "replace", lambda *names: (_ for _ in ()).throw(OSError("disk full")))
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(UserError, match="few.parquet cannot be written: disk full"):
         frozen.write(path)
     assert path.read_bytes() == whole

@@ -29,7 +29,9 @@ COPIES = 0.99  # cosine of two registers: above it they are one register, whose 
 
 def of_family(models, family: str) -> list:
     """The trained models among `models` whose training is that of a family of the paper, in order."""
-    return [m for m in models if m.role == "trained" and m.family in FAMILIES[family]]
+    known = {m.label: m.family for m in models}  # registers trained into a model leave its family as it was
+    members = [m for m in models if (m.family or known.get(m.base)) in FAMILIES[family]]
+    return [m for m in members if m.role == "trained"]
 
 
 def detected(run, models, seen: dict) -> tuple[dict, set[str]]:

@@ -216,7 +216,8 @@ class Run:
         from . import measured
 
         base, _, _ = model_names.split(name)
-        if self.profile == "mini" and name in measured.names() and model_names.available(base) == "not here":
+        here = base in model_names.entries() and model_names.available(base) != "not here"
+        if self.profile == "mini" and name in measured.names() and not here:
             model = measured.load(name)
             print(f"{name}: {model.name}, measured {model.measured['date']}, replayed")
             return model
@@ -226,7 +227,7 @@ class Run:
         """What images `model` gets: those of the run; in the profile mini scenes are for models trained on them."""
         own = model_names.entries().get(model.entry, {})
         if self.profile == "mini" and self.settings["images"] == "scenes":
-            return own.get("looks_at", "photos" if "timm" in own else "scenes")
+            return own.get("looks_at", "photos" if model.replayed or "timm" in own else "scenes")
         return self.settings["images"]
 
     def by_source(self, models: list) -> list[list]:
