@@ -51,7 +51,7 @@ def test_a_sweep_is_items_times_models_times_parameters(sweep):
         ("items: [fig99]", "unknown item 'fig99'"),
         ("items: [fig03]\nmodel: [planted]", "unknown key of sweep.yaml 'model': did you mean models"),
         ("items: [fig03]\nmodels: [plantet]", "unknown model 'plantet': did you mean planted"),
-        ("items: [fig03, fig12]\nparameters: {rule: [mad]}", "unknown parameter of fig12 'rule'"),
+        ("items: [fig03, fig12]\nparameters: {cutoff: [9.0]}", "unknown parameter of fig12 'cutoff'"),
         ("items: [fig03]\nparameters: {n_images: [8, -1]}", "parameter n_images is -1"),
     ],
 )

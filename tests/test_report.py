@@ -24,7 +24,7 @@ def made(results):
     variant = results / "small" / "fig03--12345678"
     shutil.copytree(KEPT / "fig03", variant)
     content = json.loads((variant / "record.json").read_text())
-    content["parameters"] |= {"seed": 7}
+    content["parameters"] = record.declared_parameters("fig03") | {"profile": "small", "seed": 7}
     content["title"] = "A title with <angle> & ampersand"
     (variant / "record.json").write_text(json.dumps(content))
     for name, text in (("fig07", '{"half'), (".fig09.making", '{"half')):

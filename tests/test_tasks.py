@@ -7,6 +7,7 @@ import dataclasses
 import pandas as pd
 import pytest
 import tables
+import tables_sgd
 import tables_tasks
 import torch
 
@@ -157,7 +158,7 @@ def test_many_images_go_through_sgd(monkeypatch):
     x = torch.randn(2, 6, generator=generator)[y] * 3 + torch.randn(200, 6, generator=generator)
     exact, _ = tables.one(x[:100], x[100:], y[:100], y[100:], "accuracy")
     monkeypatch.setattr(tables, "EXACT", 10)
-    monkeypatch.setattr(tables.sgd.fit_selected, "__defaults__", (100, 32))
+    monkeypatch.setattr(tables_sgd.fit_selected, "__defaults__", (100, 32))
     streamed, _ = tables.one(x[:100], x[100:], y[:100], y[100:], "accuracy")
     assert streamed == pytest.approx(exact, abs=0.03)
 
