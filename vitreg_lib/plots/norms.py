@@ -65,6 +65,7 @@ def bands(axis, x, levels: dict[float, np.ndarray], colour) -> None:
 
 
 def quantile_levels(table: pd.DataFrame) -> dict[float, np.ndarray]:
+    """Quantiles of norms by their level (0.01 to 1.0), from the columns q0.01 … q1 of `telemetry.table`."""
     return {q: table[f"q{q:g}"].to_numpy() for q in (0.01, 0.25, 0.5, 0.75, 0.99, 1.0)}
 
 
