@@ -14,8 +14,10 @@ import torch
 from vitreg_lib.base import DATA
 
 
-def model(label, role="trained"):
-    return SimpleNamespace(label=label, name=label, role=role, is_control="control" in role)
+def model(label, role="trained", base="", registers=0):
+    origin = {"trained": "trained", "mended": "test time"}.get(role, "none") if registers else "none"
+    facts = dict(label=label, name=label, entry=label, role=role, base=base, registers=registers)
+    return SimpleNamespace(**facts, registers_from=origin, is_control="control" in role)
 
 
 def classified(scores: dict, owner: dict, paper: dict | None = None, known: bool = True) -> tables.Classified:
@@ -23,6 +25,7 @@ def classified(scores: dict, owner: dict, paper: dict | None = None, known: bool
     rows = [
         {"model": m, "task": t, "token": k, "score": v / 100, "sd": None if k == "cls" else 0.01, "draws": 3}
         | {"paper": (paper or {}).get(t, ""), "metric": "accuracy", "features": "f", "chance": 0.1}
+        | {"classes": 10, "train": 100, "test": 400}
         for (m, t, k), v in scores.items()
     ]
     table = pd.DataFrame(rows).set_index(["model", "task", "token"]).astype({"sd": float})
@@ -30,7 +33,7 @@ def classified(scores: dict, owner: dict, paper: dict | None = None, known: bool
         {key: (torch.arange(400) < 4 * value).double().expand(3, -1) for key, value in scores.items()} if known else {}
     )
     shares = {(m, "s"): 0.02 for m in owner}
-    return tables.Classified(table, right, owner, cutoffs={m: 10.0 for m in owner}, shares=shares)
+    return tables.Classified(table, right, owner, cutoffs={(m, "s"): 10.0 for m in owner}, shares=shares)
 
 
 def row(name, task, **scores):
@@ -59,7 +62,7 @@ def test_table_1_rests_on_the_matched_token_of_the_first_trained_model_with_outl
     assert len([claim for claim in judged if claim.startswith("C")]) == 18
     assert judged["C068"][0] is True and "+30 points (+26 to +34) to matched, +50 to a random" in judged["C068"][1]
     assert judged["C069"][0] is False  # better than a random normal token, worse than its neighbour
-    assert judged["C066"] == (None, "needs ImageNet-1k (ILSVRC 2012) and a trained model with outliers")
+    assert judged["C066"] == (None, "needs ImageNet-1k (ILSVRC 2012) and a trained model with artifacts on its images")
     assert judged["C080"] == (False, "a: better on 1 of the 2 tasks that are here; worse on y")
     assert judged["C082"][0] is False and judged["C083"][0] is None
     assert judged["ours-outlier-a"][0] is False and judged["ours-cls-a"][0] is True
@@ -125,7 +128,8 @@ def test_no_gap_is_said_of_tasks_at_large_only_where_there_are_enough():
 def test_table_4_is_judged_on_the_trained_pair_and_ours_on_the_others():
     scores = row("a", "k", cls=60, normal=20, outlier=50) | row("a-reg1", "k", cls=60, normal=31, register=40)
     scores |= row("p", "k", cls=50, normal=20, outlier=45) | row("p+ttr1", "k", cls=57, normal=20, register=9)
-    models = [model("a"), model("a-reg1"), model("p", "planted control"), model("p+ttr1", "mended")]
+    models = [model("a"), model("a-reg1", base="a", registers=1)]
+    models += [model("p", "planted control"), model("p+ttr1", "mended", "p", 1)]
     pairs = {"a-reg1": "a", "p+ttr1": "p"}
     found = classified(scores, {"a": "a", "p": "p"})
     judged = {claim: holds for claim, holds, *_ in tables_claims.of_table4(found, models, pairs)}

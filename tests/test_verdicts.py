@@ -8,6 +8,7 @@ import fig02
 import fig16
 import fig18
 import pytest
+import tab03
 import torch
 import verdicts
 
@@ -51,6 +52,43 @@ def test_registers_are_judged_where_the_model_without_has_artifacts():
     chosen, reason = verdicts.registered([plain, paired], {"a-reg4": "a"}, set(), "mini")
     assert chosen == [] and "a-reg4" in reason
     assert verdicts.registered([paired], {}, set(), "large")[0] == [paired]
+
+
+def pair(label, base, origin="fine-tuned", family=""):
+    facts = dict(label=label, name=label, entry=label, base=base, registers=4, registers_from=origin)
+    return SimpleNamespace(**facts, role="trained", family=family)
+
+
+def test_a_family_is_judged_on_pairs_trained_alike_whose_model_without_has_artifacts():
+    models = [pair("a", "", "none", "deit"), pair("a-reg4", "a"), pair("c", "", "none", "clip"), pair("c-reg4", "c")]
+    models += [pair("a+ttr4", "a", "test time", "deit"), pair("d", "", "none", "deit3"), pair("d-reg4", "d", "trained")]
+    assert verdicts.cured(models, {"a", "c"}, "deit3") == (
+        {"a-reg4": "a"},
+        "no artifacts without registers: a-reg4, d-reg4",
+    )
+    assert verdicts.cured(models, {"c"}, "deit3")[0] == {} and verdicts.cured(models, {"a", "c"}, "clip")[0] == {
+        "c-reg4": "c"
+    }
+    assert set(verdicts.cured(models, {"a", "c", "d"})[0]) == {"a-reg4", "c-reg4", "d-reg4"}
+    assert "no pair trained as DINOv2" in verdicts.cured(models, {"a"}, "dinov2")[1]
+
+
+def test_object_discovery_is_judged_on_the_papers_set_with_its_features_and_margin():
+    models = [pair("a", "", "none", "deit"), pair("a-reg4", "a")]
+    few, many = torch.arange(50) < 5, torch.arange(50) < 25
+    hits = {n: {(f, 0.0): v for f in ("keys", "values")} for n, v in (("a", few), ("a-reg4", many))}
+    box = SimpleNamespace(hits=few)
+
+    def judged(having, images, after=many):
+        scored = hits | {"a-reg4": dict.fromkeys(hits["a"], after)}
+        every = tab03.claims(models, scored, {"box": box}, having, images, "50 photos")
+        return {claim: (holds, text) for claim, holds, text, *_ in every}
+
+    here = judged({"a"}, "coco")
+    assert here["C097"] == (True, "values, bias 0, 50 photos: a-reg4 +40.0 points (+26.0 to +54.0)")
+    assert here["C095"][0] is None and here["C104"][0] is None  # one pair cannot show what is claimed of all
+    assert judged({"a"}, "coco", few)["C097"][0] is False and judged({"a"}, "coco", few)["C104"][0] == "undecided"
+    assert judged(set(), "coco")["C097"][0] is None and judged({"a"}, "scenes")["C097"][0] is None
 
 
 def test_copies_are_recognised():

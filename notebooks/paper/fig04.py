@@ -12,6 +12,8 @@ from vitreg_lib.plots.norms import bands, quantile_levels
 from vitreg_lib.plots.style import PALETTE, PAPER, plain_log, styled
 from vitreg_lib.train import telemetry
 
+SIZES = {192: "Ti", 384: "S", 768: "B"}  # below Large, by their width
+
 
 @styled
 def norms_by_step(tables: dict[str, pd.DataFrame]) -> Figure:
@@ -64,6 +66,8 @@ def norms_by_size(norms: dict[str, torch.Tensor]) -> Figure:
 def claims(models, norms: dict, detections: dict, trained: dict, shares: dict, alike: bool):
     """Arguments of `Run.claim`: C012 and C013 on a model with artifacts, C014 on telemetry, C015 on sizes; a control.
 
+    C015 fails on a trained model smaller than Large (1,024 wide) that has artifacts, of whatever training.
+
     By label: norms (images, blocks, patches); detections; trained, telemetry tables; shares, the outlier share by size,
     smallest first. alike: whether the sizes were trained alike.
     """
@@ -88,7 +92,11 @@ def claims(models, norms: dict, detections: dict, trained: dict, shares: dict, a
     text = f"{name}: {quarter:.2%} at a quarter, {final:.2%} at the end of training, last block"
     yield "C014", quarter < 0.005 if final >= 0.005 else None, text
     values, listed = list(shares.values()), ", ".join(f"{name} {share:.2%}" for name, share in shares.items())
-    if not alike or len(values) < 3:
+    small = [m for m in models if m.role == "trained" and m.anatomy.embed_dim in SIZES and m.label in having]
+    if small:
+        text = "; ".join(f"{m.label} ({SIZES[m.anatomy.embed_dim]}) {detections[m.label].share[0]:.2%}" for m in small)
+        yield "C015", False, f"smaller than Large, in another training than DINOv2's: {text} of the tokens are outliers"
+    elif not alike or len(values) < 3:
         yield "C015", None, f"released DINOv2 S, B and L are distilled from g; here: {listed}"
     elif max(values) < 0.005:
         yield "C015", None, f"no size of the ladder has artifacts: {listed}"

@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from tab02 import LOWER_IS_BETTER, PANELS, SCORE
 from verdicts import above, every
 
-from vitreg_lib.measure.pairs import pairs
+from vitreg_lib.measure.pairs import TRAINED, pairs
 from vitreg_lib.plots.style import PALETTE, styled
 
 LEVEL = 0.05  # share of simulated chance draws that pass a test
@@ -64,24 +64,33 @@ def rows(table, members):
 def claims(models, table, having, found: dict, ladders: dict, profile: str):
     """Arguments of `Run.claim`: C029 on artifacts, C030 to C032 on the first trained ladder, ours on the others.
 
+    A ladder is judged where its model without registers has artifacts.
+
     table: outlier_share by label; having: labels of models with artifacts; found: {label: `tab02.Scores`}.
     """
     base = pairs(models)
-    one = [m.label for m in models if m.registers == 1 and m.registers_from == "trained"]
+    one = [m.label for m in models if m.registers == 1 and m.registers_from in TRAINED]
     judged = [name for name in one if base.get(name) in having]
     text = "; ".join(f"{name}: {table.outlier_share[name]:.2%}" for name in judged or one)
     missing = f"no artifacts without registers ({text})" if one else f"no model with one register in profile {profile}"
     yield "C029", bool((table.outlier_share[judged] < 0.001).all()) if judged else None, text if judged else missing
-    trained = next((n for n, members in ladders.items() if members[-1].registers_from == "trained"), None)
+    having_ladders = {n: members for n, members in ladders.items() if members[0].label in having}
+    trained = next((n for n, members in having_ladders.items() if members[-1].registers_from in TRAINED), None)
     if trained is None:
         for claim in ("C030", "C031", "C032"):
-            yield claim, None, f"no family trained at three or more numbers of registers in profile {profile}"
+            yield (
+                claim,
+                None,
+                f"no model with artifacts and three or more numbers of trained registers in profile {profile}",
+            )
     for name, members in sorted(ladders.items(), key=lambda item: item[0] != trained):
         for claim, (holds, measured) in by_registers(found, members).items():
             if name == trained:
                 yield claim, holds, f"{name}: {measured}"
             else:
-                yield f"ours-{claim}-{name}", holds, measured, f"{ASKED[claim]} ({name})", "none"
+                text = measured if name in having_ladders else f"{members[0].label} has no artifacts ({measured})"
+                holds = holds if name in having_ladders else None
+                yield f"ours-{claim}-{name}", holds, text, f"{ASKED[claim]} ({name})", "none"
     mended = [m for m in models if m.role == "mended"]
     if mended:
         names = [base[mended[0].label], *(m.label for m in mended)]
@@ -105,7 +114,8 @@ def by_registers(found: dict, members, draws: int = 500, seed: int = 0) -> dict[
     scored = {
         task: torch.stack([found[m.label].parts[task] for m in members]) for task in found[members[0].label].parts
     }
-    result, first = {}, {}
+    missing = "no score of this kind was measured"
+    result, first = {claim: (None, missing) for claim in ASKED}, {}
     best = {task: _best_gain(scored[task], task, draws, seed) for task in ("miou", "rmse") if task in scored}
     if best:
         text = "; ".join(_said(task, counts, *b) for task, b in best.items())

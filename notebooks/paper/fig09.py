@@ -9,6 +9,7 @@ import torch
 from matplotlib.figure import Figure
 from verdicts import COPIES, above, copies, registered
 
+from vitreg_lib.data import sets
 from vitreg_lib.measure.attention import upsample
 from vitreg_lib.measure.maps import Grid, _centred, _flat
 from vitreg_lib.measure.pairs import interval
@@ -18,20 +19,38 @@ from vitreg_lib.plots.style import styled
 LEAST_SPREAD = 0.01  # of the attention: a smaller spread over objects does not count, however regular it is
 
 
-def object_spread(attn_maps: torch.Tensor, images, seed: int = 0, shuffles: int = 200):
+def objects_of(run, model) -> tuple:
+    """(`Images`, (images, objects, height, width) bool: where each object is, the largest first).
+
+    Of scenes the visible parts, of photos (the setting `boxes`) the two largest boxes; None where nothing is known.
+    """
+    if run.source(model) == "scenes":
+        pictures = run.images(model)
+        scenes = pictures.scenes
+        return pictures, torch.stack([scenes.instances == k + 1 for k in range(scenes.visible.shape[1])], 1)
+    if not run.settings.get("boxes") or model.replayed:
+        return run.images(model), None
+    pictures, boxes = sets.load_boxes(run.settings["boxes"], model, 0)
+    masks = torch.zeros(len(boxes), 2, *pictures.x.shape[-2:], dtype=torch.bool)
+    for image, found in enumerate(boxes):
+        area = (found[:, 2:] - found[:, :2]).prod(1)
+        for k, (left, top, right, bottom) in enumerate(found[area.argsort(descending=True)][:2].round().long()):
+            masks[image, k, top:bottom, left:right] = True
+    return pictures, masks
+
+
+def object_spread(attn_maps: torch.Tensor, masks: torch.Tensor | None, seed: int = 0, shuffles: int = 200):
     """Do registers follow different objects? (spread, spread when shuffled, p-value), or None without object masks.
 
-    attn_maps: (images, registers, rows, cols). Each register's mass on patches is summed over each visible object's
-    pixels; over the images its mean share of object k (0 the largest) is taken; the spread is the standard deviation
-    between registers, averaged over the objects. Shuffling registers anew in every image takes away what makes a
-    register itself: p is the share of shuffles with at least this spread.
+    attn_maps: (images, registers, rows, cols); masks: of `objects_of`. Each register's mass on patches is summed over
+    each object's pixels; over the images its mean share of object k (0 the largest) is taken; the spread is the
+    standard deviation between registers, averaged over the objects. Shuffling registers anew in every image takes away
+    what makes a register itself: p is the share of shuffles with at least this spread.
     """
-    if images.scenes is None or attn_maps.shape[1] < 2:
+    if masks is None or attn_maps.shape[1] < 2:
         return None
-    size = images.scenes.instances.shape[-2:]
-    density = upsample(attn_maps, size, "nearest")
+    density = upsample(attn_maps, masks.shape[-2:], "nearest")
     density = density / density.sum((-2, -1), keepdim=True)
-    masks = torch.stack([images.scenes.instances == k + 1 for k in range(images.scenes.visible.shape[1])], 1)
     mass = torch.einsum("nrhw,nkhw->nrk", density, masks.float())
     generator = torch.Generator().manual_seed(seed)
 
@@ -107,7 +126,7 @@ def claims(models, alike: dict[str, torch.Tensor], spreads: dict, pairs: dict[st
         verdict = above(-high, -low, -0.9)
         yield "C033", verdict, text
         if spreads[name] is None:
-            yield "C034", None, "needs images with object masks (scenes)"
+            yield "C034", None, "needs images with known objects"
         else:
             spread, shuffled, p = spreads[name]
             text = f"{name}: spread over objects {spread:.3f}, shuffled {shuffled:.3f}, p {p:.2g}"

@@ -6,7 +6,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from matplotlib.figure import Figure
-from verdicts import above, every
+from verdicts import above, cured, every
 
 from vitreg_lib.measure import objects, pairs
 from vitreg_lib.plots.maps import COMPONENT
@@ -83,22 +83,19 @@ def signed(axis, values: torch.Tensor) -> None:
     axis.imshow(values.numpy(), cmap=COMPONENT, vmin=-most, vmax=most, interpolation="nearest")
 
 
-def claims(models, compared, roughness: dict, having, profile: str):
+def claims(models, compared, roughness: dict, having):
     """Arguments of `Run.claim`: C045 to C047 on pairs trained without and with registers, ours on added registers.
 
     compared: `pairs.compare` of the roughness (images,) of each model's score; having: labels of models with artifacts.
     """
-    base = pairs.pairs(models)
-    trained = {m.family: m.label for m in reversed(models) if m.label in base and m.registers_from == "trained"}
-    for claim, family in (("C045", "deit3"), ("C046", "dinov2")):
-        if family in trained:
-            yield claim, *pairs.judge(compared.loc[[trained[family]]], having=having)
-        else:
-            yield claim, None, f"no pair of the family {family} in profile {profile}"
-    drops = {}
-    for family, name in trained.items():
-        if base[name] in having:
-            drop = roughness[base[name]] - roughness[name]
+    base, drops = pairs.pairs(models), {}
+    for claim, family in (("C045", "deit3"), ("C046", "dinov2"), ("", "clip")):
+        judged, missing = cured(models, having, family)
+        if claim:
+            yield claim, *(pairs.judge(compared.loc[list(judged)], having=having) if judged else (None, missing))
+        if judged:
+            name, without = next(iter(judged.items()))
+            drop = roughness[without] - roughness[name]
             drops[family] = drop[drop.isfinite()]
     others = [family for family in drops if family != "clip"]
     if "clip" in drops and others:

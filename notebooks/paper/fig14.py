@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from fig13 import rows_of_panels, signed
 from matplotlib.figure import Figure
-from verdicts import above
+from verdicts import above, specimen
 
 from vitreg_lib.hooks.capture import evaluating, hooks
 from vitreg_lib.measure import objects, pairs
@@ -120,7 +120,7 @@ def filtered(gains: torch.Tensor, is_outlier: torch.Tensor, draws: int = 500, se
 
 
 def claims(models, spots: dict, through: dict, having, profile: str):
-    """Arguments of `Run.claim`: C048 to C051 on CLIP models, then ours on every other model with artifacts.
+    """Arguments of `Run.claim`: C048 to C050 on CLIP, C051 on the first model with artifacts; ours on the others.
 
     spots: {label: {kind: mask (images, rows, cols)}}; through: {label: `filtered`} of models with outliers.
     """
@@ -135,7 +135,9 @@ def claims(models, spots: dict, through: dict, having, profile: str):
         else:
             yield claim, None, f"no CLIP model trained without and with registers in profile {profile}"
     yield "C050", *(_fewest(count[clip], clip) if clip in having else (None, missing))
-    yield "C051", *(_less(through[clip], clip) if clip in having else (None, missing))
+    first = specimen(models, having)
+    name = first and first.label
+    yield "C051", *(_less(through[name], name) if name else (None, "no trained model here has artifacts"))
     for name in (name for name in through if name in having and name != clip):
         text = f"{name}, which has artifacts, has fewest spots in the values' map"
         yield f"ours-values-{name}", *_fewest(count[name], name), text, "none"

@@ -6,7 +6,7 @@ import matplotlib.pyplot as plt
 import torch
 from matplotlib.figure import Figure
 from torch import Tensor
-from verdicts import above, every, over_folds, within
+from verdicts import above, cured, every, over_folds, within
 
 from vitreg_lib.plots.scores import dots
 from vitreg_lib.plots.style import PALETTE, PAPER, styled
@@ -116,15 +116,13 @@ def measure(run, summary, with_registers) -> None:
             run.measure(called, value, name, paper=beside and beside[name in with_registers])
 
 
-def claims(models, fair, as_paper, moved, having, profile: str):
+def claims(models, fair, as_paper, moved, having):
     """Arguments of `Run.claim`: C111 and C112 on a trained pair, the same of the others, and what moving brings back.
 
     fair, as_paper, moved: `register_changes` of the groups "shared", "normal" and "places".
     """
-    trained = [m for m in models if m.label in fair.index and m.registers_from == "trained"]
-    names = [m.label for m in sorted(trained, key=lambda m: m.family != "dinov2") if fair.without[m.label] in having]
-    name = names[0] if names else None
-    missing = f"without registers no model of a pair has artifacts in profile {profile}"
+    dinov2, (judged, missing) = cured(models, having, "dinov2")[0], cured(models, having)
+    name = next(iter(dinov2 or judged), None)
     if name:
         row = fair.loc[name]
         yield "C111", _place_unchanged(row), f"{name}: {_said(row, as_paper.loc[name])}"

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from vitreg_lib.base import UserError
-from vitreg_lib.measure import outliers, pairs
+from vitreg_lib.measure import detection, outliers, pairs
 from vitreg_lib.probes import _lbfgs, linear
 from vitreg_lib.probes import cache as features
 from vitreg_lib.probes.cache import Features, described, mapped
@@ -41,7 +41,8 @@ class Classified:
     """table: DataFrame indexed by (model, task, token) with score and sd (0 to 1), draws, train, test, classes, chance,
     metric, features (fingerprints of training and test features, shortened). right: (draws, test images) of 0 and 1 by
     the same index, for scores that are shares of right answers. owner: {model: whose outliers' places are taken}.
-    cutoffs: by model. about: descriptions of all features used, by fingerprint.
+    cutoffs: by model and set of images, infinite where no token is an artifact there. about: descriptions of all
+    features used, by fingerprint.
     """
 
     table: object
@@ -63,8 +64,9 @@ def classify(
     from tqdm.auto import tqdm
 
     found, result = [], Classified(None)
-    result.cutoffs = {m.label: cutoff_of(m, problems[0].train, progress) for m in models}
-    result.owner = lenders(models, result.cutoffs)
+    result.cutoffs = {(m.label, p.name): cutoff_of(m, p.train, progress) for p in problems for m in models}
+    lowest = {m.label: min(result.cutoffs[m.label, p.name] for p in problems) for m in models}
+    result.owner = lenders(models, lowest)
     # owners first: others borrow from them
     ordered = sorted(models, key=lambda m: result.owner.get(m.label) != m.label)
     work = [(problem, model) for problem in problems for model in ordered]
@@ -75,7 +77,9 @@ def classify(
             lender = result.owner.get(model.label)
             places = own.get((problem.name, lender, split)) if lender not in (None, model.label) else None
             source = getattr(problem, split)
-            part = classification_tokens(model, source, result.cutoffs[model.label], draws, seed, places, progress)
+            part = classification_tokens(
+                model, source, result.cutoffs[model.label, problem.name], draws, seed, places, progress
+            )
             own[problem.name, model.label, split] = part
             result.about[part.fingerprint] = part.about
             parts.append(part)
@@ -325,15 +329,22 @@ def classification_tokens(
 
 
 def cutoff_of(model, source, progress: bool = False) -> float:
-    """The model's outlier cutoff at its output by the default rule, on the first images of a source."""
-    depth, n = model.anatomy.depth, min(CALIBRATION, len(source))
+    """The norm at the output above which tokens are artifacts, by `vr.detect` on the first images of a source.
 
-    def extract(batch, rows):
-        x = model.normalise(source.pixels(batch, model))
-        return {"norms": model.capture(x, "norms", layers=[depth - 1]).patch_norms[:, -1]}
+    Infinite where the answer is not "artifacts". Where an earlier block was judged, the output's own norms decide.
+    """
+    n = min(CALIBRATION, len(source))
 
-    about = described(model, source.digest, n) | {"kind": "norms at the output"}
-    return outliers.cutoff(mapped(source.rows.select(range(n)), extract, about, progress).column("norms"))
+    def found() -> float:
+        x = torch.cat([source.pixels(source.rows[i : min(i + 32, n)], model) for i in range(0, n, 32)])
+        observed = detection.observe(model, model.normalise(x), progress)
+        answer, last = detection.judge(observed), model.anatomy.depth - 1
+        if not answer.has_artifacts:
+            return float("inf")
+        return answer.outliers.cutoff if answer.outliers.layer == last else outliers.cutoff(observed.norms[:, last])
+
+    code = features.source_sha256(detection.__file__, outliers.__file__)
+    return features.remembered(described(model, source.digest, n) | {"kind": "cutoff", "rule": code}, found)
 
 
 def _drawn(members: torch.Tensor, u: torch.Tensor) -> torch.Tensor:

@@ -34,8 +34,10 @@ def of_family(models, family: str) -> list:
     return [m for m in members if m.role == "trained"]
 
 
-def detected(run, models, seen: dict) -> tuple[dict, set[str]]:
+def detected(run, models, seen: dict, pictures: dict | None = None) -> tuple[dict, set[str]]:
     """({label: `Outliers`}, labels of the models that have artifacts), by `vr.detect` on the run's images.
+
+    pictures: other images, by label.
 
     seen: captures with norms, by label; the last captured block counts. A model with registers takes the cutoff of its
     pair without. Where the answer is "none" no token is an outlier; where artifacts were judged after another block
@@ -43,7 +45,8 @@ def detected(run, models, seen: dict) -> tuple[dict, set[str]]:
     """
     own, having = {}, set()
     for model in models:
-        name, answer = model.label, detection.detect(model, run.images(model))
+        name = model.label
+        answer = detection.detect(model, pictures[name] if pictures else run.images(model))
         found = outliers.find(seen[name], model=name)
         if answer.answer == "none":
             found = outliers.find(seen[name], cut=math.inf)
@@ -72,6 +75,19 @@ def registered(models, pairs: dict[str, str], having, profile: str) -> tuple[lis
     names = ", ".join(m.label for m in trained)
     reason = f"without registers the pairs of {names} have no artifacts" if names else "no model with trained registers"
     return chosen, reason
+
+
+def cured(models, having, family: str = "") -> tuple[dict[str, str], str]:
+    """({a model trained with registers: the same without}, what to say where there is none): pairs that can be judged.
+
+    Registers were trained from the start or into a finished model, and the model without them has artifacts. family: of
+    a claim about one of the paper's families.
+    """
+    members = [m.label for m in (of_family(models, family) if family else models)]
+    found = {name: base for name, base in of_models(models, "trained").items() if name in members}
+    kind = WORDS[family] if family else "trained with registers"
+    missing = "no artifacts without registers: " + ", ".join(found) if found else f"no pair {kind} is at hand"
+    return {name: base for name, base in found.items() if base in having}, missing
 
 
 def copies(model) -> bool:

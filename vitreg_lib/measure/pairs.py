@@ -11,6 +11,7 @@ import torch
 from .maps import median
 
 MISSING = {"trained": "trained with", "test time": "added"}  # registers, in words
+TRAINED = ("trained", "fine-tuned")  # from the start, or into a finished model
 
 
 def interval(values: torch.Tensor, draws: int = 2000, seed: int = 0) -> tuple[float, float]:
@@ -36,11 +37,13 @@ def sign_test(without: torch.Tensor, with_registers: torch.Tensor) -> tuple[floa
 def pairs(models, registers_from: str = "") -> dict[str, str]:
     """{label of a model with registers: label of the same model without}, of the pairs among models.
 
-    A pair counts by where its registers come from if `registers_from` says so ("trained", "test time" …).
+    A pair counts by where its registers come from if `registers_from` says so: "trained" (from the start, or into a
+    finished model), "test time" …
     """
+    kinds = TRAINED if registers_from == "trained" else (registers_from,)
     labels = {model.entry: model.label for model in models if model.role == "trained"}
     labels |= {name: model.label for model in models for name in (model.name, model.label)}
-    having = [m for m in models if m.base and m.base in labels and registers_from in ("", m.registers_from)]
+    having = [m for m in models if m.base and m.base in labels and (registers_from == "" or m.registers_from in kinds)]
     return {model.label: labels[model.base] for model in having}
 
 
@@ -72,7 +75,7 @@ def judge(compared, registers_from: str = "trained", having=None, level: float =
     registers have nothing to remove there; None judges all. Holds where the score is lower with registers in every
     judged pair (p below `level`), fails where it is higher in one, else "undecided"; None where no pair is judged.
     """
-    kinds = ("trained", "fine-tuned") if registers_from == "trained" else (registers_from,)
+    kinds = TRAINED if registers_from == "trained" else (registers_from,)
     chosen = compared[compared.registers_from.isin(kinds)]
     if not len(chosen):
         return None, f"no pair of this kind ({MISSING.get(registers_from, registers_from)} registers) in this profile"
