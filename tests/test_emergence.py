@@ -12,7 +12,7 @@ import torch
 
 from vitreg_lib.base import UserError
 from vitreg_lib.data import images, textures
-from vitreg_lib.measure import outliers
+from vitreg_lib.measure import detection, outliers
 from vitreg_lib.model import mend, zoo
 from vitreg_lib.train import loop, parallel
 from vitreg_lib.train.recipes import emergence as recipe
@@ -261,7 +261,7 @@ def test_the_shipped_models_have_artifacts_and_have_none():
     model = zoo.load("mini-corners")
     some = images.load("textures", model, 64)
     norms = model.capture(some, "norms").patch_norms
-    assert outliers.onset_layer(norms) == 1
+    assert detection.detect(model, some).onset == 1
     above = norms[:, -1] > outliers.cutoff(norms[:, -1])
     corners = torch.zeros(36, dtype=torch.bool)
     corners[list(textures.CORNERS)] = True
@@ -271,4 +271,4 @@ def test_the_shipped_models_have_artifacts_and_have_none():
     mended = mend.with_test_time_registers(model, 4, found.neurons)
     assert not (mended.capture(some, "norms").patch_norms[:, -1] > found.cutoff).any()
     other = zoo.load("mini-corners-reg4")
-    assert outliers.onset_layer(other.capture(images.load("textures", other, 64), "norms").patch_norms) is None
+    assert detection.detect(other, images.load("textures", other, 64)).answer == "none"

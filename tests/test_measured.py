@@ -4,7 +4,12 @@ from __future__ import annotations
 
 import re
 
+import fig13
+import fig14
+import fig20
 import pytest
+import tables
+import tables_tasks
 import torch
 
 import vitreg_lib as vr
@@ -90,12 +95,14 @@ def test_the_detector_gives_one_answer_live_and_replayed(written):
 
 def test_shipped_measurements_are_small_and_say_where_they_come_from():
     assert {"deit-ti", "deit-ti+ttr4", "vit-ti", "vit-ti+ttr4", "dinov2-s"} <= set(measured.names())
-    assert sum(path.stat().st_size for path in measured.FOLDER.iterdir()) < 3e6
+    assert sum(path.stat().st_size for path in measured.FOLDER.iterdir()) < 6e6
     for name in measured.names():
         about = measured.load(name).measured
         assert about["source"].startswith("photos shipped with scikit-image")
         assert len(about["photos"]) == 10 and all(re.fullmatch("[0-9a-f]{64}", h) for h in about["photos"].values())
-        assert about["command"].startswith("vitreg measure") and not about["commit"].endswith("+"), name
+        assert about["command"].startswith(("vitreg measure", "python workflow/measured.py")) and not about[
+            "commit"
+        ].endswith("+"), name
         assert about["model"]["label"] == name and len(about["model"]["sha256"]) == 64
 
 
@@ -128,16 +135,39 @@ def test_answers_on_the_shipped_photos(no_models):
         assert share < 0.2 * answers[name].share[0], (name, share)
 
 
-def test_features_of_labelled_photos_are_there_for_both_specimens():
-    for name in ("deit-ti", "vit-ti"):
-        kept = measured.load(name).features()
-        features, labels = kept["features"], kept["labels"]
-        assert features.shape[1:] == (len(measured.TOKENS), 192) and len(features) == len(labels) == len(kept["split"])
-        assert labels.unique().numel() == 20 and kept["split"].unique().tolist() == [0, 1]
-        has = features.isfinite().all(2).float().mean(0)
-        assert has[0] == has[3] == 1 and has[1] > 0.9, has  # cls and normal tokens always, an outlier nearly so
-    with pytest.raises(UserError, match="features of labelled photos was not measured"):
-        measured.load("dinov2-s").features()
+def test_probes_of_measured_features_find_what_outliers_know(no_models):
+    """On DeiT-Ti one artifact names the class of a photo where the normal token beside it does not."""
+    models = [measured.load(name) for name in ("deit-ti", "deit-ti-trained-reg1")]
+    found = tables.classify(models, [])
+    score = found.table.score["deit-ti", "caltech101-small"]
+    assert score["cls"] > 0.9 and score["outlier"] > score["matched"] + 0.15
+    assert tables.gaps(found).low["deit-ti", "caltech101-small"] > 5
+    assert found.owner == {"deit-ti": "deit-ti", "deit-ti-trained-reg1": "deit-ti"}
+    assert {"cls", "normal", "register"} == set(found.table.loc["deit-ti-trained-reg1", "caltech101-small"].index)
+    assert (
+        found.table.loc["deit-ti-trained-reg1", "caltech101-small", "cls"].train
+        == found.table.loc["deit-ti", "caltech101-small", "cls"].train
+    )  # the same images, those with an outlier in the model without
+
+
+def test_measured_features_and_maps_are_those_of_the_model(real, tmp_path, monkeypatch):
+    """The columns in the file are the ones that a run with the weights extracts, and so are LOST's maps."""
+    monkeypatch.setenv("VITREG_CACHE", str(tmp_path))
+    model, replayed = zoo.load("deit-ti", "cpu"), measured.load("deit-ti")
+    _, parts = tables.kept_problem(replayed, "cifar10-small")
+    facts = replayed.measured["sets"]["cifar10-small"]
+    (problem,) = tables_tasks.load("cifar10-small", len(parts[0].column("cls")), len(parts[1].column("cls")))
+    live = tables.classification_tokens(model, problem.test, facts["cutoff"], draws=2)
+    for name in ("cls", "normal", "outlier", "matched"):
+        torch.testing.assert_close(parts[1].column(name), live.column(name), rtol=0, atol=0.02)
+    pictures = images.load("photos", model, 10)
+    steps = [fig13.steps(each, pictures, "v") for each in (model, replayed)]
+    assert (steps[0].seeds == steps[1].seeds).all() and (steps[0].boxes == steps[1].boxes).all()
+    torch.testing.assert_close(
+        fig14.value_gain(replayed, pictures), fig14.value_gain(model, pictures), rtol=1e-2, atol=0
+    )
+    for one, other in zip(*(fig20.components(each, pictures) for each in (model, replayed)), strict=True):
+        torch.testing.assert_close(other, one, rtol=0, atol=0.02)
 
 
 def test_live_and_replayed_agree_on_real_weights(real):

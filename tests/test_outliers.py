@@ -89,24 +89,7 @@ def by_layer(*two_modes: bool) -> torch.Tensor:
     return torch.stack([norms.view(10, 500) for norms in layers], 1)
 
 
-def test_onset_is_the_first_layer_whose_outliers_stay():
-    assert outliers.onset_layer(by_layer(False, False, True, True, True)) == 2
-    assert outliers.onset_layer(by_layer(True, False, False, True, True)) == 3  # one layer alone is no onset
-    assert outliers.onset_layer(by_layer(False, False, True)) == 2  # the last layer has no next
-    assert outliers.onset_layer(by_layer(True, True)) == 0
-    assert outliers.onset_layer(by_layer(False, True, False)) is None
-    assert outliers.onset_layer(by_layer(False, False)) is None
-
-
-def test_a_mode_at_two_and_a_half_medians_is_no_onset_yet():
-    norms = by_layer(False, False, True)
-    norms[:, 1] = modes((20.0, 4900), (50.0, 100), spread=0.06).view(10, 500)
-    assert outliers.layer_shares(norms)[1] == pytest.approx(0.02, abs=1e-3)
-    assert outliers.onset_layer(norms) == 2
-
-
-def test_layer_shares_are_each_layers_own():
-    assert outliers.layer_shares(by_layer(False, True)) == [0, pytest.approx(0.02)]
+def test_shares_far_above_the_median_are_each_layers_own():
     assert outliers.separated_share(by_layer(False, True)).tolist() == [0, pytest.approx(0.02)]
 
 
@@ -168,15 +151,15 @@ def test_the_default_rule_finds_the_planted_outliers(on_planted):
 
 def test_the_onset_of_the_planted_outliers_is_where_they_were_planted(on_planted):
     model, _, norms = on_planted
-    assert outliers.onset_layer(norms) == model.onset
+    cut = outliers.cutoff(norms[:, -1])
+    assert outliers.onset_of(norms, norms[:, -1] > cut, cut, norms.shape[1] - 1) == model.onset
 
 
 def test_nothing_is_found_in_the_random_control():
     model = zoo.load("mini-random", "cpu")
     pictures = images.load("scenes", model, 64)
     norms = model.capture(pictures).patch_norms
-    assert outliers.layer_shares(norms) == [0] * model.anatomy.depth
-    assert outliers.onset_layer(norms) is None
+    assert [outliers.outlier_share(at) for at in norms.unbind(1)] == [0] * model.anatomy.depth
     assert not model.truth(pictures).any()
 
 
@@ -198,15 +181,3 @@ def test_outliers_are_those_of_the_norms_by_hand():
     assert (by_hand.cutoff, by_hand.cutoff_from) == (20.0, "")
     assert 0.3 < by_hand.share < 0.7
     assert not outliers.find(captured(norms), layer=3, cut=20.0).mask.any()
-
-
-def test_a_model_with_registers_takes_the_cutoff_of_the_one_without():
-    plain, clean = TWO.view(50, 10, 10), ONE.view(50, 10, 10)
-    found = outliers.find_all(
-        {"b": captured(clean, 5), "a": captured(plain), "c": captured(clean)}, {"b": "a", "c": "gone"}
-    )
-    assert list(found) == ["b", "a", "c"]
-    assert found["b"].cutoff == found["a"].cutoff == outliers.cutoff(plain)
-    assert [found[name].cutoff_from for name in found] == ["a", "a", "c"]
-    assert found["c"].cutoff == math.inf
-    assert [round(found[name].share, 3) for name in found] == [0, 0.02, 0]

@@ -142,7 +142,6 @@ def measure(
     model: AnyModel,
     images: Annotated[str, typer.Option(help="photos (shipped), scenes, or a folder")] = "photos",
     n_images: Annotated[int, typer.Option(min=1, help="at most this many")] = 10,
-    labelled: Annotated[Path | None, typer.Option(help="a folder with train/ and test/ of class folders")] = None,
     out: Annotated[Path | None, typer.Option(help="the file; by default in data/measured")] = None,
 ):
     """Measure norms, attention and components of a model on a few images, into a file that replays them."""
@@ -152,11 +151,9 @@ def measure(
 
     loaded = zoo.load(model)
     pictures = image_sets.load(images, loaded, n_images)
-    tensors = measured.measure(loaded, pictures, labelled)
+    tensors = measured.measure(loaded, pictures)
     path = out or measured.FOLDER / f"{loaded.label}.safetensors"
     command = f"vitreg measure {model} --images {Path(images).name} --n-images {len(pictures)}"
-    if labelled:
-        command += f" --labelled {labelled.name}"
     measured.write(loaded, pictures, tensors, path, command)
     print(f"{shown(path)}: {path.stat().st_size / 1e6:.2f} MB, {pictures.source}")
 

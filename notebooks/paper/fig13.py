@@ -2,25 +2,40 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from matplotlib.figure import Figure
 from verdicts import above, cured, every
 
+from vitreg_lib.data import sets
 from vitreg_lib.measure import objects, pairs
 from vitreg_lib.plots.maps import COMPONENT
 from vitreg_lib.plots.style import NORMS, PALETTE, bare, draw_box, picture, styled, wrapped
 
 
+def pictures(run, model, seed: int = 0) -> tuple:
+    """(`Images`, their boxes): those of the run, or the shipped photos, whose boxes nobody knows (None)."""
+    if run.source(model) == "photos":
+        return run.images(model), None
+    return sets.load_boxes(run.at.images, model, run.at.n_images, seed)
+
+
 def steps(model, images, site: str = "", bias: float = 0.0, layer: int = -1, progress: bool = False) -> objects.Lost:
     """`objects.lost` with its maps on one block's q, k or v of a `zoo.Model`, L2-normalised; "" is `paper_site`.
+
+    Of a replayed model what was measured: the last block, bias 0.
 
     Raises ValueError for another site.
     """
     site = site or objects.paper_site(model)
     if site not in ("q", "k", "v"):
         raise ValueError(f"unknown features {site!r}: choose 'q', 'k' or 'v'")
+    if model.replayed:
+        parts = {f.name: f"lost.{site}.{f.name}" for f in dataclasses.fields(objects.Lost)}
+        return objects.Lost(**{name: model.kept(key, images) for name, key in parts.items()})
     seen = model.capture(images, site, layers=layer, progress=progress)
     return objects.lost(objects.features(seen, site), seen.grid, bias=bias, normalize=True, intermediates=True)
 

@@ -19,9 +19,11 @@ from vitreg_lib.plots.style import picture, ring, styled
 
 def expansions(model, images, bias: float = 0.0, layer: int = -1, progress: bool = False) -> dict[str, torch.Tensor]:
     """LOST's seed expansion (images, rows, cols) from {"queries", "keys", "values"} of one block, L2-normalised."""
+    kinds = {"queries": "q", "keys": "k", "values": "v"}
+    if model.replayed:
+        return {k: model.kept(f"lost.{s}.expansion", images) for k, s in kinds.items()}
     seen = model.capture(images, ("q", "k", "v"), layers=layer, progress=progress)
     options = dict(bias=bias, normalize=True, intermediates=True)
-    kinds = {"queries": "q", "keys": "k", "values": "v"}
     return {k: objects.lost(objects.features(seen, s), seen.grid, **options).expansion for k, s in kinds.items()}
 
 
@@ -31,6 +33,8 @@ def value_gain(model, images, layer: int = -1) -> torch.Tensor:
     How much of a token the value projection, without its bias, lets through. Raises TypeError for an attention with
     neither `qkv` nor `v_proj`.
     """
+    if model.replayed:
+        return model.kept("value_gain", images)
     attention = model.anatomy.attention[model.anatomy.layers(layer)[0]]
     # Eva has both names, and None under the one that it does not use
     if getattr(attention, "v_proj", None) is not None:

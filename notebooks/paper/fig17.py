@@ -2,7 +2,24 @@
 
 from __future__ import annotations
 
+import torch
 from verdicts import specimen
+
+from vitreg_lib.measure import maps
+
+
+def colours(model, images, layer: int = -1) -> torch.Tensor:
+    """(images, 3, rows, cols) first three components of each image's tokens after a block, from -3 … 3 σ to 0 … 1.
+
+    Of a replayed model those of the last block, as they were measured.
+    """
+    if model.replayed:
+        scores = model.kept("components", images).clamp(-3, 3)
+    else:
+        seen = model.capture(images, "tokens", layers=layer)
+        tokens = seen.patches(seen.tokens[seen.layers[0]])
+        scores = maps.principal_components(tokens, 3, per_image=True, grid=seen.grid).scores.unflatten(1, seen.grid)
+    return (scores / 6 + 0.5).permute(0, 3, 1, 2)
 
 
 def claims(models, share: dict[str, float], having, truths: dict):

@@ -12,6 +12,15 @@ def first_component(tokens: torch.Tensor, grid: tuple[int, int], clip: float | N
     return maps.principal_components(tokens, 1, clip=clip, grid=grid).scores[..., 0].unflatten(1, grid)
 
 
+def components(model, images, layer: int = -1, clip: float | None = None) -> list[torch.Tensor]:
+    """[before the final LayerNorm, after it]: `first_component` of a block's tokens; replayed ones are as measured."""
+    if model.replayed:
+        kept = [model.kept(name, images) for name in ("component", "component_after")]
+        return [values if clip is None else values.clamp(-clip, clip) for values in kept]
+    seen = model.capture(images, ("tokens", "final"), layers=layer)
+    return [first_component(seen.patches(x), seen.grid, clip) for x in (seen.tokens[seen.layers[0]], seen.final)]
+
+
 def claims(models, component: dict, after: dict, truths: dict, having):
     """Arguments of `Run.claim`: C063, before the final LayerNorm; ours on added registers and after it; the control.
 

@@ -83,7 +83,7 @@ def scores(
     seed: int = 0,
     progress: bool = False,
 ) -> Scores:
-    """`Scores` of a `zoo.Model`; a source "" leaves its task out.
+    """`Scores` of a `zoo.Model`; a source "" leaves its task out. Of a replayed model those that were measured.
 
     classification: a name of `tables_tasks`; dense and depths: names of `tab02_sets` ("scenes" are the same images for
     all three). At most n_train and n_test images, drawn by `seed`. steps: of the heads' training, batches of 16; bins:
@@ -91,6 +91,9 @@ def scores(
     """
     from tqdm.auto import tqdm
 
+    if model.replayed:
+        kept = {task: model.kept(f"scores.{task}").double() for task in TASKS if model.keeps(f"scores.{task}")}
+        return Scores(kept, {task: model.measured["scores"][task] for task in kept})
     found, cache = Scores(), {}
     work = [(t, s) for t, s in zip(TASKS, (classification, dense, depths), strict=True) if s]
     if not work:

@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 
 import tables_sgd
 import torch
+from tables_tasks import Problem, Source, Task
 from torch import Tensor
 
 from vitreg_lib.base import UserError
@@ -56,7 +57,9 @@ class Classified:
 def classify(
     models, problems, draws: int = 5, strengths=linear.STRENGTHS, seed: int = 0, progress: bool = False
 ) -> Classified:
-    """Scores of every model, task and kind of token: a `Classified`. models of `zoo.load`; problems of `data.tasks`.
+    """Scores of every model, task and kind of token: a `Classified`. models of `zoo.load`; problems of `tables_tasks`.
+
+    A replayed model is scored on the sets that it was measured on, from its features there.
 
     Raises UserError for a task that is left with fewer than two classes.
     """
@@ -64,9 +67,13 @@ def classify(
     from tqdm.auto import tqdm
 
     found, result = [], Classified(None)
-    result.cutoffs = {(m.label, p.name): cutoff_of(m, p.train, progress) for p in problems for m in models}
+    labels = {m.label: i for i, m in enumerate(models)}
+    for model in (m for m in models if m.replayed):
+        found += _replayed(model, result, strengths, seed)
+    models = [m for m in models if not m.replayed]
+    result.cutoffs |= {(m.label, p.name): cutoff_of(m, p.train, progress) for p in problems for m in models}
     lowest = {m.label: min(result.cutoffs[m.label, p.name] for p in problems) for m in models}
-    result.owner = lenders(models, lowest)
+    result.owner |= lenders(models, lowest)
     # owners first: others borrow from them
     ordered = sorted(models, key=lambda m: result.owner.get(m.label) != m.label)
     work = [(problem, model) for problem in problems for model in ordered]
@@ -90,10 +97,58 @@ def classify(
         )
         found += [row | {"model": model.label} for row in rows]
         result.right |= {(model.label, *key.split("|")): torch.tensor(r).double() for key, r in right.items()}
-    labels = {m.label: i for i, m in enumerate(models)}
     found.sort(key=lambda row: labels[row["model"]])  # stable: tasks and tokens stay in their order
     result.table = pd.DataFrame(found).set_index(["model", "task", "token"]).astype({"sd": float})
     return result
+
+
+@dataclass
+class Kept:
+    """Columns of a file of measurements, read as `Features` are."""
+
+    columns: dict[str, Tensor]
+    fingerprint: str
+    about: dict
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.columns
+
+    def column(self, name: str, rows: Tensor | None = None) -> Tensor:
+        return self.columns[name] if rows is None else self.columns[name][rows]
+
+
+def kept_problem(model, name: str) -> tuple[Problem, list[Kept]]:
+    """A labelled set that a replayed model was measured on: (its labels, the columns for training and test)."""
+    facts, parts, labels = model.measured["sets"][name], [], []
+    for split in ("train", "test"):
+        begin = f"set.{name}.{split}."
+        columns = {key.removeprefix(begin): model.kept(key) for key in model.tensors if key.startswith(begin)}
+        labels.append(columns.pop("labels").long())
+        parts.append(Kept(columns, *facts[split]))
+    task = Task(name, facts["about"], facts["metric"], *labels, facts["classes"])
+    sources = [Source(f"{name}, {len(each)} images", "", [], None) for each in labels]
+    return Problem(name, *sources, [task]), parts
+
+
+def titles(problems, models) -> list[str]:
+    """What a figure's scores are of: the problems, and the sets that replayed models were measured on."""
+    kept = dict.fromkeys(name for m in models if m.replayed for name in m.measured.get("sets", {}))
+    measured = next(m for m in models if m.replayed).label if kept else ""
+    return [p.title for p in problems] + ([f"{', '.join(kept)} ({measured} …, replayed)"] if kept else [])
+
+
+def _replayed(model, result: Classified, strengths, seed: int) -> list[dict]:
+    """Rows of the table for a replayed model, computed from its measured features; the rest goes into `result`."""
+    found = []
+    for name, facts in model.measured.get("sets", {}).items():
+        problem, parts = kept_problem(model, name)
+        rows, right = _model_on(model, problem, parts, strengths, seed)
+        found += [row | {"model": model.label} for row in rows]
+        result.right |= {(model.label, *key.split("|")): torch.tensor(r).double() for key, r in right.items()}
+        result.about |= {part.fingerprint: part.about for part in parts}
+        result.cutoffs[model.label, name] = float("inf") if facts["cutoff"] is None else facts["cutoff"]
+        result.owner[model.label], result.shares[model.label, name] = facts["owner"], facts["share"]
+    return found
 
 
 def lenders(models, cutoffs: dict[str, float]) -> dict[str, str]:

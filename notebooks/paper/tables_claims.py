@@ -302,7 +302,7 @@ def of_table4(found: tables.Classified, models, pairs: dict[str, str]) -> Iterat
 
 def _register_verdict(claim: str, found: tables.Classified, name: str, base: str) -> tuple[bool | str | None, str]:
     """None where the model without registers has no outliers, whose role a register could take over."""
-    scores, task = found.table.score.to_dict(), found.table.index.get_level_values("task")[0]
+    scores, task = found.table.score.to_dict(), found.table.loc[name].index[0][0]
     limit = {"C108": 1.5, "C109": None, "C110": 3}[claim]
     token = "cls" if claim == "C108" else "normal"
     one, other = ((name, "register"), (name, "normal")) if claim == "C109" else ((name, token), (base, token))

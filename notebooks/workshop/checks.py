@@ -180,7 +180,8 @@ def check_patch_norms(function, tokens: Tensor, num_prefix_tokens: int) -> str:
 @check("1.2 the onset")
 def check_onset(answer, norms: Tensor) -> str:
     """The block from which outliers are there, for norms (images, layers, patches) that have some."""
-    truth, depth = outliers.onset_layer(norms), norms.shape[1]
+    depth, cut = norms.shape[1], outliers.cutoff(norms[:, -1])
+    truth = outliers.onset_of(norms, norms[:, -1] > cut, cut, depth - 1)
     block = whole(answer, "a block's number")
     if not 0 <= block < depth:
         raise NotYet(f"there is no block {block}: they are counted from 0 to {depth - 1}")

@@ -21,7 +21,6 @@ DIP = 0.8  # a valley is lower than this share of the modes on both sides
 STANDS_OUT = 2.0  # by how many standard errors of a count the upper mode exceeds the valley
 MINORITY = 1 / 3  # of the tokens: a larger upper mode is a kind of content (it is that of 40 % in mini-clip)
 SEPARATED = 3.0  # times the median, for `separated_share`
-MIN_SHARE = 0.005  # of patch tokens: from here on a layer holds outliers (Fig. 4 protocol)
 
 
 def histogram(norms: torch.Tensor, weights: torch.Tensor | None = None) -> torch.Tensor:
@@ -121,24 +120,6 @@ def find(seen: Capture, layer: int = -1, cut: float | Outliers | None = None, mo
     return Outliers(norms > cut, norms, cut, block, model)
 
 
-def find_all(seen: dict[str, Capture], pairs: dict[str, str] | None = None, layer: int = -1) -> dict[str, Outliers]:
-    """`find` for captures by model label; a model with registers takes the cutoff of its pair without.
-
-    pairs: {model with registers: the same model without}, as `pairs.pairs` gives it.
-    """
-    own = {name: find(each, layer, model=name) for name, each in seen.items()}
-    return {name: find(seen[name], layer, own.get((pairs or {}).get(name), found)) for name, found in own.items()}
-
-
-def having(found: dict[str, Outliers]) -> set[str]:
-    """Labels of the models with artifacts: at least `MIN_SHARE` of the patch tokens are outliers by their own cutoff.
-
-    Claims about what registers remove are judged on these alone. A model that takes its cutoff from its pair without
-    registers is not among them.
-    """
-    return {name for name, each in found.items() if each.cutoff_from == name and each.share >= MIN_SHARE}
-
-
 def outlier_share(norms: torch.Tensor, cut: float | None = None) -> float:
     """Share (0 to 1) of tokens above `cut`, which follows from the norms by `cutoff` if not given."""
     return (norms > (cutoff(norms) if cut is None else cut)).float().mean().item()
@@ -173,29 +154,6 @@ def separated_share(norms: torch.Tensor) -> torch.Tensor:
     """(layers,) share of patch tokens above three times their layer's median, for norms (images, layers, patches)."""
     flat = norms.transpose(0, 1).flatten(1)
     return (flat > SEPARATED * flat.median(1, keepdim=True).values).float().mean(1)
-
-
-def layer_shares(norms: torch.Tensor) -> list[float]:
-    """Outlier share of every layer by its own cutoff, for norms (images, layers, patches)."""
-    return [outlier_share(layer, cutoff(layer)) for layer in norms.unbind(1)]
-
-
-def layers_with_outliers(norms: torch.Tensor, share: float = MIN_SHARE) -> list[int]:
-    """The layers whose outlier share by their own cutoff is at least `share`, for norms (images, layers, patches)."""
-    return [layer for layer, above in enumerate(layer_shares(norms)) if above >= share]
-
-
-def onset_layer(norms: torch.Tensor, share: float = MIN_SHARE) -> int | None:
-    """The first layer with outliers that the next one has too (or that is the last); None where there is none.
-
-    A layer has outliers when at least `share` of its patch tokens exceed its own cutoff (Fig. 4 protocol) and at least
-    as many three times its median. Norms are (images, layers, patches) of consecutive layers from 0. The second alone
-    would count the first blocks of some models, in which busy patches are large without being set apart; the first
-    alone those just before the onset, in which future outliers are set apart at 2 to 3 medians, in some samples.
-    """
-    apart = separated_share(norms).tolist()
-    holds = [layer for layer in layers_with_outliers(norms, share) if apart[layer] >= share]
-    return next((i for i in holds if i + 1 in holds or i == len(apart) - 1), None)
 
 
 def score(found: torch.Tensor, truth: torch.Tensor) -> dict[str, float]:

@@ -6,14 +6,15 @@
 
 A file holds, in half precision, for n photos (fields of `Capture` where they are there too):
 
-    norms                (n, layers, tokens)              attention.L          (n, heads, prefix tokens, tokens)
-    by_patches.L         (n, patches)                     components           (n, rows, cols, 3)
-    thumbnails           (n, 3, 8, 8), by which photos are recognised
-    features, labels     (m, 4, dim) and (m,), where labelled photos were given: the tokens `TOKENS` after the final
-                         LayerNorm, NaN where an image has no such token; split (m,) is 0 for training, 1 for testing
+    norms                (n, layers, tokens)              attention.L          (n, heads, queries, tokens)
+    by_patches.L         (n, patches)                     thumbnails           (n, 3, 8, 8), by which photos are known
+    components           (n, rows, cols, 3), of each photo; component, component_after (n, rows, cols), of all photos
 
-L are the last third of the blocks. Components are those of the patch tokens after the last block, before the final
-LayerNorm. The metadata say which model, photos (by sha256), command, commit and date. No photo is in it.
+L are the last third of the blocks, or the last alone; queries are the prefix tokens and the patch at the centre.
+Components are first principal components of the patch tokens after the last block, whitened, before the final LayerNorm
+or after it. What else
+lies in a file is written and read by the notebook that shows it (`Replayed.kept`): workflow/measured.py adds it. The
+metadata say which model, photos (by sha256), command, commit and date. No photo is in it.
 """
 
 from __future__ import annotations
@@ -38,10 +39,8 @@ from ..hooks.capture import Capture
 from ..measure import detection, maps
 from ..model.model import Model
 from ..model.weights import file_sha256
-from ..probes.local import matched_normal
 
 FOLDER = DATA / "measured"
-TOKENS = ("cls", "outlier", "matched", "normal")
 SIZES = ("embed_dim", "num_heads", "head_dim", "channels")  # of `Anatomy`, kept as they are
 SAME = 0.02  # of a thumbnail's values: photos nearer than this are the same
 
@@ -98,19 +97,20 @@ class Replayed(Model):
         keep = (keep,) if isinstance(keep, str) else tuple(keep)
         anatomy, rows = self.anatomy, self._rows(images)
         layers = anatomy.layers(layers)
-        prefix = range(anatomy.num_prefix_tokens)
-        queries = tuple(prefix) if queries is None else tuple(queries)
+        known = self.measured["queries"]
+        queries = tuple(range(anatomy.num_prefix_tokens)) if queries is None else tuple(queries)
         missing = [site for site in keep if site not in ("norms", "attention")]
         if "attention" in keep:
             missing += [f"attention of block {i}" for i in layers if i not in self.measured_blocks]
-            missing += [f"attention of token {i}" for i in queries if i not in prefix]
+            missing += [f"attention of token {i}" for i in queries if i not in known]
         if missing:
             raise self._not_measured(missing[0])
         seen = Capture(layers, anatomy.grid(self._x(images)), anatomy.prefix, queries)
         if "norms" in keep:
             seen.norms = self.tensors["norms"][rows][:, list(layers)].float()
         if "attention" in keep:
-            seen.attention = {i: self.tensors[f"attention.{i}"][rows][:, :, list(queries)].float() for i in layers}
+            picked = [known.index(i) for i in queries]
+            seen.attention = {i: self.tensors[f"attention.{i}"][rows][:, :, picked].float() for i in layers}
         return seen
 
     def observed(self, images) -> detection.Observed:
@@ -120,15 +120,16 @@ class Replayed(Model):
         by_cls = {i: self.tensors[f"attention.{i}"][rows].float().mean(1)[:, 0, first:] for i in blocks}
         return detection.Observed(self.capture(images), by_cls if self.anatomy.has_cls else {}, by_patches)
 
-    def components(self, images) -> torch.Tensor:
-        """(images, rows, cols, 3) first principal components of the patch tokens after the last block, whitened."""
-        return self.tensors["components"][self._rows(images)].float()
+    def kept(self, name: str, images=None) -> torch.Tensor:
+        """The tensor of that name, or its rows for measured photos; UserError where there is none."""
+        if name not in self.tensors:
+            raise self._not_measured(name)
+        tensor = self.tensors[name] if images is None else self.tensors[name][self._rows(images)]
+        return tensor.float() if tensor.is_floating_point() else tensor
 
-    def features(self) -> dict[str, torch.Tensor]:
-        """{"features": (m, 4, dim), "labels": (m,), "split": (m,)} of labelled photos; UserError without them."""
-        if "features" not in self.tensors:
-            raise self._not_measured("features of labelled photos")
-        return {key: self.tensors[key].float() if key == "features" else self.tensors[key] for key in LABELLED}
+    def keeps(self, name: str) -> bool:
+        """Whether there is a tensor of that name, or of names that begin with it and a dot."""
+        return any(key == name or key.startswith(f"{name}.") for key in self.tensors)
 
     def _x(self, images) -> torch.Tensor:
         return getattr(images, "x", images)
@@ -147,13 +148,10 @@ class Replayed(Model):
 
     def _not_measured(self, what: str) -> UserError:
         return UserError(
-            f"{self.label} is replayed from measurements, in which are norms, and attention of cls and registers in "
-            f"blocks {', '.join(map(str, self.measured_blocks))}: {what} was not measured; with the weights in "
+            f"{self.label} is replayed from measurements, in which are norms, and attention of cls, registers, centre "
+            f"in blocks {', '.join(map(str, self.measured_blocks))}: {what} was not measured; with the weights in "
             "VITREG_MODELS it is computed"
         )
-
-
-LABELLED = ("features", "labels", "split")
 
 
 class _NoWeights(nn.Module):
@@ -170,57 +168,39 @@ def thumbnails(x: torch.Tensor) -> torch.Tensor:
     return F.adaptive_avg_pool2d(x.float(), 8)
 
 
-def measure(model: Model, images, labelled: Path | None = None, per_class: int = 8, seed: int = 0) -> dict:
-    """The tensors of a file, for an `Images` set; of labelled photos where a folder with train/ and test/ is given."""
-    observed, anatomy = detection.observe(model, images), model.anatomy
-    blocks = list(observed.by_patches)
-    seen = model.capture(images, ("attention", "tokens") if anatomy.num_prefix_tokens else "tokens", layers=blocks)
-    parts = maps.principal_components(seen.patches(seen.tokens[blocks[-1]]), 3, grid=seen.grid)
+def measure(model: Model, images, last: bool = False) -> dict:
+    """The tensors of a file, for an `Images` set. last: attention of the last block alone."""
+    observed = detection.observe(model, images)
+    blocks = list(observed.by_patches)[-1 if last else 0 :]
+    seen = model.capture(images, ("attention", "tokens", "final"), layers=blocks, queries=queries(model, images))
     tensors = {"norms": observed.seen.norms, "thumbnails": thumbnails(images.x)}
-    tensors["components"] = parts.scores.unflatten(1, seen.grid)
-    tensors |= {f"by_patches.{i}": at for i, at in observed.by_patches.items()}
-    tensors |= {f"attention.{i}": at for i, at in seen.attention.items()}
-    if labelled is not None:
-        cut = detection.judge(observed).outliers.cutoff
-        tensors |= _labelled(model, labelled, cut, per_class, torch.Generator().manual_seed(seed))
-    return {name: t.half().contiguous() if t.is_floating_point() else t for name, t in tensors.items()}
+    before, after = (seen.patches(tokens) for tokens in (seen.tokens[blocks[-1]], seen.final))
+    options = dict(clip=None, grid=seen.grid)
+    each = maps.principal_components(before, 3, per_image=True, **options).scores
+    tensors["components"] = each.unflatten(1, seen.grid)
+    for name, tokens in (("component", before), ("component_after", after)):
+        tensors[name] = maps.principal_components(tokens, 1, **options).scores[..., 0].unflatten(1, seen.grid)
+    tensors |= {f"by_patches.{i}": observed.by_patches[i] for i in blocks}
+    return tensors | {f"attention.{i}": at for i, at in seen.attention.items()}
 
 
-def _labelled(model: Model, folder: Path, cut: float, per_class: int, noise: torch.Generator) -> dict:
-    """features, labels and split of up to `per_class` photos of every class in folder/train and folder/test."""
-    features, labels, split = [], [], []
-    for part, name in enumerate(("train", "test")):
-        classes = sorted(path for path in (folder / name).iterdir() if path.is_dir())
-        for label, path in enumerate(classes):
-            pictures = image_sets.load(str(path), model, per_class)
-            seen = model.capture(pictures, ("norms", "final"))
-            features.append(_tokens(seen, cut, noise))
-            labels += [label] * len(pictures)
-            split += [part] * len(pictures)
-    return {"features": torch.cat(features), "labels": torch.tensor(labels), "split": torch.tensor(split)}
+def queries(model: Model, images) -> list[int]:
+    """The tokens whose attention is kept: the prefix tokens and the patch at the centre."""
+    rows, cols = model.anatomy.grid(images.x)
+    prefix = model.anatomy.num_prefix_tokens
+    return [*range(prefix), prefix + rows // 2 * cols + cols // 2]
 
 
-def _tokens(seen: Capture, cut: float, noise: torch.Generator) -> torch.Tensor:
-    """(images, 4, dim) the tokens `TOKENS` of each image after the final LayerNorm, drawn at random where many."""
-    mask = seen.patch_norms[:, -1] > cut
-    partner = matched_normal(mask.unflatten(1, seen.grid)).flatten(1)
-    patches = seen.patches(seen.final)
-    chosen = [seen.final[:, :1] if seen.has_cls else torch.full_like(patches[:, :1], torch.nan)]
-    for among in (mask, partner, ~mask):
-        drawn = torch.rand(among.shape, generator=noise).masked_fill(~among, -1).argmax(1)
-        token = patches[torch.arange(len(patches)), drawn]
-        chosen.append(torch.where(among.any(1)[:, None], token, torch.nan)[:, None])
-    return torch.cat(chosen, 1)
-
-
-def write(model: Model, images, tensors: dict, path: Path, command: str) -> Path:
-    """Write a file of measurements with its metadata; its path."""
+def write(model: Model, images, tensors: dict, path: Path, command: str, **more) -> Path:
+    """Write a file of measurements in half precision with its metadata, and `more` of them; its path."""
+    tensors = {name: t.half().contiguous() if t.is_floating_point() else t for name, t in tensors.items()}
     anatomy = model.anatomy
     facts = {f.name: getattr(model, f.name) for f in dataclasses.fields(Model) if f.name != "module"}
     sizes = {name: getattr(anatomy, name) for name in ("prefix", "depth", "patch_size", *SIZES)}
     source = images.source.split(",")[0]
     metadata = dict(model=facts, anatomy=sizes, source=source, size=images.x.shape[-1], photos=_hashes(images))
-    metadata |= dict(command=command, commit=_commit(), date=datetime.date.today().isoformat())
+    metadata |= dict(command=command, commit=_commit(), date=datetime.date.today().isoformat(), **more)
+    metadata["queries"] = queries(model, images)
     path.parent.mkdir(parents=True, exist_ok=True)
     with written(path) as temporary:
         save_file(tensors, temporary, {key: json.dumps(value) for key, value in metadata.items()})

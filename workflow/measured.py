@@ -1,0 +1,112 @@
+"""Write data/measured/: what the default figures show of real models where their weights are not at hand.
+
+python workflow/measured.py                  # all models of MODELS
+python workflow/measured.py deit-ti vit-ti   # some of them
+
+VITREG_MODELS names a folder with the weights and the labelled photos. Each file holds what `vitreg measure` writes and,
+for some models, what single notebooks need besides: LOST's maps and how much of a token the value projection lets
+through (Figures 13 and 14), features of a few tokens of labelled photos (Tables 1, 4 and 6), what each test image adds
+to the score of a task (Table 2, Figure 8).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from vitreg_lib.base import NOTEBOOKS  # noqa: E402
+from vitreg_lib.data import images  # noqa: E402
+from vitreg_lib.measure import objects  # noqa: E402
+from vitreg_lib.model import zoo  # noqa: E402
+from vitreg_lib.record import measured  # noqa: E402
+
+sys.path.insert(0, str(NOTEBOOKS / "paper"))
+import fig14  # noqa: E402
+import tab02  # noqa: E402
+import tables  # noqa: E402
+import tables_tasks  # noqa: E402
+
+PHOTOS = 10
+TRAIN, TEST, DRAWS = 160, 100, 2  # labelled photos of each set, tokens of a kind from each
+OPTIONS = dict(classification="caltech101-small", dense="camvid-small", depths="", n_train=240, n_test=160)  # of scores
+CALTECH, BOTH = ("caltech101-small",), ("caltech101-small", "cifar10-small")
+# what a file holds besides: all late blocks, LOST's maps, scores of tasks; labelled sets, and which tokens of them
+OUTLIERS, REGISTERS = ("cls", "normal", "outlier", "matched"), ("cls", "normal", "registers")
+MODELS = {
+    "deit-ti": dict(late=True, lost=True, scores=True, sets=BOTH, tokens=OUTLIERS),
+    "deit-ti-trained-reg1": dict(scores=True, sets=CALTECH, tokens=REGISTERS),
+    "deit-ti-trained-reg2": dict(scores=True),
+    "deit-ti-trained-reg4": dict(lost=True, scores=True, sets=CALTECH, tokens=REGISTERS),
+    "deit-ti-trained-reg8": dict(scores=True),
+    "deit-ti-trained-reg16": dict(scores=True),
+    "deit-ti+ttr4": {},
+    "deit-ti+empty4": {},
+    "vit-ti": dict(late=True, lost=True, sets=CALTECH, tokens=OUTLIERS),
+    "vit-ti-trained-reg4": dict(lost=True),
+    "vit-ti+ttr4": {},
+    "dinov2-s": dict(late=True),
+}
+
+
+def main(names: list[str]) -> None:
+    """Measure the models of these names, all if there is none."""
+    for name in names or MODELS:
+        write(name, **MODELS[name])
+
+
+def write(name: str, late=False, lost=False, scores=False, sets=(), tokens=()) -> None:
+    """Measure one model into its file."""
+    model = zoo.load(name, "cpu")
+    pictures = images.load("photos", model, PHOTOS)
+    tensors, more = measured.measure(model, pictures, last=not late), {}
+    if lost:
+        tensors |= discovery(model, pictures)
+    if scores:
+        found = tab02.scores(model, **OPTIONS)
+        tensors |= {f"scores.{task}": parts.to(torch.int32) for task, parts in found.parts.items()}
+        more["scores"] = found.sources
+    if sets:
+        more["sets"] = {}
+        for problem in tables_tasks.load(" ".join(sets), TRAIN, TEST):
+            columns, more["sets"][problem.name] = labelled(model, problem, tokens)
+            tensors |= columns
+    path = measured.FOLDER / f"{name}.safetensors"
+    measured.write(model, pictures, tensors, path, f"python workflow/measured.py {name}", **more)
+    print(f"{path.name}: {path.stat().st_size / 1e6:.2f} MB", flush=True)
+
+
+def discovery(model, pictures) -> dict[str, torch.Tensor]:
+    """LOST's maps of the last block on queries, keys and values, and the gain of the value projection."""
+    seen, found = model.capture(pictures, ("q", "k", "v"), layers=-1), {}
+    for site in "qkv":
+        result = objects.lost(objects.features(seen, site), seen.grid, normalize=True, intermediates=True)
+        maps = dataclasses.asdict(result) if site == "v" else {"expansion": result.expansion}
+        found |= {f"lost.{site}.{key}": value for key, value in maps.items()}
+    return found | {"value_gain": fig14.value_gain(model, pictures)}
+
+
+def labelled(model, problem, tokens) -> tuple[dict[str, torch.Tensor], dict]:
+    """(tensors by name, facts) of a few tokens of labelled photos; a model with registers borrows its pair's places."""
+    base = zoo.load(model.base, "cpu") if model.base else model
+    cut, task = tables.cutoff_of(base, problem.train), problem.tasks[0]
+    facts = dict(about=task.about, metric=task.metric, classes=task.classes, owner=base.label)
+    facts["cutoff"] = cut if cut < float("inf") and base is model else None
+    columns = {}
+    for split in ("train", "test"):
+        source = getattr(problem, split)
+        places = tables.classification_tokens(base, source, cut, DRAWS)
+        part = places if base is model else tables.classification_tokens(model, source, cut, DRAWS, places=places)
+        facts[split] = [part.fingerprint, {k: v for k, v in part.about.items() if v != float("inf")}]
+        kept = [*tokens, *(f"has_{group}" for group in tables.GROUPS)]
+        columns |= {f"set.{problem.name}.{split}.{name}": part.column(name) for name in kept}
+        columns[f"set.{problem.name}.{split}.labels"] = getattr(task, split)
+    facts["share"] = part.column("is_outlier").double().mean().item()  # of the test photos' tokens
+    return columns, facts
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
