@@ -21,7 +21,6 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import json
-import subprocess
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -31,7 +30,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from ..base import DATA, ROOT, UserError, unknown, written
+from ..base import DATA, UserError, commit, unknown, written
 from ..data import images as image_sets
 from ..hooks.anatomy import Anatomy
 from ..hooks.capture import Capture
@@ -220,7 +219,7 @@ def write(model: Model, images, tensors: dict, path: Path, command: str) -> Path
     sizes = {name: getattr(anatomy, name) for name in ("prefix", "depth", "patch_size", *SIZES)}
     source = images.source.split(",")[0]
     metadata = dict(model=facts, anatomy=sizes, source=source, size=images.x.shape[-1], photos=_hashes(images))
-    metadata |= dict(command=command, commit=_commit(), date=datetime.date.today().isoformat())
+    metadata |= dict(command=command, commit=commit(), date=datetime.date.today().isoformat())
     path.parent.mkdir(parents=True, exist_ok=True)
     with written(path) as temporary:
         save_file(tensors, temporary, {key: json.dumps(value) for key, value in metadata.items()})
@@ -237,14 +236,3 @@ def _hashes(images) -> dict[str, str]:
     except UserError:  # a folder that was given by its path: its name alone does not find it
         return dict.fromkeys(images.names, "")
     return {name: file_sha256(paths[name]) for name in images.names if name in paths}
-
-
-def _commit() -> str:
-    """The commit of the code that measures, with "+" where files differ from it; "" outside of a repository."""
-    try:
-        done = subprocess.run(
-            ["git", "describe", "--always", "--abbrev=12", "--dirty=+"], cwd=ROOT, capture_output=True, text=True
-        )
-    except OSError:
-        return ""
-    return done.stdout.strip()

@@ -29,7 +29,19 @@ from types import SimpleNamespace
 
 import yaml
 
-from ..base import DATA, NOTEBOOKS, UserError, env_folder, in_batch, results, shown, unknown, write_atomically, written
+from ..base import (
+    DATA,
+    NOTEBOOKS,
+    UserError,
+    commit,
+    env_folder,
+    in_batch,
+    results,
+    shown,
+    unknown,
+    write_atomically,
+    written,
+)
 from ..model import names as model_names
 from . import values
 
@@ -425,12 +437,13 @@ class Verdicts:
 
 
 def environment() -> dict:
-    """Versions and machine, without anything private."""
+    """Commit of the code, versions and machine, without anything private."""
     import torch
 
     packages = {name: version(name) for name in ("torch", "timm", "numpy", "datasets")}
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
-    return {"python": platform.python_version(), **packages, "system": sys.platform, "device": device}
+    versions = {"python": platform.python_version(), **packages}
+    return {"commit": commit(), **versions, "system": sys.platform, "device": device}
 
 
 def read(item: str, parameters: dict) -> dict:
