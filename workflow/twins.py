@@ -139,8 +139,8 @@ def maps(chosen) -> None:
     import dataclasses
 
     from vitreg_lib.data import images
-    from vitreg_lib.model import zoo
-    from vitreg_lib.record import measured
+    from vitreg_lib.model import measured, zoo
+    from vitreg_lib.record import measuring
 
     path = f"file:{chosen.folder}/{TWIN}.safetensors"
     about = "deit-ti with 4 registers trained in afterwards: python workflow/twins.py run --arms doses"
@@ -149,7 +149,7 @@ def maps(chosen) -> None:
         pictures = images.load("photos", model, 10)
         command = f"vitreg measure {name} --images photos --n-images 10"
         path = measured.FOLDER / f"{model.label}.safetensors"
-        measured.write(model, pictures, measured.measure(model, pictures), path, command)
+        measuring.write(model, pictures, measuring.measure(model, pictures), path, command)
         print(f"{path.name}: {path.stat().st_size / 2**10:.0f} kB")
     picture()
 

@@ -224,16 +224,12 @@ class Run:
 
     def _model(self, name: str):
         """A model by name; in the profile mini, where its weights are not at hand, as it was measured before."""
-        from ..model import zoo
-        from . import measured
+        from ..model import measured, zoo
 
-        base, _, _ = model_names.split(name)
-        here = base in model_names.entries() and model_names.available(base) != "not here"
-        if self.profile == "mini" and name in measured.names() and not here:
-            model = measured.load(name)
+        model = (measured.live_or_replayed if self.profile == "mini" else zoo.load)(name)
+        if model.replayed:
             print(f"{name}: {model.name}, measured {model.measured['date']}, replayed")
-            return model
-        return zoo.load(name)
+        return model
 
     def source(self, model) -> str:
         """What images `model` gets: those of the run; in the profile mini scenes are for models trained on them."""
