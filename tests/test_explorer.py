@@ -10,13 +10,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
+import vitreg_lib as vr
 from vitreg_lib import widgets
 from vitreg_lib.base import UserError
 from vitreg_lib.data import images
 from vitreg_lib.hooks import capture
-from vitreg_lib.measure import attention, maps, outliers
-from vitreg_lib.model import zoo
+from vitreg_lib.measure import attention, maps
+from vitreg_lib.model import measured, zoo
 from vitreg_lib.record import run as record
 from vitreg_lib.widgets import state as choice
 from vitreg_lib.widgets import view as explorer
@@ -63,11 +65,22 @@ def test_views_are_what_capture_and_maps_give(store, registers, layer, heads, qu
     parts = maps.principal_components(patches, 3, per_image=True, grid=seen.grid).scores
     torch.testing.assert_close(view.components.flatten(0, 1), parts[0], atol=1e-3, rtol=1e-3)
     torch.testing.assert_close(view.similarity.flatten(), maps.neighbour_similarity(patches, seen.grid)[0])
-    assert view.cutoff == pytest.approx(outliers.cutoff(every.patch_norms[:, layer]))
+    torch.testing.assert_close(view.seen.set_norms[layer], every.patch_norms[:, layer].flatten())
     assert sum(view.budget.values()) == pytest.approx(1, abs=1e-5)
     assert view.query == query
     assert view.counts.sum().item() == pytest.approx(1)
     assert view.set_counts.sum().item() == pytest.approx(1)
+
+
+def test_the_cutoff_by_rule_is_the_detectors(store):
+    model = zoo.load("planted", "cpu")
+    found = vr.detect(model, images.load("scenes", model, choice.MAX_IMAGES))
+    last, third = (explorer.look(replace(PAIR, models=("planted",), layer=layer), store)[0] for layer in (7, 3))
+    assert found.outliers.layer == 7 and last.cutoff == pytest.approx(found.outliers.cutoff, rel=1e-5)
+    assert torch.equal(last.is_outlier, found.outliers.mask[1])
+    medians = [view.seen.set_norms[view.layer].median().item() for view in (last, third)]
+    assert third.cutoff / medians[1] == pytest.approx(last.cutoff / medians[0])
+    assert last.verdict == f"artifacts: {found.strength}, {found.kind}"
 
 
 def test_ranks_count_from_the_largest_norm(store):
@@ -171,6 +184,76 @@ def test_the_store_keeps_little_and_forgets_what_failed():
         choice.KEPT_BYTES = kept
 
 
+def decoded(sent: dict, name: str) -> torch.Tensor:
+    """A map that a canvas was sent."""
+    return torch.from_numpy(np.frombuffer(sent[name], "<f4").copy())
+
+
+def test_it_opens_on_real_models_as_they_were_measured(no_models):
+    """What the page is sent are the numbers of data/measured."""
+    shown = widgets.explore(image=2, query="register 2")
+    assert shown.state.models == ("deit-ti", "deit-ti-trained-reg4") and shown.state.images == "photos"
+    names = images.load("photos", measured.load("deit-ti"), choice.MAX_IMAGES).names
+    for name, token, canvas in zip(shown.state.models, (0, 2), shown.page.canvases, strict=True):
+        file, sent = load_file(measured.FOLDER / f"{name}.safetensors"), canvas.view
+        prefix = file["norms"].shape[2] - 196
+        torch.testing.assert_close(decoded(sent, "norms"), file["norms"][2, 11, prefix:].float())
+        row = file["attention.11"][2, :, token, prefix:].float().mean(0)
+        torch.testing.assert_close(decoded(sent, "share"), row, rtol=1e-4, atol=1e-7)
+        rgb = np.frombuffer(sent["components"], np.uint8).reshape(14, 14, 3) / 255
+        np.testing.assert_allclose(rgb, (file["components"][2].float().numpy() / 6 + 0.5).clip(0, 1), atol=3e-3)
+        assert decoded(sent, "similarity").isnan().all()
+        assert sent["missing"] == {"similarity": "neighbour similarity was not measured"}
+        assert sent["image_name"] == names[2] and sent["role"] == "trained, replayed"
+    assert [canvas.view["verdict"] for canvas in shown.page.canvases] == [
+        "artifacts: mild, content-bound",
+        "no artifacts",
+    ]
+    shown.choose(component=2)
+    sent = decoded(shown.page.canvases[0].view, "components")
+    wanted = load_file(measured.FOLDER / "deit-ti.safetensors")["components"][2, ..., 1]
+    torch.testing.assert_close(sent, wanted.float().flatten())
+
+
+def test_what_was_not_measured_is_disabled_with_its_reason(no_models):
+    shown = widgets.explore("vit-ti vit-ti+ttr4")
+    page, early = shown.page, "attention was measured in blocks 8 to 11 only"
+    heads = page.heads.children[1:]
+    assert not any(widget.disabled for widget in (page.query, page.opacity, page.component, page.layer, *heads))
+    for widget in (page.source, page.path, page.upload):
+        assert widget.disabled and "measured on the photos alone" in widget.tooltip
+    page.layer.value = 5
+    for widget in (page.query, page.opacity, *heads):
+        assert widget.disabled and widget.tooltip == early
+    assert page.component.disabled and page.component.tooltip == "components were measured after block 11 only"
+    sent = page.canvases[1].view
+    assert sent["missing"]["attention"] == early and sent["budget"] is None and early in sent["notes"][-1]
+    assert decoded(sent, "norms").isfinite().all() and decoded(sent, "share").isnan().all()
+    assert shown.static().axes  # is drawn without what is missing
+    page._asked(0, {"kind": "query", "query": [3, 4]}, [])
+    assert "attention of patch (3, 4) was not measured, only that of cls and registers" in page.status.value
+    assert shown.state.query == "cls"
+    page.layer.value = 11
+    assert not any(widget.disabled for widget in (page.query, page.opacity, page.component, *heads))
+    page.second.value = "mini-deit3"  # a live one beside it can be asked, on the same photos
+    page._asked(1, {"kind": "query", "query": [6, 6]}, [])
+    assert shown.state.query == "patch (7, 7)" and not page.query.disabled
+    assert "attention" in shown.views[0].missing and not shown.views[1].missing
+    page.first.value = "planted"
+    assert not page.source.disabled
+    page.source.value = "scenes"
+    page.first.value = "deit-ti"  # was measured on photos alone: these come back
+    assert shown.state.images == "photos" and page.source.disabled
+
+
+def test_a_replayed_model_is_given_as_a_value_and_in_rows_of_attention(no_models):
+    model = measured.load("deit-ti")
+    assert [view.label for view in widgets.explore([model]).views] == ["deit-ti"]
+    box = widgets.attention_rows(model, images.load("photos", model, 2))
+    sliders = {widget.description: widget for widget in box.children[0].children}
+    assert (sliders["layer"].min, sliders["layer"].max) == (8, 11) and sliders["query"].options == ("cls",)
+
+
 def test_in_batch_it_is_a_picture_and_otherwise_a_page(monkeypatch):
     monkeypatch.setenv("VITREG_BATCH", "1")
     shown = widgets.explore("mini-deit3", "scenes")
@@ -193,8 +276,7 @@ def test_controls_and_canvas_messages_change_the_state(results):
     assert page.query.value == "patch (4, 7)"
     sent = page.canvases[1].view
     assert sent["patch"] == [4, 7] and sent["cutoff"] == 2.0
-    norms = torch.from_numpy(np.frombuffer(sent["norms"], "<f4").copy())
-    torch.testing.assert_close(norms, shown.views[1].norms.flatten())
+    torch.testing.assert_close(decoded(sent, "norms"), shown.views[1].norms.flatten())
     page.heads.children[1].value = True
     assert shown.state.heads == ()
     page.path.value = "/nowhere"

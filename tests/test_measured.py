@@ -17,8 +17,9 @@ from vitreg_lib import cli
 from vitreg_lib.base import UserError
 from vitreg_lib.data import images
 from vitreg_lib.hooks.capture import capture
-from vitreg_lib.model import zoo
-from vitreg_lib.record import measured, run
+from vitreg_lib.model import measured, zoo
+from vitreg_lib.model.weights import file_sha256
+from vitreg_lib.record import run
 
 
 @pytest.fixture(scope="module")
@@ -107,7 +108,7 @@ def test_shipped_measurements_are_small_and_say_where_they_come_from():
 
 
 def test_the_photos_of_the_measurements_are_those_installed():
-    hashes = {path.stem: measured.file_sha256(path) for path in images.find("photos")[0]}
+    hashes = {path.stem: file_sha256(path) for path in images.find("photos")[0]}
     assert measured.load("vit-ti").measured["photos"] == hashes
 
 

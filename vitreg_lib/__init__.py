@@ -42,7 +42,7 @@ SHORT = {  # what `vr.NAME` stands for: a function (module:name) or a module
     "widgets": "widgets",
     "record": "record.run",
     "diagnose": "record.diagnose",
-    "measured": "record.measured",
+    "measured": "model.measured",
 }
 
 

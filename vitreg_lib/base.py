@@ -14,6 +14,7 @@ from __future__ import annotations
 import difflib
 import os
 import socket
+import subprocess
 import threading
 import urllib.request
 from collections.abc import Iterable
@@ -103,6 +104,20 @@ def in_batch() -> bool:
 def is_checked() -> bool:
     """Whether a run has to agree with its committed record, as by `make test`."""
     return bool(os.environ.get("VITREG_CHECK"))
+
+
+def commit() -> str:
+    """The commit of the code, 12 digits, with "+" where a tracked file differs from it; "" outside of a repository.
+
+    docs/ and README.md do not count: numbers do not come from there, and kept results go there.
+    """
+    run = {"cwd": ROOT, "capture_output": True, "text": True}
+    try:
+        name = subprocess.run(["git", "rev-parse", "--short=12", "HEAD"], **run).stdout.strip()
+        differing = ["git", "diff", "--name-only", "HEAD", "--", ".", ":!docs", ":!README.md"]
+        return name + ("+" if name and subprocess.run(differing, **run).stdout else "")
+    except OSError:
+        return ""
 
 
 def shown(path: Path) -> str:

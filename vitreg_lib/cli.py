@@ -147,14 +147,15 @@ def measure(
     """Measure norms, attention and components of a model on a few images, into a file that replays them."""
     from .data import images as image_sets
     from .model import zoo
-    from .record import measured
+    from .model.measured import FOLDER
+    from .record import measuring
 
     loaded = zoo.load(model)
     pictures = image_sets.load(images, loaded, n_images)
-    tensors = measured.measure(loaded, pictures)
-    path = out or measured.FOLDER / f"{loaded.label}.safetensors"
+    tensors = measuring.measure(loaded, pictures)
+    path = out or FOLDER / f"{loaded.label}.safetensors"
     command = f"vitreg measure {model} --images {Path(images).name} --n-images {len(pictures)}"
-    measured.write(loaded, pictures, tensors, path, command)
+    measuring.write(loaded, pictures, tensors, path, command)
     print(f"{shown(path)}: {path.stat().st_size / 1e6:.2f} MB, {pictures.source}")
 
 

@@ -1,27 +1,56 @@
-"""`make keep PROFILE=small`: put the records and PNG figures of finished items under docs/results/, to be committed."""
+"""`make keep PROFILE=small`: put the records and PNG figures of finished items under docs/results/, to be committed.
+
+All that is kept together comes from one commit, which the records name, and no file differed from it.
+"""
 
 from __future__ import annotations
 
 import json
 import shutil
 import sys
+from pathlib import Path
 
-from vitreg_lib.base import ROOT, results
+from vitreg_lib.base import ROOT, UserError, commit, results
+
+KEPT = ROOT / "docs" / "results"
+
+
+def finished(profile: str) -> dict[Path, dict]:
+    """{folder: record} of the items in results/<profile>/ that ran with their default parameters.
+
+    Raises UserError where files differ from the commit, where there is nothing, or not all is from one clean commit.
+    """
+    if commit().endswith("+"):
+        raise UserError("files differ from the last commit: commit or undo the changes (`git status` names them)")
+    paths = sorted((results() / profile).glob("[!.]*/record.json"))
+    records = {path.parent: json.loads(path.read_text()) for path in paths if "--" not in path.parent.name}
+    if not records:
+        raise UserError(f"no results of profile {profile}: `make reproduce-all PROFILE={profile}` makes them")
+    made = {}
+    for folder, record in records.items():
+        made.setdefault(record["environment"].get("commit") or "no commit", []).append(folder.name)
+    if len(made) > 1 or not next(iter(made)).isalnum():  # "no commit", or one with "+" where files differed from it
+        which = "; ".join(f"{name}: {', '.join(items)}" for name, items in made.items())
+        raise UserError(f"the records are not from one commit without changes: run the items again ({which})")
+    return records
 
 
 def main(profile: str) -> None:
-    """Copy what results/<profile>/ holds for items with their default parameters."""
-    for record in sorted((results() / profile).glob("[!.]*/record.json")):
-        if "--" in record.parent.name:
-            continue
-        target = ROOT / "docs" / "results" / profile / record.parent.name
+    """Copy the records and figures, print where they are, and which others lie there from earlier."""
+    records = finished(profile)
+    for folder, record in records.items():
+        target = KEPT / profile / folder.name
         shutil.rmtree(target, ignore_errors=True)
         target.mkdir(parents=True)
-        shutil.copy(record, target)
-        for figure in json.loads(record.read_text())["figures"]:
-            shutil.copy(record.parent / f"{figure}.png", target)
-        print(target.relative_to(ROOT))
+        for name in ("record.json", *(f"{figure}.png" for figure in record["figures"])):
+            shutil.copy(folder / name, target)
+        print(f"docs/results/{profile}/{folder.name}")
+    if earlier := sorted({path.name for path in (KEPT / profile).iterdir()} - {folder.name for folder in records}):
+        print(f"from earlier, not made again: {', '.join(earlier)}")
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    try:
+        main(sys.argv[1])
+    except UserError as error:
+        sys.exit(f"keep: {error}")

@@ -21,8 +21,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from vitreg_lib.base import NOTEBOOKS  # noqa: E402
 from vitreg_lib.data import images  # noqa: E402
 from vitreg_lib.measure import objects  # noqa: E402
-from vitreg_lib.model import zoo  # noqa: E402
-from vitreg_lib.record import measured  # noqa: E402
+from vitreg_lib.model import measured, zoo  # noqa: E402
+from vitreg_lib.record import measuring  # noqa: E402
 
 sys.path.insert(0, str(NOTEBOOKS / "paper"))
 import fig14  # noqa: E402
@@ -62,7 +62,7 @@ def write(name: str, late=False, lost=False, scores=False, sets=(), tokens=()) -
     """Measure one model into its file."""
     model = zoo.load(name, "cpu")
     pictures = images.load("photos", model, PHOTOS)
-    tensors, more = measured.measure(model, pictures, last=not late), {}
+    tensors, more = measuring.measure(model, pictures, last=not late), {}
     if lost:
         tensors |= discovery(model, pictures)
     if scores:
@@ -75,7 +75,7 @@ def write(name: str, late=False, lost=False, scores=False, sets=(), tokens=()) -
             columns, more["sets"][problem.name] = labelled(model, problem, tokens)
             tensors |= columns
     path = measured.FOLDER / f"{name}.safetensors"
-    measured.write(model, pictures, tensors, path, f"python workflow/measured.py {name}", **more)
+    measuring.write(model, pictures, tensors, path, f"python workflow/measured.py {name}", **more)
     print(f"{path.name}: {path.stat().st_size / 1e6:.2f} MB", flush=True)
 
 

@@ -183,15 +183,15 @@ def maps(chosen) -> None:
     """Norms and attention of DeiT-Ti with 4 empty tokens and of its twin with 4 registers, on the photos that ship,
     into data/measured/, as `vitreg measure` writes them; then the picture. It needs the weights of both."""
     from vitreg_lib.data import images
-    from vitreg_lib.model import zoo
-    from vitreg_lib.record import measured
+    from vitreg_lib.model import measured, zoo
+    from vitreg_lib.record import measuring
 
     for name in ("deit-ti+empty4", TWIN):
         model = zoo.load(name, "cpu")
         pictures = images.load("photos", model, 10)
         command = f"vitreg measure {name} --images photos --n-images 10"
         path = measured.FOLDER / f"{name}.safetensors"
-        measured.write(model, pictures, measured.measure(model, pictures), path, command)
+        measuring.write(model, pictures, measuring.measure(model, pictures), path, command)
         print(f"{path.name}: {path.stat().st_size / 2**10:.0f} kB")
     picture()
 

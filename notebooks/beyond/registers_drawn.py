@@ -17,9 +17,9 @@ from matplotlib.figure import Figure
 
 from vitreg_lib.data import images
 from vitreg_lib.measure import pairs
+from vitreg_lib.model import measured
 from vitreg_lib.plots.maps import draw_map
 from vitreg_lib.plots.style import ATTENTION, NORMS, PALETTE, PAPER, picture, plain_log, styled
-from vitreg_lib.record import measured
 
 MODELS = experiment.MODELS
 LABELS = {

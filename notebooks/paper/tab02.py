@@ -92,7 +92,7 @@ def scores(
     from tqdm.auto import tqdm
 
     if model.replayed:
-        kept = {task: model.kept(f"scores.{task}").double() for task in TASKS if model.keeps(f"scores.{task}")}
+        kept = {t: model.kept(f"scores.{t}").double() for t in TASKS if f"scores.{t}" in model.tensors}
         return Scores(kept, {task: model.measured["scores"][task] for task in kept})
     found, cache = Scores(), {}
     work = [(t, s) for t, s in zip(TASKS, (classification, dense, depths), strict=True) if s]

@@ -17,7 +17,10 @@ import pytest
 from vitreg_lib.base import NOTEBOOKS, ROOT
 
 TOKEN = "of-the-browser-test"
-REAL = ROOT.parent / "shared" / "real"  # real small models, where a developer has them
+ANSWERED = """async () => {
+  const { kernel } = jupyterapp.shell.currentWidget.sessionContext.session;
+  await kernel.requestExecute({ code: '', silent: true, store_history: false }).done;
+  return [...document.querySelectorAll('.vr-card')].map((card) => card.dataset.serial ?? ''); }"""
 PATIENCE = 300  # seconds, after which a state that has not come counts as an error, also on a busy machine
 
 
@@ -70,9 +73,8 @@ def lab(tmp_path_factory):
         "JUPYTERLAB_SETTINGS_DIR": str(place / "settings"),
         "JUPYTERLAB_WORKSPACES_DIR": str(place / "workspaces"),
         "VITREG_RESULTS": str(place / "results"),
+        "HF_HUB_CACHE": str(place / "hub"),  # empty: real models are replayed on every machine
     }
-    if REAL.is_dir():
-        environment["VITREG_MODELS"] = str(REAL)
     (place / "runtime").mkdir()
     quiet = place / "settings" / "@jupyterlab" / "apputils-extension"
     quiet.mkdir(parents=True)
@@ -104,6 +106,16 @@ class Desk:
     def run_all(self) -> None:
         """Ask for all cells; their end is not waited for."""
         self.page.evaluate("() => { jupyterapp.commands.execute('notebook:run-all-cells'); }")
+
+    def settle(self) -> None:
+        """Wait until the kernel has answered all that the page has sent, and the page has drawn it.
+
+        The kernel answers in order, so an empty request is answered last. What the page holds back until an earlier
+        change is answered is sent then, and the next request waits for that.
+        """
+        drawn = None
+        while drawn != (drawn := self.page.evaluate(ANSWERED)):
+            pass
 
     def until(self, holds, otherwise: str) -> None:
         """Wait until `holds()`; the test fails with `otherwise` and what the page shows if it never does."""

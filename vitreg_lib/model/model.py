@@ -67,7 +67,7 @@ class Model:
 
     @property
     def replayed(self) -> bool:
-        """Whether it answers from a file of measurements, without weights (`record.measured`)."""
+        """Whether it answers from a file of measurements, without weights (`model.measured`)."""
         return False
 
     @property

@@ -29,7 +29,19 @@ from types import SimpleNamespace
 
 import yaml
 
-from ..base import DATA, NOTEBOOKS, UserError, env_folder, in_batch, results, shown, unknown, write_atomically, written
+from ..base import (
+    DATA,
+    NOTEBOOKS,
+    UserError,
+    commit,
+    env_folder,
+    in_batch,
+    results,
+    shown,
+    unknown,
+    write_atomically,
+    written,
+)
 from ..model import names as model_names
 from . import values
 
@@ -212,18 +224,12 @@ class Run:
 
     def _model(self, name: str):
         """A model by name; in the profile mini, where its weights are not at hand, as it was measured before."""
-        from ..model import zoo
-        from . import measured
+        from ..model import measured, zoo
 
-        base, _, _ = model_names.split(name)
-        entry = model_names.entries().get(base)
-        # weights made here differ a little from machine to machine, so this profile shows the measured ones
-        here = entry is not None and "made_by" not in entry and model_names.available(base) != "not here"
-        if self.profile == "mini" and name in measured.names() and not here:
-            model = measured.load(name)
+        model = (measured.live_or_replayed if self.profile == "mini" else zoo.load)(name)
+        if model.replayed:
             print(f"{name}: {model.name}, measured {model.measured['date']}, replayed")
-            return model
-        return zoo.load(name)
+        return model
 
     def source(self, model) -> str:
         """What images `model` gets: those of the run; in the profile mini scenes are for models trained on them."""
@@ -427,12 +433,13 @@ class Verdicts:
 
 
 def environment() -> dict:
-    """Versions and machine, without anything private."""
+    """Commit of the code, versions and machine, without anything private."""
     import torch
 
     packages = {name: version(name) for name in ("torch", "timm", "numpy", "datasets")}
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
-    return {"python": platform.python_version(), **packages, "system": sys.platform, "device": device}
+    versions = {"python": platform.python_version(), **packages}
+    return {"commit": commit(), **versions, "system": sys.platform, "device": device}
 
 
 def read(item: str, parameters: dict) -> dict:

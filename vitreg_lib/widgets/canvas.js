@@ -74,7 +74,7 @@ function build(el) {
   const root = element(el, "div", "vr-card", { "data-lm-suppress-shortcuts": "true" });
   const page = { root, parts: {} };
   const head = element(root, "div", "vr-head");
-  for (const name of ["label", "role", "title", "above"]) page.parts[name] = element(head, "span", `vr-${name}`, { "data-name": name });
+  for (const name of ["label", "role", "verdict", "title", "above"]) page.parts[name] = element(head, "span", `vr-${name}`, { "data-name": name });
   page.parts.notes = element(root, "div", "vr-notes", { "data-name": "notes", role: "status" });
   const row = element(root, "div", "vr-row");
   page.maps = element(row, "div", "vr-maps", { tabindex: "0", role: "application" });
@@ -82,7 +82,9 @@ function build(el) {
   for (const key of PANELS) {
     const figure = element(page.maps, "figure", "vr-panel");
     const panel = { title: element(figure, "figcaption", "vr-panel-title") };
-    panel.canvas = element(figure, "canvas", "", { "data-panel": key, "aria-hidden": "true" });
+    const frame = element(figure, "div", "vr-frame");
+    panel.canvas = element(frame, "canvas", "", { "data-panel": key, "aria-hidden": "true" });
+    panel.reason = element(frame, "div", "vr-reason", { "data-reason": key }); // why there is no map
     const legend = element(figure, "div", "vr-legend");
     for (const name of ["low", "bar", "high"]) panel[name] = element(legend, "span", `vr-${name}`);
     page.panels[key] = panel;
@@ -130,6 +132,7 @@ function render({ model, el }) {
     const [rows, cols] = sent.grid;
     view = { ...sent, pictures: {} };
     for (const name of ["attention", "norms", "similarity", "share", "edges", "counts", "set_counts"]) view[name] = floats(sent[name]);
+    for (const key of PANELS) page.panels[key].canvas.parentElement.parentElement.classList.toggle("vr-off", key in sent.missing);
     for (const [name, { palette, low, high }] of Object.entries(sent.scales)) {
       if (name !== "attention") view.pictures[name] = fromRGB(coloured(view[name], palettes[palette], low, high), cols, rows);
       const panel = page.panels[name];
@@ -159,9 +162,11 @@ function render({ model, el }) {
     const height = Math.round((SIZE * rows) / cols);
     if (canvas.width !== width || canvas.height !== height) [canvas.width, canvas.height] = [width, height];
     const pen = canvas.getContext("2d", { willReadFrequently: true });
+    pen.clearRect(0, 0, width, height);
     if (key === "attention") pen.drawImage(view.image, 0, 0, width, height);
     pen.imageSmoothingEnabled = false;
-    pen.drawImage(key === "attention" ? overlay(view, model.get("opacity")) : view.pictures[key], 0, 0, width, height);
+    if (!(key in view.missing))
+      pen.drawImage(key === "attention" ? overlay(view, model.get("opacity")) : view.pictures[key], 0, 0, width, height);
     pen.imageSmoothingEnabled = true;
     const square = (row, col, colour, wide, inset = 0) => {
       const [w, h] = [width / cols, height / rows];
@@ -239,7 +244,9 @@ function render({ model, el }) {
 
   function drawNumbers() {
     const parts = page.parts;
-    for (const name of ["label", "role", "title"]) parts[name].textContent = view[name];
+    for (const name of ["label", "role", "verdict", "title"]) parts[name].textContent = view[name];
+    parts.verdict.title = view.because;
+    for (const key of PANELS) page.panels[key].reason.textContent = view.missing[key] || "";
     parts.notes.textContent = view.notes.join("; ");
     page.maps.setAttribute("aria-label", `Patches of ${view.label}. Arrow keys move the query patch, Home asks cls. ${view.title}`);
     const titles = { attention: "attention (× even)", norms: "norm (L2)", similarity: "neighbour similarity" };
@@ -250,16 +257,17 @@ function render({ model, el }) {
     const i = at ? at[0] * view.grid[1] + at[1] : 0;
     parts.norm.textContent = at ? short(view.norms[i]) : "–";
     parts.rank.textContent = at ? `${1 + view.norms.filter((norm) => norm > view.norms[i]).length} of ${view.norms.length}` : "–";
-    parts.attention.textContent = at ? `${(100 * view.share[i]).toPrecision(3)} % (${short(view.attention[i])} × even)` : "–";
-    parts.similarity.textContent = at ? view.similarity[i].toFixed(2) : "–";
-    const shares = { ...view.budget };
-    if (dragged !== null) {
+    parts.attention.textContent = at && view.budget ? `${(100 * view.share[i]).toPrecision(3)} % (${short(view.attention[i])} × even)` : "–";
+    parts.similarity.textContent = at && !view.missing.similarity ? view.similarity[i].toFixed(2) : "–";
+    const none = { cls: null, registers: null, outliers: null, patches: null }; // the query was not measured
+    const shares = { ...(view.budget || none) };
+    if (dragged !== null && view.budget) {
       const [total, on] = [shares.outliers + shares.patches, [...view.share].reduce((sum, s, i) => sum + (isOutlier(i) ? s : 0), 0)];
       [shares.outliers, shares.patches] = [on, total - on];
     }
     for (const [name, share] of Object.entries(shares)) {
-      parts[`on-${name}`].textContent = percent(share);
-      page.shares.querySelector(`.vr-${name}`).style.width = `${100 * share}%`;
+      parts[`on-${name}`].textContent = share === null ? "–" : percent(share);
+      page.shares.querySelector(`.vr-${name}`).style.width = `${100 * (share || 0)}%`;
     }
   }
 
@@ -359,7 +367,6 @@ function render({ model, el }) {
 
   const onMessage = (message) => {
     if (message.kind === "copy") navigator.clipboard?.writeText(message.text).catch(() => {}); // the text is shown as well
-    if (message.kind === "refused") waiting = false;
   };
   const theme = new MutationObserver(draw);
   theme.observe(document.body, { attributes: true, attributeFilter: ["data-jp-theme-light", "class"] });

@@ -44,12 +44,15 @@ def message(view: View, scales: dict[str, tuple[float, float]], component: int, 
     `serial` tells one view from the next; the page shows it once it has drawn.
     """
     one = component - 1
-    components = _floats(view.components[..., one]) if component else _rgb(view.components / 6 + 0.5)
+    components = _floats(view.components[..., one]) if component else _rgb(view.components.nan_to_num() / 6 + 0.5)
     return {
         "serial": serial,
         "label": view.label,
         "image_name": view.seen.image_name,
-        "role": view.seen.role,
+        "role": view.role,
+        "verdict": view.verdict,
+        "because": str(view.seen.found),
+        "missing": view.missing,
         "title": view.title,
         "notes": [f"{view.label} {note}" for note in view.notes],
         "query": view.query,
@@ -63,7 +66,7 @@ def message(view: View, scales: dict[str, tuple[float, float]], component: int, 
         "components": components,
         "cutoff": view.cutoff if view.cutoff < float("inf") else None,
         "by_rule": view.by_rule,
-        "budget": view.budget,
+        "budget": None if "attention" in view.missing else view.budget,  # NaN cannot be sent
         **{name: _floats(getattr(view, name)) for name in (*MAPS, "edges", "counts", "set_counts")},
     }
 

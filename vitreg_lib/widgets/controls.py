@@ -73,34 +73,38 @@ def token_kinds(captures: dict):
 def attention_rows(model, images):
     """Attention of one query token at any block and head, on one image: maps and the shares of where it goes.
 
-    Queries are the prefix tokens and the patch at the centre.
+    Queries are the prefix tokens and the patch at the centre; of a replayed model, what was measured.
     """
     from ..measure import attention
 
-    rows, cols = model.anatomy.grid(images.x)
-    centre = attention.patch_token(model, images.x, rows // 2, cols // 2)
-    seen = model.capture(images, ("norms", "attention"), queries=[*range(model.anatomy.num_prefix_tokens), centre])
-    names = attention.query_names(seen)
-    deepest, mean = len(seen.layers) - 1, "mean of heads"
+    anatomy, layers = model.anatomy, None
+    queries = [*range(anatomy.num_prefix_tokens)]
+    if model.replayed:
+        layers = model.measured_blocks
+    else:
+        rows, cols = anatomy.grid(images.x)
+        queries.append(attention.patch_token(model, images.x, rows // 2, cols // 2))
+    seen = model.capture(images, ("norms", "attention"), layers=layers, queries=queries)
+    names, mean = attention.query_names(seen), "mean of heads"
 
     def draw(image, layer, head, query):
         token = seen.queries[names.index(query)]
         rows = attention.maps(seen, layer, [token], None if head == mean else [head])[image, 0]
-        norms = attention.on_grid(seen, seen.norms[image, layer])
+        norms = attention.on_grid(seen, seen.norms[image, seen.layers.index(layer)])
         title = f"{model.label}, block {layer}, {mean if head == mean else f'head {head}'}"
         return plots.query_view(images.pixels[image], attention.relative(rows), norms, query, title)
 
     return interact(
         draw,
         image=("IntSlider", {"value": 0, "min": 0, "max": len(images) - 1}),
-        layer=("IntSlider", {"value": deepest, "min": 0, "max": deepest}),
-        head=("Dropdown", {"value": mean, "options": [mean, *range(model.anatomy.num_heads)]}),
+        layer=("IntSlider", {"value": seen.layers[-1], "min": seen.layers[0], "max": seen.layers[-1]}),
+        head=("Dropdown", {"value": mean, "options": [mean, *range(anatomy.num_heads)]}),
         query=("Dropdown", {"value": names[0], "options": names}),
     )
 
 
 def explore(
-    models="mini-deit3",
+    models="deit-ti deit-ti-trained-reg4",
     images: str = "photos",
     image: int = 0,
     layer: int = -1,
@@ -112,7 +116,8 @@ def explore(
 ):
     """The explorer: one image through one or two models, with layer, heads, query token and cutoff to choose.
 
-    models: one or two names separated by a space, or loaded `zoo.Model`s in a list (a single one by itself). images:
+    models: one or two names separated by a space, or loaded models in a list (a single one by itself). A model without
+    its weights on this machine is replayed where it was measured (`model.measured`), on the photos. images:
     photos, scenes, or the path of a folder or an image; image: which of it, from 0. layer: a block, negative from the
     end. heads: numbers as "0 3" or (0, 3), none for the mean of all. query: "cls", "register 2" or "patch (row, col)".
     cutoffs: norms above which a patch is an outlier, one a model, as "150 rule"; empty: by the default rule.

@@ -14,6 +14,8 @@ from ..base import UserError, in_batch, results, shown, write_atomically
 from .state import State, Store, fitting
 from .view import View, commands, look, scales
 
+MEASURED = "photos"  # the images that `model.measured` has measurements of
+
 
 class Explorer:
     """The explorer of `widgets.explore`. A notebook shows the page, a batch run its picture.
@@ -176,6 +178,8 @@ class Page:
         try:
             if "models" in changes:  # norms of another model are on another scale
                 state = replace(self.owner.state, cutoffs=(), **changes)
+                if state.images != MEASURED and any(self.owner.store.model(name).replayed for name in state.models):
+                    state = replace(state, images=MEASURED, image=0)
                 changes = vars(fitting(state, self.owner.store.all_seen(state)))
             self.owner.choose(**changes)
             self.status.value = ""
@@ -207,8 +211,8 @@ class Page:
         self.canvases[1].layout.display = None if len(views) > 1 else "none"
 
     def _set_controls(self, state: State, views: list[View]) -> None:
-        images, _ = self.owner.store.images(state.models[0], state.images)
-        names = [(name, name) for name in _models(state.models)]
+        images = self.owner.store.images(state.models[0], state.images)[0]
+        names = _models(state.models)
         _offer(self.source, _sources(state.images), state.images)
         _offer(self.image, [(name, place) for place, name in enumerate(images.names)], state.image)
         _offer(self.first, names, state.models[0])
@@ -217,8 +221,22 @@ class Page:
         _offer(self.query, [(name, name) for name in dict.fromkeys([*queries, state.query])], state.query)
         self.component.value, self.shared.value = state.component, state.shared
         self.shared.layout.display = None if len(views) > 1 else "none"
+        self._allow(views)
         self._set_layer(max(view.seen.depth for view in views), state.layer % views[0].seen.depth, state.layer)
         self._set_heads(max(view.seen.num_heads for view in views), state.heads)
+
+    def _allow(self, views: list[View]) -> None:
+        """Disable, and say why, what would change nothing, since no model shown was measured for it."""
+        measured = [view.label for view in views if view.seen.measured]
+        images = f"{' and '.join(measured)}: replayed, measured on the photos alone" if measured else ""
+        reasons = dict.fromkeys(("source", "path", "upload"), images)
+        for names, panel in ((("query", "opacity"), "attention"), (("component",), "components")):
+            missing = all(panel in view.missing for view in views)
+            reasons |= dict.fromkeys(names, views[0].missing[panel] if missing else "")
+        for name, reason in reasons.items():
+            widget = getattr(self, name)
+            widget.disabled, widget.tooltip = bool(reason), reason or None
+        self.no_heads = reasons["query"]
 
     def _set_layer(self, depth: int, last: int, layer: int) -> None:
         import ipywidgets
@@ -238,13 +256,13 @@ class Page:
             made = [ipywidgets.Label("Heads").add_class("vr-heads-label")]
             for head in [None, *range(count)]:
                 text = "mean" if head is None else str(head)
-                tip = "mean of all heads" if head is None else f"head {head}: several are averaged"
-                button = ipywidgets.ToggleButton(description=text, tooltip=tip, layout={"width": "auto"})
+                button = ipywidgets.ToggleButton(description=text, layout={"width": "auto"})
                 button.observe(lambda event, head=head: self._toggle(head), "value")
                 made.append(button)
             self.heads.children = made
         for head, button in enumerate(self.heads.children[1:], -1):
             button.value = head in heads if head >= 0 else not heads
+            button.disabled, button.tooltip = bool(self.no_heads), self.no_heads or _tip(head)
 
     def _toggle(self, head: int | None) -> None:
         if not self.quiet:
@@ -307,12 +325,21 @@ def _sources(current: str) -> list[tuple[str, str]]:
     return [(name, name) for name in sources] + more
 
 
-def _models(chosen: tuple[str, ...]) -> list[str]:
-    """Names of models that are on this machine, those without registers also with four added at test time."""
-    from ..model import zoo
+def _tip(head: int) -> str:
+    return "mean of all heads" if head < 0 else f"head {head}: several are averaged"
 
-    names = []
+
+def _models(chosen: tuple[str, ...]) -> list[tuple[str, str]]:
+    """(what is shown, name) of models: real ones that were measured, then what else has its weights on this machine.
+
+    Those without registers come also with four added at test time.
+    """
+    from ..model import measured, zoo
+
+    here = []
     for name, entry in zoo.entries().items():
         if zoo.available(name) != "not here":
-            names += [name] if "base" in entry else [name, f"{name}+ttr4"]
-    return list(dict.fromkeys([*names, *chosen]))
+            here += [name] if "base" in entry else [name, f"{name}+ttr4"]
+    replayed = [name for name in measured.names() if name not in here]
+    names = [(f"{name} (replayed)", name) for name in replayed] + [(name, name) for name in here]
+    return names + [(name, name) for name in chosen if name not in dict(names).values()]

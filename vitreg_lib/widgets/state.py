@@ -2,7 +2,8 @@
 
 A `State` is everything that can be chosen on the page: the same state gives the same views, so a test can compare the
 page with the library, and a batch run (`vitreg run explorer -p …`) repeats what was chosen by hand. A `Store` keeps
-tokens, queries and keys of one image at all blocks, so that another layer, head or query needs no forward pass.
+tokens, queries and keys of one image at all blocks, so that another layer, head or query needs no forward pass. Of a
+model without its weights it keeps what was measured (`model.measured`).
 """
 
 from __future__ import annotations
@@ -15,9 +16,10 @@ from dataclasses import dataclass, replace
 import torch
 
 from ..base import UserError
-from ..hooks.capture import Capture
+from ..hooks.capture import Capture, attention_rows
+from ..measure import detection
 
-MAX_IMAGES = 12  # of a source, to choose from; the cutoff by rule is of all their patches
+MAX_IMAGES = 12  # of a source, to choose from; the detector judges all of them
 KEPT_BYTES = 64 << 20  # of captures
 
 
@@ -31,7 +33,7 @@ class State:
     absent for the one by rule. shared: one colour scale for both models. component: 1 to 3, 0 for the three as colours.
     """
 
-    models: tuple[str, ...] = ("mini-deit3",)
+    models: tuple[str, ...] = ("deit-ti",)
     images: str = "photos"
     image: int = 0
     layer: int = -1
@@ -46,17 +48,23 @@ class State:
 class Seen:
     """One image through one model, all blocks kept.
 
-    capture: norms, tokens, q and k of the image. set_norms: (layers, patches of all images of the source).
-    pixels: (3, height, width) in [0, 1]. truth: (layers, rows, cols) bool where a control has artifacts, else None.
+    capture: norms, tokens, q and k of the image; norms and the measured attention of a replayed model. set_norms:
+    (layers, patches of all images of the source). found: what the detector says of these. pixels: (3, height, width) in
+    [0, 1]. truth: (layers, rows, cols) bool where a control has artifacts, else None. measured: the date on which a
+    replayed model was measured, else "". components: (rows, cols, 3) of its last block.
     """
 
     label: str
     role: str
     capture: Capture
+    num_heads: int
     set_norms: torch.Tensor
+    found: detection.Detection
     pixels: torch.Tensor
     image_name: str
-    truth: torch.Tensor | None
+    truth: torch.Tensor | None = None
+    measured: str = ""
+    components: torch.Tensor | None = None
 
     @property
     def depth(self) -> int:
@@ -64,20 +72,31 @@ class Seen:
         return len(self.capture.layers)
 
     @property
-    def num_heads(self) -> int:
-        """Heads of a block."""
-        return self.capture.q[0].shape[1]
-
-    @property
     def bytes(self) -> int:
         """Size of the capture in memory."""
-        sites = (self.capture.tokens, self.capture.q, self.capture.k)
+        sites = (self.capture.tokens, self.capture.q, self.capture.k, self.capture.attention)
         parts = [self.capture.norms, *(tensor for site in sites for tensor in site.values())]
         return sum(tensor.numel() * tensor.element_size() for tensor in parts)
 
+    def row(self, layer: int, token: int) -> torch.Tensor | None:
+        """(1, heads, 1, tokens) attention of a query token in a block; None where it was not measured."""
+        seen = self.capture
+        if not self.measured:
+            return attention_rows(seen.q[layer][:, :, [token]].float(), seen.k[layer].float())
+        known = layer in seen.attention and token in seen.queries
+        return seen.attention[layer][:, :, [seen.queries.index(token)]] if known else None
+
+    def cutoff(self, layer: int) -> float:
+        """The detector's cutoff after its block; after others as many medians. Infinite where it sees no artifacts."""
+        outliers = self.found.outliers
+        return outliers.cutoff / self.set_norms[outliers.layer].median().item() * self.set_norms[layer].median().item()
+
 
 def fitting(state: State, seen: list[Seen]) -> State:
-    """The state with layer, heads and query at their defaults where none of its models has them."""
+    """The state with layer, heads and query at their defaults where none of its models has them.
+
+    seen: of the state's models.
+    """
     fits = replace(state, layer=-1, heads=(), query="cls")
     for name in ("layer", "heads", "query"):
         more = replace(fits, **{name: getattr(state, name)})
@@ -100,9 +119,19 @@ def check(state: State, seen: list[Seen]) -> None:
     registers = max(one.capture.num_registers for one in seen)
     if kind == "register" and numbers[0] > registers:
         raise UserError(f"query {state.query!r}: registers of {' and '.join(state.models)}: {registers or 'none'}")
+    if kind == "patch" and all(one.measured for one in seen):
+        raise UserError(f"{query_not_measured(state.query)}; {LIVE}")
     rows, cols = seen[0].capture.grid
     if kind == "patch" and not (numbers[0] < rows and numbers[1] < cols):
         raise UserError(f"patch {numbers} out of range for a grid of {rows} x {cols}, counted from 0")
+
+
+LIVE = "with the weights in VITREG_MODELS or the hub's cache it is computed"
+
+
+def query_not_measured(query: str) -> str:
+    """Why a replayed model has no attention of a query."""
+    return f"attention of {query} was not measured, only that of cls and registers"
 
 
 def parse_query(query: str) -> tuple[str, tuple[int, ...]]:
@@ -148,24 +177,25 @@ class Store:
         return model.label
 
     def model(self, name: str):
-        """The model of that name."""
-        from ..model import zoo
+        """The model of that name; as it was measured where its weights are not on this machine."""
+        from ..model import measured, zoo
 
         def make():
             self.busy(f"loading {name} …" + (" adding registers takes some seconds" if zoo.split(name)[1] else ""))
-            return zoo.load(name)
+            return measured.live_or_replayed(name)
 
         return _kept(self._models, name, make, 4)
 
     def images(self, name: str, source: str):
-        """(`Images` as the model of that name takes them, (layers, patches of all) norms)."""
+        """(`Images` as the model of that name takes them, (layers, patches of all) norms, their `Detection`)."""
         from ..data import images
 
         def make():
             model = self.model(name)
             self.busy(f"{name}: norms of the images of {source} …")
             batch = images.load(source, model, MAX_IMAGES)
-            return batch, model.capture(batch, "norms").patch_norms.transpose(0, 1).flatten(1)
+            observed = detection.observe(model, batch)
+            return batch, observed.norms.transpose(0, 1).flatten(1), detection.judge(observed, name)
 
         return _kept(self._sets, (name, source), make, 4)
 
@@ -181,19 +211,25 @@ class Store:
         return [self.seen(name, state.images, state.image) for name in state.models]
 
     def _see(self, name: str, source: str, image: int) -> Seen:
-        batch, norms = self.images(name, source)
+        batch, norms, found = self.images(name, source)
         if not 0 <= image < len(batch):
             count = len(batch)
             raise UserError(f"image {image} out of range for the {count} images of {source!r} (0…{count - 1})")
         model = self.model(name)
         self.busy(f"{name}: all layers of {batch.names[image]} …")
         one = replace(batch, x=batch.x[[image]], pixels=batch.pixels[[image]], names=[batch.names[image]])
+        facts = (model.anatomy.num_heads, norms, found, batch.pixels[image], batch.names[image])
+        if model.replayed:
+            capture = model.capture(one, ("norms", "attention"), layers=model.measured_blocks)
+            capture = replace(model.capture(one), attention=capture.attention, queries=capture.queries)
+            told = dict(measured=model.measured["date"], components=model.components(one)[0])
+            return Seen(model.label, model.role, capture, *facts, **told)
         capture = model.capture(one, ("norms", "tokens", "q", "k"))
         truth = model.truth(one)
         if truth is not None:
             truth = truth[0].view(1, *capture.grid).repeat(len(capture.layers), 1, 1)
             truth[: model.onset or 0] = False  # a planted control has no artifacts before its onset
-        return Seen(model.label, model.role, capture, norms, batch.pixels[image], batch.names[image], truth)
+        return Seen(model.label, model.role, capture, *facts, truth)
 
 
 def _kept(kept: OrderedDict, key, make: Callable, most: int):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import textwrap
 
 import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
@@ -44,7 +45,7 @@ def _row(figure: Figure, row, view: View, ranges: dict, component: int) -> None:
     if view.patch:
         y, x = (n + 0.5 for n in view.patch)
         row[0].plot(x * side[1] / view.grid[1], y * side[0] / view.grid[0], "P", color="white", mec="black", ms=8)
-    row[0].set_ylabel(f"{view.label}\n({view.seen.role})", fontsize=9)
+    row[0].set_ylabel(f"{view.label}\n({view.role})\n{view.verdict}", fontsize=9)
     row[0].set_title(view.seen.image_name)
     row[0].set_xlabel("\n".join(view.title.split(" · ")[:2]), fontsize=8)
     drawn = (
@@ -53,11 +54,17 @@ def _row(figure: Figure, row, view: View, ranges: dict, component: int) -> None:
         ("similarity", "neighbour similarity", SIMILARITY, "mean cosine"),
     )
     for axis, (name, title, cmap, unit) in zip((row[1], row[2], row[4]), drawn, strict=True):
+        axis.set_title(title)
+        if name in view.missing:
+            _reason(axis, view, name)
+            continue
         low, high = ranges[name]
         image = axis.imshow(getattr(view, name), cmap=cmap, vmin=low, vmax=high, interpolation="nearest")
         _bar(figure, axis, image, unit)
-        axis.set_title(title)
-    if component:
+    if "components" in view.missing:
+        row[3].set_title("components")
+        _reason(row[3], view, "components")
+    elif component:
         image = row[3].imshow(view.components[..., component - 1], cmap=COMPONENT, vmin=-3, vmax=3)
         _bar(figure, row[3], image, "σ")
         row[3].set_title(f"component {component}")
@@ -68,6 +75,13 @@ def _row(figure: Figure, row, view: View, ranges: dict, component: int) -> None:
     for axis in row[:5]:
         bare(axis)
     _histogram(row[5], view)
+
+
+def _reason(axis, view: View, name: str) -> None:
+    """An empty panel that says why nothing was measured."""
+    axis.set(box_aspect=view.grid[0] / view.grid[1], facecolor="#EEEEEE")
+    text = textwrap.fill(view.missing[name], 20)
+    axis.text(0.5, 0.5, text, transform=axis.transAxes, ha="center", va="center", size=8).set_in_layout(False)
 
 
 def _histogram(axis, view: View) -> None:

@@ -13,9 +13,9 @@ from dataclasses import dataclass, replace
 import torch
 
 from ..base import UserError
-from ..hooks.capture import Capture, attention_rows
-from ..measure import attention, maps, outliers
-from .state import Seen, State, Store, check, parse_query
+from ..hooks.capture import Capture
+from ..measure import attention, maps
+from .state import LIVE, Seen, State, Store, check, parse_query, query_not_measured
 
 BINS = 48
 
@@ -28,6 +28,7 @@ class View:
     standard deviations. similarity: mean cosine to the 2 to 4 neighbours. cutoff: infinite where the rule gives none.
     budget: where the query's attention goes. edges (BINS + 1,), counts and set_counts (BINS,): histogram of norms, as
     shares of patches, of this image and of all images of the source. notes: where this model cannot follow the state.
+    missing: {"attention", "components" or "similarity": why it was not measured}, of a replayed model; the map is NaN.
     """
 
     seen: Seen
@@ -46,11 +47,17 @@ class View:
     counts: torch.Tensor
     set_counts: torch.Tensor
     notes: tuple[str, ...]
+    missing: dict[str, str]
 
     @property
     def label(self) -> str:
         """The model's short name."""
         return self.seen.label
+
+    @property
+    def role(self) -> str:
+        """What the model is, and whether it is replayed."""
+        return self.seen.role + (", replayed" if self.seen.measured else "")
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -76,6 +83,13 @@ class View:
     def outlier_share(self) -> float:
         """Of the image's patches, 0 to 1."""
         return self.is_outlier.float().mean().item()
+
+    @property
+    def verdict(self) -> str:
+        """The detector's answer for all images of the source, in a few words."""
+        found = self.seen.found
+        words = {"artifacts": f"artifacts: {found.strength}, {found.kind}", "none": "no artifacts"}
+        return words.get(found.answer, found.answer)
 
     @property
     def ranks(self) -> torch.Tensor:
@@ -105,14 +119,18 @@ def view(state: State, seen: Seen, place: int, grid: tuple[int, int]) -> View:
     """The `View` of one model; `place` is its place in the state, `grid` that on which the state's patch is named."""
     capture = seen.capture
     layer, heads, token, notes = _resolve(state, seen, grid)
-    row = attention_rows(capture.q[layer][:, :, [token]].float(), capture.k[layer].float())
+    row = seen.row(layer, token)
+    missing = _missing(seen, layer, row is None, state.query)
+    if missing:
+        notes.append(f"is replayed from measurements of {seen.measured}: {'; '.join(missing.values())}; {LIVE}")
+    row = torch.full((1, seen.num_heads, 1, capture.norms.shape[-1]), torch.nan) if row is None else row
     row = row[:, list(heads) if heads else slice(None)].mean(1, keepdim=True)
     asked = replace(capture, queries=(token,), attention={layer: row})
     norms = attention.on_grid(capture, capture.norms[0, layer])
     cutoff = state.cutoffs[place] if place < len(state.cutoffs) else None
     by_rule, set_norms = cutoff is None, seen.set_norms[layer]
-    cutoff = outliers.cutoff(set_norms) if by_rule else cutoff
-    patches = capture.patches(capture.tokens[layer])
+    cutoff = seen.cutoff(layer) if by_rule else cutoff
+    components, similarity = _of_tokens(seen, layer)
     high = max(float(set_norms.max()), float(norms.max())) * 1.04
     number = token - capture.num_prefix_tokens
     return View(
@@ -123,10 +141,8 @@ def view(state: State, seen: Seen, place: int, grid: tuple[int, int]) -> View:
         patch=divmod(number, capture.grid[1]) if number >= 0 else None,
         attention_share=attention.maps(asked, layer)[0, 0],
         norms=norms,
-        components=maps.principal_components(patches, 3, per_image=True, grid=capture.grid)
-        .scores[0]
-        .unflatten(0, capture.grid),
-        similarity=maps.neighbour_similarity(patches.float(), capture.grid)[0].unflatten(0, capture.grid),
+        components=components,
+        similarity=similarity,
         cutoff=cutoff,
         by_rule=by_rule,
         budget=attention.budget(asked, (norms > cutoff).flatten()[None], layer, token).iloc[0].to_dict(),
@@ -134,7 +150,32 @@ def view(state: State, seen: Seen, place: int, grid: tuple[int, int]) -> View:
         counts=torch.histc(norms.flatten(), BINS, 0, high) / norms.numel(),
         set_counts=torch.histc(set_norms, BINS, 0, high) / set_norms.numel(),
         notes=tuple(notes),
+        missing=missing,
     )
+
+
+def _of_tokens(seen: Seen, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Components (rows, cols, 3) and neighbour similarity (rows, cols) after a block; NaN where not measured."""
+    capture, grid = seen.capture, seen.capture.grid
+    if seen.measured:
+        unknown = torch.full((*grid, 3), torch.nan)
+        return (seen.components if layer == seen.depth - 1 else unknown), unknown[..., 0]
+    patches = capture.patches(capture.tokens[layer])
+    scores = maps.principal_components(patches, 3, per_image=True, grid=grid).scores[0]
+    return scores.unflatten(0, grid), maps.neighbour_similarity(patches.float(), grid)[0].unflatten(0, grid)
+
+
+def _missing(seen: Seen, layer: int, attention: bool, query: str) -> dict[str, str]:
+    """What was not measured of a replayed model, with the reason; empty for a live one."""
+    if not seen.measured:
+        return {}
+    missing = {"similarity": "neighbour similarity was not measured"}
+    if layer != seen.depth - 1:
+        missing["components"] = f"components were measured after block {seen.depth - 1} only"
+    if attention:
+        blocks = f"attention was measured in blocks {min(seen.capture.attention)} to {seen.depth - 1} only"
+        missing["attention"] = query_not_measured(query) if layer in seen.capture.attention else blocks
+    return missing
 
 
 def _resolve(state: State, seen: Seen, grid: tuple[int, int]) -> tuple[int, tuple[int, ...], int, list[str]]:
@@ -171,13 +212,14 @@ def query_token(query: str, capture: Capture, grid: tuple[int, int]) -> tuple[in
 def scales(views: list[View], shared: bool) -> list[dict[str, tuple[float, float]]]:
     """Least and largest value of the colour scale of each map, by model and name; one for all models where `shared`.
 
-    A map that is flat except for rounding gets a middle tone.
+    A map that is flat except for rounding gets a middle tone. What was not measured does not count.
     """
     result = []
     for one in views:
         ranges = {}
         for name in ("attention", "norms", "similarity"):
             shown = torch.cat([getattr(v, name).flatten() for v in (views if shared else [one])])
+            shown = shown[shown.isfinite()] if shown.isfinite().any() else torch.zeros(1)
             low, high = shown.min().item(), shown.max().item()
             ranges[name] = (low, high) if high - low > 1e-3 * abs(high) else (low - abs(high), high + abs(high) + 1e-9)
         result.append(ranges)

@@ -12,33 +12,28 @@ A file holds, in half precision, for n photos (fields of `Capture` where they ar
 
 L are the last third of the blocks, or the last alone; queries are the prefix tokens and the patch at the centre.
 Components are first principal components of the patch tokens after the last block, whitened, before the final LayerNorm
-or after it. What else
-lies in a file is written and read by the notebook that shows it (`Replayed.kept`): workflow/measured.py adds it. The
-metadata say which model, photos (by sha256), command, commit and date. No photo is in it.
+or after it. What else lies in a file is read by the notebook that shows it (`Replayed.kept`); workflow/measured.py adds
+it. The metadata say which model, photos (by sha256), command, commit and date. No photo is in it.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import datetime
 import json
-import subprocess
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import nn
 
-from ..base import DATA, ROOT, UserError, unknown, written
-from ..data import images as image_sets
+from ..base import DATA, UserError, unknown
 from ..hooks.anatomy import Anatomy
 from ..hooks.capture import Capture
-from ..measure import detection, maps
-from ..model.model import Model
-from ..model.weights import file_sha256
+from ..measure.detection import Observed
+from . import names as model_names
+from . import zoo
+from .model import Model
 
 FOLDER = DATA / "measured"
 SIZES = ("embed_dim", "num_heads", "head_dim", "channels")  # of `Anatomy`, kept as they are
@@ -61,6 +56,18 @@ def load(name: str) -> Replayed:
     facts = {k: tuple(v) if isinstance(v, list) else v for k, v in about["model"].items()}
     facts["head"] = {k: tuple(v) for k, v in facts["head"].items()}
     return Replayed(**facts, module=_NoWeights(facts["label"]), tensors=tensors, measured=about)
+
+
+def live_or_replayed(name: str) -> Model:
+    """The model of that name where its weights are on this machine, else as it was measured.
+
+    A name that was not measured is loaded as `zoo.load` does, from the hub where it has to be.
+    """
+    base, _, _ = model_names.split(name)
+    entry = model_names.entries().get(base)
+    # weights made here differ a little from machine to machine: the measured ones are shown
+    here = entry is not None and "made_by" not in entry and model_names.available(base) != "not here"
+    return load(name) if name in names() and not here else zoo.load(name)
 
 
 @dataclass
@@ -113,12 +120,12 @@ class Replayed(Model):
             seen.attention = {i: self.tensors[f"attention.{i}"][rows][:, :, picked].float() for i in layers}
         return seen
 
-    def observed(self, images) -> detection.Observed:
+    def observed(self, images) -> Observed:
         """What `detect` rests on."""
         rows, blocks, first = self._rows(images), self.measured_blocks, self.anatomy.num_prefix_tokens
         by_patches = {i: self.tensors[f"by_patches.{i}"][rows].float() for i in blocks}
         by_cls = {i: self.tensors[f"attention.{i}"][rows].float().mean(1)[:, 0, first:] for i in blocks}
-        return detection.Observed(self.capture(images), by_cls if self.anatomy.has_cls else {}, by_patches)
+        return Observed(self.capture(images), by_cls if self.anatomy.has_cls else {}, by_patches)
 
     def kept(self, name: str, images=None) -> torch.Tensor:
         """The tensor of that name, or its rows for measured photos; UserError where there is none."""
@@ -126,10 +133,6 @@ class Replayed(Model):
             raise self._not_measured(name)
         tensor = self.tensors[name] if images is None else self.tensors[name][self._rows(images)]
         return tensor.float() if tensor.is_floating_point() else tensor
-
-    def keeps(self, name: str) -> bool:
-        """Whether there is a tensor of that name, or of names that begin with it and a dot."""
-        return any(key == name or key.startswith(f"{name}.") for key in self.tensors)
 
     def _x(self, images) -> torch.Tensor:
         return getattr(images, "x", images)
@@ -166,65 +169,3 @@ class _NoWeights(nn.Module):
 def thumbnails(x: torch.Tensor) -> torch.Tensor:
     """(n, 3, 8, 8) mean of normalised images over an 8 x 8 grid."""
     return F.adaptive_avg_pool2d(x.float(), 8)
-
-
-def measure(model: Model, images, last: bool = False) -> dict:
-    """The tensors of a file, for an `Images` set. last: attention of the last block alone."""
-    observed = detection.observe(model, images)
-    blocks = list(observed.by_patches)[-1 if last else 0 :]
-    seen = model.capture(images, ("attention", "tokens", "final"), layers=blocks, queries=queries(model, images))
-    tensors = {"norms": observed.seen.norms, "thumbnails": thumbnails(images.x)}
-    before, after = (seen.patches(tokens) for tokens in (seen.tokens[blocks[-1]], seen.final))
-    options = dict(clip=None, grid=seen.grid)
-    each = maps.principal_components(before, 3, per_image=True, **options).scores
-    tensors["components"] = each.unflatten(1, seen.grid)
-    for name, tokens in (("component", before), ("component_after", after)):
-        tensors[name] = maps.principal_components(tokens, 1, **options).scores[..., 0].unflatten(1, seen.grid)
-    tensors |= {f"by_patches.{i}": observed.by_patches[i] for i in blocks}
-    return tensors | {f"attention.{i}": at for i, at in seen.attention.items()}
-
-
-def queries(model: Model, images) -> list[int]:
-    """The tokens whose attention is kept: the prefix tokens and the patch at the centre."""
-    rows, cols = model.anatomy.grid(images.x)
-    prefix = model.anatomy.num_prefix_tokens
-    return [*range(prefix), prefix + rows // 2 * cols + cols // 2]
-
-
-def write(model: Model, images, tensors: dict, path: Path, command: str, **more) -> Path:
-    """Write a file of measurements in half precision with its metadata, and `more` of them; its path."""
-    tensors = {name: t.half().contiguous() if t.is_floating_point() else t for name, t in tensors.items()}
-    anatomy = model.anatomy
-    facts = {f.name: getattr(model, f.name) for f in dataclasses.fields(Model) if f.name != "module"}
-    sizes = {name: getattr(anatomy, name) for name in ("prefix", "depth", "patch_size", *SIZES)}
-    source = images.source.split(",")[0]
-    metadata = dict(model=facts, anatomy=sizes, source=source, size=images.x.shape[-1], photos=_hashes(images))
-    metadata |= dict(command=command, commit=_commit(), date=datetime.date.today().isoformat(), **more)
-    metadata["queries"] = queries(model, images)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with written(path) as temporary:
-        save_file(tensors, temporary, {key: json.dumps(value) for key, value in metadata.items()})
-    return path
-
-
-def _hashes(images) -> dict[str, str]:
-    """{name: sha256 of its file} of photos; empty for procedural images."""
-    if images.scenes is not None or images.source.startswith("textures"):
-        return {}
-    source = "photos" if images.source.startswith("photos") else images.source.split(",")[0]
-    try:
-        paths = {path.stem: path for path in image_sets.find(source)[0]}
-    except UserError:  # a folder that was given by its path: its name alone does not find it
-        return dict.fromkeys(images.names, "")
-    return {name: file_sha256(paths[name]) for name in images.names if name in paths}
-
-
-def _commit() -> str:
-    """The commit of the code that measures, with "+" where files differ from it; "" outside of a repository."""
-    try:
-        done = subprocess.run(
-            ["git", "describe", "--always", "--abbrev=12", "--dirty=+"], cwd=ROOT, capture_output=True, text=True
-        )
-    except OSError:
-        return ""
-    return done.stdout.strip()
