@@ -154,7 +154,7 @@ def test_probes_of_measured_features_find_what_outliers_know(no_models):
 def test_measured_features_and_maps_are_those_of_the_model(real, tmp_path, monkeypatch):
     """The columns in the file are the ones that a run with the weights extracts, and so are LOST's maps."""
     monkeypatch.setenv("VITREG_CACHE", str(tmp_path))
-    model, replayed = zoo.load("deit-ti", "cpu"), measured.load("deit-ti")
+    model, replayed = zoo.load("vit-ti", "cpu"), measured.load("vit-ti")
     _, parts = tables.kept_problem(replayed, "cifar10-small")
     facts = replayed.measured["sets"]["cifar10-small"]
     (problem,) = tables_tasks.load("cifar10-small", len(parts[0].column("cls")), len(parts[1].column("cls")))

@@ -37,7 +37,7 @@ CALTECH, BOTH = ("caltech101-small",), ("caltech101-small", "cifar10-small")
 # what a file holds besides: all late blocks, LOST's maps, scores of tasks; labelled sets, and which tokens of them
 OUTLIERS, REGISTERS = ("cls", "normal", "outlier", "matched"), ("cls", "normal", "registers")
 MODELS = {
-    "deit-ti": dict(late=True, lost=True, scores=True, sets=BOTH, tokens=OUTLIERS),
+    "deit-ti": dict(late=True, lost=True, scores=True, sets=CALTECH, tokens=OUTLIERS),
     "deit-ti-trained-reg1": dict(scores=True, sets=CALTECH, tokens=REGISTERS),
     "deit-ti-trained-reg2": dict(scores=True),
     "deit-ti-trained-reg4": dict(lost=True, scores=True, sets=CALTECH, tokens=REGISTERS),
@@ -45,7 +45,7 @@ MODELS = {
     "deit-ti-trained-reg16": dict(scores=True),
     "deit-ti+ttr4": {},
     "deit-ti+empty4": {},
-    "vit-ti": dict(late=True, lost=True, sets=CALTECH, tokens=OUTLIERS),
+    "vit-ti": dict(late=True, lost=True, sets=BOTH, tokens=OUTLIERS),
     "vit-ti-trained-reg4": dict(lost=True),
     "vit-ti+ttr4": {},
     "dinov2-s": dict(late=True),

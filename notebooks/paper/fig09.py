@@ -30,7 +30,7 @@ def objects_of(run, model) -> tuple:
         return pictures, torch.stack([scenes.instances == k + 1 for k in range(scenes.visible.shape[1])], 1)
     if not run.settings.get("boxes") or model.replayed:
         return run.images(model), None
-    pictures, boxes = sets.load_boxes(run.settings["boxes"], model, 0)
+    pictures, boxes = sets.load_boxes(run.settings["boxes"], model)
     masks = torch.zeros(len(boxes), 2, *pictures.x.shape[-2:], dtype=torch.bool)
     for image, found in enumerate(boxes):
         area = (found[:, 2:] - found[:, :2]).prod(1)

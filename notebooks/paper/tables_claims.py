@@ -91,21 +91,23 @@ def subject(found: tables.Classified, models) -> str | None:
 def of_table1(found: tables.Classified, models) -> Iterator[tuple]:
     """C066 to C083 on the paper's data sets or parts of them, then ours: the same two questions on all tasks here.
 
-    Judged on the first trained model with artifacts, where it has them on the images of that set.
+    Each set is judged on the first trained model that has artifacts on its images.
     """
     name, columns = subject(found, models), found.table.paper.groupby(level="task", sort=False).first()
     fair, plain = (tables.gaps(found, "outlier", other) for other in ("matched", "normal"))
     titles = {e["paper"]: e["title"] for e in sets.entries().values() if "paper" in e}
-    known = {PARTS_OF[t]: t for m, t in fair.index if m == name and t in PARTS_OF}
-    tasks = known | {columns[t]: t for m, t in fair.index if m == name and columns[t]}
+    specimens, judged = [m.label for m in models if m.role == "trained" and found.owner.get(m.label) == m.label], {}
+    for label, task in sorted((key for key in fair.index if key[0] in specimens), key=lambda k: specimens.index(k[0])):
+        judged.setdefault(columns[task] or PARTS_OF.get(task), (label, task))
+    tasks = {PARTS_OF.get(t) or columns[t]: t for m, t in fair.index if m == name and (t in PARTS_OF or columns[t])}
     for number, column in enumerate(COLUMNS):
-        claim, task = f"C{66 + number:03d}", tasks.get(column)
+        claim, (label, task) = f"C{66 + number:03d}", judged.get(column, (None, None))
         if task is None:
             yield claim, None, f"needs {titles[column]} and a trained model with artifacts on its images"
         else:
-            row = found.table.loc[name, task, "outlier"]
-            about = f"{name} on {task} ({row.classes} classes, {row.train} and {row.test} photos with an outlier)"
-            yield claim, _more(fair, name, task), f"{about}: {_gap_in_words(fair, plain, name, task)}"
+            row = found.table.loc[label, task, "outlier"]
+            about = f"{label} on {task} ({row.classes} classes, {row.train} and {row.test} photos with an outlier)"
+            yield claim, _more(fair, label, task), f"{about}: {_gap_in_words(fair, plain, label, task)}"
     if name is None:
         why = "no trained model here has outliers; the controls are judged below"
         yield from ((claim, None, why) for claim in ("C080", "C082", "C083"))
