@@ -78,7 +78,8 @@ bench: $(READY) ## timings, as ratios within one run
 bench-train: $(READY) ## images a second of training, against timm's way, and what registers cost
 	@env -u OMP_NUM_THREADS $(BIN)/python -m tests.bench_train
 
-twins: $(READY) ## registers trained into DeiT-Ti and ViT-Ti in every way compared (minutes on a GPU, hours on a CPU; goes on)
+twins: $(READY) ## registers trained into DeiT-Ti and ViT-Ti: ten models, then every way compared (on a CPU hours; goes on)
+	@$(BIN)/python workflow/twins.py weights
 	@$(BIN)/python workflow/twins.py run --jobs $(JOBS) && $(BIN)/python workflow/twins.py keep
 
 refresh: $(READY) ## execute all notebooks (or NOTEBOOKS="fig04 tab02") in place, write data/records/

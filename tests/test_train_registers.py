@@ -18,7 +18,8 @@ from vitreg_lib import cli
 from vitreg_lib.base import UserError
 from vitreg_lib.data import images
 from vitreg_lib.hooks.capture import capture
-from vitreg_lib.model import mend, planted, remedies, zoo
+from vitreg_lib.measure import pairs
+from vitreg_lib.model import mend, names, planted, remedies, zoo
 from vitreg_lib.model.grow import with_registers
 from vitreg_lib.model.model import Model
 from vitreg_lib.train import loop, state
@@ -221,6 +222,29 @@ def test_a_model_that_was_given_registers_can_be_given_more(tmp_path):
     loop.train(configured(VIT, steps=1), recipe, tmp_path / "run", progress=False)
     module = zoo.load(f"file:{tmp_path / 'run' / 'model.safetensors'}", "cpu").module
     assert with_registers(module, torch.zeros(1, 192)).num_prefix_tokens == 4
+
+
+@pytest.mark.parametrize("place", ["VITREG_MODELS", "runs/twins"])
+def test_a_twin_is_found_by_its_name_and_pairs_with_its_base(place, tmp_path, monkeypatch):
+    loop.train(configured(VIT, steps=1), recipe, tmp_path / "deit-ti-trained-reg2", progress=False)
+    monkeypatch.setenv("VITREG_MODELS", str(tmp_path if place == "VITREG_MODELS" else tmp_path.parent))
+    monkeypatch.setattr(names, "TWINS", tmp_path if place == "runs/twins" else tmp_path / "nothing")
+    assert zoo.available("deit-ti-trained-reg2") == place
+    twin = zoo.load("deit-ti-trained-reg2", "cpu")
+    assert (twin.name, twin.label, twin.entry) == ("deit-ti-trained-reg2",) * 3
+    assert (twin.base, twin.family, twin.registers, twin.registers_from) == ("deit-ti", "deit", 2, "fine-tuned")
+    plain = Model("deit_tiny_patch16_224.fb_in1k", None, "", label="deit-ti", entry="deit-ti")
+    assert pairs.pairs([plain, twin], "fine-tuned") == {"deit-ti-trained-reg2": "deit-ti"}
+    assert not pairs.pairs([plain, twin], "trained")
+    by_file = zoo.load(f"file:{tmp_path / 'deit-ti-trained-reg2' / 'model.safetensors'}", "cpu")
+    assert (by_file.base, by_file.registers_from) == (VIT, "fine-tuned")
+
+
+def test_a_mini_vit_with_registers_names_its_base(tmp_path):
+    config, _ = loop.configure("registers", model="planted", teacher="ttr", steps=1, batch_size=2, eval_images=4)
+    loop.train(config, recipe, tmp_path, progress=False)
+    twin = zoo.load(f"file:{tmp_path / 'model.safetensors'}", "cpu")
+    assert (twin.base, twin.family, twin.registers_from) == ("planted", "", "fine-tuned")
 
 
 def test_a_model_without_outliers_gets_one_line(tmp_path, capsys):

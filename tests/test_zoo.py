@@ -83,7 +83,16 @@ def test_a_base_is_the_same_model_without_registers(name):
         assert rest[0] == rest[1]
     else:
         assert entry["family"] == plain["family"]
+    if "timm" in entry:
         assert entry["timm"].replace("_reg4", "") == plain["timm"]
+
+
+def test_a_twin_that_is_not_here_names_the_command_that_makes_it(tmp_path, monkeypatch):
+    monkeypatch.setenv("VITREG_MODELS", str(tmp_path))
+    monkeypatch.setattr(names, "TWINS", tmp_path / "runs")
+    assert zoo.available("vit-ti-trained-reg8") == "not here"
+    with pytest.raises(UserError, match=r"`python workflow/twins.py weights --only vit-ti-trained-reg8`"):
+        zoo.load("vit-ti-trained-reg8")
 
 
 @pytest.mark.parametrize("name", [n for n, entry in zoo.entries().items() if "file" in entry])

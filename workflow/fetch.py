@@ -61,8 +61,11 @@ def _data_set(name: str) -> str:
 
 
 def _model(name: str) -> str:
+    entry = names.entries()[name]
     if names.available(name) == "not here":
-        _download(name, names.entries()[name]["timm"])
+        if "made_by" in entry:
+            raise UserError(f"{name} is made here: {entry['made_by']} --only {name}")
+        _download(name, entry["timm"])
     return names.available(name)
 
 

@@ -11,7 +11,6 @@ import dataclasses
 import hashlib
 import json
 import tempfile
-from pathlib import Path
 
 import pandas as pd
 import torch
@@ -33,7 +32,6 @@ DOSES = (0, 1, 2, 4, 8, 16)
 SEEDS = (0, 1, 2)
 CONTROLS = ("zeros", "mean", "other image", "noise")  # what replaces the trained registers before every block
 MAIN = {"start": "outliers", "teacher": "ttr", "free": "all", "registers": 4}
-KEPT = {("deit-ti", n) for n in (0, 1, 4, 16)} | {("vit-ti", n) for n in (0, 4, 16)}  # twins whose weights are kept
 ID = ("arm", "model", "registers", "start", "teacher", "free", "learning_rate", "steps")
 ID += ("photos", "answer_weight", "seed", "control")
 MEASURES = ("outliers_before", "outliers", "attention_on_outliers_before", "attention_on_outliers")
@@ -82,8 +80,8 @@ def key(cell: dict) -> str:
     return hashlib.sha256(json.dumps(cell, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def run(cell: dict, data: str, report: str, folder: Path, device: str = "cpu", **options) -> pd.DataFrame:
-    """Rows of one cell, one a photo; twins of `KEPT` leave their weights, in half precision, in `folder`.
+def run(cell: dict, data: str, report: str, device: str = "cpu", **options) -> pd.DataFrame:
+    """Rows of one cell, one a photo.
 
     data: photos to train on; report: labelled photos to measure on. `options` are fields of TrainConfig for all cells.
     """
@@ -99,7 +97,6 @@ def run(cell: dict, data: str, report: str, folder: Path, device: str = "cpu", *
     with tempfile.TemporaryDirectory() as place:
         loop.train(config, recipe, place, device, progress=False)
         twin = vr.load(f"file:{place}/model.safetensors", device)
-        metadata = _metadata(Path(place) / "model.safetensors")
     source = recipe.source(config)
     where = dict(cutoff=source.found.cutoff, layer=source.found.layer, labels=labels)
     described = {name: getattr(config, name) for name in ID if name not in ("arm", "control")} | {"arm": cell["arm"]}
@@ -118,11 +115,6 @@ def run(cell: dict, data: str, report: str, folder: Path, device: str = "cpu", *
                     vr.remedies.effect(before, replaced(twin, images.x, how), images, **where), images, described, how
                 )
             )
-    if cell["arm"] == "doses" and config.seed == 0 and (cell["model"], config.registers) in KEPT:
-        from vitreg_lib.train.state import save_tensors
-
-        half = {k: v.half() for k, v in twin.module.state_dict().items()}
-        save_tensors(folder / f"{cell['model']}-trained-reg{config.registers}.safetensors", half, metadata)
     return pd.concat(tables, ignore_index=True)
 
 
@@ -142,13 +134,6 @@ def _untrained(cell, model, images, labels, data) -> pd.DataFrame:
 
 def _rows(effects, images, described: dict, control: str) -> pd.DataFrame:
     return effects.round(4).astype("float32").assign(photo=images.names, **described, control=control)
-
-
-def _metadata(path: Path) -> dict[str, str]:
-    from safetensors import safe_open
-
-    with safe_open(path, "pt") as f:
-        return f.metadata()
 
 
 def photos_digest(folder: str) -> str:

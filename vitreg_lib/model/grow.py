@@ -59,6 +59,5 @@ def _fresh(module: nn.Module, registers: int) -> nn.Module:
         cfg["architecture"], num_classes=module.num_classes, pretrained_cfg_overlay=overlay, **arguments
     )
     described = {"architecture": cfg["architecture"], "num_classes": module.num_classes}
-    described["facts"] = {"registers_from": "fine-tuned"} if registers else {}
     new.timm_config = {**described, "model_args": arguments, "pretrained_cfg": overlay}
     return new

@@ -24,7 +24,8 @@ class Model:
     entry: its name in data/models.yaml, also of a control or a mended model made from it; "" for none.
     family: how it was trained, as "deit3", "clip", "dinov2"; "" where nothing says so.
     base: label of the same model without registers; "" for a model without.
-    registers_from: "none", "trained", "fine-tuned", "test time", "empty" (plain zeros), or "random" (fresh weights).
+    registers_from: "none", "trained" (from the start), "fine-tuned" (into a finished model), "test time", "empty"
+        (plain zeros), or "random" (fresh weights).
     head: which logits mean what, {question: (first, end)}, as {"imagenet": (0, 1000)}; empty where it is not known.
     """
 

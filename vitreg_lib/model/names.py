@@ -9,9 +9,10 @@ from pathlib import Path
 
 import yaml
 
-from ..base import CHECKPOINTS, DATA, UserError, env_folder, unknown
+from ..base import CHECKPOINTS, DATA, ROOT, UserError, env_folder, unknown
 
 MOST_TOKENS = 64  # that can be added at test time
+TWINS = ROOT / "runs" / "twins"  # where workflow/twins.py puts its models
 OTHERS = ("timm:", "random:", "file:", "open_clip:", "hf:")
 
 
@@ -61,12 +62,15 @@ def check(names: str) -> None:
 
 
 def available(name: str) -> str:
-    """Where an entry's weights are: "shipped", "computed", "VITREG_MODELS", "hub cache" or "not here"."""
+    """Where an entry's weights are: "shipped", "computed", "VITREG_MODELS", "runs/twins", "hub cache" or "not here"."""
     entry = entries()[name]
     if "file" in entry:
         return "shipped" if (CHECKPOINTS / entry["file"]).exists() else "not here"
     if "random" in entry:
         return "computed"
+    if "made_by" in entry:
+        path = made(name)
+        return "not here" if path is None else "runs/twins" if path.is_relative_to(TWINS) else "VITREG_MODELS"
     if folder(entry["timm"]):
         return "VITREG_MODELS"
     from huggingface_hub import try_to_load_from_cache
@@ -75,6 +79,12 @@ def available(name: str) -> str:
         if isinstance(try_to_load_from_cache(f"timm/{entry['timm']}", filename), str):
             return "hub cache"
     return "not here"
+
+
+def made(name: str) -> Path | None:
+    """The weights of an entry that is made here: of the folder of its name in VITREG_MODELS, or in runs/twins."""
+    roots = [root for root in (env_folder("VITREG_MODELS"), TWINS) if root]
+    return next((path for root in roots if (path := root / name / "model.safetensors").exists()), None)
 
 
 def folder(timm_name: str) -> Path | None:

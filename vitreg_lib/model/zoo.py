@@ -25,7 +25,7 @@ from torch import nn
 from ..base import CHECKPOINTS, UserError, hub, unknown
 from ..data.scenes import ATTRIBUTES
 from .model import Model, weights_sha256
-from .names import available, damaged, entries, file_parts, folder, split
+from .names import available, damaged, entries, file_parts, folder, made, split
 from .outside import of_module, of_open_clip, of_transformers, with_config
 from .weights import (
     Layout,
@@ -97,6 +97,8 @@ def _entry(name: str, image_size: int | None) -> Model:
     if "random" in entry:
         model = _random(f"random:{entry['random']}", image_size)
         model.name = name
+    elif "made_by" in entry:
+        model = _made(name, entry, image_size)
     elif "timm" in entry:
         model = _timm(name, entry["timm"], image_size or entry.get("input_size"))
     else:
@@ -119,6 +121,16 @@ def _shipped(name: str, entry: dict, image_size: int | None) -> Model:
     return with_facts(_mini_file(name, path, image_size), entry, name)
 
 
+def _made(name: str, entry: dict, image_size: int | None) -> Model:
+    path = made(name)
+    if path is None:
+        raise UserError(
+            f"{name}: its weights are made here, from those of {entry['base']}: `{entry['made_by']} --only {name}`; "
+            f"or put a folder {name} with its model.safetensors into one named by VITREG_MODELS"
+        )
+    return dataclasses.replace(with_facts(_file(f"file:{path}", image_size, "ema"), entry, name), name=name)
+
+
 def with_facts(model: Model, facts: dict, entry: str = "") -> Model:
     """The model with the facts that an entry of models.yaml, or a file's metadata, states about it."""
     given = {fact: facts[fact] for fact in FACTS if fact in facts}
@@ -139,7 +151,7 @@ def _mini_file(name: str, path: Path, image_size: int | None = None) -> Model:
     if image_size:
         module.set_input_size((image_size, image_size))
     config = json.loads(metadata.get("config", "{}"))
-    facts = {"family": config.get("recipe", ""), **json.loads(metadata.get("facts", "{}"))}
+    facts = {"family": config.get("recipe", ""), **json.loads(metadata.get("facts", "{}")), **_facts_of_grown(config)}
     head = _scenes_head(module) if config.get("recipe", "deit3") == "deit3" and not config.get("data") else {}
     return with_facts(Model(name, module, file_sha256(path), input_size=size, head=head), facts)
 
@@ -150,8 +162,17 @@ def _scenes_head(module: nn.Module) -> dict[str, tuple[int, int]]:
     return dict(zip(ATTRIBUTES, itertools.pairwise(ends), strict=True)) if module.num_classes == ends[-1] else {}
 
 
-def _described_file(name, path, described: dict, tensors, image_size: int | None) -> Model:
+def _facts_of_grown(config: dict) -> dict:
+    """Facts of a model whose registers were trained in afterwards, by its training's settings; of others none."""
+    if config.get("recipe") != "registers" or not config["registers"]:
+        return {}
+    family = entries().get(config["model"], {}).get("family", "")
+    return {"base": config["model"], "family": family, "registers_from": "fine-tuned"}
+
+
+def _described_file(name, path, metadata: dict[str, str], tensors, image_size: int | None) -> Model:
     """Weights with what builds their model in their metadata, as `vitreg train registers` writes them."""
+    described = json.loads(metadata["timm"])
     arguments = described["model_args"] | ({"img_size": image_size} if image_size else {})
     overlay = described["pretrained_cfg"]
     module = _create(
@@ -163,7 +184,8 @@ def _described_file(name, path, described: dict, tensors, image_size: int | None
     )
     module.timm_config = described
     fill(name, module, {k: v.float() for k, v in tensors.items()})
-    return with_facts(with_config(name, module, file_sha256(path), image_size), described.get("facts", {}))
+    facts = _facts_of_grown(json.loads(metadata.get("config", "{}")))
+    return with_facts(with_config(name, module, file_sha256(path), image_size), facts)
 
 
 def _random(name: str, image_size: int | None) -> Model:
@@ -238,7 +260,7 @@ def _file(name: str, image_size: int | None, which: str) -> Model:
     if "vit" in metadata:
         return _mini_file(name, path, image_size)
     if "timm" in metadata:
-        return _described_file(name, path, json.loads(metadata["timm"]), tensors, image_size)
+        return _described_file(name, path, metadata, tensors, image_size)
     try:
         layout, tensors = recognise(tensors)
     except UserError as error:
