@@ -226,7 +226,11 @@ class Run:
         """A model by name; in the profile mini, where its weights are not at hand, as it was measured before."""
         from ..model import measured, zoo
 
-        model = (measured.live_or_replayed if self.profile == "mini" else zoo.load)(name)
+        if self.profile != "mini":
+            return zoo.load(name)
+        made = "made_by" in model_names.entries().get(model_names.split(name)[0], {})
+        # weights that are made here differ a little from machine to machine: this profile shows the measured ones
+        model = measured.load(name) if made and name in measured.names() else measured.live_or_replayed(name)
         if model.replayed:
             print(f"{name}: {model.name}, measured {model.measured['date']}, replayed")
         return model
