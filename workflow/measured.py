@@ -40,15 +40,15 @@ MODELS = {
     "deit-ti": dict(late=True, lost=True, scores=True, sets=CALTECH, tokens=OUTLIERS),
     "deit-ti-trained-reg1": dict(scores=True, sets=CALTECH, tokens=REGISTERS),
     "deit-ti-trained-reg2": dict(scores=True),
-    "deit-ti-trained-reg4": dict(lost=True, scores=True, sets=CALTECH, tokens=REGISTERS),
+    "deit-ti-trained-reg4": dict(late=True, lost=True, scores=True),
     "deit-ti-trained-reg8": dict(scores=True),
     "deit-ti-trained-reg16": dict(scores=True),
     "deit-ti+ttr4": {},
     "deit-ti+empty4": {},
     "vit-ti": dict(late=True, lost=True, sets=BOTH, tokens=OUTLIERS),
-    "vit-ti-trained-reg4": dict(lost=True),
-    "vit-ti+ttr4": {},
-    "dinov2-s": dict(late=True),
+    "vit-ti-trained-reg4": dict(late=True, lost=True),
+    "vit-ti+ttr4": dict(late=True),
+    "dinov2-s": {},
 }
 
 
