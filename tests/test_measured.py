@@ -139,7 +139,7 @@ def test_answers_on_the_shipped_photos(no_models):
 def test_probes_of_measured_features_find_what_outliers_know(no_models):
     """On DeiT-Ti one artifact names the class of a photo where the normal token beside it does not."""
     models = [measured.load(name) for name in ("deit-ti", "deit-ti-trained-reg1")]
-    found = tables.classify(models, [])
+    found = tables.classify(models, [], strengths=(1e-2, 1.0))
     score = found.table.score["deit-ti", "caltech101-small"]
     assert score["cls"] > 0.9 and score["outlier"] > score["matched"] + 0.15
     assert tables.gaps(found).low["deit-ti", "caltech101-small"] > 5

@@ -89,6 +89,8 @@ def draw_expansions(
                     axis.scatter(place[:, 1], place[:, 0], s=16, marker="x", color="black", linewidths=1)
                 if spots is not None:
                     ring(axis, spots[name][kind][i])
+                rows, cols = by_kind[kind].shape[1:]
+                axis.set(xlim=(-0.5, cols - 0.5), ylim=(rows - 0.5, -0.5))  # marks at the border would widen it
     return figure
 
 
