@@ -167,7 +167,8 @@ def compare_words(page, place: int, view: explorer.View) -> None:
     assert number(page, place, "above").startswith(f"outliers: {count} of {view.norms.numel()} (")
     for name, share in view.budget.items():
         text = number(page, place, f"on-{name}")
-        assert text == "–" if math.isnan(share) else float(text.split()[0]) == pytest.approx(100 * share, abs=0.1)
+        known = "attention" not in view.missing
+        assert float(text.split()[0]) == pytest.approx(100 * share, abs=0.1) if known else text == "–"
     for panel in ("attention", "components", "similarity"):
         reason = page.locator(".vr-card").nth(place).locator(f"[data-reason={panel}]")
         assert reason.inner_text() == view.missing.get(panel, "") and reason.is_visible() == (panel in view.missing)
@@ -175,10 +176,15 @@ def compare_words(page, place: int, view: explorer.View) -> None:
     if view.patch:
         row, col = view.patch
         wait_for_text(page, place, "patch", f"Patch ({row}, {col})")
-        assert number(page, place, "rank") == f"{view.ranks[row, col]} of {view.norms.numel()}"
+        assert number(page, place, "rank") == rank(view, row, col)
         assert float(number(page, place, "norm")) == pytest.approx(view.norms[row, col].item(), rel=6e-3)
         share = float(number(page, place, "attention").split()[0])
         assert share == pytest.approx(100 * view.attention_share[row, col].item(), rel=6e-3)
+
+
+def rank(view: explorer.View, row: int, col: int) -> str:
+    """The place of a patch by its norm, as a card writes it."""
+    return f"{1 + int((view.norms > view.norms[row, col]).sum())} of {view.norms.numel()}"
 
 
 def compare_colours(page, place: int, view: explorer.View, scales: dict) -> None:
@@ -267,7 +273,8 @@ def test_what_was_not_measured_is_greyed_and_says_why(opened, store, tmp_path):
     views = assert_shows(page, replace(OPENED, layer=5), store)
     assert set(views[0].missing) == {"attention", "components", "similarity"}
     for label, reason in (("Query", views[0].missing["attention"]), ("PCA", views[0].missing["components"])):
-        assert control(page, label).is_disabled() and control(page, label).get_attribute("title") == reason
+        assert control(page, label).is_disabled()
+        assert page.locator(f".vr-explorer label:text-is('{label}')").get_attribute("title") == reason
     assert control(page, "Images").is_disabled()
     assert page.get_by_role("button", name="mean", exact=True).is_disabled()
     picture(page, "explorer-not-measured", tmp_path)
@@ -330,7 +337,7 @@ def test_a_patch_is_asked_by_click_and_by_arrow_keys(ready, store, tmp_path):
     page.mouse.move(box["x"] + box["width"] * 2.5 / 12, box["y"] + box["height"] * 1.5 / 12)
     wait_for_text(page, 0, "patch", "Patch (1, 2)")
     view = explorer.look(DEFAULT, store)[0]
-    assert number(page, 0, "rank").startswith(f"{view.ranks[1, 2]} of")
+    assert number(page, 0, "rank") == rank(view, 1, 2)
     page.mouse.move(1, 1)
 
 
