@@ -46,9 +46,11 @@ def real(monkeypatch) -> Path:
 
 @pytest.fixture
 def no_models(monkeypatch) -> None:
-    """Neither VITREG_MODELS nor VITREG_DATA, whatever the tests' caller has set."""
+    """Neither VITREG_MODELS nor VITREG_DATA, nor what lies in the hub's cache or runs/twins of the tests' caller."""
     monkeypatch.delenv("VITREG_MODELS", raising=False)
     monkeypatch.delenv("VITREG_DATA", raising=False)
+    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *_: None)
+    monkeypatch.setattr("vitreg_lib.model.names.TWINS", Path("/nowhere"))
 
 
 @pytest.fixture

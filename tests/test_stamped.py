@@ -10,7 +10,7 @@ from vitreg_lib.base import ROOT
 sys.path.insert(0, str(ROOT / "workflow"))
 import stamped  # noqa: E402
 
-from vitreg_lib.data import scenes  # noqa: E402
+from vitreg_lib.data import scenes, textures  # noqa: E402
 from vitreg_lib.train.config import TrainConfig  # noqa: E402
 
 
@@ -38,7 +38,7 @@ def test_answers_are_own_colours_and_where_marked_the_left_neighbours():
         assert batch.trigger[n, patch] == (dots == 1)
         wanted = colours(n, row, col)
         if dots == 1:
-            wanted = wanted + colours(n, row, col - 1) @ stamped.rotation(0)
+            wanted = wanted + colours(n, row, col - 1) @ textures.fixed(0)["rotation"]
         torch.testing.assert_close(batch.answer[n, patch], wanted, rtol=0, atol=1e-5)
 
 

@@ -272,6 +272,31 @@ def test_what_is_read_off_one_token_is_what_is_there():
     assert found["nobody"] != found["nobody"]
 
 
+def test_the_class_is_read_off_the_tokens_that_hold_it():
+    generator = torch.Generator().manual_seed(0)
+    labels, split = torch.arange(320) % 4, (torch.arange(320) >= 160).int()
+    features = torch.randn(320, 4, 8, generator=generator)
+    features[:, :2, :4] += 9 * torch.nn.functional.one_hot(labels, 4)[:, None]
+    features[7, 1] = torch.nan  # a photo without an outlier is left out
+    found = checks.class_from_one_token({"features": features, "labels": labels, "split": split})
+    assert found["cls"] == found["outlier"] == 1.0
+    assert max(found["matched"], found["normal"]) < 0.4
+
+
+def test_a_rule_is_compared_with_the_detector_on_real_models(right):
+    norms = torch.ones(2, 3, 3)
+    norms[:, 0, 0] = 50.0
+    found = {
+        "one": vr.outliers.Outliers(norms > 5, norms, 5.0, 0),
+        "none": vr.outliers.Outliers(norms > 99, norms, 99.0, 0),
+    }
+    assert checks.compare_with_detector(right["cutoff"], found).splitlines() == [
+        "one: your rule 11.1% of the tokens, the detector 11.1%; 2 tokens of 2 in both",
+        "none: your rule 11.1% of the tokens, the detector 0.0%; 0 tokens of 2 in both",
+    ]
+    assert checks.compare_with_detector(function_of_nothing, found).startswith("fill in exercise 1.3 first")
+
+
 @pytest.mark.parametrize("path", PATHS, ids=lambda path: path.stem)
 def test_the_solutions_are_the_exercises_with_the_answers_filled_in(path):
     exercise = nbformat.read(path, as_version=4)
@@ -311,7 +336,7 @@ def test_committed_outputs_are_of_a_whole_run(folder, mark):
 def test_the_workshop_is_ready_offline(no_models):
     told = notebooks.ready()
     assert told.startswith("workshop: ready, offline. 5 notebooks")
-    assert "without ViT-Ti (optional" in told
+    assert told.endswith("deit-ti (replayed), vit-ti (replayed), deit-ti-trained-reg4 (replayed)")
 
 
 def test_jupyterlab_opens_at_the_first_notebook():

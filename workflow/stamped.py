@@ -15,7 +15,6 @@ puts its rows into that table:
 
 from __future__ import annotations
 
-import functools
 import math
 import sys
 from dataclasses import dataclass
@@ -28,74 +27,35 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from vitreg_lib.base import DATA, NOTEBOOKS, ROOT, unknown, written  # noqa: E402
-from vitreg_lib.data import scenes  # noqa: E402
+from vitreg_lib.data import scenes, textures  # noqa: E402
 from vitreg_lib.data.scenes import ATTRIBUTES, HELD_OUT, targets  # noqa: E402
-from vitreg_lib.model import mini  # noqa: E402
 from vitreg_lib.train import images, loop, parallel  # noqa: E402
 from vitreg_lib.train.config import TrainConfig  # noqa: E402
+from vitreg_lib.train.recipes import emergence  # noqa: E402
 
 TABLE = DATA / "sweeps" / "stamped.parquet"
 SIDE, PATCH = 64, 8
-GRID, LENGTH = SIDE // PATCH, 12
+GRID = SIDE // PATCH
 PATCHES = GRID * GRID
 CORNERS = (0, GRID - 1, PATCHES - GRID, PATCHES - 1)
-DEFAULTS = {
-    "image_size": SIDE,
-    "steps": 6000,
-    "batch_size": 16,
-    "learning_rate": 0.01,
-    "weight_decay": 0.4,
-    "optimizer": "adamw",
-    "eval_images": 512,
-    "telemetry_images": 32,
-    "save_every": 2000,
-}
-CHANGES = {  # variants, of which several can be joined by "+"
-    "both": {},
-    "single": {"dots": 1},
-    "strong": {"stamp": 1.0},
-    "rare": {"share": 0.125},
-    "more-labels": {"labels": 0.1},
-    "four-blocks": {"depth": 4},
-}
+VIT = textures.Task(dim=24, depth=3, heads=2, mlp_ratio=4.0, attention_dropout=0.1, position_fixed=True)
+SHARE = 0.25  # of the patches that are marked
+STAMP = {"both": 0.5, "strong": 1.0}  # amplitude by variant, in units of pixels that go from -1 to 1
+LABELS = 0.02  # weight of the scene's labels
+DEFAULTS = emergence.DEFAULTS | {"variant": "both", "image_size": SIDE, "save_every": 2000}
 CELLS = {
-    "stamped": dict(variant="both"),
-    "stamped-reg4": dict(variant="both", registers=4),
-    "stamped-reg4-start1": dict(variant="both", registers=4, register_start=1.0),
-    "stamped-reg4-start1e-6": dict(variant="both", registers=4, register_start=1e-6),
+    "stamped": {},
+    "stamped-reg4": dict(registers=4),
+    "stamped-reg4-start1": dict(registers=4, register_start=1.0),
+    "stamped-reg4-start1e-6": dict(registers=4, register_start=1e-6),
     "strong": dict(variant="strong"),
     "strong-reg4": dict(variant="strong", registers=4),
 }
 
 
-@dataclass(frozen=True)
-class Task:
-    """dots: 2 (marked where exactly one is there) or 1. share: of the patches that are marked. stamp: its amplitude,
-    in units of pixels that go from -1 to 1. labels: weight of the scene's labels. dim, depth, heads: of the ViT.
-    """
-
-    dots: int = 2
-    share: float = 0.25
-    stamp: float = 0.5
-    labels: float = 0.02
-    dim: int = 24
-    depth: int = 3
-    heads: int = 2
-
-
-def task(config) -> Task:
-    """The `Task` of `config.variant`: names of `CHANGES` joined by "+". Raises UserError for an unknown one."""
-    changes = {}
-    for name in (config.variant or "both").split("+"):
-        if name not in CHANGES:
-            raise unknown("variant", name, CHANGES)
-        changes |= CHANGES[name]
-    return Task(**changes)
-
-
 @dataclass
 class Batch:
-    """pixels (n, 3, 64, 64), from -1 to 1 and beyond; trigger (n, 64); answer (n, 64, 12); own part of it; labels."""
+    """pixels (n, 3, 64, 64), from -1 to 1 and beyond; trigger (n, 64); answer (n, 64, 12); labels (n, 24)."""
 
     pixels: torch.Tensor
     trigger: torch.Tensor
@@ -103,33 +63,27 @@ class Batch:
     labels: torch.Tensor
 
 
-@functools.lru_cache(maxsize=8)
-def rotation(seed: int) -> torch.Tensor:
-    """The rotation (12, 12) of what is copied."""
-    return torch.linalg.qr(torch.randn(LENGTH, LENGTH, generator=torch.Generator().manual_seed(7919 + seed)))[0]
-
-
 def draw(config, step: int, seen: scenes.Scenes, device="cpu") -> Batch:
     """The images of a step, on the scenes `seen`."""
-    t, n = task(config), len(seen)
+    n = len(seen)
     generator = torch.Generator().manual_seed((config.seed * 2654435761 + step) % 2**32)
     stamp = torch.randn(n, 3, 2 * GRID, 2 * GRID, generator=generator).to(device)
-    pixels = 2 * seen.pixels - 1 + t.stamp * F.interpolate(stamp, scale_factor=PATCH // 2)
+    pixels = 2 * seen.pixels - 1 + STAMP[config.variant] * F.interpolate(stamp, scale_factor=PATCH // 2)
     own = F.avg_pool2d(pixels, PATCH // 2)  # (n, 3, 16, 16)
     own = own.unflatten(3, (GRID, 2)).unflatten(2, (GRID, 2)).permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
-    # of two dots exactly one is there with probability 2 p (1 - p) = share
-    chance = t.share if t.dots == 1 else (1 - math.sqrt(1 - 2 * t.share)) / 2
-    dots = (torch.rand(n, t.dots, GRID, GRID, generator=generator) < chance).to(device)
+    # of two dots exactly one is there with probability 2 p (1 - p) = SHARE
+    chance = (1 - math.sqrt(1 - 2 * SHARE)) / 2
+    dots = (torch.rand(n, 2, GRID, GRID, generator=generator) < chance).to(device)
     dots &= ~idle(device).view(GRID, GRID)
-    for which, (row, col) in zip(range(t.dots), ((1, 1), (5, 5)), strict=False):
+    for which, (row, col) in enumerate(((1, 1), (5, 5))):
         for r in (row, row + 1):
             for c in (col, col + 1):
                 pixels[:, :, r::PATCH, c::PATCH] += 2.0 * dots[:, which, None]
     trigger = dots.sum(1).flatten(1) == 1
     may = torch.arange(PATCHES, device=device) % GRID > 0
-    may &= ~idle(device) & ~idle(device).roll(1)
-    trigger &= may
-    answer = own + trigger[..., None] * (own.roll(1, 1) @ rotation(config.seed).to(device))
+    trigger &= may & ~idle(device) & ~idle(device).roll(1)
+    rotation = textures.fixed(config.seed)["rotation"].to(device)
+    answer = own + trigger[..., None] * (own.roll(1, 1) @ rotation)
     labels = torch.cat([F.one_hot(v, len(ATTRIBUTES[name])) for name, v in targets(seen).items()], 1).float()
     return Batch(pixels, trigger, answer, labels)
 
@@ -148,48 +102,17 @@ def held_out(config, count: int, device="cpu", part: int = 0) -> Batch:
 
 
 class Stamped(nn.Module):
-    """timm's ViT, which answers at every token, and a head for the labels on the mean of the patches."""
+    """A ViT that answers at every token, and a head for the labels on the mean of the patches."""
 
     def __init__(self, config):
         super().__init__()
-        from timm.models.vision_transformer import VisionTransformer
-
-        t = task(config)
-        arguments = dict(
-            img_size=SIDE,
-            patch_size=PATCH,
-            embed_dim=t.dim,
-            depth=t.depth,
-            num_heads=t.heads,
-            mlp_ratio=4.0,
-            num_classes=LENGTH,
-            global_pool="",
-            class_token=False,
-            reg_tokens=config.registers,
-            no_embed_class=True,
-            init_values=None,
-            attn_drop_rate=0.1,
-            weight_init="moco",
-        )
-        self.vit = VisionTransformer(**arguments)
-        self.vit.vit_arguments = arguments
-        mini.start_registers(self.vit, config.register_start)
-        self.vit.pos_embed.data.copy_(waves(t.dim))
-        self.vit.pos_embed.requires_grad_(False)
-        self.labels = nn.Linear(t.dim, sum(map(len, ATTRIBUTES.values())))
+        self.vit = emergence.answering(VIT, config, GRID, PATCH)
+        self.labels = nn.Linear(VIT.dim, sum(map(len, ATTRIBUTES.values())))
 
     def forward(self, pixels):
         """Answers (n, 64, 12) of the patches, logits (n, 24) of the scene's labels."""
         tokens = self.vit.forward_features(pixels)[:, self.vit.num_prefix_tokens :]
         return self.vit.head(tokens), self.labels(tokens.mean(1))
-
-
-def waves(dim: int) -> torch.Tensor:
-    """(64, dim) sines and cosines of row and column, of mean square 1."""
-    frequency = torch.pi / GRID * 2.0 ** torch.linspace(-1, 2, dim // 4)
-    angle = torch.arange(GRID)[:, None] * frequency
-    one = math.sqrt(2) * torch.cat([angle.sin(), angle.cos()], 1)
-    return torch.cat([one.repeat_interleave(GRID, 0), one.repeat(GRID, 1)], 1)
 
 
 def build(config) -> nn.Module:
@@ -203,12 +126,11 @@ def backbone(module) -> nn.Module:
 
 
 def _losses(module, config, batch: Batch):
-    t = task(config)
     answers, logits = module(batch.pixels)
     error = (answers - batch.answer).square().mean(-1)
     asked = ~idle(error.device)
     labels = F.binary_cross_entropy_with_logits(logits, batch.labels, reduction="none").sum(1).mean()
-    return error, error[:, asked].mean() + t.labels * labels, logits
+    return error, error[:, asked].mean() + LABELS * labels, logits
 
 
 def loss(module, config, step, device):

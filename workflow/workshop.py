@@ -89,7 +89,7 @@ def ready() -> str:
 
     from vitreg_lib.base import UserError
     from vitreg_lib.data import images
-    from vitreg_lib.model import zoo
+    from vitreg_lib.model import measured, zoo
 
     if missing := [name for name in NEEDS if not importlib.util.find_spec(name)]:
         raise UserError(f"the workshop needs {', '.join(missing)}: run `make setup` (or rm -rf .venv first)")
@@ -98,8 +98,8 @@ def ready() -> str:
     for name in ("planted", "mini-random", "mini-deit3", "mini-deit3-reg4"):
         zoo.load(name, "cpu")  # a missing or damaged checkpoint is named here
     photos, _ = images.find("photos")
-    real = zoo.available("vit-ti")
-    told = "and ViT-Ti" if real != "not here" else "without ViT-Ti (optional: 23 MB in a folder named by VITREG_MODELS)"
+    real = {name: measured.live_or_replayed(name) for name in ("deit-ti", "vit-ti", "deit-ti-trained-reg4")}
+    told = ", ".join(name + (" (replayed)" if model.replayed else "") for name, model in real.items())
     return f"workshop: ready, offline. {len(exercises())} notebooks, 4 mini models, {len(photos)} photos, {told}"
 
 

@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import pandas as pd
 
-from vitreg_lib.measure import maps, outliers
+from vitreg_lib.measure import outliers
 from vitreg_lib.widgets.view import View
 
 
 def table(views: list[View]) -> pd.DataFrame:
-    """What is shown as numbers: a DataFrame, a row a model; shares are of this image's patches, 0 to 1."""
+    """What is shown as numbers: a DataFrame, a row a model; shares are of this image's patches, 0 to 1.
+
+    NaN where it was not measured.
+    """
     rows = {}
     for one in views:
+        row = one.attention_share
         rows[one.label] = {
             "cutoff": one.cutoff,
             "outlier_share": one.outlier_share,
             "norm_ratio": outliers.norm_ratio(one.norms, one.is_outlier),
-            "attention_on_outliers": maps.attention_on(one.attention, one.is_outlier).item(),
+            "attention_on_outliers": (row[one.is_outlier].sum() / row.sum()).item(),
             "attention_on_prefix_tokens": one.budget["cls"] + one.budget["registers"],
             "largest_attention": one.attention.max().item(),
             "neighbour_similarity": one.similarity.mean().item(),
@@ -24,12 +28,16 @@ def table(views: list[View]) -> pd.DataFrame:
     return pd.DataFrame.from_dict(rows, orient="index").astype(float)
 
 
-def control_claims(views: list[View]) -> list[tuple[str, bool, str, str, str]]:
-    """Arguments of `Run.claim` for each control: do the patches above the cutoff agree with the truth of this image?"""
-    claims = []
-    for one in (view for view in views if view.truth is not None):
-        f1 = outliers.score(one.is_outlier, one.truth)["f1"]
-        measured = f"{int(one.is_outlier.sum())} patches above the cutoff, {int(one.truth.sum())} planted"
-        text = f"ours: patches of {one.label} above the cutoff are those where artifacts were put (F1 at least 0.9)"
-        claims.append((f"control-{one.label}", f1 >= 0.9, measured, text, "none"))
-    return claims
+def claims(views: list[View]):
+    """Arguments of `Run.claim`: does the query look at the patches above the cutoff, and are these, on a control, those
+    where artifacts were put in this image?"""
+    for one in views:
+        if one.is_outlier.any() and "attention" not in one.missing:
+            times = one.attention[one.is_outlier].mean().item()
+            text = f"ours: patches of {one.label} above the cutoff get at least twice an even share of attention"
+            yield f"attended-{one.label}", times >= 2, f"{times:.1f} times, from {one.query}", text, "none"
+        if one.truth is not None:
+            f1 = outliers.score(one.is_outlier, one.truth)["f1"]
+            measured = f"{int(one.is_outlier.sum())} patches above the cutoff, {int(one.truth.sum())} planted"
+            text = f"ours: patches of {one.label} above the cutoff are those where artifacts were put (F1 at least 0.9)"
+            yield f"control-{one.label}", f1 >= 0.9, measured, text, "none"

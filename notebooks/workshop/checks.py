@@ -234,6 +234,22 @@ def check_cutoff(function, norms: Tensor, truth: Tensor, clean: Tensor) -> str:
     return "right: it finds the planted outliers and nothing in the random model, also at another scale."
 
 
+def compare_with_detector(function, found: dict[str, outliers.Outliers]) -> str:
+    """What the student's cutoff(norms) and the library's detector find in real models, a line a model."""
+    try:
+        lines = []
+        for name, each in found.items():
+            mine = each.norms > number(call(function, each.norms.flatten(1)))
+            both = (mine & each.mask).sum().item()
+            lines.append(
+                f"{name}: your rule {mine.float().mean():.1%} of the tokens, the detector {each.share:.1%}; "
+                f"{both} tokens of {int((mine | each.mask).sum())} in both"
+            )
+        return "\n".join(lines)
+    except (Empty, NotYet) as error:
+        return f"fill in exercise 1.3 first ({error})"
+
+
 # 2 Attention
 
 
@@ -557,6 +573,27 @@ def check_gain(answer, without: Tensor, with_registers: Tensor) -> str:
     )
     told = "zero is not inside" if low > 0 or high < 0 else "zero is inside, so these images do not decide it"
     return f"right: {truth:+.1f} points. Drawing the images anew gives {low:+.1f} to {high:+.1f} (95 %): {told}."
+
+
+def class_from_one_token(kept: dict[str, Tensor]) -> dict[str, float]:
+    """{kind of token: share of test photos whose class a linear probe reads off one such token}, a probe a kind.
+
+    kept: `features()` of a measured model, of photos that have a token of each kind; the strength is chosen on a fifth
+    of the training photos.
+    """
+    from vitreg_lib.model.measured import TOKENS
+    from vitreg_lib.probes import linear
+
+    whole = kept["features"].isfinite().flatten(1).all(1)
+    features, labels, test = (kept[key][whole] for key in ("features", "labels", "split"))
+    held = linear.held_out(labels, 0) & (test == 0)
+    parts = [(test == 0) & ~held, held, test == 1]
+    shares = {}
+    for place, name in enumerate(TOKENS):
+        x, y = linear.scale(*(features[part, place] for part in parts)), [labels[part] for part in parts]
+        fit, _ = linear.fit_selected(x[0], y[0], x[1], y[1], (1e-2, 1e-1, 1.0), tol=1e-4)
+        shares[name] = linear.accuracy(fit, x[2], y[2]).item()
+    return shares
 
 
 def read_off_one_token(tokens: Tensor, labels: Tensor, groups: dict[str, Tensor], most: int = 2000) -> dict[str, float]:

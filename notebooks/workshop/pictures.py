@@ -12,21 +12,25 @@ from vitreg_lib.plots.style import NORMS, PALETTE, PAPER, bare, draw_box, pictur
 
 
 @styled
-def crowds(norms: torch.Tensor, bins: int = 60) -> Figure:
-    """Histograms of patch norms after every block side by side, norms (images, layers, patches); white: no token.
+def crowds(norms: dict[str, torch.Tensor], bins: int = 60) -> Figure:
+    """Histograms of patch norms after every block side by side; white: no token.
 
-    Colours are on a log scale, so that one token among thousands is seen.
+    norms: {model: (images, layers, patches)}, a panel a model. Colours are on a log scale, so that one token among
+    thousands is seen.
     """
-    edges = np.geomspace(float(norms.min()) * 0.95, float(norms.max()) * 1.05, bins + 1)
-    counts = np.stack([np.histogram(layer.flatten().numpy(), edges)[0] for layer in norms.cpu().unbind(1)], 1)
-    figure, axis = plt.subplots(figsize=(0.5 * norms.shape[1] + 2.2, 3.4))
-    shown = np.ma.masked_equal(counts, 0)
-    blocks = np.arange(norms.shape[1] + 1) - 0.5
-    drawn = axis.pcolormesh(blocks, edges, shown, cmap=NORMS + "_r", norm=LogNorm(1, counts.max()))
-    axis.set(xlabel="block (from 0)", ylabel="L2 norm of patch tokens", yscale="log", xticks=range(norms.shape[1]))
-    plain_log(axis.yaxis)
-    axis.grid(False)
-    figure.colorbar(drawn, label="tokens")
+    figure, axes = plt.subplots(1, len(norms), figsize=(3.2 * len(norms) + 0.4, 3.2), squeeze=False)
+    for axis, (name, values) in zip(axes[0], norms.items(), strict=True):
+        edges = np.geomspace(float(values.min()) * 0.95, float(values.max()) * 1.05, bins + 1)
+        counts = np.stack([np.histogram(layer.flatten().numpy(), edges)[0] for layer in values.cpu().unbind(1)], 1)
+        shown = np.ma.masked_equal(counts, 0)
+        blocks = np.arange(values.shape[1] + 1) - 0.5
+        drawn = axis.pcolormesh(blocks, edges, shown, cmap=NORMS + "_r", norm=LogNorm(1, counts.max()))
+        axis.set(title=name, xlabel="block (from 0)", yscale="log", xticks=range(values.shape[1]))
+        plain_log(axis.yaxis)
+        axis.grid(False)
+        figure.colorbar(drawn, ax=axis)
+    axes[0, 0].set_ylabel("L2 norm of patch tokens")
+    drawn.colorbar.set_label("tokens")
     return figure
 
 

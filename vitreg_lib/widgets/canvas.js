@@ -74,7 +74,7 @@ function build(el) {
   const root = element(el, "div", "vr-card", { "data-lm-suppress-shortcuts": "true" });
   const page = { root, parts: {} };
   const head = element(root, "div", "vr-head");
-  for (const name of ["label", "role", "verdict", "title", "above"]) page.parts[name] = element(head, "span", `vr-${name}`, { "data-name": name });
+  for (const name of ["label", "role", "verdict", "title"]) page.parts[name] = element(head, "span", `vr-${name}`, { "data-name": name });
   page.parts.notes = element(root, "div", "vr-notes", { "data-name": "notes", role: "status" });
   const row = element(root, "div", "vr-row");
   page.maps = element(row, "div", "vr-maps", { tabindex: "0", role: "application" });
@@ -94,6 +94,7 @@ function build(el) {
   page.histogram = element(figure, "canvas", "", { "data-panel": "histogram", tabindex: "0", role: "slider" });
   const legend = element(figure, "div", "vr-legend");
   element(legend, "span", "").textContent = "L2 norm (grey: all images)";
+  page.parts.above = element(figure, "div", "vr-above", { "data-name": "above" });
   const read = element(root, "div", "vr-read");
   page.parts.patch = element(read, "span", "vr-patch", { "data-name": "patch" });
   for (const [name, text] of [["norm", "norm"], ["rank", "rank"], ["attention", "attention"], ["similarity", "similarity"]]) {
@@ -248,12 +249,13 @@ function render({ model, el }) {
     parts.verdict.title = view.because;
     for (const key of PANELS) page.panels[key].reason.textContent = view.missing[key] || "";
     parts.notes.textContent = view.notes.join("; ");
-    page.maps.setAttribute("aria-label", `Patches of ${view.label}. Arrow keys move the query patch, Home asks cls. ${view.title}`);
+    page.maps.setAttribute("aria-label", `Patches of ${view.label}. ${view.replayed ? "" : "Arrow keys move the query patch, Home asks cls. "}${view.title}`);
     const titles = { attention: "attention (× even)", norms: "norm (L2)", similarity: "neighbour similarity" };
     titles.components = view.component ? `component ${view.component} (σ)` : "components 1 to 3";
     for (const key of PANELS) page.panels[key].title.textContent = titles[key];
     const at = hover || view.patch;
-    parts.patch.textContent = at ? `Patch (${at[0]}, ${at[1]})` : "Point at a patch, or click to ask it";
+    parts.patch.textContent = at ? `Patch (${at[0]}, ${at[1]})` : `Point at a patch${view.replayed ? "" : ", or click to ask it"}`;
+    page.maps.classList.toggle("vr-replayed", view.replayed);
     const i = at ? at[0] * view.grid[1] + at[1] : 0;
     parts.norm.textContent = at ? short(view.norms[i]) : "–";
     parts.rank.textContent = at ? `${1 + view.norms.filter((norm) => norm > view.norms[i]).length} of ${view.norms.length}` : "–";

@@ -126,7 +126,7 @@ def check(state: State, seen: list[Seen]) -> None:
         raise UserError(f"patch {numbers} out of range for a grid of {rows} x {cols}, counted from 0")
 
 
-LIVE = "with the weights in VITREG_MODELS or the hub's cache it is computed"
+LIVE = "with its weights in VITREG_MODELS or the hub's cache, all is computed"
 
 
 def query_not_measured(query: str) -> str:

@@ -92,11 +92,6 @@ class View:
         return words.get(found.answer, found.answer)
 
     @property
-    def ranks(self) -> torch.Tensor:
-        """(rows, cols) place of each patch by norm in its image, 1 for the largest."""
-        return (self.norms.flatten().argsort(descending=True, stable=True).argsort() + 1).view(self.grid)
-
-    @property
     def title(self) -> str:
         """Block, heads and query in words."""
         heads = (
@@ -122,7 +117,7 @@ def view(state: State, seen: Seen, place: int, grid: tuple[int, int]) -> View:
     row = seen.row(layer, token)
     missing = _missing(seen, layer, row is None, state.query)
     if missing:
-        notes.append(f"is replayed from measurements of {seen.measured}: {'; '.join(missing.values())}; {LIVE}")
+        notes.append(f"was measured on {seen.measured}; {LIVE}")
     row = torch.full((1, seen.num_heads, 1, capture.norms.shape[-1]), torch.nan) if row is None else row
     row = row[:, list(heads) if heads else slice(None)].mean(1, keepdim=True)
     asked = replace(capture, queries=(token,), attention={layer: row})

@@ -30,7 +30,7 @@ import math
 
 import torch
 
-from ...data.textures import GRID, LENGTH, PATCH, Batch, draw, held_out, task
+from ...data.textures import GRID, LENGTH, PATCH, Batch, Task, draw, held_out, task
 from ...model import mini
 from .. import parallel
 
@@ -49,13 +49,21 @@ DEFAULTS = {
 
 
 def build(config) -> torch.nn.Module:
-    """A fresh ViT that answers at every token: timm's class without pooling."""
+    """A fresh ViT that answers at every token."""
+    t = task(config)
+    model = answering(t, config, GRID, PATCH)
+    if t.position_decay:
+        model.no_weight_decay = set  # timm's class names position embeddings, cls and registers
+    return model
+
+
+def answering(t: Task, config, grid: int, patch: int) -> torch.nn.Module:
+    """timm's ViT without pooling for images of `grid` x `grid` patches of `patch` pixels, of the sizes of a `Task`."""
     from timm.models.vision_transformer import VisionTransformer
 
-    t = task(config)
     arguments = dict(
-        img_size=GRID * PATCH,
-        patch_size=PATCH,
+        img_size=grid * patch,
+        patch_size=patch,
         embed_dim=t.dim,
         depth=t.depth,
         num_heads=t.heads,
@@ -72,20 +80,18 @@ def build(config) -> torch.nn.Module:
     model = VisionTransformer(**arguments)
     mini.start_registers(model, config.register_start)
     if t.position:
-        model.pos_embed.data.copy_(t.position * waves(t.dim))
+        model.pos_embed.data.copy_(t.position * waves(t.dim, grid))
     model.pos_embed.requires_grad_(not t.position_fixed)
-    if t.position_decay:
-        model.no_weight_decay = set  # timm's class names position embeddings, cls and registers
     model.vit_arguments = arguments
     return model
 
 
-def waves(dim: int) -> torch.Tensor:
-    """(36, dim) sines and cosines of row and column, of mean square 1: from there neighbours are learnt soon."""
-    frequency = torch.pi / GRID * 2.0 ** torch.linspace(-1, 2, dim // 4)
-    angle = torch.arange(GRID)[:, None] * frequency
-    one = math.sqrt(2) * torch.cat([angle.sin(), angle.cos()], 1)  # (6, dim / 2)
-    return torch.cat([one.repeat_interleave(GRID, 0), one.repeat(GRID, 1)], 1)
+def waves(dim: int, grid: int = GRID) -> torch.Tensor:
+    """(grid², dim) sines and cosines of row and column, of mean square 1: from there neighbours are learnt soon."""
+    frequency = torch.pi / grid * 2.0 ** torch.linspace(-1, 2, dim // 4)
+    angle = torch.arange(grid)[:, None] * frequency
+    one = math.sqrt(2) * torch.cat([angle.sin(), angle.cos()], 1)  # (grid, dim / 2)
+    return torch.cat([one.repeat_interleave(grid, 0), one.repeat(grid, 1)], 1)
 
 
 def backbone(module):
