@@ -51,7 +51,8 @@ def ladders(models) -> dict[str, list]:
     for base, origin in dict.fromkeys((m.base, m.registers_from) for m in models if m.base in plain):
         members = [m for m in models if m.base == base and m.registers_from == origin]
         if len(members) >= 2:
-            name = base + {"trained": "-reg", "test time": "+ttr"}.get(origin, f", {origin}")
+            ending = {"trained": "-reg", "fine-tuned": "-trained-reg", "test time": "+ttr"}
+            name = base + ending.get(origin, f", {origin}")
             result[name] = [plain[base], *sorted(members, key=lambda model: model.registers)]
     return result
 
