@@ -15,7 +15,7 @@ from vitreg_lib.base import UserError
 from vitreg_lib.data import scenes
 from vitreg_lib.hooks.anatomy import layer_scale
 from vitreg_lib.hooks.capture import capture
-from vitreg_lib.model import mend, mini, planted, zoo
+from vitreg_lib.model import added, mend, mini, planted, zoo
 from vitreg_lib.model.model import Model, weights_sha256
 from workflow import plant
 
@@ -62,7 +62,7 @@ def test_outliers_leave_the_patches_and_the_registers_take_them(found, control, 
 
 
 def test_every_image_of_a_batch_is_treated_as_if_alone(found, control, pictures):
-    mended = mend.add_registers(control.module, found.neurons, 2)
+    mended = added.add_registers(control.module, found.neurons, 2)
     together = capture(mended, pictures[:8], "tokens", layers=-1).tokens[7]
     alone = torch.cat([capture(mended, x[None], "tokens", layers=-1).tokens[7] for x in pictures[:8]])
     gap = (together - alone).abs().max() / alone.abs().max()
@@ -77,7 +77,7 @@ def test_each_neuron_has_its_own_largest_value_and_cls_neither_counts_nor_change
     activations[:, :2, :2] = 99.0
     activations[:, :, 3] = 4.0
     original = activations.clone()
-    (moved,) = mend._Move([0, 1], old=2, n=1)(None, (activations,))
+    moved = added.move(activations, torch.tensor([True, True, False, False]), old=2, n=1)
     assert moved[0, 2, :2].tolist() == [5.0, -3.0] and moved[1, 2, :2].tolist() == [7.0, 0.0]
     assert (moved[:, 3:, :2] == 0).all(), "patches keep nothing of the chosen neurons"
     assert (moved[:, :2] == 99.0).all(-1)[..., None].logical_or(moved[:, :2] == original[:, :2]).all()
@@ -87,7 +87,7 @@ def test_each_neuron_has_its_own_largest_value_and_cls_neither_counts_nor_change
 def test_with_several_blocks_new_tokens_keep_what_they_hold():
     activations = torch.zeros(1, 1 + 1 + 2, 1)
     activations[0, 1, 0], activations[0, 2, 0] = 9.0, 2.0  # the new token itself fires most
-    (moved,) = mend._Move([0], old=1, n=1)(None, (activations,))
+    moved = added.move(activations, torch.tensor([True]), old=1, n=1)
     assert moved[0, :, 0].tolist() == [0, 9.0, 0, 0]
 
 
@@ -96,13 +96,13 @@ def test_returned_features_drop_the_new_tokens_and_no_patch(pool):
     torch.manual_seed(0)
     model = mini.build("xs", registers=2, global_pool=pool).eval()
     x = torch.randn(2, 3, 96, 96)
-    mended = mend.add_registers(model, [], 3)
+    mended = added.add_registers(model, [], 3)
     assert mended.num_prefix_tokens == 6 and mended.forward_features(x).shape[1] == 6 + 144
     patches, prefix = mended.forward_intermediates(x, indices=[-1], return_prefix_tokens=True)[1][0]
     assert patches.shape[-2:] == (12, 12) and prefix.shape[1] == 6
     seen = capture(mended, x, ("norms", "final"))
     assert (seen.num_registers, seen.has_cls, seen.patch_norms.shape[-1]) == (5, True, 144)
-    silent = mend.add_registers(model, [], 3)
+    silent = added.add_registers(model, [], 3)
     for attn in (block.attn for block in silent.blocks):
         attn.proj.weight.data.zero_()  # without attention new tokens cannot matter: outputs are the old ones
     plain = mini.build("xs", registers=2, global_pool=pool).eval()
@@ -163,13 +163,13 @@ def test_a_clean_model_has_nothing_to_mend():
 def test_attention_bias_by_pairs_of_places_is_refused():
     beit = timm.create_model("beit_base_patch16_224", img_size=64, depth=1, embed_dim=96, num_heads=3)
     with pytest.raises(UserError, match="bias for each pair"):
-        mend.add_registers(beit, [], 1)
+        added.add_registers(beit, [], 1)
 
 
 @pytest.mark.parametrize("neurons, named", [([(9, 0)], "block 9"), ([(0, 64)], "neuron 64")])
 def test_neurons_that_do_not_exist_are_refused(neurons, named):
     with pytest.raises(ValueError, match=named):
-        mend.add_registers(mini.build("xs"), neurons, 1)
+        added.add_registers(mini.build("xs"), neurons, 1)
 
 
 def test_layer_scale_is_found_under_both_names():
@@ -189,7 +189,7 @@ def test_rotary_embeddings_keep_their_places(name):
     torch.manual_seed(0)
     model = timm.create_model(name, img_size=56 if "14" in name else 64, depth=2).eval()
     x = torch.randn(1, 3, *model.patch_embed.img_size)
-    mended = mend.add_registers(model, [(1, 3)], 2)
+    mended = added.add_registers(model, [(1, 3)], 2)
     old = model.num_prefix_tokens
     q, k = (capture(m, x, ("q", "k"), layers=0) for m in (model, mended))
     assert torch.allclose(k.q[0][:, :, old + 2 :], q.q[0][:, :, old:], atol=1e-5)
@@ -199,7 +199,7 @@ def test_rotary_embeddings_keep_their_places(name):
 
 def test_other_image_sizes_still_work():
     model = mini.build("xs", no_embed_class=False)
-    mended = mend.add_registers(model, [], 2).eval()
+    mended = added.add_registers(model, [], 2).eval()
     assert mended.forward_features(torch.randn(1, 3, 64, 96)).shape[1] == 3 + 8 * 12
 
 

@@ -228,7 +228,7 @@ def test_a_file_of_other_classes_and_size_is_read(tmp_path):
 def test_teachers_weights_lose_every_prefix(tmp_path, tiny):
     state = {f"module.backbone.{k}": v for k, v in tiny().state_dict().items()}
     torch.save({"teacher": state}, tmp_path / "dino.pth")
-    assert set(read_weights(tmp_path / "dino.pth")[1]) == set(tiny().state_dict())
+    assert set(read_weights(tmp_path / "dino.pth")[0]) == set(tiny().state_dict())
 
 
 def test_images_go_to_the_device_and_precision_of_the_weights():

@@ -159,33 +159,59 @@ def measure(
     print(f"{shown(path)}: {path.stat().st_size / 1e6:.2f} MB, {pictures.source}")
 
 
-@app.command(epilog="Then use NAME+ttr4 wherever a model's name is asked for.")
+@app.command(
+    epilog="\b\nvitreg mend deit-ti --images DIR --save mended.safetensors\nvitreg diagnose file:mended.safetensors"
+)
 def mend(
     model: AnyModel,
-    images: Annotated[str, typer.Option(help="where neurons are searched: a source of `vitreg data` or a folder")] = "",
-    n_images: Annotated[int, typer.Option(min=1, help="at most this many")] = 10,
+    images: Annotated[
+        str, typer.Option(help="a source of `vitreg data` or a folder: one half to search, the other to try")
+    ] = "",
+    n_images: Annotated[int, typer.Option(min=2, help="at most this many")] = 40,
     registers: Annotated[str, typer.Option(help="numbers of registers to try")] = "0,1,2,4,8",
     cutoff: Annotated[float | None, typer.Option(help="norm of an outlier after the last block")] = None,
+    save: Annotated[
+        Path | None, typer.Option(help="write the mended model: .safetensors (file:FILE loads it), .pt2, or .onnx")
+    ] = None,
 ):
-    """Rid a model of its outlier tokens without training: by empty tokens, or by registers at test time (NAME+ttrN)."""
-    from .data import images as image_sets
-    from .model import mend, remedies, zoo
+    """Rid a model of its outlier tokens without training: by empty tokens, or by registers at test time.
+
+    With --save the remedy that the name asks for (NAME+ttr4, NAME+empty4) is kept, else the one that does better."""
+    from .model import mend, names, remedies, saved, zoo
 
     counts = registers.split(",")
     if not all(count.strip().isdigit() for count in counts):
         raise UserError(f"--registers {registers!r}: write numbers separated by commas, such as 0,1,4")
-    loaded = zoo.load(model)
-    searched = image_sets.load(images, loaded, n_images) if images else mend.handful(loaded)
-    found = mend.find(loaded, searched, cutoff=cutoff)
-    print(f"{loaded.name} on {searched.source}:\n{found.share_before:.2%} of the patch tokens are outliers after block")
-    print(f"{found.layer}, from block {found.onset} on. {len(found.neurons)} neurons make them (block:neuron):")
+    base, kind, number = names.split(model)
+    loaded = zoo.load(base)
+    searched, others = mend.halves(loaded, images, n_images)
+    try:
+        found = mend.find(loaded, searched.x, cutoff=cutoff)
+    except mend.NothingToMend as nothing:
+        print(nothing)
+        return
+    print(f"{loaded.name} on {searched.source}, the first {len(searched)} to search, the others to try:")
+    print(f"{found.share_before:.2%} of the patch tokens are outliers after block {found.layer}, from block")
+    print(f"{found.onset} on. These neurons make most of them (block:neuron):")
     print(", ".join(f"{b}:{i}" for b, i in found.neurons) + "\n")
     if found.share_after > mend.MENDED * found.share_before:
         print("but moving them removes few of the outliers: this model is not mended this way\n")
-    print(mend.doses(loaded, searched, found, [int(count) for count in counts]).round(4).to_string(index=False))
-    tried = remedies.table(loaded, searched, found)
-    print(f"\nthe remedies that need no training, the simplest first:\n{tried.round(3).to_string()}")
-    print(f"fewest outliers, by the simplest means: {remedies.best(tried)}")
+    doses = mend.doses(loaded, others, found, [int(count) for count in counts])
+    print(f"on the {len(others)} other images:\n{doses.round(4).to_string(index=False)}")
+    tried = remedies.table(loaded, others, found, number or 4)
+    print(f"\nwhat the remedies do and cost there, the simplest first:\n{tried.round(3).to_string()}")
+    best = remedies.best(tried)
+    print(f"fewest outliers, by the simplest means: {best}")
+    if save:
+        kind = kind or ("ttr" if "+ttr" in best else "empty" if "+empty" in best else "")
+        if not kind:
+            raise UserError(f"nothing is saved: no remedy helps; {base}+ttr4 as the name saves one all the same")
+        count = number if model != base else 4  # as in the table
+        mended = mend.with_empty_tokens(loaded, count)
+        if kind == "ttr":
+            mended = mend.with_test_time_registers(loaded, count, found.neurons)
+        saved.write(mended, save)
+        print(f"\n{mended.about}: {shown(save)}")
 
 
 @app.command()

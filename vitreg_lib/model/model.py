@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 from dataclasses import dataclass, field
 
@@ -10,6 +11,8 @@ from torch import nn
 
 from ..hooks import capture as _capture
 from ..hooks.anatomy import Anatomy, dissect
+
+FACTS = ("role", "family", "base", "registers_from", "head", "onset")  # fields that an entry of models.yaml may state
 
 
 @dataclass
@@ -95,6 +98,15 @@ class Model:
             return planted.truth(images.x)
         rows, cols = self.anatomy.grid(images.x)
         return torch.zeros(len(images.x), rows * cols, dtype=torch.bool) if self.role == "random control" else None
+
+
+def with_facts(model: Model, facts: dict, entry: str = "", which: tuple[str, ...] = FACTS) -> Model:
+    """The model with the facts that an entry of models.yaml, or a file's metadata, states about it."""
+    given = {name: facts[name] for name in which if name in facts}
+    given = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
+    if "head" in given:
+        given["head"] = {question: tuple(ends) for question, ends in given["head"].items()}
+    return dataclasses.replace(model, **given, **({"entry": entry} if entry else {}))
 
 
 def weights_sha256(module: nn.Module) -> str:

@@ -78,20 +78,17 @@ def is_safetensors(path: Path) -> bool:
         return f.read(9)[8:] == b"{"
 
 
-def read_weights(path: Path, which: str = "ema") -> tuple[dict, dict[str, torch.Tensor], str]:
-    """(metadata, tensors by name, what was taken) of any file; `which` of averaged ("ema") and "raw" weights is taken.
+def read_weights(path: Path, which: str = "ema") -> tuple[dict[str, torch.Tensor], str]:
+    """(tensors by name, what was taken) of any file; `which` of averaged ("ema") and "raw" weights is taken.
 
     Raises UserError for a file that is damaged, would run code, or holds no weights.
     """
-    if is_safetensors(path):
-        metadata, tensors = read_safetensors(path)
-        taken = ""
-    else:
-        metadata, (tensors, taken) = {}, _unwrapped(_read_pickle(path), which)
+    whole = is_safetensors(path)
+    tensors, taken = (read_safetensors(path)[1], "") if whole else _unwrapped(_read_pickle(path), which)
     tensors = {k: v for k, v in tensors.items() if torch.is_tensor(v)}
     if not tensors:
         raise UserError(f"{path.name} holds no weights by name")
-    return metadata, {re.sub(BEFORE, "", name): value for name, value in tensors.items()}, taken
+    return {re.sub(BEFORE, "", name): value for name, value in tensors.items()}, taken
 
 
 def _read_pickle(path: Path):
