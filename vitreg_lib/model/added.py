@@ -100,7 +100,7 @@ def _append(module: nn.Module, anatomy: Anatomy, n: int) -> None:
     counting = [part for part in module.modules() if hasattr(part, "num_prefix_tokens") and _holds(part, blocks[0])]
     if not counting:
         for block in blocks:
-            block.register_forward_pre_hook(functools.partial(_without_mask, n=n), with_kwargs=True)
+            block.register_forward_pre_hook(functools.partial(_without_mask, n=n, batch_first=first), with_kwargs=True)
         blocks[-1].register_forward_hook(functools.partial(_after_blocks, n=n, **place))
     for vit in counting:
         vit.__class__ = _counting(type(vit), n)
@@ -124,12 +124,13 @@ def _before_blocks(block, args, kwargs, *, old: int, batch_first: bool):
     return ((x, *args[1:]), kwargs) if args else (args, {**kwargs, name: x})
 
 
-def _without_mask(block, args, kwargs, *, n: int):
-    """Transformers makes a mask that hides nothing, of the tokens before ours, when a model is exported."""
-    tokens = (args[0] if args else kwargs["hidden_states"]).shape[1] - n
+def _without_mask(block, args, kwargs, *, n: int, batch_first: bool):
+    """When a model is exported, transformers makes a mask that hides nothing, of the tokens before ours."""
+    tokens = _swapped(args[0] if args else kwargs["hidden_states"], batch_first).shape[1] - n
 
     def kept(value):
-        return None if torch.is_tensor(value) and tuple(value.shape[-2:]) == (tokens, tokens) else value
+        is_mask = torch.is_tensor(value) and value.dim() == 4 and value.shape[2:] == (tokens, tokens)
+        return None if is_mask else value
 
     return (*args[:1], *map(kept, args[1:])), {name: kept(value) for name, value in kwargs.items()}
 
