@@ -110,7 +110,7 @@ def test_returned_features_drop_the_new_tokens_and_no_patch(pool):
     for attn in (block.attn for block in silent.blocks):
         attn.proj.weight.data.zero_()  # without attention new tokens cannot matter: outputs are the old ones
     plain = mini.build("xs", registers=2, global_pool=pool).eval()
-    plain.load_state_dict(silent.state_dict())
+    plain.load_state_dict(added.of_state(silent.state_dict())[1])
     assert torch.allclose(plain(x), silent(x), atol=1e-5)
 
 
@@ -287,7 +287,7 @@ def test_the_command_mends_saves_and_says_what_it_costs_elsewhere(tmp_path, caps
     """mini-corners: three neurons make its outliers (docs/log.md); a model without outliers is no error."""
     assert cli.main(["mend", "mini-corners", "--save", str(tmp_path / "m.safetensors")]) == 0
     said = capsys.readouterr().out
-    assert "the first 20 to search, the others to try" in said and "features_apart" in said
+    assert "20 to search, the others to try" in said and "features_apart" in said
     mended = zoo.load(f"file:{tmp_path}/m.safetensors", "cpu")
     assert mended.role == "mended" and mended.base == "mini-corners" and mended.about in said
     before = zoo.load("mini-corners", "cpu")

@@ -37,7 +37,8 @@ def with_config(name: str, module: nn.Module, sha256: str, image_size: int | Non
     import timm.data
 
     config = timm.data.resolve_model_data_config(module)
-    size = image_size or config["input_size"][-1]
+    size = image_size or config["input_size"][1:]
+    size = size if isinstance(size, int) or size[0] != size[1] else size[0]
     head = {"imagenet": (0, 1000)} if timm.data.infer_imagenet_subset(module) == "imagenet-1k" else {}
     options = dict(
         head=head, mean=tuple(config["mean"]), std=tuple(config["std"]), interpolation=config["interpolation"]

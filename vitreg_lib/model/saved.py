@@ -24,6 +24,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from ..base import UserError, written
+from ..data.images import sides
 from ..data.scenes import ATTRIBUTES
 from . import added
 from .model import FACTS, Model, with_facts
@@ -140,8 +141,8 @@ def export(model: Model, path: Path) -> None:
     where its answer is another than the model's, or where a package is missing.
     """
     answer = _Answer(model).eval()
-    channels, size = model.anatomy.channels, model.input_size
-    x = torch.randn(3, channels, size, size, generator=torch.Generator().manual_seed(0)).to(model.weights)
+    size = (model.anatomy.channels, *sides(model.input_size))
+    x = torch.randn(3, *size, generator=torch.Generator().manual_seed(0)).to(model.weights)
     free = {"images": {0: torch.export.Dim("batch", min=1, max=4096)}}
     with torch.no_grad(), written(path) as temporary:
         program = torch.export.export(answer, (x,), dynamic_shapes=free)
@@ -207,7 +208,7 @@ def _build(name: str, kind: str, told, image_size: int | None) -> nn.Module:
 def _mini(name: str, module: nn.Module, config: dict, image_size: int | None) -> Model:
     """A mini ViT with what its training says of it."""
     if image_size:
-        module.set_input_size((image_size, image_size))
+        module.set_input_size(sides(image_size))
     head = _scenes_head(module) if config.get("recipe", "deit3") == "deit3" and not config.get("data") else {}
     size = image_size or module.patch_embed.img_size[0]
     return Model(name, module, "", input_size=size, head=head, family=config.get("recipe", ""))

@@ -41,23 +41,28 @@ __all__ = ["FACTS", "available", "capture", "entries", "folder", "load", "split"
 
 
 def load(
-    name: str | nn.Module | Model, device: str | None = None, image_size: int | None = None, weights: str = "ema"
+    name: str | nn.Module | Model,
+    device: str | None = None,
+    image_size: int | tuple[int, int] | None = None,
+    weights: str = "ema",
+    **preprocessing,
 ) -> Model:
     """The model of that name, in evaluation mode, on `device` (CUDA where there is one, by default).
 
     A module of one's own, described (`vr.describe`) or recognised, becomes a `Model` where it is; its preprocessing is
-    what it says, else ImageNet's: `dataclasses.replace` sets another. `image_size` asks for another input size than the
-    model's own; position embeddings are interpolated. weights: "ema" or "raw", where a file holds both. Raises
-    UserError for an unknown name, weights that cannot be had, or a damaged file.
+    what it says, else ImageNet's. `image_size`, a side or (height, width), asks for another input size than the model's
+    own; position embeddings are interpolated. weights: "ema" or "raw", where a file holds both, or "torchscript" for a
+    file of torch.jit, which can run code. `preprocessing` (mean, std, crop, crop_mode, interpolation) replaces the
+    model's own. Raises UserError for an unknown name, weights that cannot be had, or a damaged file.
     """
     if not isinstance(name, str):
-        return name if isinstance(name, Model) else of_module(name)
+        return dataclasses.replace(name if isinstance(name, Model) else of_module(name), **preprocessing)
     base, kind, number = split(name)
     if kind:
         from . import mend
 
         remedy = {"ttr": mend.with_test_time_registers, "empty": mend.with_empty_tokens}[kind]
-        model = remedy(load(base, device, image_size, weights), number)
+        model = remedy(load(base, device, image_size, weights, **preprocessing), number)
         model.label = name
         return model
     where, _, rest = base.partition(":")
@@ -78,7 +83,7 @@ def load(
         model.registers_from = "trained" if model.role == "trained" else "random"
     model.module.eval().requires_grad_(False)
     model.module.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    return model
+    return dataclasses.replace(model, **preprocessing)
 
 
 def capture(model, images, keep="norms", **options):
