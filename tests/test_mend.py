@@ -239,6 +239,8 @@ def test_timms_own_functions_and_files_know_the_added_registers(name, tmp_path):
     torch.manual_seed(0)
     sizes = dict(img_size=64, depth=2, embed_dim=48, num_heads=3, num_classes=5)
     module = timm.create_model(name, **sizes).eval()
+    for parameter in module.parameters():  # timm starts with weights of 0.02, where nothing matters
+        parameter.data.add_(0.1 * torch.randn_like(parameter))
     module.timm_config = {"model_args": {k: v for k, v in sizes.items() if k != "num_classes"}}
     mended = mend.with_test_time_registers(vr.load(module), 2, [(1, 7)])
     x = torch.randn(2, 3, 64, 64)
