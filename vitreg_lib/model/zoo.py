@@ -56,7 +56,8 @@ def load(
     model's own. Raises UserError for an unknown name, weights that cannot be had, or a damaged file.
     """
     if not isinstance(name, str):
-        return dataclasses.replace(name if isinstance(name, Model) else of_module(name), **preprocessing)
+        model = name if isinstance(name, Model) else of_module(name)
+        return dataclasses.replace(model, **preprocessing) if preprocessing else model
     base, kind, number = split(name)
     if kind:
         from . import mend
