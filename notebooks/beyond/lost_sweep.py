@@ -16,8 +16,8 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from vitreg_lib.measure import objects as L
 from vitreg_lib.measure import detection, pairs
+from vitreg_lib.measure import objects as L
 from vitreg_lib.plots.maps import wrapped
 from vitreg_lib.plots.style import styled
 
@@ -65,7 +65,7 @@ def grid(
 
 
 def conditions(model, images) -> dict[str, Tensor | None]:
-    """Which patches (images, patches) take part: all (None), and, where the model has artifacts, those that are none."""
+    """Which patches (images, patches) take part: all (None), and, where the model has artifacts, the others."""
     found = detection.detect(model, images)
     masked = {f"{model.label}, masked": ~found.outliers.mask.flatten(1)} if found.has_artifacts else {}
     return {model.label: None} | masked
