@@ -6,7 +6,6 @@ VITREG_MODELS    a folder of models in timm's hub layout, looked in before the h
 VITREG_DATA      a folder of data sets, one folder each
 VITREG_MAKING    where the run of a notebook writes until it is whole; set by `vitreg run`
 VITREG_BATCH     set: nobody watches; no progress bars, widgets as pictures
-VITREG_CHECK     set: a run that differs from its committed record is an error
 """
 
 from __future__ import annotations
@@ -101,11 +100,6 @@ def cache() -> Path:
 def in_batch() -> bool:
     """Whether nobody watches: papermill, tests, `make refresh`."""
     return bool(os.environ.get("VITREG_BATCH"))
-
-
-def is_checked() -> bool:
-    """Whether a run has to agree with its committed record, as by `make test`."""
-    return bool(os.environ.get("VITREG_CHECK"))
 
 
 def commit() -> str:

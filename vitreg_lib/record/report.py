@@ -11,13 +11,10 @@ from ..base import UserError, results, shown, write_atomically
 from . import run as record
 
 
-def show(item: str, parameters: dict, differences: bool = False) -> None:
-    """Print the verdicts of a finished item, whether it agrees with the committed record (all `differences` or the
-    first few), and where its figures and notebook are."""
+def show(item: str, parameters: dict) -> None:
+    """Print the verdicts of a finished item and where its figures and notebook are."""
     from rich.console import Console
     from rich.table import Table
-
-    from . import compare
 
     made = record.read(item, parameters)
     console = Console(soft_wrap=False)
@@ -31,8 +28,6 @@ def show(item: str, parameters: dict, differences: bool = False) -> None:
     console.print(table)
     for missing in made["not_reachable_here"]:
         console.print(f"not reachable here: {missing['name']}")
-    if record.is_plain(item, parameters):
-        print(compare.verdict(made, differences))
     folder = record.folder(item, parameters)
     for figure in made["figures"]:
         print(f"figure: {shown(folder / figure)}.png")
