@@ -94,8 +94,8 @@ def mapped(rows, extract, about: dict, progress: bool = False) -> Features:
     """
     from datasets import Dataset
 
-    fingerprint, folder = _fingerprint(about), cache()
-    path, beside = folder / f"{fingerprint}.arrow", folder / f"{fingerprint}.json"
+    key, folder = fingerprint(about), cache()
+    path, beside = folder / f"{key}.arrow", folder / f"{key}.json"
     shapes: dict[str, list[int]] = {}
 
     def flat(batch, numbers):
@@ -114,31 +114,17 @@ def mapped(rows, extract, about: dict, progress: bool = False) -> Features:
                 remove_columns=rows.column_names,
                 cache_file_name=str(path),
                 load_from_cache_file=False,
-                new_fingerprint=fingerprint,
+                new_fingerprint=key,
                 desc=f"features of {about['model']}",
             )
         description = {"rows": len(rows), "sha256": _file_sha256(path), "shapes": shapes, "about": about}
         write_atomically(beside, json.dumps(description, indent=1).encode())
     stored = json.loads(beside.read_text())["shapes"]
-    return Features(Dataset.from_file(str(path)), fingerprint, about, {k: tuple(v) for k, v in stored.items()})
+    return Features(Dataset.from_file(str(path)), key, about, {k: tuple(v) for k, v in stored.items()})
 
 
-def remembered(about: dict, compute):
-    """The result of `compute()` (anything that JSON holds), kept under the fingerprint of `about`."""
-    path = cache() / f"{_fingerprint(about)}.result.json"
-    try:
-        stored = json.loads(path.read_text())
-        if stored["sha256"] == _fingerprint({"about": about, "result": stored["result"]}):
-            return stored["result"]
-    except (OSError, ValueError, KeyError):
-        pass  # not there, or damaged: computed below
-    result = json.loads(json.dumps(compute()))
-    sha256 = _fingerprint({"about": about, "result": result})
-    write_atomically(path, json.dumps({"about": about, "result": result, "sha256": sha256}).encode())
-    return result
-
-
-def _fingerprint(about: dict) -> str:
+def fingerprint(about: dict) -> str:
+    """sha256 of a description that JSON can hold."""
     return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
 
 

@@ -133,21 +133,6 @@ def accuracy(fit: LogisticFit, x: Tensor, y: Tensor, per_class: bool = False) ->
     return right.mean(1).cpu()
 
 
-def average_precision(fit: LogisticFit, x: Tensor, y: Tensor) -> Tensor:
-    """Mean average precision (strengths,) for several labels an image, y (samples, classes) of 0 and 1 (Table 1, VOC).
-
-    Classes without a positive sample are left out.
-    """
-    from sklearn.metrics import average_precision_score
-
-    truth = y.cpu().numpy()
-    seen = truth.any(0)
-    if not seen.any():
-        raise ValueError("no positive label in y: average precision is not defined")
-    scores = [predict(fit, x, i).cpu().numpy()[:, seen] for i in range(len(fit.strengths))]
-    return torch.tensor([average_precision_score(truth[:, seen], s) for s in scores], dtype=torch.float64)
-
-
 def select(fit: LogisticFit, x: Tensor, y: Tensor, score=accuracy) -> Selection:
     """The strength with the best validation score; of equal ones the strongest regularisation (ours, for stability)."""
     scores = score(fit, x, y)
