@@ -9,6 +9,7 @@ from pathlib import Path
 
 from ..base import UserError, results, shown, write_atomically
 from . import run as record
+from . import verdicts
 
 
 def show(item: str, parameters: dict) -> None:
@@ -22,7 +23,7 @@ def show(item: str, parameters: dict) -> None:
     for column in ("claim", "verdict", "measured", "paper"):
         table.add_column(column, overflow="fold")
     for claim in made["claims"]:
-        colour, mark = record.VERDICTS[claim["verdict"]]
+        colour, mark = verdicts.VERDICTS[claim["verdict"]]
         verdict = f"[{colour}]{mark} {claim['verdict']}[/]"
         table.add_row(f"{claim['id']} {claim['text']}", verdict, claim["measured"], claim["paper"])
     console.print(table)
@@ -50,10 +51,10 @@ def write(profile: str) -> Path:
         raise UserError(f"nothing made yet in profile {profile}: run `make reproduce-all PROFILE={profile}` first")
     claims = [(entry, claim) for entry in made for claim in entry["record"]["claims"]]
     sides = {
-        "Claims of the paper": [pair for pair in claims if pair[1]["id"] in record.reported_claims()],
-        "Claims of this collection's own": [pair for pair in claims if pair[1]["id"] not in record.reported_claims()],
+        "Claims of the paper": [pair for pair in claims if pair[1]["id"] in verdicts.reported_claims()],
+        "Claims of this collection's own": [pair for pair in claims if pair[1]["id"] not in verdicts.reported_claims()],
     }
-    values = dict(profile=profile, made=made, damaged=damaged, sides=sides, verdicts=record.VERDICTS)
+    values = dict(profile=profile, made=made, damaged=damaged, sides=sides, verdicts=verdicts.VERDICTS)
     write_atomically(place / "report.html", page("report", **values).encode())
     return place / "report.html"
 

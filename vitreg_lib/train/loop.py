@@ -5,12 +5,15 @@ A recipe is a module with these functions:
     build(config) -> nn.Module                   the module that is trained
     loss(module, config, step, device) -> (loss, {name: number})
     evaluate(module, config, device) -> {name: number}
-    telemetry_images(config) -> images whose norms are watched
+    backbone(module) -> nn.Module                the timm ViT inside, whose norms are watched and which is kept
 
-`backbone(module)`, the timm ViT inside, whose norms the telemetry watches, and, where there is need, `DEFAULTS` (of
-TrainConfig), `after_step(module, config, step)` (a teacher that follows), `companions(module)` (what ships beside
-the backbone: {name: state}) and `SEPARABLE = False` where the loss compares the images of a batch, so that it is not
-the mean of the losses of its parts.
+and, where there is need:
+
+    DEFAULTS                                     other defaults of TrainConfig
+    telemetry_images(config) -> Tensor           images whose norms are watched; by default `images.telemetry_images`
+    after_step(module, config, step)             what follows an optimiser step, as a teacher does
+    companions(module) -> {name: state}          what ships beside the backbone
+    SEPARABLE = False                            the loss compares the images of a batch with each other
 
 Batches are drawn by step number, of which every process takes its part (see `parallel`), and the random state is set
 from (seed, step) at every step. So a run that was killed and resumed ends with the same weights, bit for bit on a CPU,
@@ -35,7 +38,7 @@ from types import ModuleType
 import torch
 
 from ..base import UserError, write_atomically
-from . import parallel, state, telemetry
+from . import images, parallel, state, telemetry
 from .config import TrainConfig
 from .state import Run
 
@@ -68,7 +71,7 @@ def train(
     state.load(folder, run)
     loss = parallel.distribute(loss, config)
     _fit(run, loss, recipe, config, device)
-    watched = recipe.telemetry_images(config)
+    watched = getattr(recipe, "telemetry_images", images.telemetry_images)(config)
 
     def measure():
         if (whole := parallel.whole(run.module, recipe, config, device)) is not None:

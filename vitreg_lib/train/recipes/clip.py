@@ -24,9 +24,7 @@ from ...model import mini
 from ...model.text import TEMPLATES, text_tower, tokenizer
 from ...probes import zeroshot
 from .. import images, parallel
-from ..images import telemetry_images
 
-__all__ = ["backbone", "build", "companions", "evaluate", "loss", "telemetry_images"]
 DEFAULTS = {"size": "s", "steps": 800, "batch_size": 128}
 SEPARABLE = False  # each image is compared with all captions of the batch
 

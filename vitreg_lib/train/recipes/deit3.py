@@ -46,12 +46,6 @@ def loss(module, config, step, device):
     return value, {"accuracy": (logits[:, :8].argmax(1) == batch.label).float().mean().item()}
 
 
-def telemetry_images(config) -> torch.Tensor:
-    """The held-out scenes whose norms are watched during training."""
-    held_out = scenes.render(range(HELD_OUT, HELD_OUT + config.telemetry_images), config.image_size, config.seed)
-    return (held_out.pixels - MEAN) / STD
-
-
 @torch.no_grad()
 def evaluate(module, config, device) -> dict[str, float]:
     """Accuracy (0 to 1) on held-out scenes: `accuracy` of the shape, the class of a scene, and of each attribute."""

@@ -25,9 +25,7 @@ from torch import nn
 from ...data.scenes import MEAN, STD
 from ...model import mini
 from .. import images, parallel, views
-from ..images import telemetry_images
 
-__all__ = ["after_step", "backbone", "build", "evaluate", "loss", "telemetry_images"]
 DEFAULTS = {"size": "s", "steps": 600, "batch_size": 64, "learning_rate": 5e-3, "weight_decay": 0.04, "clip_grad": 3.0}
 SEPARABLE = False  # answers are balanced, and embeddings spread, over the batch
 GLOBAL, LOCAL = (0.4, 1.0), (0.1, 0.4)  # shares of the scene's area in whole and small crops
@@ -90,12 +88,8 @@ def loss(module, config, step, device):
     from lightly.loss import KoLeoLoss
 
     batch, index = images.images(config, step, device)
-
-    def view(number, size, scale):
-        return (views.crop(batch, index, size, scale, config.seed, number) - MEAN) / STD
-
-    whole = torch.cat([view(v, config.global_size, GLOBAL) for v in (0, 1)])
-    small = torch.cat([view(2 + v, config.local_size, LOCAL) for v in range(config.local_crops)])
+    crops = views.crops(batch, index, config, GLOBAL, LOCAL)
+    whole, small = torch.cat(crops[:2]), torch.cat(crops[2:])
     first = int(index[0]) - step * config.batch_size
     mask = masks(config, step)[:, first : first + len(index)].flatten(0, 1).to(device)
     temperature = teacher_temperature(config, step)

@@ -13,12 +13,9 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from ...data.scenes import MEAN, STD
 from .. import images, parallel, views
-from ..images import telemetry_images
 from .dinov2 import beside_random, tokens, vit
 
-__all__ = ["backbone", "build", "evaluate", "loss", "telemetry_images"]
 DEFAULTS = {
     "size": "s",
     "steps": 1500,
@@ -65,12 +62,7 @@ def backbone(module):
 def loss(module, config, step, device):
     """(1 - lambda) × squared distance of all views to the mean of the whole ones + lambda × SIGReg."""
     batch, index = images.images(config, step, device)
-
-    def view(number, size, scale):
-        return (views.crop(batch, index, size, scale, config.seed, number) - MEAN) / STD
-
-    crops = [view(v, config.global_size, GLOBAL) for v in (0, 1)]
-    crops += [view(2 + v, config.local_size, LOCAL) for v in range(config.local_crops)]
+    crops = views.crops(batch, index, config, GLOBAL, LOCAL)
     groups = [torch.cat(part) for part in (crops[:2], crops[2:]) if part]  # crops of one size together
     cls = torch.cat([tokens(module.vit, x, antialias=config.antialias)[:, 0] for x in groups])
     given = module.projector(cls).float().unflatten(0, (len(crops), len(index)))  # (views, n, WIDTH)

@@ -16,9 +16,7 @@ from ...data.scenes import HELD_OUT, MEAN, STD, uniform
 from ...model import mini
 from ...probes.local import patch_pixels
 from .. import images, views
-from ..images import telemetry_images
 
-__all__ = ["backbone", "build", "evaluate", "loss", "telemetry_images"]
 DEFAULTS = {"steps": 500, "batch_size": 128}
 DECODER = {"dim": 48, "depth": 2, "heads": 3}  # of mini ViTs
 FULL_DECODER = {"dim": 512, "depth": 8, "heads": 16}  # MAE's, from sizes ti/16 on
