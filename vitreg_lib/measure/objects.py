@@ -224,10 +224,10 @@ def _check(features: Tensor, grid) -> tuple[int, int]:
     return rows, cols
 
 
-def features(seen, site: str, layer: int = -1) -> Tensor:
+def features(captured, site: str, layer: int = -1) -> Tensor:
     """Features (images, patches, dim) for `lost` from a `Capture` of q, k or v: heads joined, no prefix tokens."""
-    per_head = getattr(seen, site)[seen.block(layer)]  # (images, heads, tokens, head_dim)
-    return seen.patches(per_head.transpose(1, 2).flatten(2))
+    per_head = getattr(captured, site)[captured.block(layer)]  # (images, heads, tokens, head_dim)
+    return captured.patches(per_head.transpose(1, 2).flatten(2))
 
 
 def paper_site(model) -> str:

@@ -60,18 +60,18 @@ def captured(model, images, keep=("norms",), layers=None, progress: bool = False
     digest = hashlib.sha256(images.x.contiguous().numpy().tobytes()).hexdigest()
     about = described(model, digest, len(images)) | {"kind": "capture", "keep": sorted(keep), "layers": list(layers)}
 
-    def extract(batch, rows):
-        seen = model.capture(images.x[rows], keep, layers=layers)
-        whole = {site: getattr(seen, site).float() for site in keep if site in WHOLE}
-        return whole | {f"{s}.{i}": getattr(seen, s)[i].float() for s in keep if s not in WHOLE for i in layers}
+    def extract(_, rows):
+        batch = model.capture(images.x[rows], keep, layers=layers)
+        whole = {site: getattr(batch, site).float() for site in keep if site in WHOLE}
+        return whole | {f"{s}.{i}": getattr(batch, s)[i].float() for s in keep if s not in WHOLE for i in layers}
 
     features = mapped(Dataset.from_dict({"row": list(range(len(images)))}), extract, about, progress)
     anatomy = model.anatomy
-    seen = Capture(layers, anatomy.grid(images.x), anatomy.prefix)
+    result = Capture(layers, anatomy.grid(images.x), anatomy.prefix)
     for site in keep:
         whole = site in WHOLE
-        setattr(seen, site, features.column(site) if whole else {i: features.column(f"{site}.{i}") for i in layers})
-    return seen
+        setattr(result, site, features.column(site) if whole else {i: features.column(f"{site}.{i}") for i in layers})
+    return result
 
 
 def described(model, digest: str, images: int) -> dict:

@@ -100,11 +100,11 @@ def notebook(item: str) -> Path:
     name = normal_name(item)
     paths = sorted(p for p in NOTEBOOKS.glob("*/*.ipynb") if p.parent.name != "workshop")  # exercises are no items
     short = {p: p.stem.split("_")[0] if p.parent.name == "paper" else p.stem for p in paths}
-    found = [p for p in paths if name in (short[p], p.stem)]
-    if not found:
+    matching = [p for p in paths if name in (short[p], p.stem)]
+    if not matching:
         names = {p.stem for p in paths} | set(short.values())
         raise unknown("item", item, names, "See the README's table of notebooks.")
-    return found[0]
+    return matching[0]
 
 
 def normal_name(item: str) -> str:
@@ -144,11 +144,11 @@ def _assigned(source: str) -> dict:
 
 def _injected(cells: list[str]) -> dict:
     """What the cell that papermill injects assigns; only this can hold names that the notebook does not declare."""
-    found = {}
+    assigned = {}
     for source in cells:
         if source.startswith("# Parameters"):
-            found |= _assigned(source)
-    return found
+            assigned |= _assigned(source)
+    return assigned
 
 
 @functools.cache
@@ -242,7 +242,7 @@ class Run:
     def examples(self, model, n: int = 4):
         """A few images to look at: the first of the run's own, or photos that may be shown anywhere.
 
-        Scenes, textures and what a person names by its path are shown; of known sets of photos the shipped ones are.
+        Scenes, textures and a folder named by its path are shown; instead of other sets of photos the shipped ones.
         """
         from ..data import images
 

@@ -263,11 +263,11 @@ class Stream:
     def batch(self, step: int):
         """(pixels, labels) of this process's images of the step, on the device; captions as they are."""
         wanted = parallel.batch_range(self.config, step)
-        found = None if self.batches is None else next(self.batches, None)
-        if found is None or found[2].tolist() != list(wanted):  # at the start, or where micro-batches were halved
+        batch = None if self.batches is None else next(self.batches, None)
+        if batch is None or batch[2].tolist() != list(wanted):  # at the start, or where micro-batches were halved
             self.batches = iter(self._loader(step))
-            found = next(self.batches)
-        pixels, labels, _ = found
+            batch = next(self.batches)
+        pixels, labels, _ = batch
         if torch.is_tensor(labels):
             labels = labels.to(self.device, non_blocking=True)
         return pixels.to(self.device, non_blocking=True), labels

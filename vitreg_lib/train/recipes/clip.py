@@ -79,8 +79,8 @@ def loss(module, config, step, device):
     scale = module.logit_scale.clamp(max=math.log(100)).exp()
     value = ClipLoss()(image, text, scale)
     with torch.no_grad():
-        found = (image @ text.T).argmax(1) == torch.arange(len(image), device=device)
-    return value, {"accuracy": found.float().mean().item(), "scale": scale.item()}
+        correct = (image @ text.T).argmax(1) == torch.arange(len(image), device=device)
+    return value, {"accuracy": correct.float().mean().item(), "scale": scale.item()}
 
 
 def class_embeddings(encode_text, attribute: str, device="cpu") -> torch.Tensor:

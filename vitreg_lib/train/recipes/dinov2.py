@@ -95,12 +95,12 @@ def loss(module, config, step, device):
     temperature = teacher_temperature(config, step)
 
     with torch.no_grad():
-        seen = tokens(module.teacher, whole, antialias=config.antialias)
-        answers = balance(module.teacher_heads["cls"](seen[:, 0]), temperature).chunk(2)
-        hidden = balance(module.teacher_heads["patch"](patches(module.teacher, seen)[mask.flatten(1)]), temperature)
-    seen = tokens(module.student, whole, mask, module.mask_token, config.antialias)
-    cls = seen[:, 0]
-    said = module.student_heads["patch"](patches(module.student, seen)[mask.flatten(1)])
+        target = tokens(module.teacher, whole, antialias=config.antialias)
+        answers = balance(module.teacher_heads["cls"](target[:, 0]), temperature).chunk(2)
+        hidden = balance(module.teacher_heads["patch"](patches(module.teacher, target)[mask.flatten(1)]), temperature)
+    output = tokens(module.student, whole, mask, module.mask_token, config.antialias)
+    cls = output[:, 0]
+    predicted = module.student_heads["patch"](patches(module.student, output)[mask.flatten(1)])
     small_cls = tokens(module.student, small, antialias=config.antialias)[:, 0]
     given = [
         *module.student_heads["cls"](cls).chunk(2),
@@ -108,7 +108,7 @@ def loss(module, config, step, device):
     ]
 
     dino = module.dino(list(answers), given, teacher_temp=1.0)
-    ibot = module.ibot(hidden, said, mask, teacher_temp=1.0)
+    ibot = module.ibot(hidden, predicted, mask, teacher_temp=1.0)
     koleo = sum(KoLeoLoss()(parallel.gather(part)) for part in cls.chunk(2)) / 2
     numbers = {"dino": dino.item(), "ibot": ibot.item(), "koleo": koleo.item()}
     return dino + ibot + KOLEO * koleo, numbers
@@ -181,8 +181,8 @@ def beside_random(trained, config, device) -> dict[str, float]:
     """k-NN accuracy (0 to 1) of a ViT's cls token for each attribute, and of a fresh random one beside it."""
     torch.manual_seed(config.seed)
     fresh = vit(config).to(device)
-    found = knn(trained, config, device)
-    return found | {f"random_{name}": value for name, value in knn(fresh, config, device).items()}
+    accuracy = knn(trained, config, device)
+    return accuracy | {f"random_{name}": value for name, value in knn(fresh, config, device).items()}
 
 
 @torch.no_grad()
@@ -201,9 +201,9 @@ def knn(vit, config, device, neighbours: int = 20) -> dict[str, float]:
     query, bank = features[:asking], features[asking:]
     cosine, nearest = (query @ bank.T).topk(min(neighbours, len(bank)))
     weight = (cosine / 0.07).exp()
-    found = {}
+    shares = {}
     for name in truth[0]:
         label = torch.cat([part[name] for part in truth])
         votes = F.one_hot(label[asking:][nearest]) * weight[..., None]
-        found[f"knn_{name}"] = (votes.sum(1).argmax(1) == label[:asking]).float().mean().item()
-    return {"knn": sum(found.values()) / len(found), **found}
+        shares[f"knn_{name}"] = (votes.sum(1).argmax(1) == label[:asking]).float().mean().item()
+    return {"knn": sum(shares.values()) / len(shares), **shares}
