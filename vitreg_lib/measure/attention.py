@@ -1,6 +1,6 @@
 """Attention maps: how chosen query tokens spread their attention over the patches (Fig. 1, 2, 8, 9, 16, 18, 19).
 
-    captured = model.capture(images, ("norms", "attention"), layers=-1)     # rows of cls and registers, O(queries x tokens)
+    captured = model.capture(images, ("norms", "attention"), layers=-1)     # rows of cls and registers
     maps = vr.attention.maps(captured)                                      # (images, queries, rows, cols)
 
 `capture` keeps the rows softmax(q kᵀ/√d) of the query tokens asked for; here they are averaged over heads, cut down
