@@ -77,9 +77,7 @@ def budget(captured: Capture, is_outlier: torch.Tensor | None = None, layer: int
 
     row = _rows(captured, layer, [query])[:, :, 0].mean(1)  # (images, tokens)
     on_patches, own = row[:, captured.num_prefix_tokens :], captured.registers
-    others = [
-        place for place in range(captured.num_prefix_tokens) if place not in own
-    ]  # cls, and dist where there is one
+    others = [place for place in range(captured.num_prefix_tokens) if place not in own]  # cls, dist
     outliers = torch.zeros_like(on_patches, dtype=torch.bool) if is_outlier is None else is_outlier
     shares = {
         "cls": row[:, others].sum(1),
