@@ -267,7 +267,7 @@ def one(x: Tensor, x_test: Tensor, y: Tensor, y_test: Tensor, metric: str, stren
     validate = held_out(y, seed)
     options = {"tol": 1e-4}
     if metric == "mean average precision":
-        options |= {"kind": "ovr", "score": tables_sgd.average_precision}
+        options["score"] = tables_sgd.average_precision
     elif metric == "mean per-class accuracy":
         options["score"] = lambda fit, a, b: linear.accuracy(fit, a, b, per_class=True)
     if len(x) > EXACT and y.ndim == 1:
