@@ -31,17 +31,17 @@ import torch.nn.functional as F
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from .anatomy import Anatomy, dissect
+from .anatomy import Anatomy, PrefixTokens, dissect
 
 SITES = ("norms", "tokens", "q", "k", "v", "attention", "mlp", "embedding", "final")
 WHOLE = ("norms", "embedding", "final")  # sites of one tensor; the others have one for each layer
 
 
 @dataclass
-class Capture:
+class Capture(PrefixTokens):
     """What one or more forward passes left behind; holds no reference to the model.
 
-    grid: (rows, cols) of the patches. layers: the captured blocks. prefix: names of the tokens before the patches. The
+    grid: (rows, cols) of the patches. layers: the captured blocks. queries: token positions with attention rows. The
     other fields are those of the module's docstring, None or empty where they were not asked for.
     """
 
@@ -58,23 +58,6 @@ class Capture:
     mlp: dict[int, torch.Tensor] = field(default_factory=dict)
     embedding: torch.Tensor | None = None
     final: torch.Tensor | None = None
-
-    @property
-    def has_cls(self) -> bool:
-        return "cls" in self.prefix
-
-    @property
-    def registers(self) -> list[int]:
-        """Positions of the registers among the tokens."""
-        return [place for place, name in enumerate(self.prefix) if name.startswith("register")]
-
-    @property
-    def num_registers(self) -> int:
-        return len(self.registers)
-
-    @property
-    def num_prefix_tokens(self) -> int:
-        return len(self.prefix)
 
     @property
     def patch_norms(self) -> torch.Tensor:

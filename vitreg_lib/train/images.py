@@ -73,21 +73,26 @@ def asking(config) -> int:
     return min(config.eval_images, len(pictures(config.data, "val"))) if config.data else config.eval_images
 
 
-def labelled(config, batch_size: int = 256) -> Iterator[tuple[torch.Tensor, dict[str, torch.Tensor]]]:
+def held_out_scenes(config, count: int, device="cpu") -> Iterator[tuple[torch.Tensor, dict[str, torch.Tensor]]]:
+    """(pixels in [0, 1], labels by attribute) of `count` scenes that are neither trained on nor watched, in batches."""
+    first = HELD_OUT + config.telemetry_images
+    for index in torch.arange(first, first + count).split(256):
+        batch = scenes.render(index, config.image_size, config.seed, device)
+        yield batch.pixels, targets(batch)
+
+
+def labelled(config) -> Iterator[tuple[torch.Tensor, dict[str, torch.Tensor]]]:
     """Images and labels to look for neighbours: `eval_images` that ask (held out), then twice as many that answer.
 
     labels: by attribute of a scene, or `class` of a folder, whose answers come from its training images.
     """
     count = config.eval_images
     if not config.data:
-        first = HELD_OUT + config.telemetry_images
-        for index in torch.arange(first, first + 3 * count).split(batch_size):
-            batch = scenes.render(index, config.image_size, config.seed)
-            yield batch.pixels, targets(batch)
+        yield from held_out_scenes(config, 3 * count)
         return
     for split, wanted in (("val", count), ("train", 2 * count)):
         source = pictures(config.data, split)
-        for part in order(len(source), config.seed)[:wanted].split(batch_size):
+        for part in order(len(source), config.seed)[:wanted].split(256):
             pixels, labels = _read(config, source, part)
             yield pixels, {"class": torch.tensor(labels)}
 

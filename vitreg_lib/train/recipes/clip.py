@@ -13,13 +13,13 @@ of background.
 from __future__ import annotations
 
 import math
+from operator import attrgetter
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ...data import scenes
-from ...data.scenes import ATTRIBUTES, HELD_OUT, MEAN, STD, targets
+from ...data.scenes import ATTRIBUTES, MEAN, STD
 from ...model import mini
 from ...model.text import TEMPLATES, text_tower, tokenizer
 from ...probes import zeroshot
@@ -54,14 +54,8 @@ class Clip(nn.Module):
         return F.normalize(self.text(text), dim=1)
 
 
-def build(config) -> nn.Module:
-    """A fresh pair of towers."""
-    return Clip(config)
-
-
-def backbone(module):
-    """The image tower."""
-    return module.visual
+build = Clip
+backbone = attrgetter("visual")  # the image tower
 
 
 def companions(module) -> dict[str, dict]:
@@ -106,11 +100,9 @@ def evaluate(module, config, device) -> dict[str, float]:
         return {"retrieval": (nearest == torch.arange(len(pixels))).float().mean().item()}
     classes = {name: class_embeddings(module.encode_text, name, device) for name in ATTRIBUTES}
     correct = dict.fromkeys(ATTRIBUTES, 0)
-    first = HELD_OUT + config.telemetry_images
-    for index in torch.arange(first, first + config.eval_images).split(256):
-        batch = scenes.render(index, config.image_size, config.seed, device)
-        image = module.encode_image((batch.pixels - MEAN) / STD)
-        for name, wanted in targets(batch).items():
+    for pixels, labels in images.held_out_scenes(config, config.eval_images, device):
+        image = module.encode_image((pixels - MEAN) / STD)
+        for name, wanted in labels.items():
             correct[name] += ((image @ classes[name].T).argmax(1) == wanted).sum().item()
     shares = {f"zeroshot_{name}": count / config.eval_images for name, count in correct.items()}
     return {"zeroshot": sum(shares.values()) / len(shares), **shares}

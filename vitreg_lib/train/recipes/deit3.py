@@ -12,8 +12,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from ...data import scenes
-from ...data.scenes import ATTRIBUTES, HELD_OUT, MEAN, STD, targets
+from ...data.scenes import ATTRIBUTES, MEAN, STD, targets
 from ...model import mini
 from .. import images
 
@@ -50,12 +49,10 @@ def loss(module, config, step, device):
 def evaluate(module, config, device) -> dict[str, float]:
     """Accuracy (0 to 1) on held-out scenes: `accuracy` of the shape, the class of a scene, and of each attribute."""
     module.eval()
-    first = HELD_OUT + config.telemetry_images
     correct = dict.fromkeys(ATTRIBUTES, 0)
-    for index in torch.arange(first, first + config.eval_images).split(256):
-        batch = scenes.render(index, config.image_size, config.seed, device)
-        logits = module((batch.pixels - MEAN) / STD).split([len(names) for names in ATTRIBUTES.values()], 1)
-        for part, (name, wanted) in zip(logits, targets(batch).items(), strict=True):
+    for pixels, labels in images.held_out_scenes(config, config.eval_images, device):
+        logits = module((pixels - MEAN) / STD).split([len(names) for names in ATTRIBUTES.values()], 1)
+        for part, (name, wanted) in zip(logits, labels.items(), strict=True):
             correct[name] += (part.argmax(1) == wanted).sum().item()
     shares = {f"accuracy_{name}": count / config.eval_images for name, count in correct.items()}
     return {"accuracy": shares["accuracy_shape"], **shares}

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import random
 import warnings
+from operator import attrgetter
 
 import torch
 import torch.nn.functional as F
@@ -73,14 +74,8 @@ def vit(config, **options) -> nn.Module:
     return mini.build(config.size, config.registers, 0, config.image_size, config.register_start, **scale, **options)
 
 
-def build(config) -> nn.Module:
-    """A fresh student with its teacher."""
-    return DINOv2(config)
-
-
-def backbone(module):
-    """The teacher: it is what DINOv2 evaluates and ships."""
-    return module.teacher
+build = DINOv2
+backbone = attrgetter("teacher")  # it is what DINOv2 evaluates and ships
 
 
 def loss(module, config, step, device):

@@ -10,6 +10,8 @@ loss does not: see docs/log.md.
 
 from __future__ import annotations
 
+from operator import attrgetter
+
 import torch
 from torch import nn
 
@@ -49,14 +51,8 @@ class LeJEPA(nn.Module):
         )
 
 
-def build(config) -> nn.Module:
-    """A fresh ViT with its projector."""
-    return LeJEPA(config)
-
-
-def backbone(module):
-    """The ViT, without the projector."""
-    return module.vit
+build = LeJEPA
+backbone = attrgetter("vit")
 
 
 def loss(module, config, step, device):

@@ -9,6 +9,8 @@ For Figure 17, which compares the principal components of a masked autoencoder w
 
 from __future__ import annotations
 
+from operator import attrgetter
+
 import torch
 from torch import nn
 
@@ -54,14 +56,8 @@ class MaskedAutoencoder(nn.Module):
         return self.pixels(self.norm(self.blocks(full)))
 
 
-def build(config) -> nn.Module:
-    """A fresh encoder with its decoder."""
-    return MaskedAutoencoder(config)
-
-
-def backbone(module):
-    """The encoder."""
-    return module.encoder
+build = MaskedAutoencoder
+backbone = attrgetter("encoder")
 
 
 def loss(module, config, step, device):
