@@ -93,18 +93,6 @@ def relative(attn_maps: torch.Tensor) -> torch.Tensor:
     return attn_maps / attn_maps.mean((-2, -1), keepdim=True)
 
 
-def upsample(attn_maps: torch.Tensor, size: tuple[int, int], mode: str = "bilinear") -> torch.Tensor:
-    """Maps (..., rows, cols) at the image's (height, width); "bilinear", "bicubic" or "nearest".
-
-    Nearest keeps what was computed, one value a patch; the others are for looking only, and spread a one-patch
-    artifact over its neighbours.
-    """
-    lead = attn_maps.shape[:-2]
-    x = attn_maps.reshape(1, -1, *attn_maps.shape[-2:]).float()
-    options = {} if mode == "nearest" else {"align_corners": False}
-    return F.interpolate(x, size=tuple(size), mode=mode, **options).reshape(*lead, *size)
-
-
 def background(images, grid: tuple[int, int]) -> torch.Tensor | None:
     """(n, rows, cols) bool: patches that no object touches, known for scenes; None for photos."""
     if images.scenes is None:
