@@ -70,7 +70,7 @@ def imagefolder(root: Path, spec: dict, split: str):
 
 
 def _drawn(rows: list, spec: dict, split: str) -> list:
-    """The rows of one class that train, drawn at random, or the others."""
+    """Of the rows of one class those drawn for training, or the other ones."""
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0)).tolist()
     train = set(order[: spec["per_class"]])
     return [row for i, row in enumerate(rows) if (i in train) == (split == "train")]

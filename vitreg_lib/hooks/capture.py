@@ -39,7 +39,7 @@ WHOLE = ("norms", "embedding", "final")  # sites of one tensor; the others have 
 
 @dataclass
 class Capture(PrefixTokens):
-    """What one or more forward passes left behind; holds no reference to the model.
+    """Activations of one or more forward passes; holds no reference to the model.
 
     grid: (rows, cols) of the patches. layers: the captured blocks. queries: token positions with attention rows. The
     other fields are those of the module's docstring, None or empty where they were not asked for.
@@ -170,7 +170,7 @@ def evaluating(model: nn.Module):
 
 
 def _run(model, images, batch_size, progress, function) -> list:
-    """What `function` gives for each batch of images; batches get smaller when the device's memory is short."""
+    """The results of `function` for each batch of images; batches get smaller when the device's memory is short."""
     from tqdm.auto import tqdm
 
     weights, results, done = next(model.parameters()), [], 0

@@ -55,10 +55,10 @@ def patch_token(model, images: torch.Tensor, row: int, col: int) -> int:
 
 
 def cls_or_mean(model, images, layer: int = -1, progress: bool = False):
-    """The usual map of a model, (images, rows, cols), and the `Capture` it came from.
+    """A model's attention maps (images, rows, cols) and the `Capture` that holds them.
 
-    Attention of the cls token at `layer`, mean over heads. A model without cls is asked through its registers, and
-    without any prefix token through all patches; each time the mean over these queries.
+    Attention of the cls token at `layer`, mean over heads. Without cls the mean over the registers' maps, and without
+    any prefix token the mean over all patches' maps.
     """
     x = getattr(images, "x", images)
     rows, cols = model.anatomy.grid(x)

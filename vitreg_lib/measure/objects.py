@@ -34,7 +34,7 @@ _GRAM_VALUES = {"cpu": 2**20, "cuda": 2**26}  # Gram entries at once: on a CPU a
 
 @dataclass
 class Lost:
-    """LOST's box for each image and its causes; maps (batch, rows, cols) where `intermediates` were asked for."""
+    """LOST's box for each image and how it came about; maps (batch, rows, cols) only with `intermediates=True`."""
 
     boxes: Tensor  # (batch, 4)
     seeds: Tensor  # (batch,) patch index
@@ -231,7 +231,7 @@ def features(captured, site: str, layer: int = -1) -> Tensor:
 
 
 def paper_site(model) -> str:
-    """The features that Table 3 takes of a `zoo.Model`: "k" for the family DINOv2, "v" for all others."""
+    """The features that Table 3 uses for a `zoo.Model`: "k" (keys) for DINOv2, "v" (values) for all others."""
     return "k" if model.family == "dinov2" else "v"
 
 
@@ -289,7 +289,7 @@ def box_hits(boxes: Tensor, truth: list[Tensor]) -> Tensor:
 
 
 def gain(without: Tensor, hits: Tensor) -> tuple[float, float, float]:
-    """Difference of CorLoc in points, hits (images,) minus those of another way on the same images, with interval."""
+    """(points, low, high): CorLoc of `hits` (images,) minus that of `without` on the same images, and its interval."""
     difference = 100 * (hits.double() - without.double())
     return difference.mean().item(), *interval(difference)
 

@@ -178,11 +178,10 @@ class Run:
         print(f"{item}: {self.title}. Profile {self.profile}: {self.settings.get('models', '')}".rstrip(": "))
 
     def load(self, names: str | None = None) -> list:
-        """The models of this run (or those named, separated by spaces), loaded; what cannot be had is named, left out.
+        """The loaded models of this run, or of `names`, separated by spaces; one that is not reachable is left out.
 
-        With models given by hand a missing one is an error, since it was asked for.
+        It is an error in the profile mini, and where the models were given by hand.
         """
-
         loaded = []
         wanted = (names or self.settings["models"]).replace(",", " ").split()
         for name in wanted:
@@ -217,7 +216,7 @@ class Run:
         return model
 
     def source(self, model) -> str:
-        """What images `model` gets: those of the run; in the profile mini scenes are for models trained on them."""
+        """The name of the images for `model`: those of the run; in profile mini scenes only for models trained on them."""
         own = model_names.entries().get(model.entry, {})
         if self.profile == "mini" and self.settings["images"] == "scenes":
             return own.get("looks_at", "photos" if model.replayed or "timm" in own else "scenes")

@@ -69,7 +69,7 @@ def telemetry_images(config) -> torch.Tensor:
 
 
 def asking(config) -> int:
-    """How many of the images of `labelled` ask."""
+    """How many of the images of `labelled` are queries."""
     return min(config.eval_images, len(pictures(config.data, "val"))) if config.data else config.eval_images
 
 
@@ -82,9 +82,9 @@ def held_out_scenes(config, count: int, device="cpu") -> Iterator[tuple[torch.Te
 
 
 def labelled(config) -> Iterator[tuple[torch.Tensor, dict[str, torch.Tensor]]]:
-    """Images and labels to look for neighbours: `eval_images` that ask (held out), then twice as many that answer.
+    """(pixels, labels) for a nearest-neighbour evaluation: `eval_images` held-out queries, then a bank twice as large.
 
-    labels: by attribute of a scene, or `class` of a folder, whose answers come from its training images.
+    labels: by attribute of a scene, or `class` of a folder, whose bank holds training images.
     """
     count = config.eval_images
     if not config.data:

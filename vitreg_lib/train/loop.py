@@ -15,9 +15,9 @@ and, where there is need:
     companions(module) -> {name: state}          what ships beside the backbone
     SEPARABLE = False                            the loss compares the images of a batch with each other
 
-Batches are drawn by step number, of which every process takes its part (see `parallel`), and the random state is set
-from (seed, step) at every step. So a run that was killed and resumed ends with the same weights, bit for bit on a CPU,
-as one that was not. A run's folder is described in `state`; at its end model.safetensors and result.json are added.
+A batch follows from the number of its step; every process takes its part (see `parallel`). The random state is set from
+(seed, step) at every step. So a run that was killed and resumed ends with the same weights as one that was not, on a
+CPU bit for bit. A run's folder is described in `state`; at its end model.safetensors and result.json are added.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def train(
     progress: bool = True,
     on_step: Callable[[int, float], None] | None = None,
 ) -> dict:
-    """Train to `config.steps`, going on from the folder's state if there is one; the result as a dictionary.
+    """The result, as a dictionary, of training to `config.steps`, from the folder's state on where there is one.
 
     The stop button, Ctrl-C and SIGTERM let the step end, save the state and raise KeyboardInterrupt, which says how to
     go on. On other ranks than 0 nothing is written and the result is empty.
@@ -107,7 +107,7 @@ def configure(recipe: str, **options) -> tuple[TrainConfig, ModuleType]:
 
 
 def recipe_of(config: TrainConfig) -> ModuleType:
-    """The module that a configuration is for: that of the recipe, or for labelled images in a folder `deit3_folder`."""
+    """The module of a configuration's recipe; for DeiT-III on a folder of labelled images `deit3_folder`."""
     if config.data and config.recipe == "emergence":
         raise UserError(f"data={config.data!r}: emergence makes its own images")
     labelled = config.data and config.recipe == "deit3"

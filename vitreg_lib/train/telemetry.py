@@ -49,7 +49,7 @@ def table(captured: Capture, step: int = 0) -> pd.DataFrame:
 
 
 def shipped(names: str) -> dict[str, pd.DataFrame]:
-    """The telemetry that training left beside the checkpoints of these models, as far as they are there, by name."""
+    """{name: telemetry beside the model's shipped checkpoint}, without models that have none."""
     from ..base import CHECKPOINTS
 
     paths = {name: CHECKPOINTS / f"{name}.telemetry.parquet" for name in names.split()}

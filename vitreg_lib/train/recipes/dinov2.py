@@ -182,7 +182,7 @@ def beside_random(trained, config, device) -> dict[str, float]:
 
 @torch.no_grad()
 def knn(vit, config, device, neighbours: int = 20) -> dict[str, float]:
-    """Accuracy of a weighted vote of the 20 nearest of twice `eval_images` other images, by cosine of cls tokens.
+    """k-NN accuracy (0 to 1) for each attribute: a weighted vote of the 20 nearest images, by cosine of cls tokens.
 
     After DINO's evaluation (weights exp(cosine / 0.07)). `knn` is the mean over the attributes.
     """
