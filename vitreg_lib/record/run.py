@@ -216,7 +216,7 @@ class Run:
         return model
 
     def source(self, model) -> str:
-        """The name of the images for `model`: those of the run; in profile mini scenes only for models trained on them."""
+        """The name of the images for `model`: the run's; in profile mini scenes only for models trained on them."""
         own = model_names.entries().get(model.entry, {})
         if self.profile == "mini" and self.settings["images"] == "scenes":
             return own.get("looks_at", "photos" if model.replayed or "timm" in own else "scenes")
