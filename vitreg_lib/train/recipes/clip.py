@@ -20,10 +20,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from ...data.scenes import ATTRIBUTES, MEAN, STD
-from ...model import mini
 from ...model.text import TEMPLATES, text_tower, tokenizer
 from ...probes import zeroshot
 from .. import images, parallel
+from . import vit
 
 DEFAULTS = {"size": "s", "steps": 800, "batch_size": 128}
 SEPARABLE = False  # each image is compared with all captions of the batch
@@ -34,14 +34,7 @@ class Clip(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.visual = mini.build(
-            config.size,
-            config.registers,
-            config.embed_dim,
-            config.image_size,
-            config.register_start,
-            drop_path_rate=config.drop_path,
-        )
+        self.visual = vit(config, config.embed_dim, drop_path_rate=config.drop_path)
         self.text = text_tower(config.text_width, config.text_layers, config.embed_dim, config.context)
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
 

@@ -13,22 +13,15 @@ import torch
 import torch.nn.functional as F
 
 from ...data.scenes import ATTRIBUTES, MEAN, STD, targets
-from ...model import mini
 from .. import images
+from . import vit
 
 NUM_LABELS = sum(map(len, ATTRIBUTES.values()))
 
 
 def build(config) -> torch.nn.Module:
     """A fresh mini ViT with a linear head for the 24 labels."""
-    return mini.build(
-        config.size,
-        config.registers,
-        NUM_LABELS,
-        config.image_size,
-        config.register_start,
-        drop_path_rate=config.drop_path,
-    )
+    return vit(config, NUM_LABELS, drop_path_rate=config.drop_path)
 
 
 def backbone(module):

@@ -26,6 +26,7 @@ from torch import nn
 from ...data.scenes import MEAN, STD
 from ...model import mini
 from .. import images, parallel, views
+from . import vit
 
 DEFAULTS = {"size": "s", "steps": 600, "batch_size": 64, "learning_rate": 5e-3, "weight_decay": 0.04, "clip_grad": 3.0}
 SEPARABLE = False  # answers are balanced, and embeddings spread, over the batch
@@ -46,7 +47,7 @@ class DINOv2(nn.Module):
         from lightly.loss import DINOLoss, IBOTPatchLoss
         from lightly.models.modules import DINOv2ProjectionHead
 
-        self.student = vit(config, drop_path_rate=config.drop_path)
+        self.student = backbone_of(config, drop_path_rate=config.drop_path)
         dim = self.student.embed_dim
         head = dict(input_dim=dim, output_dim=config.prototypes, **(HEAD if config.size in mini.SIZES else FULL_HEAD))
         with warnings.catch_warnings():
@@ -54,7 +55,7 @@ class DINOv2(nn.Module):
             self.student_heads = nn.ModuleDict({name: DINOv2ProjectionHead(**head) for name in ("cls", "patch")})
             self.teacher_heads = nn.ModuleDict({name: DINOv2ProjectionHead(**head) for name in ("cls", "patch")})
         self.mask_token = nn.Parameter(torch.zeros(dim))
-        self.teacher = vit(config)
+        self.teacher = backbone_of(config)
         for student, teacher in self.pairs():
             teacher.load_state_dict(student.state_dict())
             teacher.requires_grad_(False)
@@ -68,10 +69,10 @@ class DINOv2(nn.Module):
         return (self.student, self.teacher), (self.student_heads, self.teacher_heads)
 
 
-def vit(config, **options) -> nn.Module:
-    """A fresh ViT without a head."""
+def backbone_of(config, **options) -> nn.Module:
+    """A fresh ViT without a head, from sizes ti/16 on with DINOv2's LayerScale."""
     scale = {} if config.size in mini.SIZES else {"init_values": FULL_LAYER_SCALE}
-    return mini.build(config.size, config.registers, 0, config.image_size, config.register_start, **scale, **options)
+    return vit(config, **scale, **options)
 
 
 build = DINOv2
@@ -175,7 +176,7 @@ def evaluate(module, config, device) -> dict[str, float]:
 def beside_random(trained, config, device) -> dict[str, float]:
     """k-NN accuracy (0 to 1) of a ViT's cls token for each attribute, and of a fresh random one beside it."""
     torch.manual_seed(config.seed)
-    fresh = vit(config).to(device)
+    fresh = backbone_of(config).to(device)
     accuracy = knn(trained, config, device)
     return accuracy | {f"random_{name}": value for name, value in knn(fresh, config, device).items()}
 

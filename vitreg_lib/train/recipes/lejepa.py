@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from .. import images, parallel, views
-from .dinov2 import beside_random, tokens, vit
+from .dinov2 import backbone_of, beside_random, tokens
 
 DEFAULTS = {
     "size": "s",
@@ -39,7 +39,7 @@ class LeJEPA(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.vit = vit(config, drop_path_rate=config.drop_path)
+        self.vit = backbone_of(config, drop_path_rate=config.drop_path)
         self.projector = nn.Sequential(
             nn.Linear(self.vit.embed_dim, HIDDEN, bias=False),
             nn.BatchNorm1d(HIDDEN),

@@ -18,6 +18,7 @@ from ...data.scenes import HELD_OUT, MEAN, STD, uniform
 from ...model import mini
 from ...probes.local import patch_pixels
 from .. import images, views
+from . import vit
 
 DEFAULTS = {"steps": 500, "batch_size": 128}
 DECODER = {"dim": 48, "depth": 2, "heads": 3}  # of mini ViTs
@@ -32,8 +33,7 @@ class MaskedAutoencoder(nn.Module):
         super().__init__()
         from timm.models.vision_transformer import Block
 
-        options = dict(register_start=config.register_start, drop_path_rate=config.drop_path)
-        self.encoder = mini.build(config.size, config.registers, 0, config.image_size, **options)
+        self.encoder = vit(config, drop_path_rate=config.drop_path)
         self.patch_size = mini.patch_size(config.size)
         decoder = DECODER if config.size in mini.SIZES else FULL_DECODER
         dim, heads = decoder["dim"], decoder["heads"]
