@@ -23,7 +23,7 @@ from ...data.scenes import ATTRIBUTES, MEAN, STD
 from ...model.text import TEMPLATES, text_tower, tokenizer
 from ...probes import zeroshot
 from .. import images, parallel
-from . import vit
+from . import new_vit
 
 DEFAULTS = {"size": "s", "steps": 800, "batch_size": 128}
 SEPARABLE = False  # each image is compared with all captions of the batch
@@ -34,7 +34,7 @@ class Clip(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.visual = vit(config, config.embed_dim, drop_path_rate=config.drop_path)
+        self.visual = new_vit(config, config.embed_dim, drop_path_rate=config.drop_path)
         self.text = text_tower(config.text_width, config.text_layers, config.embed_dim, config.context)
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
 

@@ -14,14 +14,14 @@ import torch.nn.functional as F
 
 from ...data.scenes import ATTRIBUTES, MEAN, STD, targets
 from .. import images
-from . import vit
+from . import new_vit
 
 NUM_LABELS = sum(map(len, ATTRIBUTES.values()))
 
 
 def build(config) -> torch.nn.Module:
     """A fresh mini ViT with a linear head for the 24 labels."""
-    return vit(config, NUM_LABELS, drop_path_rate=config.drop_path)
+    return new_vit(config, NUM_LABELS, drop_path_rate=config.drop_path)
 
 
 def backbone(module):

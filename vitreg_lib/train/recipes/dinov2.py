@@ -26,7 +26,7 @@ from torch import nn
 from ...data.scenes import MEAN, STD
 from ...model import mini
 from .. import images, parallel, views
-from . import vit
+from . import new_vit
 
 DEFAULTS = {"size": "s", "steps": 600, "batch_size": 64, "learning_rate": 5e-3, "weight_decay": 0.04, "clip_grad": 3.0}
 SEPARABLE = False  # answers are balanced, and embeddings spread, over the batch
@@ -72,7 +72,7 @@ class DINOv2(nn.Module):
 def backbone_of(config, **options) -> nn.Module:
     """A fresh ViT without a head, from sizes ti/16 on with DINOv2's LayerScale."""
     scale = {} if config.size in mini.SIZES else {"init_values": FULL_LAYER_SCALE}
-    return vit(config, **scale, **options)
+    return new_vit(config, **scale, **options)
 
 
 build = DINOv2

@@ -18,7 +18,7 @@ from ...data.scenes import HELD_OUT, MEAN, STD, uniform
 from ...model import mini
 from ...probes.local import patch_pixels
 from .. import images, views
-from . import vit
+from . import new_vit
 
 DEFAULTS = {"steps": 500, "batch_size": 128}
 DECODER = {"dim": 48, "depth": 2, "heads": 3}  # of mini ViTs
@@ -33,7 +33,7 @@ class MaskedAutoencoder(nn.Module):
         super().__init__()
         from timm.models.vision_transformer import Block
 
-        self.encoder = vit(config, drop_path_rate=config.drop_path)
+        self.encoder = new_vit(config, drop_path_rate=config.drop_path)
         self.patch_size = mini.patch_size(config.size)
         decoder = DECODER if config.size in mini.SIZES else FULL_DECODER
         dim, heads = decoder["dim"], decoder["heads"]
