@@ -79,7 +79,7 @@ def failing_at(step):
         value, numbers = deit3.loss(module, config, now, device)
         return (value * float("nan") if now == step else value), numbers
 
-    names = ("build", "backbone", "telemetry_images", "evaluate")
+    names = ("build", "backbone", "evaluate")
     return SimpleNamespace(loss=loss, **{name: getattr(deit3, name) for name in names})
 
 
