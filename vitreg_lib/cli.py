@@ -301,7 +301,7 @@ def fetch(
     profile: Annotated[Literal[*record.PROFILES], typer.Option(help="whose models")] = "small",
 ):
     """Download weights and data sets that items need, to run them later without a network."""
-    raise typer.Exit(_workflow("fetch").main(profile, item or None))
+    raise typer.Exit(_workflow("fetch").main(profile, item))
 
 
 @app.command(epilog="The file's form and what comes out stand at the top of workflow/batch.py.")
