@@ -71,12 +71,6 @@ def test_what_is_wrong_is_told_in_one_line(capsys, results, arguments, told):
     assert not list(results.rglob("*.*"))
 
 
-def test_a_library_without_the_repository_says_where_notebooks_come_from(capsys, tmp_path, monkeypatch):
-    monkeypatch.setattr(cli, "ROOT", tmp_path)
-    for command in ("run fig11", "fetch", "batch sweep.yaml"):
-        assert "the notebooks come with the repository: clone it" in failing(capsys, *command.split())
-
-
 def test_an_unknown_size_is_refused_before_a_folder_is_made(capsys, tmp_path):
     told = failing(capsys, "train", "deit3", "--size", "huge", "--out", str(tmp_path / "run"))
     assert "unknown mini size 'huge'; known are" in told
