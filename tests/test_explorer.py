@@ -216,12 +216,13 @@ def test_what_was_not_measured_is_disabled_with_its_reason(no_models):
     page, early = shown.page, "attention was measured in blocks 8 to 11 only"
     heads = page.heads.children[1:]
     assert not any(widget.disabled for widget in (page.query, page.opacity, page.component, page.layer, *heads))
-    for widget in (page.source, page.path, page.upload):
-        assert widget.disabled and "measured on the photos alone" in widget.tooltip
+    assert all(widget.disabled for widget in (page.source, page.path, page.upload))
+    alone = "Grey controls: vit-ti and vit-ti+ttr4 were measured on the photos alone"
+    assert page.why.value == alone
     page.layer.value = 5
-    for widget in (page.query, page.opacity, *heads):
-        assert widget.disabled and widget.tooltip == early
-    assert page.component.disabled and page.component.tooltip == "components were measured after block 11 only"
+    assert all(widget.disabled for widget in (page.query, page.opacity, page.component, *heads))
+    assert {button.tooltip for button in heads} == {early}
+    assert page.why.value == f"{alone}; {early}; components were measured after block 11 only"
     sent = page.canvases[1].view
     assert sent["missing"]["attention"] == early and sent["budget"] is None
     assert sent["notes"][-1].startswith("vit-ti+ttr4 was measured on 20") and "VITREG_MODELS" in sent["notes"][-1]
@@ -237,7 +238,7 @@ def test_what_was_not_measured_is_disabled_with_its_reason(no_models):
     assert shown.state.query == "patch (7, 7)" and not page.query.disabled
     assert "attention" in shown.views[0].missing and not shown.views[1].missing
     page.first.value = "planted"
-    assert not page.source.disabled
+    assert not page.source.disabled and page.why.value == ""
     page.source.value = "scenes"
     page.first.value = "deit-ti"  # was measured on photos alone: these come back
     assert shown.state.images == "photos" and page.source.disabled

@@ -273,11 +273,12 @@ def test_what_was_not_measured_is_greyed_and_says_why(opened, store, tmp_path):
         after(opened, lambda: slider(page, "Layer").press("ArrowLeft"))
     views = assert_shows(page, replace(OPENED, models=OPENED.models[:1], layer=5), store)
     assert set(views[0].missing) == {"attention", "components", "similarity"}
-    for label, reason in (("Query", views[0].missing["attention"]), ("PCA", views[0].missing["components"])):
-        assert control(page, label).is_disabled()
-        assert page.locator(f".vr-explorer label:text-is('{label}')").get_attribute("title") == reason
-    assert control(page, "Images").is_disabled()
-    assert page.get_by_role("button", name="mean", exact=True).is_disabled()
+    reasons = "; ".join(views[0].missing[name] for name in ("attention", "components"))
+    wanted = f"Grey controls: deit-ti was measured on the photos alone; {reasons}"
+    assert page.locator(".vr-why").inner_text() == wanted
+    assert all(control(page, label).is_disabled() for label in ("Images", "Query", "PCA"))
+    mean = page.get_by_role("button", name="mean", exact=True)
+    assert mean.is_disabled() and mean.get_attribute("title") == views[0].missing["attention"]
     picture(page, "explorer-not-measured", tmp_path)
     after(opened, lambda: click_patch(page, 0, "norms", 3, 4))
     refused = page.locator(".vr-error").inner_text()
