@@ -262,7 +262,7 @@ def test_it_opens_on_real_models_as_they_were_measured(opened, store, tmp_path):
     views = assert_shows(opened.page, OPENED, store)
     assert not opened.page.locator(".vr-error").count()
     assert views[0].seen.measured and views[0].missing
-    assert views[0].is_outlier.any() and not views[1].is_outlier.any()
+    assert views[0].is_outlier.sum() > views[1].is_outlier.sum()
     picture(opened.page, "explorer", tmp_path)
 
 
@@ -292,9 +292,12 @@ def test_two_kinds_of_artifacts(opened, store, tmp_path):
     """ViT-Ti, whose artifacts sit in the corners, beside DeiT-Ti of the same architecture, whose follow the image."""
     for label, value in (("Model", "vit-ti"), ("Beside", "deit-ti")):
         pick(opened, label, value)
-    views = assert_shows(opened.page, State(models=("vit-ti", "deit-ti")), store)
+    shared = opened.page.get_by_label("One colour scale for both")
+    after(opened, shared.uncheck)
+    views = assert_shows(opened.page, State(models=("vit-ti", "deit-ti"), shared=False), store)
     assert [view.verdict for view in views] == ["artifacts: strong, position-bound", "artifacts: mild, content-bound"]
     picture(opened.page, "explorer-vit-ti", tmp_path)
+    after(opened, shared.check)
 
 
 def test_layer_head_and_register_are_followed_by_both_models(ready, store, tmp_path):
