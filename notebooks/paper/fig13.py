@@ -135,5 +135,7 @@ def two_pairs(names: list[str], pairs: dict[str, str]) -> list[str]:
 
     pairs: {model with registers: the same model without}.
     """
-    chosen = [name for with_registers, without in list(pairs.items())[:2] for name in (without, with_registers)]
-    return list(dict.fromkeys(chosen)) or names[:4]
+    first = {}
+    for with_registers, without in pairs.items():
+        first.setdefault(without, with_registers)
+    return [name for pair in list(first.items())[:2] for name in pair] or names[:4]
