@@ -11,10 +11,10 @@ import torchvision
 from torch import nn
 
 import vitreg_lib as vr
-from vitreg_lib.base import ROOT
+from vitreg_lib.base import ROOT, UserError
 from vitreg_lib.hooks.anatomy import describe, dissect
 from vitreg_lib.hooks.capture import SITES, capture
-from vitreg_lib.model import zoo
+from vitreg_lib.model import added, mend, saved, zoo
 
 X = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 REGISTERS = tuple(f"register {i}" for i in range(1, 5))
@@ -131,6 +131,93 @@ class ClipBlock(nn.Module):
         y = self.ln_1(x)
         x = x + self.attn(y, y, y, need_weights=False)[0]
         return x + self.mlp(self.ln_2(x))
+
+
+NEURONS = [(0, 5), (1, 5), (1, 20)]
+OTHERS = {"torchvision": of_torchvision, "open_clip": of_open_clip, "OpenAI": lambda: stirred(Clip())}
+
+
+def by_hand(model: nn.Module, n: int) -> torch.Tensor:
+    """(images, tokens, dim) after the last block, with n zeros behind the prefix and `NEURONS` moved one by one."""
+    anatomy, calls = dissect(model), []
+    old, first = anatomy.num_prefix_tokens, anatomy.batch_first
+    keep = [
+        block.register_forward_pre_hook(lambda b, a, k: calls.append((a, k)), with_kwargs=True)
+        for block in anatomy.blocks
+    ]
+    with torch.no_grad():
+        anatomy.forward(X)
+    for handle in keep:
+        handle.remove()
+
+    def moving(layer, linear):
+        def forward(hidden):
+            hidden = (hidden if first else hidden.transpose(0, 1)).clone()
+            for image in range(len(hidden)):
+                for neuron in [i for block, i in NEURONS if block == layer]:
+                    hidden[image, old : old + n, neuron] = max(hidden[image, old:, neuron].tolist(), key=abs)
+                    hidden[image, old + n :, neuron] = 0
+            return nn.functional.linear(hidden if first else hidden.transpose(0, 1), linear.weight, linear.bias)
+
+        return forward
+
+    x = calls[0][0][0] if first else calls[0][0][0].transpose(0, 1)
+    x = torch.cat([x[:, :old], torch.zeros(len(x), n, x.shape[-1]), x[:, old:]], 1)
+    x = x if first else x.transpose(0, 1)
+    with torch.no_grad():
+        for layer, (block, (args, kwargs)) in enumerate(zip(anatomy.blocks, calls, strict=True)):
+            anatomy.mlp_out[layer].forward = moving(layer, anatomy.mlp_out[layer])
+            x = block(x, *args[1:], **kwargs)
+            x = x[0] if isinstance(x, tuple) else x
+            del anatomy.mlp_out[layer].forward
+    return x if first else x.transpose(0, 1)
+
+
+def answer(model: nn.Module) -> torch.Tensor:
+    with torch.no_grad():
+        said = dissect(model).forward(X)
+    return said if torch.is_tensor(said) else said.last_hidden_state
+
+
+@pytest.mark.parametrize("name", [*OF_TRANSFORMERS, *OTHERS])
+def test_registers_are_added_to_models_of_every_library(name, tmp_path):
+    """Against a loop over images and neurons; what the library's own heads get has the tokens that it had before."""
+    model = OTHERS[name]() if name in OTHERS else of_transformers(name)
+    before, prefix = answer(model), dissect(model).prefix
+    assert torch.equal(answer(added.add_registers(model, [], 0)), before)
+    mended = added.add_registers(model, NEURONS, 2)
+    seen = capture(mended, X, ("tokens", "attention", "mlp"))
+    assert seen.num_prefix_tokens == len(prefix) + 2 and seen.prefix[: len(prefix)] == prefix
+    torch.testing.assert_close(seen.tokens[2], by_hand(model, 2), rtol=1e-4, atol=1e-5)
+    after = answer(mended)
+    assert after.shape == before.shape and not torch.allclose(after, before, atol=1e-3)
+    assert torch.equal(answer(model), before), "the model itself is left as it was"
+    if name not in ("open_clip", "OpenAI"):  # the first has no name here, the second no library
+        saved.write(vr.load(mended), tmp_path / "mended.safetensors")
+        again = vr.load(f"file:{tmp_path}/mended.safetensors", "cpu")
+        torch.testing.assert_close(answer(again.module), after, rtol=1e-5, atol=1e-5)
+        assert again.role == "mended" and type(again.module) is type(model)
+
+
+@pytest.mark.parametrize("kind", ["described", "OpenAI"])
+def test_a_module_of_ones_own_gets_registers_and_takes_the_file_back(kind, tmp_path):
+    prefix = ("cls", "register 1")
+    own = lambda: describe(stirred(Own()), **DESCRIPTION, prefix=prefix)  # noqa: E731
+    build = {"OpenAI": lambda: stirred(Clip()), "described": own}[kind]
+    model = vr.load(build())
+    empty = mend.with_empty_tokens(model, 3)
+    assert empty.registers == model.registers + 3 and empty.name.endswith("+empty3")
+    mended = mend.with_test_time_registers(model, 2, NEURONS)
+    tokens = capture(mended.module, X, "tokens").tokens
+    torch.testing.assert_close(tokens[max(tokens)], by_hand(model.module, 2), rtol=1e-4, atol=1e-5)
+    saved.write(mended, tmp_path / "mine.safetensors")
+    with pytest.raises(UserError, match="no name builds a"):
+        vr.load(f"file:{tmp_path}/mine.safetensors")
+    fresh = build()
+    with torch.no_grad():
+        for parameter in fresh.parameters():
+            parameter.zero_()
+    assert torch.equal(answer(saved.onto(fresh, tmp_path / "mine.safetensors")), answer(mended.module))
 
 
 @pytest.mark.parametrize("wrap", [None, nn.DataParallel, torch.compile, lambda m: nn.ModuleDict({"backbone": m})])
@@ -333,10 +420,11 @@ def test_a_published_model_that_is_not_here_can_be_measured(name):
         torch.testing.assert_close(rows.sum(-1), torch.ones(rows.shape[:-1]))
 
 
-def test_the_worked_example_of_your_own_vit_runs(capsys):
+def test_the_worked_example_of_your_own_vit_runs(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     text = (ROOT / "docs" / "your-own-vit.md").read_text()
     examples = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
-    assert len(examples) == 2 and "vr.describe(" in examples[1]
+    assert len(examples) == 3 and "vr.describe(" in examples[1]
     namespace = {"__name__": "example"}
     for example in examples:
         exec(compile(example, "docs/your-own-vit.md", "exec"), namespace)  # noqa: S102

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,11 +13,13 @@ import test_time_registers
 import timm
 import torch
 
+import vitreg_lib as vr
+from vitreg_lib import cli
 from vitreg_lib.base import UserError
-from vitreg_lib.data import scenes
+from vitreg_lib.data import images, scenes
 from vitreg_lib.hooks.anatomy import layer_scale
 from vitreg_lib.hooks.capture import capture
-from vitreg_lib.model import mend, mini, planted, zoo
+from vitreg_lib.model import added, mend, mini, planted, saved, zoo
 from vitreg_lib.model.model import Model, weights_sha256
 from workflow import plant
 
@@ -62,7 +66,7 @@ def test_outliers_leave_the_patches_and_the_registers_take_them(found, control, 
 
 
 def test_every_image_of_a_batch_is_treated_as_if_alone(found, control, pictures):
-    mended = mend.add_registers(control.module, found.neurons, 2)
+    mended = added.add_registers(control.module, found.neurons, 2)
     together = capture(mended, pictures[:8], "tokens", layers=-1).tokens[7]
     alone = torch.cat([capture(mended, x[None], "tokens", layers=-1).tokens[7] for x in pictures[:8]])
     gap = (together - alone).abs().max() / alone.abs().max()
@@ -77,7 +81,7 @@ def test_each_neuron_has_its_own_largest_value_and_cls_neither_counts_nor_change
     activations[:, :2, :2] = 99.0
     activations[:, :, 3] = 4.0
     original = activations.clone()
-    (moved,) = mend._Move([0, 1], old=2, n=1)(None, (activations,))
+    moved = added.move(activations, torch.tensor([True, True, False, False]), old=2, n=1)
     assert moved[0, 2, :2].tolist() == [5.0, -3.0] and moved[1, 2, :2].tolist() == [7.0, 0.0]
     assert (moved[:, 3:, :2] == 0).all(), "patches keep nothing of the chosen neurons"
     assert (moved[:, :2] == 99.0).all(-1)[..., None].logical_or(moved[:, :2] == original[:, :2]).all()
@@ -87,7 +91,7 @@ def test_each_neuron_has_its_own_largest_value_and_cls_neither_counts_nor_change
 def test_with_several_blocks_new_tokens_keep_what_they_hold():
     activations = torch.zeros(1, 1 + 1 + 2, 1)
     activations[0, 1, 0], activations[0, 2, 0] = 9.0, 2.0  # the new token itself fires most
-    (moved,) = mend._Move([0], old=1, n=1)(None, (activations,))
+    moved = added.move(activations, torch.tensor([True]), old=1, n=1)
     assert moved[0, :, 0].tolist() == [0, 9.0, 0, 0]
 
 
@@ -96,17 +100,17 @@ def test_returned_features_drop_the_new_tokens_and_no_patch(pool):
     torch.manual_seed(0)
     model = mini.build("xs", registers=2, global_pool=pool).eval()
     x = torch.randn(2, 3, 96, 96)
-    mended = mend.add_registers(model, [], 3)
+    mended = added.add_registers(model, [], 3)
     assert mended.num_prefix_tokens == 6 and mended.forward_features(x).shape[1] == 6 + 144
     patches, prefix = mended.forward_intermediates(x, indices=[-1], return_prefix_tokens=True)[1][0]
     assert patches.shape[-2:] == (12, 12) and prefix.shape[1] == 6
     seen = capture(mended, x, ("norms", "final"))
     assert (seen.num_registers, seen.has_cls, seen.patch_norms.shape[-1]) == (5, True, 144)
-    silent = mend.add_registers(model, [], 3)
+    silent = added.add_registers(model, [], 3)
     for attn in (block.attn for block in silent.blocks):
         attn.proj.weight.data.zero_()  # without attention new tokens cannot matter: outputs are the old ones
     plain = mini.build("xs", registers=2, global_pool=pool).eval()
-    plain.load_state_dict(silent.state_dict())
+    plain.load_state_dict(added.of_state(silent.state_dict())[1])
     assert torch.allclose(plain(x), silent(x), atol=1e-5)
 
 
@@ -163,13 +167,13 @@ def test_a_clean_model_has_nothing_to_mend():
 def test_attention_bias_by_pairs_of_places_is_refused():
     beit = timm.create_model("beit_base_patch16_224", img_size=64, depth=1, embed_dim=96, num_heads=3)
     with pytest.raises(UserError, match="bias for each pair"):
-        mend.add_registers(beit, [], 1)
+        added.add_registers(beit, [], 1)
 
 
 @pytest.mark.parametrize("neurons, named", [([(9, 0)], "block 9"), ([(0, 64)], "neuron 64")])
 def test_neurons_that_do_not_exist_are_refused(neurons, named):
     with pytest.raises(ValueError, match=named):
-        mend.add_registers(mini.build("xs"), neurons, 1)
+        added.add_registers(mini.build("xs"), neurons, 1)
 
 
 def test_layer_scale_is_found_under_both_names():
@@ -189,7 +193,7 @@ def test_rotary_embeddings_keep_their_places(name):
     torch.manual_seed(0)
     model = timm.create_model(name, img_size=56 if "14" in name else 64, depth=2).eval()
     x = torch.randn(1, 3, *model.patch_embed.img_size)
-    mended = mend.add_registers(model, [(1, 3)], 2)
+    mended = added.add_registers(model, [(1, 3)], 2)
     old = model.num_prefix_tokens
     q, k = (capture(m, x, ("q", "k"), layers=0) for m in (model, mended))
     assert torch.allclose(k.q[0][:, :, old + 2 :], q.q[0][:, :, old:], atol=1e-5)
@@ -199,8 +203,102 @@ def test_rotary_embeddings_keep_their_places(name):
 
 def test_other_image_sizes_still_work():
     model = mini.build("xs", no_embed_class=False)
-    mended = mend.add_registers(model, [], 2).eval()
+    mended = added.add_registers(model, [], 2).eval()
     assert mended.forward_features(torch.randn(1, 3, 64, 96)).shape[1] == 3 + 8 * 12
+
+
+FRESH = """
+import sys, torch, vitreg_lib as vr
+model = vr.load(sys.argv[1], "cpu")
+x = torch.load(sys.argv[2])
+torch.save((model.module(x), model.registers, model.role, model.label), sys.argv[3])
+"""
+
+
+def test_a_saved_mend_is_loaded_by_name_in_a_fresh_process(found, control, pictures, tmp_path):
+    mended = mend.with_test_time_registers(control, 3, found.neurons)
+    saved.write(mended, tmp_path / "mended.safetensors")
+    state = mended.module.state_dict()
+    assert state["blocks.0.added_registers"].shape == (3, control.module.embed_dim)
+    moved = state["blocks.5.mlp.fc2.moved_neurons"].nonzero().flatten().tolist()
+    assert moved == sorted(neuron for block, neuron in found.neurons)
+    assert set(state) - {"blocks.0.added_registers", "blocks.5.mlp.fc2.moved_neurons"} == set(
+        control.module.state_dict()
+    )
+    torch.save(pictures[:3], tmp_path / "x.pt")
+    name, said = f"file:{tmp_path}/mended.safetensors", tmp_path / "said.pt"
+    subprocess.run([sys.executable, "-c", FRESH, name, tmp_path / "x.pt", said], check=True)
+    answers, registers, role, label = torch.load(said)
+    assert (registers, role, label) == (3, "mended", name)
+    with torch.no_grad():
+        assert torch.equal(answers, mended.module(pictures[:3]))
+
+
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "vit_small_patch16_dinov3", "deit3_small_patch16_224"])
+def test_timms_own_functions_and_files_know_the_added_registers(name, tmp_path):
+    torch.manual_seed(0)
+    sizes = dict(img_size=64, depth=2, embed_dim=48, num_heads=3, num_classes=5)
+    module = timm.create_model(name, **sizes).eval()
+    for parameter in module.parameters():  # timm starts with weights of 0.02, where nothing matters
+        parameter.data.add_(0.1 * torch.randn_like(parameter))
+    module.timm_config = {"model_args": {k: v for k, v in sizes.items() if k != "num_classes"}}
+    mended = mend.with_test_time_registers(vr.load(module), 2, [(1, 7)])
+    x = torch.randn(2, 3, 64, 64)
+    saved.write(mended, tmp_path / "m.safetensors")
+    again = zoo.load(f"file:{tmp_path}/m.safetensors", "cpu").module
+    torch.save(mended.module.state_dict(), tmp_path / "m.pth")  # without metadata: the buffers alone say it
+    with torch.no_grad():
+        assert torch.equal(again(x), mended.module(x)) and not torch.allclose(again(x), module(x), atol=1e-4)
+        tokens = again.forward_features(x)
+        assert tokens.shape == (2, module.num_prefix_tokens + 2 + 16, 48)
+        final, maps = again.forward_intermediates(x, indices=[1], norm=True)
+        torch.testing.assert_close(maps[0].flatten(2).transpose(1, 2), tokens[:, module.num_prefix_tokens + 2 :])
+        torch.testing.assert_close(final, tokens)
+    said, weights = added.of_state(torch.load(tmp_path / "m.pth"))
+    module.load_state_dict(weights)
+    with torch.no_grad():
+        assert torch.equal(added.again(module, said)(x), mended.module(x))
+    with pytest.raises(UserError, match="belongs to no part of this"):
+        added.again(mini.build("xxs"), {"blocks.7.mlp.fc2.moved_neurons": torch.ones(3, dtype=torch.bool)})
+
+
+@pytest.mark.parametrize("suffix", [".pt2", ".onnx"])
+@pytest.mark.parametrize("kind", ["mini", "eva"])
+def test_a_mended_model_is_exported_for_any_number_of_images(kind, suffix, tmp_path):
+    """`saved.export` runs the program on one image and on three, and compares; here on five, apart from it."""
+    if suffix == ".onnx":
+        pytest.importorskip("onnxscript")
+        onnxruntime = pytest.importorskip("onnxruntime")
+    torch.manual_seed(0)
+    eva = dict(img_size=64, depth=2, embed_dim=48, num_heads=3, num_classes=5)
+    module = mini.build("xxs") if kind == "mini" else timm.create_model("vit_small_patch16_dinov3", **eva)
+    model = mend.with_test_time_registers(vr.load(module.eval()), 2, [(0, 1), (1, 7)])
+    model.input_size = 96 if kind == "mini" else 64
+    saved.write(model, tmp_path / f"m{suffix}")
+    x = torch.randn(5, 3, model.input_size, model.input_size)
+    if suffix == ".onnx":
+        session = onnxruntime.InferenceSession(tmp_path / "m.onnx")
+        said = torch.from_numpy(session.run(None, {session.get_inputs()[0].name: x.numpy()})[0])
+    else:
+        said = torch.export.load(tmp_path / "m.pt2").module()(x)
+    with torch.no_grad():
+        torch.testing.assert_close(said, model.module(x), rtol=1e-3, atol=1e-4)
+
+
+def test_the_command_mends_saves_and_says_what_it_costs_elsewhere(tmp_path, capsys):
+    """mini-corners: three neurons make its outliers (docs/log.md); a model without outliers is no error."""
+    assert cli.main(["mend", "mini-corners", "--save", str(tmp_path / "m.safetensors")]) == 0
+    said = capsys.readouterr().out
+    assert "20 to search, the others to try" in said and "features_apart" in said
+    mended = zoo.load(f"file:{tmp_path}/m.safetensors", "cpu")
+    assert mended.role == "mended" and mended.base == "mini-corners" and mended.about in said
+    before = zoo.load("mini-corners", "cpu")
+    found = mend.find(before)
+    x = images.load("textures", before, 16, seed=3).x
+    assert outlier_share(before, x, found.cutoff) > 0.02 > 5 * outlier_share(mended, x, found.cutoff)
+    assert cli.main(["mend", "mini-deit3-xs", "--save", str(tmp_path / "no.safetensors")]) == 0
+    said = capsys.readouterr().out
+    assert said.count("\n") == 1 and "has nothing to mend" in said and not (tmp_path / "no.safetensors").exists()
 
 
 @pytest.fixture

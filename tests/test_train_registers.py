@@ -21,7 +21,7 @@ from vitreg_lib.base import ROOT, UserError
 from vitreg_lib.data import images
 from vitreg_lib.hooks.capture import capture
 from vitreg_lib.measure import pairs
-from vitreg_lib.model import mend, names, planted, remedies, zoo
+from vitreg_lib.model import added, mend, names, planted, remedies, zoo
 from vitreg_lib.model.grow import with_registers
 from vitreg_lib.model.model import Model
 from vitreg_lib.train import loop, state
@@ -78,7 +78,7 @@ class TestGrown:
             nn.init.zeros_(model.norm_pre.bias)
         x = torch.randn(2, 3, *model.patch_embed.img_size)
         grown = with_registers(model, torch.zeros(3, model.embed_dim))
-        torch.testing.assert_close(grown(x), mend.add_registers(model, (), 3)(x), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(grown(x), added.add_registers(model, (), 3)(x), rtol=1e-4, atol=1e-5)
         assert grown.num_prefix_tokens == 4 and not torch.equal(grown(x), model(x))
 
     def test_more_registers_stand_behind_those_that_are_there(self):

@@ -56,7 +56,7 @@ def test_registers_are_judged_where_the_model_without_has_artifacts():
 
 def pair(label, base, origin="fine-tuned", family=""):
     facts = dict(label=label, name=label, entry=label, base=base, registers=4, registers_from=origin)
-    return SimpleNamespace(**facts, role="trained", family=family)
+    return SimpleNamespace(**facts, role="trained", family=family, replayed=False)
 
 
 def test_a_family_is_judged_on_pairs_trained_alike_whose_model_without_has_artifacts():
@@ -81,7 +81,7 @@ def test_object_discovery_is_judged_on_the_papers_set_with_its_features_and_marg
 
     def judged(having, images, after=many):
         scored = hits | {"a-reg4": dict.fromkeys(hits["a"], after)}
-        every = tab03.claims(models, scored, {"box": box}, having, images, "50 photos")
+        every = tab03.claims(models, scored, {"box": box}, having, dict.fromkeys(scored, (images, "50 photos")))
         return {claim: (holds, text) for claim, holds, text, *_ in every}
 
     here = judged({"a"}, "coco")

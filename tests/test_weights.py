@@ -15,11 +15,13 @@ import torchvision
 from safetensors.torch import save_file
 
 import vitreg_lib as vr
+from vitreg_lib import cli
 from vitreg_lib.base import UserError
+from vitreg_lib.data import images
 from vitreg_lib.hooks.capture import capture
 from vitreg_lib.model import zoo
 from vitreg_lib.model.names import file_parts, split
-from vitreg_lib.model.weights import CLIP, IMAGENET
+from vitreg_lib.model.weights import CLIP, IMAGENET, read_weights
 
 X = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
 
@@ -271,3 +273,33 @@ def test_a_file_that_would_run_code_is_refused(tmp_path, capsys):
         with pytest.raises(UserError, match="cannot be read as weights only"):
             zoo.load(f"file:{tmp_path / name}")
     assert capsys.readouterr().out == ""
+
+
+def test_options_of_the_command_line_set_size_and_preprocessing(tmp_path, capsys, results):
+    """A checkpoint without a classifier brings ImageNet's mean; each option replaces one thing, and all is shown."""
+    module = timm.create_model("vit_tiny_patch16_224", num_classes=0)
+    path = tmp_path / "dino+ttr#1.pth"
+    torch.save({"state_dict": module.state_dict()}, path)
+    name = f"file:{path}#vit_tiny_patch16_224"
+    measured = tmp_path / "measured.safetensors"
+    options = ["--n-images", "1", "--out", str(measured), "--size", "64", "96", "--crop", "0.5"]
+    assert cli.main(["measure", name, *options, "--std", "0.1", "0.2", "0.3"]) == 0
+    said = capsys.readouterr().out
+    assert (
+        "64 x 96 pixels, center crop 0.5, bicubic, mean 0.485, 0.456, 0.406, standard deviation 0.1, 0.2, 0.3" in said
+    )
+    model = vr.load(name, "cpu", image_size=(64, 96), mean=(0.1, 0.1, 0.1))
+    assert (model.mean, model.std) == ((0.1, 0.1, 0.1), (0.229, 0.224, 0.225))
+    photo = images.load("photos", model, 1)
+    assert photo.x.shape == (1, 3, 64, 96) and model.capture(photo).grid == (4, 6)
+    torch.testing.assert_close(photo.x[0, 1], (photo.pixels[0, 1] - 0.1) / 0.224)
+
+
+def test_torchscript_is_opened_on_request_alone(tmp_path):
+    module = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=1, num_classes=0).eval()
+    torch.jit.trace(module, torch.randn(1, 3, 32, 32)).save(tmp_path / "traced.pt")
+    with pytest.raises(UserError, match="is a TorchScript archive, which can run code: .* --weights torchscript"):
+        read_weights(tmp_path / "traced.pt")
+    tensors, _ = read_weights(tmp_path / "traced.pt", "torchscript")
+    assert tensors.keys() == module.state_dict().keys()
+    assert all(torch.equal(tensors[name], value) for name, value in module.state_dict().items())

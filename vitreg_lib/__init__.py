@@ -32,6 +32,7 @@ SHORT = {  # what `vr.NAME` stands for: a function (module:name) or a module
     "sets": "data.sets",
     "zoo": "model.zoo",
     "mend": "model.mend",
+    "saved": "model.saved",
     "remedies": "model.remedies",
     "planted": "model.planted",
     "linear": "probes.linear",

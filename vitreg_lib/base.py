@@ -1,6 +1,6 @@
 """What everything else rests on: errors a user can mend, where things lie, the environment, files written whole.
 
-VITREG_RESULTS   where results go, by default results/ of the repository
+VITREG_RESULTS   where results go, by default results/ of the repository, or of the working folder without one
 VITREG_CACHE     where features are kept, by default cache/ of the results
 VITREG_MODELS    a folder of models in timm's hub layout, looked in before the hub
 VITREG_DATA      a folder of data sets, one folder each
@@ -21,8 +21,10 @@ from collections.abc import Iterable
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-DATA = ROOT / "data"
+_PACKAGED = Path(__file__).resolve().parent / "_data"  # in a wheel: the repository's data/ (see setup.py)
+IS_REPOSITORY = not _PACKAGED.is_dir()
+ROOT = Path(__file__).resolve().parents[1] if IS_REPOSITORY else Path.cwd()  # where results, runs and notebooks lie
+DATA = ROOT / "data" if IS_REPOSITORY else _PACKAGED
 CHECKPOINTS = DATA / "checkpoints"
 NOTEBOOKS = ROOT / "notebooks"
 

@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from .base import ROOT, UserError, shown, unknown
+from .base import IS_REPOSITORY, ROOT, UserError, shown, unknown
 from .record import run as record
 from .train.command import app as training
 
@@ -23,6 +23,24 @@ Item = Annotated[str, typer.Argument(help="fig01 … fig21, tab01 … tab06, or 
 Pairs = Annotated[list[str], typer.Option("-p", metavar="NAME VALUE", help="set a parameter; may be repeated")]
 Profile = Annotated[Literal[*record.PROFILES] | None, typer.Option(help="mini is offline and the default")]
 AnyModel = Annotated[str, typer.Argument(help="a name of `vitreg models`, timm:NAME, file:PATH, random:NAME")]
+
+Which = Annotated[
+    Literal["ema", "raw", "torchscript"],
+    typer.Option("--weights", help="averaged or raw, where a file has both; torchscript runs a trusted file's code"),
+]
+Size = Annotated[tuple[int, int] | None, typer.Option("--size", metavar="H W", help="another input size, in pixels")]
+Mean = Annotated[tuple[float, float, float] | None, typer.Option("--mean", metavar="R G B", help="of pixels 0 to 1")]
+Std = Annotated[tuple[float, float, float] | None, typer.Option("--std", metavar="R G B", help="of pixels 0 to 1")]
+Crop = Annotated[float | None, typer.Option("--crop", min=0.1, max=1, help="share of a photo's side that is kept")]
+
+
+def _loaded(name: str, weights: str, size, **preprocessing):
+    """The model of that name, in the way that the options ask for."""
+    from .model import zoo
+
+    size = size and (size if size[0] != size[1] else size[0])
+    given = {key: value for key, value in preprocessing.items() if value is not None}
+    return zoo.load(name, image_size=size, weights=weights, **given)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -84,6 +102,7 @@ def run(
     no_report: Annotated[bool, typer.Option("--no-report", help="do not show the verdicts")] = False,
 ):
     """Execute an item's notebook and show the verdicts of its claims."""
+    _need_repository("the notebook of an item")
     from .record import execute, report
 
     item = record.normal_name(item)
@@ -121,15 +140,19 @@ def diagnose(
     model: AnyModel,
     images: Annotated[str, typer.Option(help="photos (shipped), scenes, or a folder")] = "photos",
     n_images: Annotated[int, typer.Option(min=1, help="at most this many")] = 20,
+    weights: Which = "ema",
+    size: Size = None,
+    mean: Mean = None,
+    std: Std = None,
+    crop: Crop = None,
 ):
     """Does a model have artifacts, and do they hurt? Prints the answer and writes a page."""
     from .data import images as image_sets
-    from .model import zoo
     from .record import diagnose
 
-    loaded = zoo.load(model)
+    loaded = _loaded(model, weights, size, mean=mean, std=std, crop=crop)
     diagnosis = diagnose.diagnose(loaded, image_sets.load(images, loaded, n_images), progress=True)
-    print(f"{loaded.name} on {diagnosis.source}:\n{diagnosis.verdict}\n")
+    print(f"{loaded.name} on {diagnosis.source} ({loaded.preprocessing}):\n{diagnosis.verdict}\n")
     for name, value in diagnosis.numbers.items():
         print(f"{name:30} {'none' if value is None else f'{value:.4g}'}")
     print(f"\npage: {shown(diagnose.page(diagnosis))}")
@@ -142,50 +165,88 @@ def measure(
     model: AnyModel,
     images: Annotated[str, typer.Option(help="photos (shipped), scenes, or a folder")] = "photos",
     n_images: Annotated[int, typer.Option(min=1, help="at most this many")] = 10,
-    out: Annotated[Path | None, typer.Option(help="the file; by default in data/measured")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="the file; by default in data/measured, or here without the repository")
+    ] = None,
+    weights: Which = "ema",
+    size: Size = None,
+    mean: Mean = None,
+    std: Std = None,
+    crop: Crop = None,
 ):
     """Measure norms, attention and components of a model on a few images, into a file that replays them."""
     from .data import images as image_sets
-    from .model import zoo
     from .model.measured import FOLDER
     from .record import measuring
 
-    loaded = zoo.load(model)
+    loaded = _loaded(model, weights, size, mean=mean, std=std, crop=crop)
     pictures = image_sets.load(images, loaded, n_images)
     tensors = measuring.measure(loaded, pictures)
-    path = out or FOLDER / f"{loaded.label}.safetensors"
+    path = out or (FOLDER if IS_REPOSITORY else Path()) / f"{loaded.label}.safetensors"
     command = f"vitreg measure {model} --images {Path(images).name} --n-images {len(pictures)}"
     measuring.write(loaded, pictures, tensors, path, command)
-    print(f"{shown(path)}: {path.stat().st_size / 1e6:.2f} MB, {pictures.source}")
+    print(f"{shown(path)}: {path.stat().st_size / 1e6:.2f} MB, {pictures.source}, {loaded.preprocessing}")
 
 
-@app.command(epilog="Then use NAME+ttr4 wherever a model's name is asked for.")
+@app.command(
+    epilog="\b\nvitreg mend deit-ti --images DIR --save mended.safetensors\nvitreg diagnose file:mended.safetensors"
+)
 def mend(
     model: AnyModel,
-    images: Annotated[str, typer.Option(help="where neurons are searched: a source of `vitreg data` or a folder")] = "",
-    n_images: Annotated[int, typer.Option(min=1, help="at most this many")] = 10,
+    images: Annotated[
+        str, typer.Option(help="a source of `vitreg data` or a folder: one half to search, the other to try")
+    ] = "",
+    n_images: Annotated[int, typer.Option(min=2, help="at most this many")] = 40,
     registers: Annotated[str, typer.Option(help="numbers of registers to try")] = "0,1,2,4,8",
     cutoff: Annotated[float | None, typer.Option(help="norm of an outlier after the last block")] = None,
+    save: Annotated[
+        Path | None, typer.Option(help="write the mended model: .safetensors (file:FILE loads it), .pt2, or .onnx")
+    ] = None,
+    weights: Which = "ema",
+    size: Size = None,
+    mean: Mean = None,
+    std: Std = None,
+    crop: Crop = None,
 ):
-    """Rid a model of its outlier tokens without training: by empty tokens, or by registers at test time (NAME+ttrN)."""
-    from .data import images as image_sets
-    from .model import mend, remedies, zoo
+    """Rid a model of its outlier tokens without training: by empty tokens, or by registers at test time.
+
+    With --save the remedy that the name asks for (NAME+ttr4, NAME+empty4) is kept, else the one that does better."""
+    from .model import mend, names, remedies, saved
 
     counts = registers.split(",")
     if not all(count.strip().isdigit() for count in counts):
         raise UserError(f"--registers {registers!r}: write numbers separated by commas, such as 0,1,4")
-    loaded = zoo.load(model)
-    searched = image_sets.load(images, loaded, n_images) if images else mend.handful(loaded)
-    found = mend.find(loaded, searched, cutoff=cutoff)
-    print(f"{loaded.name} on {searched.source}:\n{found.share_before:.2%} of the patch tokens are outliers after block")
-    print(f"{found.layer}, from block {found.onset} on. {len(found.neurons)} neurons make them (block:neuron):")
+    base, kind, number = names.split(model)
+    loaded = _loaded(base, weights, size, mean=mean, std=std, crop=crop)
+    searched, others = mend.halves(loaded, images, n_images)
+    try:
+        found = mend.find(loaded, searched.x, cutoff=cutoff)
+    except mend.NothingToMend as nothing:
+        print(nothing)
+        return
+    print(f"{loaded.name} on {searched.source} ({loaded.preprocessing}):")
+    print(f"{len(searched)} to search, the others to try.")
+    print(f"{found.share_before:.2%} of the patch tokens are outliers after block {found.layer}, from block")
+    print(f"{found.onset} on. These neurons make most of them (block:neuron):")
     print(", ".join(f"{b}:{i}" for b, i in found.neurons) + "\n")
     if found.share_after > mend.MENDED * found.share_before:
         print("but moving them removes few of the outliers: this model is not mended this way\n")
-    print(mend.doses(loaded, searched, found, [int(count) for count in counts]).round(4).to_string(index=False))
-    tried = remedies.table(loaded, searched, found)
-    print(f"\nthe remedies that need no training, the simplest first:\n{tried.round(3).to_string()}")
-    print(f"fewest outliers, by the simplest means: {remedies.best(tried)}")
+    doses = mend.doses(loaded, others, found, [int(count) for count in counts])
+    print(f"on the {len(others)} other images:\n{doses.round(4).to_string(index=False)}")
+    tried = remedies.table(loaded, others, found, number or 4)
+    print(f"\nwhat the remedies do and cost there, the simplest first:\n{tried.round(3).to_string()}")
+    best = remedies.best(tried)
+    print(f"fewest outliers, by the simplest means: {best}")
+    if save:
+        kind = kind or ("ttr" if "+ttr" in best else "empty" if "+empty" in best else "")
+        if not kind:
+            raise UserError(f"nothing is saved: no remedy helps; {base}+ttr4 as the name saves one all the same")
+        count = number if model != base else 4  # as in the table
+        mended = mend.with_empty_tokens(loaded, count)
+        if kind == "ttr":
+            mended = mend.with_test_time_registers(loaded, count, found.neurons)
+        saved.write(mended, save)
+        print(f"\n{mended.about}: {shown(save)}")
 
 
 @app.command()
@@ -250,7 +311,13 @@ def batch(
 def _workflow(script: str, *arguments: str) -> None:
     import subprocess
 
+    _need_repository(f"workflow/{script}")
     raise typer.Exit(subprocess.run([sys.executable, str(ROOT / "workflow" / script), *arguments]).returncode)
+
+
+def _need_repository(what: str) -> None:
+    if not IS_REPOSITORY:
+        raise UserError(f"{what} comes with the repository, not with the installed package: clone it, then make setup")
 
 
 def _table(entry: dict) -> None:

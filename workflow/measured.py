@@ -19,14 +19,16 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from vitreg_lib.base import NOTEBOOKS  # noqa: E402
-from vitreg_lib.data import images  # noqa: E402
+from vitreg_lib.data import images, sets  # noqa: E402
 from vitreg_lib.measure import objects  # noqa: E402
 from vitreg_lib.model import measured, zoo  # noqa: E402
 from vitreg_lib.record import measuring  # noqa: E402
 
 sys.path.insert(0, str(NOTEBOOKS / "paper"))
+import fig09  # noqa: E402
 import fig14  # noqa: E402
 import tab02  # noqa: E402
+import tab03  # noqa: E402
 import tables  # noqa: E402
 import tables_tasks  # noqa: E402
 
@@ -65,6 +67,8 @@ def write(name: str, late=False, lost=False, scores=False, sets=(), tokens=()) -
     tensors, more = measuring.measure(model, pictures, last=not late), {}
     if lost:
         tensors |= discovery(model, pictures)
+        scored, more["lost"] = on_boxes(model)
+        tensors |= scored
     if scores:
         found = tab02.scores(model, **OPTIONS)
         tensors |= {f"scores.{task}": parts.to(torch.int32) for task, parts in found.parts.items()}
@@ -87,6 +91,16 @@ def discovery(model, pictures) -> dict[str, torch.Tensor]:
         maps = dataclasses.asdict(result) if site == "v" else {"expansion": result.expansion}
         found |= {f"lost.{site}.{key}": value for key, value in maps.items()}
     return found | {"value_gain": fig14.value_gain(model, pictures)}
+
+
+def on_boxes(model) -> tuple[dict[str, torch.Tensor], dict]:
+    """(tensors, facts) of LOST on photos with boxes, and of where registers look on them: Table 3, Figure 9."""
+    pictures, truth = sets.load_boxes("coco", model)
+    table, hits = tab03.discover(model, pictures, truth, (0.0, -0.5))
+    tensors = {"hits": torch.stack(list(hits.values()))}
+    if model.registers:
+        tensors["objects"] = fig09.object_mass(model, pictures, fig09.box_masks(truth, pictures.x.shape[-2:]))
+    return tensors, {"table": table.reset_index().to_dict("list"), "of": ["coco", pictures.source]}
 
 
 def labelled(model, problem, tokens) -> tuple[dict[str, torch.Tensor], dict]:

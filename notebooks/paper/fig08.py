@@ -131,7 +131,8 @@ def by_registers(found: dict, members, draws: int = 500, seed: int = 0) -> dict[
                     f"{task}: gain of 1 register minus half of the best {_span(task, low, high)}",
                 )
         if result["C031"][0] is not True:
-            result["C030"] = (None, "no gain of masks and depth beyond chance to take the share of; " + text)
+            open_ = "undecided" if result["C031"][0] == "undecided" else None  # of a loss there is no share
+            result["C030"] = (open_, "no gain of masks and depth beyond chance to take the share of; " + text)
         elif not first:
             result["C030"] = (None, "no model with one register")
         else:

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from verdicts import COPIES, above, copies, registered
 
 from vitreg_lib.data import sets
-from vitreg_lib.measure.attention import upsample
+from vitreg_lib.measure import attention
 from vitreg_lib.measure.maps import Grid, _centred, _flat
 from vitreg_lib.measure.pairs import interval
 from vitreg_lib.plots.maps import COMPONENT
@@ -19,39 +19,62 @@ from vitreg_lib.plots.style import styled
 LEAST_SPREAD = 0.01  # of the attention: a smaller spread over objects does not count, however regular it is
 
 
-def objects_of(run, model) -> tuple:
-    """(`Images`, (images, objects, height, width) bool: where each object is, the largest first).
+def box_masks(boxes: list[torch.Tensor], size: tuple[int, int], most: int = 2) -> torch.Tensor:
+    """(images, most, height, width) bool: the insides of the largest boxes of each image, the largest first."""
+    masks = torch.zeros(len(boxes), most, *size, dtype=torch.bool)
+    for image, found in enumerate(boxes):
+        area = (found[:, 2:] - found[:, :2]).prod(1)
+        for k, (left, top, right, bottom) in enumerate(found[area.argsort(descending=True)][:most].round().long()):
+            masks[image, k, top:bottom, left:right] = True
+    return masks
 
-    Of scenes the visible parts, of photos (the setting `boxes`) the two largest boxes; None where nothing is known.
+
+def objects_of(run, model) -> tuple:
+    """(`Images`, masks (images, objects, height, width) of their objects, the largest first), None where not known.
+
+    Of scenes the visible parts, of photos (the setting `boxes`) the insides of the two largest boxes.
     """
     if run.source(model) == "scenes":
         pictures = run.images(model)
         scenes = pictures.scenes
         return pictures, torch.stack([scenes.instances == k + 1 for k in range(scenes.visible.shape[1])], 1)
-    if not run.settings.get("boxes") or model.replayed:
+    if not run.settings.get("boxes"):
         return run.images(model), None
     pictures, boxes = sets.load_boxes(run.settings["boxes"], model)
-    masks = torch.zeros(len(boxes), 2, *pictures.x.shape[-2:], dtype=torch.bool)
-    for image, found in enumerate(boxes):
-        area = (found[:, 2:] - found[:, :2]).prod(1)
-        for k, (left, top, right, bottom) in enumerate(found[area.argsort(descending=True)][:2].round().long()):
-            masks[image, k, top:bottom, left:right] = True
-    return pictures, masks
+    return pictures, box_masks(boxes, pictures.x.shape[-2:])
 
 
-def object_spread(attn_maps: torch.Tensor, masks: torch.Tensor | None, seed: int = 0, shuffles: int = 200):
-    """Do registers follow different objects? (spread, spread when shuffled, p-value), or None without object masks.
+def object_mass(model, pictures, masks: torch.Tensor, layer: int = -1) -> torch.Tensor:
+    """(images, registers, objects): share of a register's attention on patches that falls on each object's pixels."""
+    seen = model.capture(pictures, "attention", layers=layer)
+    return mass_on(attention.maps(seen)[:, int(seen.has_cls) :], masks)
 
-    attn_maps: (images, registers, rows, cols); masks: of `objects_of`. Each register's mass on patches is summed over
-    each object's pixels; over the images its mean share of object k (0 the largest) is taken; the spread is the
-    standard deviation between registers, averaged over the objects. Shuffling registers anew in every image takes away
-    what makes a register itself: p is the share of shuffles with at least this spread.
-    """
-    if masks is None or attn_maps.shape[1] < 2:
-        return None
-    density = upsample(attn_maps, masks.shape[-2:], "nearest")
+
+def mass_on(attn_maps: torch.Tensor, masks: torch.Tensor) -> torch.Tensor:
+    """`object_mass` of maps (images, registers, rows, cols)."""
+    density = attention.upsample(attn_maps, masks.shape[-2:], "nearest")
     density = density / density.sum((-2, -1), keepdim=True)
-    mass = torch.einsum("nrhw,nkhw->nrk", density, masks.float())
+    return torch.einsum("nrhw,nkhw->nrk", density, masks.float())
+
+
+def follows(run, model, layer: int, seed: int):
+    """`object_spread` of a model's registers where objects are known, None where not; of a replayed one as measured."""
+    if model.replayed:
+        return object_spread(model.kept("objects"), seed) if "objects" in model.tensors else None
+    pictures, masks = objects_of(run, model)
+    return None if masks is None else object_spread(object_mass(model, pictures, masks, layer), seed)
+
+
+def object_spread(mass: torch.Tensor, seed: int = 0, shuffles: int = 200):
+    """Do registers follow different objects? (spread, spread when shuffled, p-value), None with fewer than two.
+
+    mass (images, registers, objects): of `object_mass`. Over the images a register's mean share of object k (0 the
+    largest) is taken; the spread is the standard deviation between registers, averaged over the objects. Shuffling
+    registers anew in every image takes away what makes a register itself: p is the share of shuffles with at least
+    this spread.
+    """
+    if mass.shape[1] < 2:
+        return None
     generator = torch.Generator().manual_seed(seed)
 
     def spread(values):

@@ -12,7 +12,7 @@ from verdicts import above, copies, registered
 from vitreg_lib.measure import maps
 from vitreg_lib.measure.pairs import interval
 from vitreg_lib.plots.maps import draw_map
-from vitreg_lib.plots.style import NORMS, bare, styled
+from vitreg_lib.plots.style import NORMS, bare, styled, wrapped
 
 LEAST = 0.01  # a leaning of less than one point of the attention does not count
 
@@ -135,7 +135,7 @@ def image_grid(
                 norm = Normalize(min(float(m.min()) for m in among), max(float(m.max()) for m in among))
                 drawn = ScalarMappable(norm, cmap)
             draw_map(axis, content, cmap, drawn and drawn.norm)
-        row_axes[0].set_ylabel(name, rotation=0, ha="right", va="center", fontsize=8)
+        row_axes[0].set_ylabel(wrapped(name), rotation=0, ha="right", va="center", fontsize=8)
         if drawn is not None and scale != "each":
             figure.colorbar(drawn, ax=list(row_axes), fraction=0.02, pad=0.01, label=label)
     for axis, title in zip(axes[0], columns or [], strict=False):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pandas as pd
 from verdicts import WORDS, above, cured, every, within
 
 from vitreg_lib.measure import objects, pairs
@@ -12,11 +13,26 @@ FAMILIES = {"deit3": "values", "clip": "values", "dinov2": "keys"}  # and the fe
 PART_OF = {"voc2007": "VOC 2007", "voc2012": "VOC 2012", "coco20k": "COCO 20k", "coco": "COCO 20k"}
 
 
-def claims(models, hits: dict, baselines: dict, having, images: str, source: str):
+def discover(model, pictures, truth: list, biases, normalize: bool = True):
+    """`objects.sweep` of LOST on keys and values of the last block. Of a replayed model what was measured."""
+    if model.replayed:
+        table = pd.DataFrame(model.measured["lost"]["table"]).set_index(["feature", "bias"])
+        return table, {key: hits.bool() for key, hits in zip(table.index, model.kept("hits"), strict=True)}
+    seen = model.capture(pictures, ("k", "v"), layers=-1)
+    features = {kind: objects.features(seen, kind[0]) for kind in ("keys", "values")}
+    return objects.sweep(features, seen.grid, truth, model.anatomy.patch_size[0], biases, normalize=normalize)
+
+
+def where(run, model, pictures) -> tuple[str, str]:
+    """(the set, what is taken of it) that LOST of a model was scored on."""
+    return tuple(model.measured["lost"]["of"]) if model.replayed else (run.at.images, pictures.source)
+
+
+def claims(models, hits: dict, baselines: dict, having, scored_on: dict):
     """Arguments of `Run.claim`: C095 to C104 on the pairs that can be judged, by families; ours on all models here.
 
-    A family's features are the paper's, the bias is 0: the paper's is not published. images: the set at hand;
-    source: what is taken of it.
+    A family's features are the paper's, the bias is 0: the paper's is not published. scored_on:
+    `where` by label. Baselines are of the live models' images.
 
     hits: {label: {(feature, bias): (images,) bool}}; baselines:
     {name: `CorLoc`}; having: labels of models with artifacts.
@@ -24,11 +40,12 @@ def claims(models, hits: dict, baselines: dict, having, images: str, source: str
     cells = {}
     for number, (family, kind) in enumerate(FAMILIES.items()):
         judged = cured(models, having, family)[0]
+        judged = {n: b for n, b in judged.items() if n in hits and b in hits}
         cells |= {n: objects.gain(hits[b][kind, 0.0], hits[n][kind, 0.0]) for n, b in judged.items()}
         for place, name in enumerate(SETS):
-            here = judged if name == PART_OF.get(images) else {}
+            here = [n for n in judged if PART_OF.get(scored_on[n][0]) == name]
             answers = [_as_reported(family, *cells[n]) for n in here]
-            text = f"{kind}, bias 0, {source}: {_in_words({n: cells[n] for n in here})}"
+            text = f"{kind}, bias 0, {scored_on[here[0]][1] if here else ''}: {_in_words({n: cells[n] for n in here})}"
             missing = NEEDS.format(f"a model {WORDS[family]}", name)
             yield f"C{95 + 3 * number + place:03d}", every(answers), text if here else missing
     verdict = every(above(low, high) for _, low, high in cells.values())
@@ -50,7 +67,7 @@ def claims(models, hits: dict, baselines: dict, having, images: str, source: str
     for label in (m.label for m in models if m.role == "random control"):
         free |= {f"{label}, {f}, bias {b:g}": found for (f, b), found in hits[label].items()}
     best = max(free, key=lambda name: free[name].double().mean())
-    for name in (m.label for m in models if m.role != "random control"):
+    for name in (m.label for m in models if m.role != "random control" and not m.replayed):
         (feature, bias), found = chosen_elsewhere(hits[name])
         gain, low, high = objects.gain(free[best], found)
         measured = (

@@ -32,7 +32,7 @@ _PHOTOS = {  # photos in colour that come with the installed packages
 class Images:
     """n images as one model sees them.
 
-    x: (n, 3, size, size) normalised. pixels: the same before normalisation, in [0, 1], for display.
+    x: (n, 3, height, width) normalised. pixels: the same before normalisation, in [0, 1], for display.
     names: one per image. source: what they are, as records name it. scenes: the ground truth, or None for photos.
     left_out: {file name: why it could not be read}; in a stream, of all batches so far.
     """
@@ -48,8 +48,8 @@ class Images:
         return len(self.x)
 
 
-def load(source: str, model, n: int, seed: int = 0, size: int | None = None) -> Images:
-    """`n` images of `source` for a `zoo.Model`, at its own input size or `size` pixels a side.
+def load(source: str, model, n: int, seed: int = 0, size: int | tuple[int, int] | None = None) -> Images:
+    """`n` images of `source` for a `zoo.Model`, at its own input size or `size` pixels a side (or height, width).
 
     source: "scenes"; "textures" (what `mini-corners` learns from); "photos" (those that ship
     with scikit-image and scikit-learn); "imagenet" (a folder of that name in VITREG_DATA, or in data/ of
@@ -61,7 +61,7 @@ def load(source: str, model, n: int, seed: int = 0, size: int | None = None) -> 
 
 
 def stream(
-    source: str, model, n: int, seed: int = 0, size: int | None = None, batch_size: int = 64
+    source: str, model, n: int, seed: int = 0, size: int | tuple[int, int] | None = None, batch_size: int = 64
 ) -> Iterator[Images]:
     """The images of `load` as an iterator of `Images` with at most `batch_size` each: memory does not grow with `n`."""
     size, left_out, any_read = size or model.input_size, {}, False
@@ -85,7 +85,14 @@ def stream(
         raise UserError(f"none of the {len(chosen)} images in {source} could be read")
 
 
+def sides(size: int | tuple[int, int]) -> tuple[int, int]:
+    """(height, width) of an input size."""
+    return (size, size) if isinstance(size, int) else tuple(size)
+
+
 def _scenes(model, rows: range, n: int, seed: int, size: int) -> Images:
+    if not isinstance(size, int):
+        raise UserError(f"scenes are square, this model wants {size[0]} x {size[1]} pixels; try images photos")
     if not 64 <= size <= 224:
         raise UserError(f"scenes have 64 to 224 pixels a side, this model wants {size}; try images textures")
     first = SCENES_FROM + seed * 100_000
@@ -153,9 +160,9 @@ def _photos() -> list[Path]:
     return [path for path in paths if path.exists()]
 
 
-def _read(paths: list[Path], transform, size: int, left_out: dict[str, str]) -> tuple[torch.Tensor, list[str]]:
-    """(pixels (n, 3, size, size), names) of the files that can be read; `left_out` gets the others with the reason."""
-    pixels, names = torch.empty(len(paths), 3, size, size), []
+def _read(paths: list[Path], transform, size, left_out: dict[str, str]) -> tuple[torch.Tensor, list[str]]:
+    """(pixels (n, 3, height, width), names) of files that can be read; `left_out` gets the others with the reason."""
+    pixels, names = torch.empty(len(paths), 3, *sides(size)), []
     for path in paths:
         try:
             pixels[len(names)] = transform(read(path))
@@ -219,10 +226,10 @@ def _eight_bits(values: np.ndarray) -> np.ndarray:
     return (values.astype(np.int64) * 256 // (top + 1)).astype(np.uint8)
 
 
-def preprocessing(model, size: int):
-    """A transform from a PIL image to pixels (3, size, size) in [0, 1]: timm's evaluation, not normalised."""
+def preprocessing(model, size: int | tuple[int, int]):
+    """A transform from a PIL image to pixels (3, height, width) in [0, 1]: timm's evaluation, not normalised."""
     from timm.data import create_transform
 
     zero, one = (0.0,) * 3, (1.0,) * 3
     crop = dict(crop_pct=model.crop, crop_mode=model.crop_mode)
-    return create_transform((3, size, size), interpolation=model.interpolation, mean=zero, std=one, **crop)
+    return create_transform((3, *sides(size)), interpolation=model.interpolation, mean=zero, std=one, **crop)

@@ -23,6 +23,7 @@ PREFIX = {  # names of the parameters of prefix tokens, in the order in which al
     "dist": ("dist_token", "distillation_token"),
     "register": ("reg_token", "register_tokens"),
 }
+ADDED = "added_registers"  # the buffer of block 0 that holds tokens added at test time
 HEADS = ("num_heads", "num_attention_heads")
 NORMS = ("norm", "layernorm", "post_layernorm", "ln_post", "encoder.ln", "encoder.norm")
 
@@ -201,6 +202,7 @@ def _anatomy(vit: nn.Module, blocks: tuple, patch_embed: nn.Module, **known) -> 
     heads = known.get("num_heads") or next(getattr(attention[0], name) for name in HEADS if hasattr(attention[0], name))
     convolution = next((part for part in patch_embed.modules() if isinstance(part, nn.Conv2d)), None)
     norm = next((part for name in NORMS if (part := _submodule(vit, name)) is not None), nn.Identity())
+    added = len(getattr(blocks[0], ADDED, ()))
     dim = getattr(vit, "embed_dim", None) or getattr(patch_embed, "embed_dim", None)
     dim = dim or getattr(norm, "normalized_shape", [0])[-1] or convolution.out_channels
     fields = dict(
@@ -209,7 +211,7 @@ def _anatomy(vit: nn.Module, blocks: tuple, patch_embed: nn.Module, **known) -> 
         mlp_out=_second_linears(blocks, attention, dim),
         patch_embed=patch_embed,
         norm=norm,
-        prefix=_prefix(vit),
+        prefix=known.pop("prefix") if "prefix" in known else _prefix(vit, added),
         embed_dim=dim,
         num_heads=heads,
         head_dim=getattr(attention[0], "head_dim", None) or dim // heads,
@@ -218,6 +220,8 @@ def _anatomy(vit: nn.Module, blocks: tuple, patch_embed: nn.Module, **known) -> 
         channels=convolution.in_channels if convolution is not None else 3,
         batch_first=getattr(attention[0], "batch_first", True),
     )
+    registers = sum(name.startswith("register") for name in fields["prefix"])
+    fields["prefix"] += tuple(f"register {registers + i + 1}" for i in range(added))
     return Anatomy(**fields | known)
 
 
@@ -253,16 +257,15 @@ def _submodule(module: nn.Module, name: str) -> nn.Module | None:
         return None
 
 
-def _prefix(vit: nn.Module) -> tuple[str, ...]:
-    """The prefix tokens by name, by the parameters that hold them."""
+def _prefix(vit: nn.Module, added: int) -> tuple[str, ...]:
+    """The prefix tokens by name, by the parameters that hold them; without those that were added at test time."""
     if hasattr(vit, "blocks_token_only"):
         return ()  # cls joins after the blocks (CaiT)
     held = {name.split(".")[-1]: p for name, p in vit.named_parameters()}
     counts = {kind: next((held[n] for n in names if n in held), None) for kind, names in PREFIX.items()}
     names = [kind for kind in ("cls", "dist") if counts[kind] is not None]
     registers = 0 if counts["register"] is None else counts["register"].shape[-2]
-    # timm counts, and with it those that were added at test time
-    registers = max(registers, getattr(vit, "num_prefix_tokens", 0) - len(names))
+    registers = max(registers, getattr(vit, "num_prefix_tokens", 0) - added - len(names))  # timm counts all
     return (*names, *(f"register {i + 1}" for i in range(registers)))
 
 

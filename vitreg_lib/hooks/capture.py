@@ -236,7 +236,8 @@ def _one(model: nn.Module, anatomy: Anatomy, images, keep, layers, queries) -> d
         return hook
 
     hooked = layers if "final" not in keep else sorted({*layers, anatomy.depth - 1})
-    pairs = [(anatomy.blocks[layer].register_forward_hook, after_block(layer)) for layer in hooked]
+    # before other hooks: what was added to a model may drop its tokens after the last block
+    pairs = [(anatomy.blocks[i].register_forward_hook, after_block(i), {"prepend": True}) for i in hooked]
     if "mlp" in keep:
         pairs += [(anatomy.mlp_out[i].register_forward_pre_hook, before_second_linear(i)) for i in layers]
     if "embedding" in keep:
@@ -401,6 +402,6 @@ def entering(model, images: torch.Tensor, edit: Callable | None = None) -> tuple
     anatomy = model.anatomy
     blocks = anatomy.blocks
     first = (blocks[0].register_forward_pre_hook, before, {"with_kwargs": True})
-    with evaluating(model.module), hooks(first, (blocks[-1].register_forward_hook, after)):
+    with evaluating(model.module), hooks(first, (blocks[-1].register_forward_hook, after, {"prepend": True})):
         anatomy.forward(getattr(images, "x", images).to(model.weights))
     return found["in"].cpu(), found["out"].cpu()

@@ -9,8 +9,7 @@ from torch import nn
 
 from ..base import UserError
 from ..hooks.anatomy import dissect
-
-CONFIG = ("mean", "std", "interpolation", "crop_pct", "crop_mode")  # of timm's pretrained_cfg: how to feed a model
+from .saved import of_timm
 
 
 def with_registers(module: nn.Module, tokens: torch.Tensor) -> nn.Module:
@@ -52,12 +51,8 @@ def _fresh(module: nn.Module, registers: int) -> nn.Module:
     cfg = getattr(module, "pretrained_cfg", None) or {}
     if name is None or not cfg.get("architecture"):
         raise UserError(f"timm has no registers for {type(module).__name__}: ViTs and Evas of timm's can get them")
-    known = getattr(module, "timm_config", {}).get("model_args", {})
-    arguments = {**known, name: registers, "img_size": module.patch_embed.img_size}
-    overlay = {key: cfg[key] for key in CONFIG if key in cfg} | {"input_size": (3, *module.patch_embed.img_size)}
-    new = timm.create_model(
-        cfg["architecture"], num_classes=module.num_classes, pretrained_cfg_overlay=overlay, **arguments
-    )
-    described = {"architecture": cfg["architecture"], "num_classes": module.num_classes}
-    new.timm_config = {**described, "model_args": arguments, "pretrained_cfg": overlay}
+    told = of_timm(module, **{name: registers})
+    options = dict(num_classes=told["num_classes"], pretrained_cfg_overlay=told["pretrained_cfg"])
+    new = timm.create_model(told["architecture"], **options, **told["model_args"])
+    new.timm_config = told
     return new

@@ -17,21 +17,21 @@ When several blocks are treated the largest value is taken over patches *and* ne
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import hashlib
-from collections.abc import Sequence
 
 import torch
 from torch import nn
 
 from ..base import UserError
+from ..data import images as image_sets
 from ..hooks.anatomy import Anatomy, dissect, layer_scale
 from ..hooks.capture import evaluating, hooks
 from ..measure import outliers
 from ..measure.detection import detect
+from .added import Neurons, add_registers
+from .names import entries
 
-Neurons = Sequence[tuple[int, int]]  # (block, neuron)
 COUNTS = (1, 2, 3, 5, 7, 10, 15, 20, 30, 50)  # how many neurons are tried, fewest first
 REMAINING = 0.1  # the fewest neurons that leave less than this share of the outliers are enough
 MENDED = 0.5  # more than this share of the outliers left, with the best choice of neurons: not mended
@@ -172,11 +172,26 @@ def doses(model, images, found: Found, counts=(0, 1, 2, 4, 8), neurons: Neurons 
 
 
 def handful(model):
-    """The images on which neurons are searched by default: 32 scenes for a mini ViT, else the shipped photos."""
-    from ..data import images
+    """The images on which neurons are searched by default: 32 of a mini ViT's own, else the shipped photos."""
+    return image_sets.load(_source(model), model, 10 if _source(model) == "photos" else 32, seed=7)
 
-    is_mini = hasattr(model.module, "vit_arguments")
-    return images.load("scenes", model, 32, seed=7) if is_mini else images.load("photos", model, 10)
+
+def halves(model, source: str = "", n: int = 40):
+    """Two sets of `Images` of one source, by default that of `handful`: to search neurons on, and to try them on."""
+    both = image_sets.load(source or _source(model), model, n, seed=7)
+    if len(both) < 2:
+        raise UserError("at least two images are needed: one to search neurons on, one to try them on")
+    middle = len(both) // 2
+    parts = [
+        dict(x=both.x[p], pixels=both.pixels[p], names=both.names[p]) for p in (slice(middle), slice(middle, None))
+    ]
+    return tuple(dataclasses.replace(both, scenes=None, **part) for part in parts)
+
+
+def _source(model) -> str:
+    if not hasattr(model.module, "vit_arguments"):
+        return "photos"
+    return entries().get(model.entry, {}).get("looks_at", "scenes")
 
 
 def rank(module: nn.Module, x: torch.Tensor, is_outlier: torch.Tensor, layers):
@@ -195,98 +210,6 @@ def rank(module: nn.Module, x: torch.Tensor, is_outlier: torch.Tensor, layers):
         columns = {"neuron": range(len(writes)), "at_outliers": there, "elsewhere": elsewhere, "writes": writes}
         tables.append(pd.DataFrame({"block": layer, **columns}))
     return pd.concat(tables).sort_values("writes", ascending=False, kind="stable")
-
-
-def add_registers(module: nn.Module, neurons: Neurons, n: int) -> nn.Module:
-    """A copy of a ViT with `n` tokens of zeros behind its prefix tokens, which take over what `neurons` do at patches.
-
-    The copy's class derives from the model's own, so that everything that counts prefix tokens counts the new ones.
-    Raises ValueError for a neuron that does not exist, UserError for attention with a bias for each pair of places.
-    """
-    anatomy = dissect(module)
-    _check(module, anatomy, neurons, n)
-    old = anatomy.num_prefix_tokens
-    module = copy.deepcopy(module)
-    mended = dissect(module)
-    if n:
-        mended.blocks[0].register_forward_pre_hook(_Append(old, n), with_kwargs=True)
-        module.__class__ = _counting(type(module), n)
-        for part in (module, *mended.attention):
-            if hasattr(part, "num_prefix_tokens"):
-                part.num_prefix_tokens = old + n
-    for block in sorted({block for block, _ in neurons}):
-        chosen = [neuron for b, neuron in neurons if b == block]
-        mended.mlp_out[block].register_forward_pre_hook(_Move(chosen, old, n))
-    return module
-
-
-class _Append:
-    """Before the first block: n tokens of zeros, without position, behind the prefix tokens."""
-
-    def __init__(self, old: int, n: int):
-        self.old, self.n = old, n
-
-    def __call__(self, block, args, kwargs):
-        x = args[0]
-        new = x.new_zeros(len(x), self.n, x.shape[-1])
-        return (torch.cat([x[:, : self.old], new, x[:, self.old :]], 1), *args[1:]), kwargs
-
-
-class _Move:
-    """Before an MLP's second linear: the chosen neurons' largest activation goes from the patches to the new tokens.
-
-    Largest in magnitude, sign kept, for each image and neuron by itself, over patches and new tokens.
-    """
-
-    def __init__(self, neurons: list[int], old: int, n: int):
-        self.neurons, self.old, self.n = neurons, old, n
-
-    def __call__(self, linear, inputs):
-        activations = inputs[0].clone()  # (batch, tokens, hidden)
-        first_patch = self.old + self.n
-        if self.n:
-            candidates = activations[:, self.old :, self.neurons]  # (batch, new + patches, neurons)
-            largest = candidates.gather(1, candidates.abs().argmax(1, keepdim=True))
-            activations[:, self.old : first_patch, self.neurons] = largest.expand(-1, self.n, -1)
-        activations[:, first_patch:, self.neurons] = 0
-        return (activations, *inputs[1:])
-
-
-def _counting(base: type, n: int) -> type:
-    """A subclass whose prefix tokens include n that have no position embedding and no weights."""
-
-    def without_new(name):
-        def method(self, *args, **kwargs):
-            self.num_prefix_tokens -= n
-            try:
-                return getattr(super(made, self), name)(*args, **kwargs)
-            finally:
-                self.num_prefix_tokens += n
-
-        return method
-
-    names = [name for name in ("_pos_embed", "set_input_size") if hasattr(base, name)]
-    made = type(f"{base.__name__}WithTestTimeRegisters", (base,), {name: without_new(name) for name in names})
-    return made
-
-
-def _check(module: nn.Module, anatomy: Anatomy, neurons: Neurons, n: int) -> None:
-    if n < 0:
-        raise ValueError(f"{n} registers: 0 or more")
-    for block, neuron in neurons:
-        if not 0 <= block < anatomy.depth:
-            raise ValueError(f"block {block} out of range for {anatomy.depth} blocks (0…{anatomy.depth - 1})")
-        width = anatomy.mlp_out[block].in_features
-        if not 0 <= neuron < width:
-            raise ValueError(f"neuron {neuron} out of range for the {width} of block {block} (0…{width - 1})")
-    if n and not hasattr(module, "forward_features"):
-        raise UserError(f"registers are added at test time to timm's models; this is a {type(module).__name__}")
-    tables = ("relative_position_bias_table", "rel_pos", "rel_pos_bias")
-    if n and any(getattr(attn, name, None) is not None for attn in anatomy.attention for name in tables):
-        raise UserError(
-            "this model's attention adds a bias for each pair of places, in which a new token has no place: registers "
-            "cannot be added at test time"
-        )
 
 
 def _mean_activations(module, x, is_there: torch.Tensor, layers) -> dict:

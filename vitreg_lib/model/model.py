@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 from dataclasses import dataclass, field
 
 import torch
 from torch import nn
 
+from ..data.images import sides
 from ..hooks import capture as _capture
 from ..hooks.anatomy import Anatomy, dissect
+
+FACTS = ("role", "family", "base", "registers_from", "head", "onset")  # fields that an entry of models.yaml may state
 
 
 @dataclass
@@ -19,7 +23,8 @@ class Model:
     name: its full name; label: the name it was asked for by, short enough for a figure.
     sha256: of its weights file, or of its weights where there is no single file.
     role: "trained", "planted control", "random control" or "mended". about: one sentence.
-    input_size: pixels a side. mean, std, interpolation, crop, crop_mode: its own preprocessing, in timm's words.
+    input_size: pixels a side, or (height, width). mean, std, interpolation, crop, crop_mode: its preprocessing, in
+    timm's words.
     onset: the first block after which a planted control's artifacts are there.
     entry: its name in data/models.yaml, also of a control or a mended model made from it; "" for none.
     family: how it was trained, as "deit3", "clip", "dinov2"; "" where nothing says so.
@@ -34,7 +39,7 @@ class Model:
     sha256: str
     role: str = "trained"
     about: str = ""
-    input_size: int = 224
+    input_size: int | tuple[int, int] = 224
     mean: tuple[float, ...] = (0.5, 0.5, 0.5)
     std: tuple[float, ...] = (0.5, 0.5, 0.5)
     interpolation: str = "bicubic"
@@ -75,6 +80,14 @@ class Model:
         """How many registers it has."""
         return self.anatomy.num_registers
 
+    @property
+    def preprocessing(self) -> str:
+        """One line on what is done to a photo before the model sees it."""
+        height, width = sides(self.input_size)
+        mean, std = (", ".join(f"{value:.4g}" for value in values) for values in (self.mean, self.std))
+        crop = f"{self.crop_mode} crop {self.crop:g}, {self.interpolation}"
+        return f"{height} x {width} pixels, {crop}, mean {mean}, standard deviation {std}"
+
     def normalise(self, pixels: torch.Tensor) -> torch.Tensor:
         """Pixels in [0, 1] (n, 3, height, width) as the model wants them."""
         mean, std = (torch.tensor(values).view(1, 3, 1, 1).to(pixels) for values in (self.mean, self.std))
@@ -95,6 +108,15 @@ class Model:
             return planted.truth(images.x)
         rows, cols = self.anatomy.grid(images.x)
         return torch.zeros(len(images.x), rows * cols, dtype=torch.bool) if self.role == "random control" else None
+
+
+def with_facts(model: Model, facts: dict, entry: str = "", which: tuple[str, ...] = FACTS) -> Model:
+    """The model with the facts that an entry of models.yaml, or a file's metadata, states about it."""
+    given = {name: facts[name] for name in which if name in facts}
+    given = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
+    if "head" in given:
+        given["head"] = {question: tuple(ends) for question, ends in given["head"].items()}
+    return dataclasses.replace(model, **given, **({"entry": entry} if entry else {}))
 
 
 def weights_sha256(module: nn.Module) -> str:

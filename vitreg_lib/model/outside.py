@@ -8,8 +8,28 @@ from pathlib import Path
 from torch import nn
 
 from ..base import UserError, hub, unknown
+from ..hooks.anatomy import ADDED
 from .model import Model, weights_sha256
+from .names import damaged, entries
 from .weights import IMAGENET
+
+
+def create(architecture: str, image_size: int | None, **options) -> nn.Module:
+    """A module of timm's. Raises UserError for a name or a tag that timm does not know."""
+    import timm
+
+    if image_size:
+        options["img_size"] = image_size
+    try:
+        return timm.create_model(architecture, **options)
+    except RuntimeError as error:
+        if "Unknown model" in str(error):
+            known = [*entries(), *timm.list_models("*vit*")]
+        elif "Invalid pretrained tag" in str(error):
+            known = timm.list_pretrained(architecture.split(".")[0] + ".*")
+        else:
+            raise
+        raise unknown("model", architecture.split(":")[-1], known, f"{damaged()}See `vitreg models`.") from None
 
 
 def with_config(name: str, module: nn.Module, sha256: str, image_size: int | None) -> Model:
@@ -17,7 +37,8 @@ def with_config(name: str, module: nn.Module, sha256: str, image_size: int | Non
     import timm.data
 
     config = timm.data.resolve_model_data_config(module)
-    size = image_size or config["input_size"][-1]
+    size = image_size or config["input_size"][1:]
+    size = size if isinstance(size, int) or size[0] != size[1] else size[0]
     head = {"imagenet": (0, 1000)} if timm.data.infer_imagenet_subset(module) == "imagenet-1k" else {}
     options = dict(
         head=head, mean=tuple(config["mean"]), std=tuple(config["std"]), interpolation=config["interpolation"]
@@ -36,7 +57,10 @@ def of_module(module: nn.Module) -> Model:
     size = next((size for size in sizes if size), 224)
     size = size if isinstance(size, int) else size[0]
     model = Model(name, module, digest, input_size=size, label=name, **IMAGENET)
-    model.registers_from = "trained" if model.registers else "none"
+    if hasattr(model.anatomy.blocks[0], ADDED):
+        model.role, model.registers_from = "mended", "test time"
+    else:
+        model.registers_from = "trained" if model.registers else "none"
     return model
 
 
@@ -74,6 +98,8 @@ def of_open_clip(name: str, rest: str) -> Model:
     with hub(f"{name}: its weights", "give a downloaded file, as open_clip:ARCH/PATH"):
         clip = open_clip.create_model(architecture, pretrained=tag)
     tower, told = clip.visual, open_clip.get_model_preprocess_cfg(clip)
+    quick = any(type(part).__name__ == "QuickGELU" for part in tower.modules())
+    tower.open_clip = {"architecture": architecture, "quick_gelu": quick}  # what builds it again
     size = told["size"] if isinstance(told["size"], int) else told["size"][0]
     options = dict(mean=tuple(told["mean"]), std=tuple(told["std"]), interpolation=told["interpolation"])
     return Model(name, tower, weights_sha256(tower), input_size=size, family="clip", label=name, **options)

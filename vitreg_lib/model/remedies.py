@@ -40,12 +40,14 @@ def see(model, images, layer: int = -1) -> Seen:
     keep = ("norms", "final", "attention") if has_cls else ("norms", "final")
     seen = model.capture(images, keep, layers=layer, queries=[0] if has_cls else None)
     row = seen.attention[seen.layers[-1]][:, :, 0].mean(1).float() if has_cls else None
-    with evaluating(model.module):
-        final = seen.final.to(model.weights)
-        features = model.module.forward_head(final, pre_logits=True).float().cpu()
-        logits = model.module.forward_head(final).float().cpu()
-    has_classes = getattr(model.module, "num_classes", 0) > 0 and logits.ndim == 2
-    answers = logits.log_softmax(1) if has_classes else None
+    features, answers = seen.final[:, 0] if has_cls else seen.patches(seen.final).mean(1), None
+    if hasattr(model.module, "forward_head"):  # timm's
+        with evaluating(model.module):
+            final = seen.final.to(model.weights)
+            features = model.module.forward_head(final, pre_logits=True).float().cpu()
+            logits = model.module.forward_head(final).float().cpu()
+        if model.module.num_classes > 0 and logits.ndim == 2:
+            answers = logits.log_softmax(1)
     pooled = features if features.ndim == 2 else features.mean(1)
     return Seen(seen.patch_norms[:, -1], row, seen.num_prefix_tokens, answers, pooled)
 

@@ -18,6 +18,7 @@ import io
 import json
 import re
 import sys
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -78,20 +79,37 @@ def is_safetensors(path: Path) -> bool:
         return f.read(9)[8:] == b"{"
 
 
-def read_weights(path: Path, which: str = "ema") -> tuple[dict, dict[str, torch.Tensor], str]:
-    """(metadata, tensors by name, what was taken) of any file; `which` of averaged ("ema") and "raw" weights is taken.
+def read_weights(path: Path, which: str = "ema") -> tuple[dict[str, torch.Tensor], str]:
+    """(tensors by name, what was taken) of any file; `which` of averaged ("ema") and "raw" weights is taken.
+
+    "torchscript" opens a file of torch.jit, as OpenAI published its CLIP, which can run code: for trusted files alone.
 
     Raises UserError for a file that is damaged, would run code, or holds no weights.
     """
     if is_safetensors(path):
-        metadata, tensors = read_safetensors(path)
-        taken = ""
+        tensors, taken = read_safetensors(path)[1], ""
+    elif _is_torchscript(path):
+        if which != "torchscript":
+            raise UserError(
+                f"{path.name} is a TorchScript archive, which can run code: for a file that you trust, --weights "
+                'torchscript (vr.load(…, weights="torchscript"))'
+            )
+        tensors, taken = torch.jit.load(path, map_location="cpu").state_dict(), ""
+        tensors = {k: v.float() if v.is_floating_point() else v for k, v in tensors.items()}
     else:
-        metadata, (tensors, taken) = {}, _unwrapped(_read_pickle(path), which)
+        tensors, taken = _unwrapped(_read_pickle(path), which)
     tensors = {k: v for k, v in tensors.items() if torch.is_tensor(v)}
     if not tensors:
         raise UserError(f"{path.name} holds no weights by name")
-    return metadata, {re.sub(BEFORE, "", name): value for name, value in tensors.items()}, taken
+    return {re.sub(BEFORE, "", name): value for name, value in tensors.items()}, taken
+
+
+def _is_torchscript(path: Path) -> bool:
+    """Whether a file is what torch.jit.save writes: an archive with code in it."""
+    if not zipfile.is_zipfile(path):
+        return False
+    with zipfile.ZipFile(path) as archive:
+        return any("/code/" in name for name in archive.namelist())
 
 
 def _read_pickle(path: Path):
@@ -208,11 +226,13 @@ def _nearest(name: str, tensors: dict[str, torch.Tensor]) -> str:
     """What to say about the architecture that weights are of, if they are not of the one that was named."""
     import timm
 
+    begin = f"; their names begin {', '.join(list(tensors)[:2])}"
     try:
         architecture = recognise(tensors)[0].architecture
     except UserError:
-        return f"; their names begin {', '.join(list(tensors)[:2])}"
-    return f"; they look like #{architecture}" if timm.is_model(architecture) and f"#{architecture}" not in name else ""
+        return begin
+    other = timm.is_model(architecture) and f"#{architecture}" not in name
+    return begin + (f"; they look like #{architecture}" if other else "")
 
 
 def line(error: Exception) -> str:

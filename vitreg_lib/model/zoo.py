@@ -15,52 +15,55 @@ NAME+emptyN               with N tokens of zeros and nothing else changed
 from __future__ import annotations
 
 import dataclasses
-import itertools
-import json
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from ..base import CHECKPOINTS, UserError, hub, unknown
-from ..data.scenes import ATTRIBUTES
-from .model import Model, weights_sha256
+from ..base import CHECKPOINTS, UserError, hub
+from . import added, saved
+from .model import FACTS, Model, weights_sha256, with_facts
 from .names import available, damaged, entries, file_parts, folder, made, split
-from .outside import of_module, of_open_clip, of_transformers, with_config
+from .outside import create, of_module, of_open_clip, of_transformers, with_config
 from .weights import (
     Layout,
     file_sha256,
     fill,
+    is_safetensors,
     line,
     read_json,
-    read_safetensors,
     read_weights,
     recognise,
     torchvision_vit,
 )
 
-__all__ = ["available", "capture", "entries", "folder", "load", "split", "with_facts"]
-FACTS = ("role", "family", "base", "registers_from", "head", "onset")  # fields of `Model` that an entry may give
+__all__ = ["FACTS", "available", "capture", "entries", "folder", "load", "split", "with_facts"]
 
 
 def load(
-    name: str | nn.Module | Model, device: str | None = None, image_size: int | None = None, weights: str = "ema"
+    name: str | nn.Module | Model,
+    device: str | None = None,
+    image_size: int | tuple[int, int] | None = None,
+    weights: str = "ema",
+    **preprocessing,
 ) -> Model:
     """The model of that name, in evaluation mode, on `device` (CUDA where there is one, by default).
 
     A module of one's own, described (`vr.describe`) or recognised, becomes a `Model` where it is; its preprocessing is
-    what it says, else ImageNet's: `dataclasses.replace` sets another. `image_size` asks for another input size than the
-    model's own; position embeddings are interpolated. weights: "ema" or "raw", where a file holds both. Raises
-    UserError for an unknown name, weights that cannot be had, or a damaged file.
+    what it says, else ImageNet's. `image_size`, a side or (height, width), asks for another input size than the model's
+    own; position embeddings are interpolated. weights: "ema" or "raw", where a file holds both, or "torchscript" for a
+    file of torch.jit, which can run code. `preprocessing` (mean, std, crop, crop_mode, interpolation) replaces the
+    model's own. Raises UserError for an unknown name, weights that cannot be had, or a damaged file.
     """
     if not isinstance(name, str):
-        return name if isinstance(name, Model) else of_module(name)
+        model = name if isinstance(name, Model) else of_module(name)
+        return dataclasses.replace(model, **preprocessing) if preprocessing else model
     base, kind, number = split(name)
     if kind:
         from . import mend
 
         remedy = {"ttr": mend.with_test_time_registers, "empty": mend.with_empty_tokens}[kind]
-        model = remedy(load(base, device, image_size, weights), number)
+        model = remedy(load(base, device, image_size, weights, **preprocessing), number)
         model.label = name
         return model
     where, _, rest = base.partition(":")
@@ -81,7 +84,7 @@ def load(
         model.registers_from = "trained" if model.role == "trained" else "random"
     model.module.eval().requires_grad_(False)
     model.module.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    return model
+    return dataclasses.replace(model, **preprocessing)
 
 
 def capture(model, images, keep="norms", **options):
@@ -118,7 +121,7 @@ def _shipped(name: str, entry: dict, image_size: int | None) -> Model:
             f"{name}: data/checkpoints/{path.name} is damaged or not the shipped one (sha256 {sha256[:12]}…, expected "
             f"{entry['sha256'][:12]}…); {mend}"
         )
-    return with_facts(_mini_file(name, path, image_size), entry, name)
+    return with_facts(saved.read(name, path, image_size), entry, name)
 
 
 def _made(name: str, entry: dict, image_size: int | None) -> Model:
@@ -131,63 +134,6 @@ def _made(name: str, entry: dict, image_size: int | None) -> Model:
     return dataclasses.replace(with_facts(_file(f"file:{path}", image_size, "ema"), entry, name), name=name)
 
 
-def with_facts(model: Model, facts: dict, entry: str = "") -> Model:
-    """The model with the facts that an entry of models.yaml, or a file's metadata, states about it."""
-    given = {fact: facts[fact] for fact in FACTS if fact in facts}
-    if "head" in given:
-        given["head"] = {question: tuple(ends) for question, ends in given["head"].items()}
-    return dataclasses.replace(model, **given, **({"entry": entry} if entry else {}))
-
-
-def _mini_file(name: str, path: Path, image_size: int | None = None) -> Model:
-    """A checkpoint with timm's arguments and the training's settings in its metadata, as this project writes them."""
-    metadata, tensors = read_safetensors(path)
-    from timm.models.vision_transformer import VisionTransformer
-
-    module = VisionTransformer(**json.loads(metadata["vit"]))
-    module.vit_arguments = json.loads(metadata["vit"])
-    fill(name, module, {k: v.float() for k, v in tensors.items()}, convert=False)
-    size = image_size or module.patch_embed.img_size[0]
-    if image_size:
-        module.set_input_size((image_size, image_size))
-    config = json.loads(metadata.get("config", "{}"))
-    facts = {"family": config.get("recipe", ""), **json.loads(metadata.get("facts", "{}")), **_facts_of_grown(config)}
-    head = _scenes_head(module) if config.get("recipe", "deit3") == "deit3" and not config.get("data") else {}
-    return with_facts(Model(name, module, file_sha256(path), input_size=size, head=head), facts)
-
-
-def _scenes_head(module: nn.Module) -> dict[str, tuple[int, int]]:
-    """Which logits answer which question about scenes, for a head of as many as the attributes have values."""
-    ends = torch.tensor([0, *map(len, ATTRIBUTES.values())]).cumsum(0).tolist()
-    return dict(zip(ATTRIBUTES, itertools.pairwise(ends), strict=True)) if module.num_classes == ends[-1] else {}
-
-
-def _facts_of_grown(config: dict) -> dict:
-    """Facts of a model whose registers were trained in afterwards, by its training's settings; of others none."""
-    if config.get("recipe") != "registers" or not config["registers"]:
-        return {}
-    family = entries().get(config["model"], {}).get("family", "")
-    return {"base": config["model"], "family": family, "registers_from": "fine-tuned"}
-
-
-def _described_file(name, path, metadata: dict[str, str], tensors, image_size: int | None) -> Model:
-    """Weights with what builds their model in their metadata, as `vitreg train registers` writes them."""
-    described = json.loads(metadata["timm"])
-    arguments = described["model_args"] | ({"img_size": image_size} if image_size else {})
-    overlay = described["pretrained_cfg"]
-    module = _create(
-        described["architecture"],
-        None,
-        num_classes=described["num_classes"],
-        pretrained_cfg_overlay=overlay,
-        **arguments,
-    )
-    module.timm_config = described
-    fill(name, module, {k: v.float() for k, v in tensors.items()})
-    facts = _facts_of_grown(json.loads(metadata.get("config", "{}")))
-    return with_facts(with_config(name, module, file_sha256(path), image_size), facts)
-
-
 def _random(name: str, image_size: int | None) -> Model:
     inner = name.removeprefix("random:")
     entry = entries().get(inner, {})
@@ -197,29 +143,12 @@ def _random(name: str, image_size: int | None) -> Model:
             model = _entry(inner, image_size)
             model.module.init_weights("")
         else:
-            module = _create(entry.get("timm", inner.removeprefix("timm:")), image_size, pretrained=False)
+            module = create(entry.get("timm", inner.removeprefix("timm:")), image_size, pretrained=False)
             model = with_config(name, module, "", image_size)
     base = f"random:{entry['base']}" if "base" in entry else ""
     facts = dict(role="random control", entry=inner if entry else "", family="", base=base, onset=None)
     facts |= dict(name=name, about="", registers_from="none", sha256=weights_sha256(model.module))
     return dataclasses.replace(model, **facts)
-
-
-def _create(architecture: str, image_size: int | None, **options) -> nn.Module:
-    import timm
-
-    if image_size:
-        options["img_size"] = image_size
-    try:
-        return timm.create_model(architecture, **options)
-    except RuntimeError as error:
-        if "Unknown model" in str(error):
-            known = [*entries(), *timm.list_models("*vit*")]
-        elif "Invalid pretrained tag" in str(error):
-            known = timm.list_pretrained(architecture.split(".")[0] + ".*")
-        else:
-            raise
-        raise unknown("model", architecture.split(":")[-1], known, f"{damaged()}See `vitreg models`.") from None
 
 
 def _timm(name: str, timm_name: str, image_size: int | None) -> Model:
@@ -232,21 +161,23 @@ def _timm(name: str, timm_name: str, image_size: int | None) -> Model:
         "VITREG_MODELS, or use --profile mini, which works offline"
     )
     with hub(f"{name}: its weights", instead):
-        module = _create(timm_name, image_size, pretrained=True)
+        module = create(timm_name, image_size, pretrained=True)
     return with_facts(with_config(timm_name, module, weights_sha256(module), image_size), known[1], known[0])
 
 
 def _hub_folder(name: str, folder: Path, image_size: int | None) -> Model:
-    read_json(folder / "config.json")
+    arguments = read_json(folder / "config.json").get("model_args")
     weights = folder / "model.safetensors"
     if not weights.exists():
         raise UserError(f"{name}: {folder.name} has a config.json but no model.safetensors")
     try:
-        module = _create(f"local-dir:{folder}", image_size, pretrained=True)
+        module = create(f"local-dir:{folder}", image_size, pretrained=True)
     except UserError:
         raise
     except Exception as error:  # safetensors and timm raise many kinds for damaged files
         raise UserError(f"{name}: model.safetensors in {folder.name} cannot be read: {line(error)}") from error
+    if arguments:
+        module.timm_config = {"model_args": arguments}
     return with_config(name, module, file_sha256(weights), image_size)
 
 
@@ -256,11 +187,10 @@ def _file(name: str, image_size: int | None, which: str) -> Model:
         return _hub_folder(name, path, image_size)
     if not path.is_file():
         raise UserError(f"{name}: no such file, and no folder with a config.json")
-    metadata, tensors, taken = read_weights(path, which)
-    if "vit" in metadata:
-        return _mini_file(name, path, image_size)
-    if "timm" in metadata:
-        return _described_file(name, path, metadata, tensors, image_size)
+    if is_safetensors(path) and (model := saved.read(name, path, image_size)):
+        return model
+    tensors, taken = read_weights(path, which)
+    said, tensors = added.of_state(tensors)
     try:
         layout, tensors = recognise(tensors)
     except UserError as error:
@@ -274,7 +204,7 @@ def _file(name: str, image_size: int | None, which: str) -> Model:
         model = _in_timm(name, path, architecture or layout.architecture, layout.options, tensors, image_size)
     told = {} if "." in architecture else layout.preprocessing  # a tag of timm's says its own
     about = f"weights in the layout {layout.name}" + (f", of {taken}" if taken else "")
-    return dataclasses.replace(model, about=about, **told)
+    return saved.with_added(dataclasses.replace(model, about=about, **told), said)
 
 
 def _in_timm(name, path, architecture: str, options: dict, tensors, image_size: int | None) -> Model:
@@ -284,7 +214,7 @@ def _in_timm(name, path, architecture: str, options: dict, tensors, image_size: 
             f"{name}: the file does not say its architecture, and no usual one is like it: write {name}#ARCH with a "
             "name of timm's"
         )
-    module = _create(architecture, image_size, pretrained=False, **options)
+    module = create(architecture, image_size, pretrained=False, **options)
     fill(name, module, tensors)
     return with_config(name, module, file_sha256(path), image_size)
 

@@ -37,7 +37,7 @@ from ...data import images as sources
 from ...data import scenes
 from ...hooks.anatomy import dissect
 from ...hooks.capture import evaluating, hooks
-from ...model import mend, remedies, zoo
+from ...model import added, mend, remedies, zoo
 from ...model.grow import with_registers
 from .. import parallel
 from ..images import HELD_OUT_EVERY, Augmented, Stream, order
@@ -198,13 +198,13 @@ def _free(student: nn.Module, config) -> None:
 def _teacher(config, source: Source) -> nn.Module:
     model, found = source.model, source.found
     if config.teacher != "ttr":
-        return mend.add_registers(model.module, (), 0)
+        return added.add_registers(model.module, (), 0)
     if found.share_after > mend.MENDED * found.share_before:
         raise UserError(
             f"--teacher ttr: moving the likeliest neurons of {model.name} leaves {found.share_after:.2%} of the patch "
             f"tokens outliers, of {found.share_before:.2%}; take --teacher shift"
         )
-    return mend.add_registers(model.module, found.neurons, TEACHERS_REGISTERS)
+    return added.add_registers(model.module, found.neurons, TEACHERS_REGISTERS)
 
 
 def patches_and_answers(module: nn.Module, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,0 +1,189 @@
+"""Tokens added to a trained ViT, as a module whose state_dict says so; no weight of the model is changed.
+
+Two buffers hold what is added, beside the weights of the parts that they concern:
+
+    BLOCKS.0.added_registers     (n, dim) zeros: the tokens that enter block 0 behind the prefix tokens
+    BLOCKS.L.….moved_neurons     (hidden,) bool, at the second linear layer of an MLP: the neurons whose largest
+                                 activation goes from the patches to the new tokens
+
+Plain functions, registered as forward hooks of these parts, do the work, so that the class of each part stays what it
+was, and torch.export and ONNX's exporter see them. timm's models count the new tokens among their prefix tokens, in all
+that they return. In models of other libraries the tokens are dropped after the last block, since heads and poolings
+there know nothing of registers.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from ..base import UserError
+from ..hooks.anatomy import ADDED, Anatomy, dissect
+
+Neurons = Sequence[tuple[int, int]]  # (block, neuron)
+MOVED = "moved_neurons"
+
+
+def add_registers(module: nn.Module, neurons: Neurons, n: int) -> nn.Module:
+    """A copy of a ViT with `n` tokens of zeros behind its prefix tokens, which take over what `neurons` do at patches.
+
+    Raises ValueError for a neuron that does not exist, UserError where a new token has no place: attention with a bias
+    for each pair of places, or a model that has tokens added already.
+    """
+    _check(module, neurons, n)
+    module = copy.deepcopy(module)
+    anatomy = dissect(module)
+    old, first = anatomy.num_prefix_tokens, anatomy.batch_first
+    if n:
+        _append(module, anatomy, n)
+    for block in sorted({block for block, _ in neurons}):
+        linear = anatomy.mlp_out[block]
+        chosen = torch.zeros(linear.in_features, dtype=torch.bool, device=linear.weight.device)
+        chosen[[neuron for b, neuron in neurons if b == block]] = True
+        linear.register_buffer(MOVED, chosen)
+        linear.register_forward_pre_hook(functools.partial(_before_second_linear, old=old, n=n, batch_first=first))
+    return module
+
+
+def of_state(tensors: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """(the tensors that say what is added, the others), of a state_dict."""
+    said = {k: v for k, v in tensors.items() if k.rpartition(".")[2] in (ADDED, MOVED)}
+    return said, {k: v for k, v in tensors.items() if k not in said}
+
+
+def again(module: nn.Module, said: dict[str, torch.Tensor]) -> nn.Module:
+    """A copy of a ViT with what `of_state` gave for a model of the same architecture added to it.
+
+    Raises UserError where a name leads to another part than it did there.
+    """
+    anatomy, n, neurons = dissect(module), 0, []
+    places = {id(linear): block for block, linear in enumerate(anatomy.mlp_out)}
+    for name, value in said.items():
+        part = name.rpartition(".")[0]
+        found = dict(module.named_modules()).get(part)
+        if name.endswith(ADDED) and found is anatomy.blocks[0]:
+            n = len(value)
+        elif name.endswith(MOVED) and id(found) in places:
+            neurons += [(places[id(found)], int(neuron)) for neuron in value.nonzero()]
+        else:
+            raise UserError(f"{name} belongs to no part of this {type(module).__name__}: the file is of another model")
+    module = add_registers(module, neurons, n)
+    module.load_state_dict(said, strict=False)
+    return module
+
+
+def move(activations: torch.Tensor, neurons: torch.Tensor, old: int, n: int) -> torch.Tensor:
+    """Activations (batch, tokens, hidden) with those of `neurons` (hidden,) moved from the patches to `n` new tokens.
+
+    Tokens are `old` prefix tokens, the new ones, the patches. The new tokens get the largest activation of each image
+    and neuron, in magnitude, sign kept, over patches and new tokens; the patches get none.
+    """
+    prefix, rest = activations[:, :old], activations[:, old:]
+    new, patches = rest[:, :n], rest[:, n:].masked_fill(neurons, 0)
+    if n:
+        largest = rest.gather(1, rest.abs().argmax(1, keepdim=True))
+        new = torch.where(neurons, largest, new)
+    return torch.cat([prefix, new, patches], 1)
+
+
+def _append(module: nn.Module, anatomy: Anatomy, n: int) -> None:
+    """Let `n` tokens of zeros, without position, enter the first block; timm's models count them, others drop them."""
+    blocks, old, first = anatomy.blocks, anatomy.num_prefix_tokens, anatomy.batch_first
+    weights = next(blocks[0].parameters())
+    blocks[0].register_buffer(ADDED, torch.zeros(n, anatomy.embed_dim, dtype=weights.dtype, device=weights.device))
+    place = dict(old=old, batch_first=first)
+    blocks[0].register_forward_pre_hook(functools.partial(_before_blocks, **place), with_kwargs=True)
+    counting = [part for part in module.modules() if hasattr(part, "num_prefix_tokens") and _holds(part, blocks[0])]
+    if not counting:
+        for block in blocks:
+            block.register_forward_pre_hook(functools.partial(_without_mask, n=n, batch_first=first), with_kwargs=True)
+        blocks[-1].register_forward_hook(functools.partial(_after_blocks, n=n, **place))
+    for vit in counting:
+        vit.__class__ = _counting(type(vit), n)
+    for part in (*counting, *(attn for attn in anatomy.attention if hasattr(attn, "num_prefix_tokens"))):
+        part.num_prefix_tokens += n
+
+
+def _holds(part: nn.Module, other: nn.Module) -> bool:
+    return any(inside is other for inside in part.modules())
+
+
+def _swapped(x: torch.Tensor, batch_first: bool) -> torch.Tensor:
+    return x if batch_first else x.transpose(0, 1)
+
+
+def _before_blocks(block, args, kwargs, *, old: int, batch_first: bool):
+    name = None if args else "hidden_states"  # how transformers names it
+    x = _swapped(args[0] if args else kwargs[name], batch_first)
+    new = getattr(block, ADDED).to(x.dtype).expand(x.shape[0], -1, -1)  # len would fix the batch in an export
+    x = _swapped(torch.cat([x[:, :old], new, x[:, old:]], 1), batch_first)
+    return ((x, *args[1:]), kwargs) if args else (args, {**kwargs, name: x})
+
+
+def _without_mask(block, args, kwargs, *, n: int, batch_first: bool):
+    """When a model is exported, transformers makes a mask that hides nothing, of the tokens before ours."""
+    tokens = _swapped(args[0] if args else kwargs["hidden_states"], batch_first).shape[1] - n
+
+    def kept(value):
+        is_mask = torch.is_tensor(value) and value.dim() == 4 and value.shape[2:] == (tokens, tokens)
+        return None if is_mask else value
+
+    return (*args[:1], *map(kept, args[1:])), {name: kept(value) for name, value in kwargs.items()}
+
+
+def _after_blocks(block, inputs, output, *, old: int, n: int, batch_first: bool):
+    x = _swapped(output[0] if isinstance(output, tuple) else output, batch_first)
+    x = _swapped(torch.cat([x[:, :old], x[:, old + n :]], 1), batch_first)
+    return (x, *output[1:]) if isinstance(output, tuple) else x
+
+
+def _before_second_linear(linear, inputs, *, old: int, n: int, batch_first: bool):
+    moved = move(_swapped(inputs[0], batch_first), getattr(linear, MOVED), old, n)
+    return (_swapped(moved, batch_first), *inputs[1:])
+
+
+@functools.cache
+def _counting(base: type, n: int) -> type:
+    """A subclass of a class of timm's whose prefix tokens include `n` without position embedding or weights.
+
+    All that counts prefix tokens counts them, but what handles position embeddings.
+    """
+
+    def without_new(name):
+        def method(self, *args, **kwargs):
+            self.num_prefix_tokens -= n
+            try:
+                return getattr(super(made, self), name)(*args, **kwargs)
+            finally:
+                self.num_prefix_tokens += n
+
+        return method
+
+    names = [name for name in ("_pos_embed", "set_input_size") if hasattr(base, name)]
+    made = type(f"{base.__name__}WithTestTimeRegisters", (base,), {name: without_new(name) for name in names})
+    return made
+
+
+def _check(module: nn.Module, neurons: Neurons, n: int) -> None:
+    anatomy = dissect(module)
+    if n < 0:
+        raise ValueError(f"{n} registers: 0 or more")
+    if neurons and not anatomy.mlp_out:
+        raise UserError(f"{type(anatomy.blocks[0]).__name__} has no linear layer after an MLP, where neurons are moved")
+    for block, neuron in neurons:
+        if not 0 <= block < anatomy.depth:
+            raise ValueError(f"block {block} out of range for {anatomy.depth} blocks (0…{anatomy.depth - 1})")
+        width = anatomy.mlp_out[block].in_features
+        if not 0 <= neuron < width:
+            raise ValueError(f"neuron {neuron} out of range for the {width} of block {block} (0…{width - 1})")
+    if (n or neurons) and hasattr(anatomy.blocks[0], ADDED):
+        raise UserError("this model has tokens added already: start from the model without")
+    if n and any("relative_position" in name or "rel_pos" in name for name, _ in module.named_parameters()):
+        raise UserError(
+            "this model's attention adds a bias for each pair of places, in which a new token has no place: registers "
+            "cannot be added at test time"
+        )

@@ -1,0 +1,228 @@
+"""A model in one safetensors file, as this project writes it: all tensors, and in the metadata what builds it again.
+
+The metadata hold one of
+
+    vit            arguments of timm's VisionTransformer (the mini ViTs)
+    timm           architecture, num_classes, model_args, pretrained_cfg
+    transformers   class, config
+    open_clip      architecture, quick_gelu
+    torchvision    arguments of its VisionTransformer
+    own            the class of a module that no name builds: `onto` puts the file into one
+
+and `facts`: the fields of `Model` that stay true. What was added to a mended model (see `added`) is among the tensors.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from ..base import UserError, written
+from ..data.images import sides
+from ..data.scenes import ATTRIBUTES
+from . import added
+from .model import FACTS, Model, with_facts
+from .names import entries
+from .outside import create, of_module, with_config
+from .weights import file_sha256, fill, read_safetensors
+
+KINDS = ("vit", "timm", "transformers", "open_clip", "torchvision", "own")
+CONFIG = ("mean", "std", "interpolation", "crop_pct", "crop_mode")  # of timm's pretrained_cfg: how to feed a model
+STATED = (*FACTS, "about", "input_size", "mean", "std", "interpolation", "crop", "crop_mode")  # fields of `Model`
+OF_TORCHVISION = ("image_size", "patch_size", "hidden_dim", "mlp_dim", "num_classes")
+
+
+def write(model: Model, path: Path) -> None:
+    """Write a model into a file that `zoo.load("file:PATH")` loads in a fresh process, with equal outputs.
+
+    PATH.pt2 and PATH.onnx become a program instead (`export`). Raises UserError where the system refuses.
+    """
+    path = Path(path)
+    if path.suffix in (".pt2", ".onnx"):
+        return export(model, path)
+    facts = {name: getattr(model, name) for name in STATED}
+    metadata = {**how_built(model.module), "facts": json.dumps(facts), "format": "pt"}
+    tensors = {k: v.detach().cpu().clone().contiguous() for k, v in model.module.state_dict().items()}
+    with written(path) as temporary:
+        save_file(tensors, temporary, metadata)
+
+
+def how_built(module: nn.Module) -> dict[str, str]:
+    """{one of `KINDS`: JSON} that builds a module again, without its weights."""
+    if hasattr(module, "vit_arguments"):
+        told = {"vit": {**module.vit_arguments, "img_size": module.patch_embed.img_size}}
+    elif (getattr(module, "pretrained_cfg", None) or {}).get("architecture"):
+        told = {"timm": of_timm(module)}
+    elif type(module).__module__.startswith("transformers."):
+        told = {"transformers": {"class": type(module).__name__, "config": json.loads(module.config.to_json_string())}}
+    elif hasattr(module, "open_clip"):
+        told = {"open_clip": module.open_clip}
+    elif type(module).__module__.startswith("torchvision."):
+        first = module.encoder.layers[0]
+        told = {name: getattr(module, name) for name in OF_TORCHVISION}
+        told = {"torchvision": {**told, "num_layers": len(module.encoder.layers), "num_heads": first.num_heads}}
+    else:
+        told = {"own": type(module).__name__}
+    return {kind: json.dumps(value) for kind, value in told.items()}
+
+
+def of_timm(module: nn.Module, **arguments) -> dict:
+    """What builds a module of timm's again, with its image size and further `arguments` of its class."""
+    cfg, known = module.pretrained_cfg, getattr(module, "timm_config", {}).get("model_args", {})
+    overlay, size = {key: cfg[key] for key in CONFIG if key in cfg}, getattr(module.patch_embed, "img_size", None)
+    if size:
+        known, overlay = {**known, "img_size": list(size)}, overlay | {"input_size": (3, *size)}
+    told = {"architecture": cfg["architecture"], "num_classes": module.num_classes}
+    return told | {"model_args": known | arguments, "pretrained_cfg": overlay}
+
+
+def read(name: str, path: Path, image_size: int | None = None) -> Model | None:
+    """The model in a file, None where its metadata do not build one. Raises UserError for a damaged or foreign file."""
+    metadata, tensors = read_safetensors(path)
+    kind = next((kind for kind in KINDS if kind in metadata), None)
+    if kind is None:
+        return None
+    told, facts, config = (json.loads(metadata.get(key, "{}")) for key in (kind, "facts", "config"))
+    tensors = {k: v.float() if v.is_floating_point() else v for k, v in tensors.items()}
+    said, tensors = added.of_state(tensors)
+    module = _build(name, kind, told, image_size)
+    fill(name, module, tensors, convert=kind == "timm")
+    if kind == "vit":
+        model = _mini(name, module, config, image_size)
+    elif kind == "timm":
+        model = with_config(name, module, "", image_size)
+    else:
+        model = dataclasses.replace(of_module(module), name=name, label="")
+    model.sha256 = file_sha256(path)
+    facts |= _facts_of_grown(config) | ({"input_size": image_size} if image_size else {})
+    return with_facts(with_added(model, said), facts, which=STATED)
+
+
+def with_added(model: Model, said: dict[str, torch.Tensor]) -> Model:
+    """The model with what the tensors `said` of a mended model's state_dict say is added; itself without any."""
+    if not said:
+        return model
+    source = "test time" if any(name.endswith(added.MOVED) for name in said) else "empty"
+    return dataclasses.replace(model, module=added.again(model.module, said), role="mended", registers_from=source)
+
+
+def onto(module: nn.Module, path: str | Path) -> nn.Module:
+    """A copy of a module of one's own with the weights of a mended file and what was added there: for a model that no
+    name builds. Raises UserError for the file of another model."""
+    said, tensors = added.of_state(read_safetensors(Path(path))[1])
+    module = added.again(module, said)
+    fill(type(module).__name__, module, {**tensors, **said}, convert=False)
+    return module
+
+
+class _Answer(nn.Module):
+    """A model from images to one tensor: what it answers, of transformers the tokens after the last block."""
+
+    def __init__(self, model: Model):
+        super().__init__()
+        self.module = model.module
+        self.run = model.anatomy.forward if hasattr(model.module, "config") else model.module
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        answer = self.run(images)
+        return answer if torch.is_tensor(answer) else answer.last_hidden_state
+
+
+def export(model: Model, path: Path) -> None:
+    """Write a model as a program for any number of images: PATH.pt2 for torch.export, PATH.onnx for ONNX.
+
+    It takes normalised images of the model's own size. The program is run on one image and on three; raises UserError
+    where its answer is another than the model's, or where a package is missing.
+    """
+    answer = _Answer(model).eval()
+    size = (model.anatomy.channels, *sides(model.input_size))
+    x = torch.randn(3, *size, generator=torch.Generator().manual_seed(0)).to(model.weights)
+    free = {"images": {0: torch.export.Dim("batch", min=1, max=4096)}}
+    with torch.no_grad(), written(path) as temporary:
+        program = torch.export.export(answer, (x,), dynamic_shapes=free)
+        if path.suffix == ".pt2":
+            torch.export.save(program, temporary.with_suffix(".pt2"))
+            temporary.with_suffix(".pt2").replace(temporary)
+            runs = [program.module()(part) for part in (x[:1], x)]
+        else:
+            runs = _onnx(program, x, temporary)
+        for run, part in zip(runs, (x[:1], x), strict=True):
+            expected = answer(part).cpu()
+            gap = ((run.cpu() - expected).abs().max() / expected.abs().max()).item()
+            if not gap < 1e-3:
+                raise UserError(f"{path.name} answers otherwise than the model (relative difference {gap:.1e})")
+
+
+def _onnx(program, x: torch.Tensor, path: Path) -> list[torch.Tensor]:
+    """Write an exported program as ONNX; what onnxruntime answers on one image and on all of `x`."""
+    try:
+        import onnxruntime
+        import onnxscript  # noqa: F401 (torch's exporter needs it)
+    except ImportError:
+        raise UserError("ONNX needs packages: pip install onnx onnxscript onnxruntime") from None
+    torch.onnx.export(program, (x,), dynamo=True, verbose=False).save(path)
+    session = onnxruntime.InferenceSession(path.read_bytes(), providers=["CPUExecutionProvider"])
+    name = session.get_inputs()[0].name
+    return [torch.from_numpy(session.run(None, {name: part.float().cpu().numpy()})[0]) for part in (x[:1], x)]
+
+
+def _build(name: str, kind: str, told, image_size: int | None) -> nn.Module:
+    if kind == "vit":
+        from timm.models.vision_transformer import VisionTransformer
+
+        module = VisionTransformer(**told)
+        module.vit_arguments = told
+    elif kind == "timm":
+        arguments = told["model_args"] | ({"img_size": image_size} if image_size else {})
+        options = dict(num_classes=told["num_classes"], pretrained_cfg_overlay=told["pretrained_cfg"])
+        module = create(told["architecture"], None, **options, **arguments)
+        module.timm_config = told
+    elif kind == "transformers":
+        import transformers
+
+        made = getattr(transformers, told["class"], None)
+        if not (isinstance(made, type) and issubclass(made, transformers.PreTrainedModel)):
+            raise UserError(f"{name}: transformers has no model {told['class']!r}")
+        module = made(made.config_class.from_dict(told["config"]))
+    elif kind == "open_clip":
+        import open_clip
+
+        clip = open_clip.create_model(told["architecture"], force_quick_gelu=told["quick_gelu"])
+        module = clip.visual
+        module.open_clip = told
+    elif kind == "torchvision":
+        from torchvision.models import VisionTransformer
+
+        module = VisionTransformer(**told)
+    else:
+        raise UserError(f"{name}: no name builds a {told}: build one, then vitreg_lib.model.saved.onto(module, PATH)")
+    return module
+
+
+def _mini(name: str, module: nn.Module, config: dict, image_size: int | None) -> Model:
+    """A mini ViT with what its training says of it."""
+    if image_size:
+        module.set_input_size(sides(image_size))
+    head = _scenes_head(module) if config.get("recipe", "deit3") == "deit3" and not config.get("data") else {}
+    size = image_size or module.patch_embed.img_size[0]
+    return Model(name, module, "", input_size=size, head=head, family=config.get("recipe", ""))
+
+
+def _facts_of_grown(config: dict) -> dict:
+    """Facts of a model whose registers were trained in afterwards, by its training's settings; of others none."""
+    if config.get("recipe") != "registers" or not config["registers"]:
+        return {}
+    family = entries().get(config["model"], {}).get("family", "")
+    return {"base": config["model"], "family": family, "registers_from": "fine-tuned"}
+
+
+def _scenes_head(module: nn.Module) -> dict[str, tuple[int, int]]:
+    """Which logits answer which question about scenes, for a head of as many as the attributes have values."""
+    ends = torch.tensor([0, *map(len, ATTRIBUTES.values())]).cumsum(0).tolist()
+    return dict(zip(ATTRIBUTES, itertools.pairwise(ends), strict=True)) if module.num_classes == ends[-1] else {}
