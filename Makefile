@@ -48,13 +48,13 @@ report: $(READY) ## a page of all results of PROFILE
 
 test: $(READY) ## all tests, the notebooks (by nbval) and the page in a browser among them
 	@sh workflow/chromium.sh >/dev/null || true  # without it the browser test errors and says what is wanted
-	@VITREG_BATCH=1 VITREG_CHECK=1 VITREG_RESULTS="$(CURDIR)/results/test" $(BIN)/python -m pytest -q -n "$$JOBS" --dist loadscope $(NBVAL) tests notebooks
+	@VITREG_BATCH=1 VITREG_RESULTS="$(CURDIR)/results/test" $(BIN)/python -m pytest -q -n "$$JOBS" --dist loadscope $(NBVAL) tests notebooks
 
 test-fast: $(READY) ## what to run at every change: no notebooks, nothing marked slow
 	@$(BIN)/python -m pytest -q -n "$$JOBS" --dist loadscope -m "not slow" tests
 
 test-notebooks: $(READY) ## the notebooks alone
-	@VITREG_BATCH=1 VITREG_CHECK=1 VITREG_RESULTS="$(CURDIR)/results/test" $(BIN)/python -m pytest -q -n "$$JOBS" --dist loadscope $(NBVAL) notebooks
+	@VITREG_BATCH=1 VITREG_RESULTS="$(CURDIR)/results/test" $(BIN)/python -m pytest -q -n "$$JOBS" --dist loadscope $(NBVAL) notebooks
 
 test-browser: $(READY) ## the explorer in JupyterLab and Chromium, which is installed where it is missing
 	@sh workflow/chromium.sh >/dev/null

@@ -1,6 +1,35 @@
-"""How nbval compares the notebooks: text and numbers, neither HTML (tables are compared as text) nor stderr."""
+"""How nbval compares the notebooks: text and numbers, neither HTML (tables are compared as text) nor stderr.
+
+A notebook's record is compared with the committed one after its last cell.
+"""
+
+import json
+import re
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+sys.path.append(str(Path(__file__).resolve().parents[1] / "workflow"))
+import compare  # noqa: E402
+
+from vitreg_lib.record import run as record  # noqa: E402
+
+BEGAN = time.time()
 
 
 def pytest_collectstart(collector):
     if hasattr(collector, "skip_compare"):
         collector.skip_compare += ("text/html", "stderr")
+
+
+def pytest_runtest_teardown(item, nextitem):
+    if nextitem is not None and nextitem.path == item.path:
+        return
+    started = re.search(r'vr\.start\(\\"(\w+)\\"', item.path.read_text())  # the quotes are JSON's
+    path = started and record.folder(started[1], record.declared_parameters(started[1])) / "record.json"
+    if path and path.exists() and path.stat().st_mtime >= BEGAN:  # else a cell failed, which is an error by itself
+        made = json.loads(path.read_text())
+        if compare.differences(made):
+            pytest.fail(compare.verdict(made), pytrace=False)

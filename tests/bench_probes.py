@@ -92,9 +92,6 @@ def discovery() -> Iterator[str]:
             f"LOST, {side} x {side} patches, one thread: {batch / ours:.0f} images/s; {ours / gram:.2f} of the Gram "
             f"matrix's time (goal: 1.5), the published loop {loop / gram:.2f}"
         )
-    f = torch.randn(8, 784, 384, generator=torch.Generator().manual_seed(0)) * torch.arange(1, 385) ** -0.5
-    cut = seconds(lambda: objects.tokencut(f, (28, 28)), 1)
-    yield f"TokenCut, 28 x 28 patches, one thread: {8 / cut:.0f} images/s"
     torch.set_num_threads(threads)
 
 

@@ -20,7 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from tests.bench import taking_turns, told
 from vitreg_lib.data import scenes
-from vitreg_lib.train import loop, parallel, telemetry
+from vitreg_lib.train import images, loop, parallel, telemetry
 from vitreg_lib.train.config import TrainConfig
 from vitreg_lib.train.recipes import deit3
 from vitreg_lib.train.state import Run
@@ -101,8 +101,8 @@ def main(config: TrainConfig, device: str, steps: int, rounds: int) -> None:
 
 def watching(config: TrainConfig, device: str) -> None:
     """Share of the training time that telemetry takes at this size, over a run of the default length."""
-    model, images = deit3.build(config).to(device), deit3.telemetry_images(config)
-    taken = taking_turns(lambda: telemetry.measure(model, images, 0), ours(config, device, 1), 5)
+    model, watched = deit3.build(config).to(device), images.telemetry_images(config)
+    taken = taking_turns(lambda: telemetry.measure(model, watched, 0), ours(config, device, 1), 5)
     count = len(telemetry.measured_steps(config.steps))
     share = count * taken[0] / (config.steps * taken[1])
     print(f"telemetry: {count} measurements in {config.steps} steps take {share:.2%} of the time  (goal: below 1 %)")

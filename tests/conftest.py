@@ -28,12 +28,6 @@ settings.register_profile("vitreg", deadline=None, derandomize=True, max_example
 settings.load_profile("vitreg")
 
 
-@pytest.fixture(autouse=True)
-def _unchecked(monkeypatch) -> None:
-    """What tests run is not compared with the committed records, as the notebooks of `make test` are."""
-    monkeypatch.delenv("VITREG_CHECK", raising=False)
-
-
 @pytest.fixture
 def real(monkeypatch) -> Path:
     """The folder of real small models and photos, which VITREG_MODELS then names; skips where it is absent."""

@@ -106,15 +106,6 @@ def test_what_was_not_captured_is_refused_with_what_was(wrong, named):
         attention.maps(seen_of(), **wrong)
 
 
-def test_upsampling_keeps_a_constant_and_nearest_keeps_values():
-    flat = torch.full((2, 5, 3, 4), 0.25)
-    assert torch.allclose(attention.upsample(flat, (30, 40)), torch.tensor(0.25))
-    peak = torch.zeros(3, 4)
-    peak[1, 2] = 1
-    big = attention.upsample(peak, (30, 40), "nearest")
-    assert big.shape == (30, 40) and big.sum() == 100 and big[10:20, 20:30].min() == 1
-
-
 def test_map_of_a_model_without_cls_is_the_mean_over_its_patches():
     from vitreg_lib.model.model import Model
 

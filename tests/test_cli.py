@@ -13,12 +13,12 @@ import threading
 import time
 from pathlib import Path
 
+import execute
 import nbformat
 import pytest
 
 from vitreg_lib import cli
 from vitreg_lib.base import ROOT, UserError
-from vitreg_lib.record import execute
 from vitreg_lib.record import run as record
 
 
@@ -228,7 +228,8 @@ def test_temporary_folders_of_dead_processes_are_swept(tmp_path, monkeypatch):
 
 HOLDS = """
 import pathlib, sys, time
-from vitreg_lib.record import execute
+sys.path.append("workflow")
+import execute
 with execute.locked(pathlib.Path(sys.argv[1]), "made_up"):
     print("locked", flush=True)
     time.sleep(60)

@@ -142,7 +142,7 @@ def short_of_memory(recipe, limit: int):
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
         return recipe.loss(module, config, step, device)
 
-    names = ("build", "backbone", "telemetry_images", "evaluate")
+    names = ("build", "backbone", "evaluate")
     return SimpleNamespace(
         loss=loss, **{name: getattr(recipe, name) for name in names}, SEPARABLE=getattr(recipe, "SEPARABLE", True)
     )

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 
+import compare
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vitreg_lib.record import compare
+from vitreg_lib.record import drawn
 
 KINDS = (
     "line",
@@ -67,7 +68,7 @@ def of(*panels):
     for axis, (kind, values) in zip(axes[0], panels, strict=True):
         draw(axis, kind, np.asarray(values, float))
         axis.set(title=f"{kind} of mini-deit3\nmean 0.53", xlabel="place")
-    found = compare.summary(figure)
+    found = drawn.summary(figure)
     plt.close(figure)
     return found
 
@@ -113,7 +114,7 @@ def test_a_mirrored_photo_and_exchanged_colours_are_noticed():
     def shown(pixels):
         figure, axis = plt.subplots()
         axis.imshow(pixels)
-        found = compare.summary(figure)
+        found = drawn.summary(figure)
         plt.close(figure)
         return found
 
@@ -152,7 +153,7 @@ def test_exchanged_labels_and_missing_parts_are_told_in_words(values):
                 axis.plot(values + shift, label=name)
             axis.set(title=title, xticks=[0, 35], xticklabels=ticks)
             axis.annotate(note, (0, 0))
-        found = compare.summary(drawing)
+        found = drawn.summary(drawing)
         plt.close(drawing)
         return found
 
@@ -171,12 +172,12 @@ def test_exchanged_labels_and_missing_parts_are_told_in_words(values):
 def test_what_decorates_or_tells_of_this_machine_is_left_out(values):
     figure, (axis, other, hidden) = plt.subplots(1, 3)
     axis.plot(values, label="kept")
-    axis.plot(values, gid=compare.THIS_MACHINE, label="seconds")
+    axis.plot(values, gid=drawn.THIS_MACHINE, label="seconds")
     axis.legend()
     axis.grid(True)
-    other.set_gid(compare.THIS_MACHINE)
+    other.set_gid(drawn.THIS_MACHINE)
     hidden.set_visible(False)
-    found = compare.summary(figure)
+    found = drawn.summary(figure)
     plt.close(figure)
     assert [[artist["label"] for artist in panel["drawn"]] for panel in found] == [["kept"]]
 
@@ -186,7 +187,7 @@ def test_a_reference_line_counts_only_where_it_stands(values):
     axis.plot(values / 1000)
     axis.axhline(0.0005)
     axis.axvline(3)
-    found = compare.summary(figure)[0]["drawn"]
+    found = drawn.summary(figure)[0]["drawn"]
     plt.close(figure)
     assert [sorted(artist.keys() & {"x", "y"}) for artist in found] == [["x", "y"], ["y"], ["x"]]
 

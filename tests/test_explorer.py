@@ -17,7 +17,7 @@ from vitreg_lib import widgets
 from vitreg_lib.base import UserError
 from vitreg_lib.data import images
 from vitreg_lib.hooks import capture
-from vitreg_lib.measure import attention, detection, maps
+from vitreg_lib.measure import attention, maps
 from vitreg_lib.model import measured, zoo
 from vitreg_lib.record import run as record
 from vitreg_lib.widgets import state as choice
@@ -199,12 +199,10 @@ def test_it_opens_on_real_models_as_they_were_measured(no_models):
         assert decoded(sent, "similarity").isnan().all()
         assert sent["missing"] == {"similarity": "neighbour similarity was not measured"}
         assert sent["image_name"] == names[2] and sent["role"] == "trained, replayed"
+    assert shown.page.canvases[0].view["verdict"] == "artifacts: mild, content-bound"
     twin = measured.load("deit-ti-trained-reg4")
-    answer = detection.detect(twin, images.load("photos", twin, choice.MAX_IMAGES)).answer
-    assert [canvas.view["verdict"] for canvas in shown.page.canvases] == [
-        "artifacts: mild, content-bound",
-        {"none": "no artifacts", "undecided": "undecided"}[answer],
-    ]
+    found = vr.detect(twin, images.load("photos", twin, choice.MAX_IMAGES))
+    assert shown.page.canvases[1].view["because"] == str(found) and not found.has_artifacts
     shown.choose(component=2)
     sent = decoded(shown.page.canvases[0].view, "components")
     wanted = load_file(measured.FOLDER / "deit-ti.safetensors")["components"][2, ..., 1]
@@ -216,28 +214,33 @@ def test_what_was_not_measured_is_disabled_with_its_reason(no_models):
     page, early = shown.page, "attention was measured in blocks 8 to 11 only"
     heads = page.heads.children[1:]
     assert not any(widget.disabled for widget in (page.query, page.opacity, page.component, page.layer, *heads))
-    for widget in (page.source, page.path, page.upload):
-        assert widget.disabled and "measured on the photos alone" in widget.tooltip
+    assert all(widget.disabled for widget in (page.source, page.path, page.upload))
+    alone = "Grey controls: vit-ti and vit-ti+ttr4 were measured on the photos alone"
+    assert page.why.value == alone
     page.layer.value = 5
-    for widget in (page.query, page.opacity, *heads):
-        assert widget.disabled and widget.tooltip == early
-    assert page.component.disabled and page.component.tooltip == "components were measured after block 11 only"
+    assert all(widget.disabled for widget in (page.query, page.opacity, page.component, *heads))
+    assert {button.tooltip for button in heads} == {early}
+    assert page.why.value == f"{alone}; {early}; components were measured after block 11 only"
     sent = page.canvases[1].view
     assert sent["missing"]["attention"] == early and sent["budget"] is None
     assert sent["notes"][-1].startswith("vit-ti+ttr4 was measured on 20") and "VITREG_MODELS" in sent["notes"][-1]
     assert decoded(sent, "norms").isfinite().all() and decoded(sent, "share").isnan().all()
     assert shown.static().axes  # is drawn without what is missing
     page._asked(0, {"kind": "query", "query": [3, 4]}, [])
-    assert "attention of patch (3, 4) was not measured, only that of cls and registers" in page.status.value
+    assert "attention of patch (3, 4) was not measured, only that of cls, patch (7, 7)" in page.status.value
     assert shown.state.query == "cls"
+    page._asked(0, {"kind": "query", "query": [7, 7]}, [])  # the one at the centre was
+    page.layer.value = 11
+    row = load_file(measured.FOLDER / "vit-ti.safetensors")["attention.11"][0, :, 1, 1:].float().mean(0)
+    torch.testing.assert_close(decoded(page.canvases[0].view, "share"), row, rtol=1e-4, atol=1e-7)
     page.layer.value = 11
     assert not any(widget.disabled for widget in (page.query, page.opacity, page.component, *heads))
     page.second.value = "mini-deit3"  # a live one beside it can be asked, on the same photos
-    page._asked(1, {"kind": "query", "query": [6, 6]}, [])
-    assert shown.state.query == "patch (7, 7)" and not page.query.disabled
+    page._asked(1, {"kind": "query", "query": [5, 5]}, [])
+    assert shown.state.query == "patch (6, 6)" and not page.query.disabled
     assert "attention" in shown.views[0].missing and not shown.views[1].missing
     page.first.value = "planted"
-    assert not page.source.disabled
+    assert not page.source.disabled and page.why.value == ""
     page.source.value = "scenes"
     page.first.value = "deit-ti"  # was measured on photos alone: these come back
     assert shown.state.images == "photos" and page.source.disabled
@@ -248,7 +251,10 @@ def test_a_replayed_model_is_given_as_a_value_and_in_rows_of_attention(no_models
     assert [view.label for view in widgets.explore([model]).views] == ["deit-ti"]
     box = widgets.attention_rows(model, images.load("photos", model, 2))
     sliders = {widget.description: widget for widget in box.children[0].children}
-    assert (sliders["layer"].min, sliders["layer"].max) == (8, 11) and sliders["query"].options == ("cls",)
+    assert (sliders["layer"].min, sliders["layer"].max) == (8, 11) and sliders["query"].options == (
+        "cls",
+        "patch (7, 7)",
+    )
 
 
 def test_in_batch_it_is_a_picture_and_otherwise_a_page(monkeypatch):

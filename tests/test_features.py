@@ -187,11 +187,11 @@ def test_killed_on_the_way_nothing_is_taken_for_whole(cache):
 def test_remembered_results_survive_and_damaged_ones_are_computed_anew(cache):
     calls = []
     compute = lambda: calls.append(1) or {"a": [1, 2.5]}  # noqa: E731
-    assert features.remembered({"k": 1}, compute) == features.remembered({"k": 1}, compute) == {"a": [1, 2.5]}
+    assert tables.remembered({"k": 1}, compute) == tables.remembered({"k": 1}, compute) == {"a": [1, 2.5]}
     assert len(calls) == 1
     next(cache.glob("*.result.json")).write_text('{"about": {"k"')
-    assert features.remembered({"k": 1}, compute) == {"a": [1, 2.5]} and len(calls) == 2
-    features.remembered({"k": 2}, compute)
+    assert tables.remembered({"k": 1}, compute) == {"a": [1, 2.5]} and len(calls) == 2
+    tables.remembered({"k": 2}, compute)
     assert len(calls) == 3
 
 

@@ -49,7 +49,7 @@ def test_tokens_that_lost_their_content_are_worse_than_their_matched_ones():
     kept, lost_ = (fig05.ratios(fig05.probes(x, pixels, outlier, 6000)) for x in (tokens, gone))
     assert len(kept) == 5 and (kept.accuracy == 1).all() and lost_.accuracy.mean() < 0.8
     assert lost_.l2.min() > 5 * kept.l2.max()
-    assert local.same_places({"a": outlier, "b": outlier & False}) == {"b": "a"}
+    assert fig05.same_places({"a": outlier, "b": outlier & False}) == {"b": "a"}
 
 
 def test_the_gain_pairs_the_images_and_sweep_gives_a_row_a_setting():

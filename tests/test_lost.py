@@ -1,5 +1,6 @@
 """LOST equals its paper's algorithm written out in loops, box by box; CorLoc and TokenCut on cases known by hand."""
 
+import lost_sweep
 import pytest
 import torch
 from hypothesis import given, settings
@@ -89,7 +90,7 @@ def test_finds_the_object_on_a_plain_background(variant):
     assert int(found.tied_seeds[0]) == 9 and int(found.seeds[0]) == 1 * 8 + 2
     assert int(L.lost(features, grid, ties="highest").seeds[0]) == 3 * 8 + 4
     assert found.component.sum() == 9
-    assert L.tokencut(features, grid)[0][0].tolist() == box
+    assert lost_sweep.cut(features, grid)[0][0].tolist() == box
 
 
 def test_batch_size_does_not_change_the_result(monkeypatch):
@@ -147,8 +148,8 @@ def test_the_component_is_the_same_on_every_device():
 
     mask = torch.rand(200, 7, 9, generator=torch.Generator().manual_seed(0)) < 0.6
     seeds = torch.stack([m.flatten().nonzero()[0, 0] for m in mask])
-    grown = L._component(mask.as_subclass(Elsewhere), seeds).as_subclass(torch.Tensor)
-    assert torch.equal(grown, L._component(mask, seeds))
+    grown = L.component(mask.as_subclass(Elsewhere), seeds).as_subclass(torch.Tensor)
+    assert torch.equal(grown, L.component(mask, seeds))
     assert 0 < (grown != mask).float().mean() < 1
 
 
@@ -183,10 +184,10 @@ def test_tokencut_equals_the_generalised_eigenproblem():
     a = torch.where(f @ f.T > 0.2, 1.0, 1e-5).double().numpy()
     d = np.diag(a.sum(1))
     v = torch.from_numpy(eigh(d - a, d, subset_by_index=[1, 1])[1][:, 0])
-    ours = L.tokencut(features, (5, 6))[1].double().flatten()
+    ours = lost_sweep.cut(features, (5, 6))[1].double().flatten()
     gap = 1 - abs(torch.nn.functional.cosine_similarity(v, ours, dim=0))
     assert gap < 1e-5, f"vectors differ by {gap:.2g}"
-    assert L.tokencut(one_object()[0], (6, 8))[2].tolist() == [9]  # nine equal patches: any of them may be the seed
+    assert lost_sweep.cut(one_object()[0], (6, 8))[2].tolist() == [9]  # nine equal patches: any of them may be the seed
 
 
 def test_iou_and_corloc_by_hand():

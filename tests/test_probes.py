@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import tab02
 import tab02_heads
+import tables_sgd
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -64,9 +65,7 @@ def test_two_classes_and_one_vs_rest_reach_the_optimum_of_scikit_learn():
     from sklearn.linear_model import LogisticRegression
 
     x, y = clusters(classes=4)
-    fit = linear.fit_logistic(x, y, [0.1, 10.0], kind="ovr")
-    several = linear.fit_logistic(x, torch.nn.functional.one_hot(y, 4), [0.1, 10.0], kind="ovr")
-    assert torch.equal(fit.weights, several.weights)
+    fit = linear.fit_logistic(x, torch.nn.functional.one_hot(y, 4), [0.1, 10.0])
     for i, c in enumerate([0.1, 10.0]):
         models = [LogisticRegression(C=c, **SKLEARN).fit(x.double().numpy(), (y == k).numpy()) for k in range(4)]
         theirs = sum(sklearn_objective(m, x.double().numpy(), (y == k).numpy(), c) for k, m in enumerate(models))
@@ -170,22 +169,19 @@ def test_average_precision_by_hand():
     fit = linear.LogisticFit(torch.ones(1), torch.eye(2)[None], torch.zeros(1, 2), *[torch.zeros(1)] * 3)
     x = torch.tensor([[3.0, 0.0], [2.0, 0.0], [1.0, 0.0]])
     y = torch.tensor([[1, 0], [0, 0], [1, 0]])  # ranks 1 and 3: (1/1 + 2/3) / 2; second class never present
-    assert float(linear.average_precision(fit, x, y)) == pytest.approx(5 / 6)
+    assert float(tables_sgd.average_precision(fit, x, y)) == pytest.approx(5 / 6)
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"y": torch.tensor([0, 0, 2, 2])}, r"classes \[1\] of 3 have no sample"),
-        ({"num_classes": 3}, r"classes \[2\] of 3 have no sample"),
-        ({"num_classes": 1}, "class 1 out of range for 1 classes"),
         ({"y": torch.zeros(4, dtype=torch.long)}, "two classes at least"),
         ({"y": torch.tensor([-1, 0, 1, 1])}, "start at 0"),
         ({"x": torch.tensor([[0.0], [1.0], [float("nan")], [0.0]])}, r"in 1 of 4 rows, first \[2\]"),
         ({"x": torch.zeros(3, 1)}, "with a label each"),
         ({"strengths": [0.0]}, "positive"),
-        ({"kind": "ovo"}, "choose 'softmax' or 'ovr'"),
-        ({"y": torch.tensor([[1, 0], [0, 0], [1, 0], [1, 0]]), "kind": "ovr"}, r"classes \[1\] have only one value"),
+        ({"y": torch.tensor([[1, 0], [0, 0], [1, 0], [1, 0]])}, r"classes \[1\] have only one value"),
     ],
 )
 def test_what_cannot_be_fitted_is_refused(change, message):
@@ -304,8 +300,7 @@ def test_pixels_are_redrawn_from_normal_tokens_only():
     table = local.reconstruction_probe(tokens, pixels, groups, ids).set_index(["group", "fit"])
     assert table.loc[("normal", "normal"), "relative"] < 0.15
     assert table.loc[("outlier", "own"), "relative"] > 0.9 and table.loc[("outlier", "all"), "relative"] > 0.9
-    expected = 2 * table.loc[("normal", "normal"), "rmse"]  # 4 values: l2 is close to sqrt(4) rmse, and never above
-    assert 0.8 * expected < table.loc[("normal", "normal"), "l2"] <= expected
+    assert 1.6 < table.loc[("outlier", "own"), "l2"] < 2.2  # the mean length of 4 standard normal values is 1.88
 
 
 def test_an_empty_group_gives_nan_not_an_error():

@@ -16,6 +16,7 @@ from vitreg_lib.data import images
 from vitreg_lib.measure import outliers
 from vitreg_lib.model import zoo
 from vitreg_lib.record import run as record
+from vitreg_lib.record import verdicts
 
 
 def measured(name: str):
@@ -91,5 +92,5 @@ def test_fig03_in_profile_small_says_what_is_known_of_them(real, results):
     assert values[dino, "outlier_share"] == 0 and values[dino, "onset_layer"] is None
     assert 0.03 < values[deit, "outlier_share"] < 0.06
     assert {m["role"] for m in found["models"] if m["name"].split(".")[0] in (vit, deit, dino)} == {"trained"}
-    assert {c["verdict"] for c in found["claims"]} <= set(record.VERDICTS)
+    assert {c["verdict"] for c in found["claims"]} <= set(verdicts.VERDICTS)
     assert "not reachable here" not in done.stdout

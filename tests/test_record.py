@@ -11,6 +11,7 @@ import torch
 
 from vitreg_lib.base import UserError, write_atomically
 from vitreg_lib.record import run as record
+from vitreg_lib.record import verdicts
 
 ITEM = "fig03"
 
@@ -153,7 +154,7 @@ def test_a_record_has_the_fields_of_the_design(run, results):
     ]
     assert [c["verdict"] for c in found["claims"]] == ["holds", "not testable here", "fails", "undecided"]
     assert all(c.keys() == {"id", "text", "verdict", "measured", "paper"} for c in found["claims"])
-    assert found["claims"][0]["text"] == record.reported_claims()["C007"]["claim"]
+    assert found["claims"][0]["text"] == verdicts.reported_claims()["C007"]["claim"]
     assert "FAILS" in told
     assert record.read(ITEM, run.parameters) == found
     assert str(Path.home()) not in json.dumps(found["environment"])
@@ -167,7 +168,7 @@ def test_a_verdict_is_one_of_four(run):
 def test_claims_of_the_paper_and_ours_are_counted_and_shown_separately(run):
     judged = [("own <1>", True, "a < b", "ours: one", "none"), ("C007", "undecided", "2 %"), ("C009", None, "no model")]
     page = run.claims(judged)._repr_html_()
-    counts = record.tally(json.loads(run.write().read_text())["claims"])
+    counts = verdicts.tally(json.loads(run.write().read_text())["claims"])
     assert counts["paper"] == {"holds": 0, "fails": 0, "undecided": 1, "not testable here": 1}
     assert counts["ours"] == {"holds": 1, "fails": 0, "undecided": 0, "not testable here": 0}
     assert (
@@ -175,7 +176,7 @@ def test_claims_of_the_paper_and_ours_are_counted_and_shown_separately(run):
     )
     assert "own &lt;1&gt;" in page and "own <1>" not in page
     for verdict in ("holds", "undecided", "not testable here"):
-        colour, mark = record.VERDICTS[verdict]
+        colour, mark = verdicts.VERDICTS[verdict]
         assert colour in page and f"{mark} {verdict}" in page
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from vitreg_lib import cli
 from vitreg_lib.base import ROOT, UserError
-from vitreg_lib.record import report
+from vitreg_lib.record import report, verdicts
 from vitreg_lib.record import run as record
 
 KEPT = ROOT / "docs" / "results" / "small"
@@ -50,7 +50,7 @@ def test_the_page_shows_claims_numbers_models_parameters_and_where_from(made):
     own = json.loads((KEPT / "where_artifacts_sit" / "record.json").read_text())["claims"]
     paper, ours = text.index("<h2>Claims of the paper"), text.index("<h2>Claims of this collection")
     for claim in kept["claims"] + own:
-        assert (paper < text.index(f"({claim['id']})") < ours) == (claim["id"] in record.reported_claims())
+        assert (paper < text.index(f"({claim['id']})") < ours) == (claim["id"] in verdicts.reported_claims())
 
 
 def test_a_variant_is_named_by_what_differs_and_text_is_escaped(made):

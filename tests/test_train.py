@@ -18,6 +18,7 @@ from vitreg_lib.data import scenes
 from vitreg_lib.model import names, zoo
 from vitreg_lib.model.weights import file_sha256
 from vitreg_lib.train import command, loop, state, telemetry
+from vitreg_lib.train import images as train_images
 from vitreg_lib.train.config import TrainConfig
 from vitreg_lib.train.recipes import deit3
 from workflow import ship
@@ -78,7 +79,7 @@ def failing_at(step):
         value, numbers = deit3.loss(module, config, now, device)
         return (value * float("nan") if now == step else value), numbers
 
-    names = ("build", "backbone", "telemetry_images", "evaluate")
+    names = ("build", "backbone", "evaluate")
     return SimpleNamespace(loss=loss, **{name: getattr(deit3, name) for name in names})
 
 
@@ -145,7 +146,7 @@ def test_telemetry_has_a_row_a_step_and_layer(straight):
 
 def test_telemetry_measures_what_capture_does(straight):
     model = zoo.load(f"file:{straight / 'model.safetensors'}", "cpu").module
-    images = deit3.telemetry_images(TINY)
+    images = train_images.telemetry_images(TINY)
     table = telemetry.measure(model, images, 7)
     last = table.iloc[-1]
     with torch.no_grad():

@@ -13,6 +13,7 @@ import pytest
 
 from vitreg_lib.base import ROOT, UserError
 from vitreg_lib.record import run as record
+from vitreg_lib.record import verdicts
 
 
 @pytest.fixture
@@ -99,7 +100,7 @@ def test_what_draws_nothing_with_a_helper_does_not_depend_on_it(depends):
 def test_settings_hold_the_claims_and_data_sets_that_the_item_names(depends):
     told = json.loads(depends.settings("fig03", record.check_parameters("fig03", {})))
     assert "C007" in told[3]
-    assert told[3]["C007"] == record.reported_claims()["C007"]
+    assert told[3]["C007"] == verdicts.reported_claims()["C007"]
     assert "C050" not in told[3]
     told = json.loads(depends.settings("tab01", record.check_parameters("tab01", {"sets": "cifar10"})))
     assert told[2]["cifar10"]["title"]

@@ -274,12 +274,18 @@ def test_what_is_read_off_one_token_is_what_is_there():
 
 
 def test_the_class_is_read_off_the_tokens_that_hold_it():
-    generator = torch.Generator().manual_seed(0)
-    labels, split = torch.arange(320) % 4, (torch.arange(320) >= 160).int()
-    features = torch.randn(320, 4, 8, generator=generator)
-    features[:, :2, :4] += 9 * torch.nn.functional.one_hot(labels, 4)[:, None]
-    features[7, 1] = torch.nan  # a photo without an outlier is left out
-    found = checks.class_from_one_token({"features": features, "labels": labels, "split": split})
+    generator, kept = torch.Generator().manual_seed(0), {}
+    for part in ("train", "test"):
+        labels = torch.arange(160) % 4
+        kept |= {f"set.caltech101-small.{part}.labels": labels, f"set.caltech101-small.{part}.has_outlier": labels < 9}
+        for token in ("cls", "outlier", "matched", "normal"):
+            values = torch.randn(160, 2, 8, generator=generator)
+            if token in ("cls", "outlier"):
+                values[..., :4] += 9 * torch.nn.functional.one_hot(labels, 4)[:, None]
+            kept[f"set.caltech101-small.{part}.{token}"] = values[:, 0] if token == "cls" else values
+        kept[f"set.caltech101-small.{part}.has_outlier"][7] = False  # without one, a photo is left out
+        kept[f"set.caltech101-small.{part}.outlier"][7] = torch.nan
+    found = checks.class_from_one_token(kept.__getitem__)
     assert found["cls"] == found["outlier"] == 1.0
     assert max(found["matched"], found["normal"]) < 0.4
 

@@ -5,7 +5,7 @@
     run = vr.start("fig04", globals())         # in a notebook: parameters, folder and record of this run
     model = vr.load("mini-deit3")              # any name of `vitreg models`, timm:…, file:…, random:…
     images = vr.images.load("scenes", model)
-    seen = vr.capture(model, images, "norms")  # norms, tokens, q, k, v, attention rows at chosen layers
+    captured = vr.capture(model, images, "norms")  # norms, tokens, q, k, v, attention rows at chosen layers
 
 A module is imported when it is first used; `dir(vr)` lists what there is.
 """
@@ -51,8 +51,8 @@ def __getattr__(name: str):
     if name not in SHORT:
         raise AttributeError(f"vitreg_lib has no {name!r}; it has {', '.join(SHORT)}")
     module, _, function = SHORT[name].partition(":")
-    found = importlib.import_module(f".{module}", __name__)
-    return getattr(found, function) if function else found
+    owner = importlib.import_module(f".{module}", __name__)
+    return getattr(owner, function) if function else owner
 
 
 def __dir__() -> list[str]:

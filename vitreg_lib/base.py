@@ -5,8 +5,7 @@ VITREG_CACHE     where features are kept, by default cache/ of the results
 VITREG_MODELS    a folder of models in timm's hub layout, looked in before the hub
 VITREG_DATA      a folder of data sets, one folder each
 VITREG_MAKING    where the run of a notebook writes until it is whole; set by `vitreg run`
-VITREG_BATCH     set: nobody watches; no progress bars, widgets as pictures
-VITREG_CHECK     set: a run that differs from its committed record is an error
+VITREG_BATCH     set: a program runs the notebooks; no progress bars, widgets as pictures
 """
 
 from __future__ import annotations
@@ -46,9 +45,9 @@ def unknown(kind: str, value: str, valid: Iterable[str], hint: str = "") -> User
 
 @contextmanager
 def hub(what: str, instead: str):
-    """The hub's client; whatever fails in it becomes a UserError: `what` cannot be had, do this `instead`.
+    """Inside, a failure of the hub's client becomes a UserError: it names `what` is missing and what to do `instead`.
 
-    Where the hub's address cannot be found, only its cache is used: the client would try for a minute.
+    Without a network only the hub's cache is used: the client would try for a minute.
     """
     from huggingface_hub import constants
 
@@ -75,9 +74,9 @@ def env_folder(variable: str) -> Path | None:
 
 
 def enter_batch() -> None:
-    """Prepare the environment for kernels, which run in the notebook's folder with nobody watching.
+    """Prepare the environment for kernels that a program starts in the notebook's folder.
 
-    Folders named by variables become absolute: they are relative to where the user stands.
+    Folders that the variables name become absolute, since the user gave them relative to another folder.
     """
     places = ("VITREG_RESULTS", "VITREG_CACHE", "VITREG_MODELS", "VITREG_DATA")
     os.environ.update({name: str(path) for name in places if (path := env_folder(name))}, VITREG_BATCH="1")
@@ -99,13 +98,8 @@ def cache() -> Path:
 
 
 def in_batch() -> bool:
-    """Whether nobody watches: papermill, tests, `make refresh`."""
+    """Whether a program runs the notebooks (papermill, tests, `make refresh`), so that nobody sees bars or widgets."""
     return bool(os.environ.get("VITREG_BATCH"))
-
-
-def is_checked() -> bool:
-    """Whether a run has to agree with its committed record, as by `make test`."""
-    return bool(os.environ.get("VITREG_CHECK"))
 
 
 def commit() -> str:
@@ -123,7 +117,7 @@ def commit() -> str:
 
 
 def shown(path: Path) -> str:
-    """A path as a reader of any machine can use it: relative to the repository where it lies inside."""
+    """A path to print: relative to the repository inside it, else the file's name alone."""
     path = Path(path).resolve()
     return str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else path.name
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import sys
 from pathlib import Path
@@ -103,7 +104,7 @@ def run(
 ):
     """Execute an item's notebook and show the verdicts of its claims."""
     _need_repository("the notebook of an item")
-    from .record import execute, report
+    from .record import report
 
     item = record.normal_name(item)
     if parameters:
@@ -111,9 +112,11 @@ def run(
             print(f"{name:20} {default!r}")
         return
     given = record.typed(item, pairs, profile)
-    execute.execute(item, given, progress=not quiet)
+    checked = record.check_parameters(item, given)
+    _workflow("execute").execute(item, given, progress=not quiet)
     if not no_report:
-        report.show(item, record.check_parameters(item, given))
+        report.show(item, checked)
+        _workflow("compare").show(item, checked)
 
 
 @app.command()
@@ -132,7 +135,9 @@ def report(
         print(shown(report.write(profile or "mini")))
         return
     item = record.normal_name(item)
-    report.show(item, record.check_parameters(item, record.typed(item, pairs, profile)), differences)
+    checked = record.check_parameters(item, record.typed(item, pairs, profile))
+    report.show(item, checked)
+    _workflow("compare").show(item, checked, differences)
 
 
 @app.command(epilog="\b\nvitreg diagnose vit-ti\nvitreg diagnose file:weights.pth#vit_small_patch16_224 --images DIR")
@@ -296,7 +301,7 @@ def fetch(
     profile: Annotated[Literal[*record.PROFILES], typer.Option(help="whose models")] = "small",
 ):
     """Download weights and data sets that items need, to run them later without a network."""
-    _workflow("fetch.py", profile, *([item] if item else []))
+    raise typer.Exit(_workflow("fetch").main(profile, item))
 
 
 @app.command(epilog="The file's form and what comes out stand at the top of workflow/batch.py.")
@@ -305,14 +310,15 @@ def batch(
     jobs: Annotated[str, typer.Option(help="notebooks at once")] = "2",
 ):
     """Run items × models × parameters; all numbers in one table. What is finished does not run again."""
-    _workflow("batch.py", sweep, jobs)
+    raise typer.Exit(_workflow("batch").main(sweep, jobs))
 
 
-def _workflow(script: str, *arguments: str) -> None:
-    import subprocess
-
-    _need_repository(f"workflow/{script}")
-    raise typer.Exit(subprocess.run([sys.executable, str(ROOT / "workflow" / script), *arguments]).returncode)
+def _workflow(module: str):
+    """A module of the folder workflow/, which runs the notebooks and comes with them in the repository."""
+    _need_repository(f"workflow/{module}.py")
+    if (folder := str(ROOT / "workflow")) not in sys.path:
+        sys.path.append(folder)
+    return importlib.import_module(module)
 
 
 def _need_repository(what: str) -> None:

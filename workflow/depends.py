@@ -14,6 +14,7 @@ import vitreg_lib
 from vitreg_lib.base import CHECKPOINTS, DATA, ROOT
 from vitreg_lib.model import names as model_names
 from vitreg_lib.record import run as record
+from vitreg_lib.record import verdicts
 
 LIBRARY = ROOT / "vitreg_lib"
 ALWAYS = ("record/run", "model/zoo")  # what every notebook reaches through `vr.start` and `run.load`
@@ -34,7 +35,7 @@ def settings(item: str, parameters: dict) -> str:
     loaded = {name: model_names.entries().get(name) for name in models(item, parameters)}
     notebook = record.notebook(item)
     code = _source(notebook) + "".join(p.read_text() for p in modules(notebook) if p.parent == notebook.parent)
-    claims = {name: record.reported_claims().get(name) for name in re.findall(r"\bC\d{3}\b", code)}
+    claims = {name: verdicts.reported_claims().get(name) for name in re.findall(r"\bC\d{3}\b", code)}
     return json.dumps([chosen, loaded, data_sets(item, parameters), claims], sort_keys=True)
 
 

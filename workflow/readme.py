@@ -12,6 +12,7 @@ from pathlib import Path
 from vitreg_lib.base import NOTEBOOKS, ROOT
 from vitreg_lib.model import zoo
 from vitreg_lib.record import run as record
+from vitreg_lib.record import verdicts
 
 RECORDS, SMALL = ROOT / "data" / "records", ROOT / "docs" / "results" / "small"
 NOT_RESULTS = {"file", "about", "sha256", "command", "steps", "images", "parameters", "seconds_of_last_session"}
@@ -19,13 +20,13 @@ NOT_RESULTS |= {"family", "base", "registers", "registers_from", "head", "traine
 
 
 def counts(item: str, profile: str) -> dict[str, dict[str, int]] | None:
-    """`record.tally` of an item's committed record: profile "mini" or "small"; None where there is none."""
+    """`verdicts.tally` of an item's committed record: profile "mini" or "small"; None where there is none."""
     path = RECORDS / f"{item}.json" if profile == "mini" else SMALL / item / "record.json"
     if not path.exists():
         return None
     found = json.loads(path.read_text())
     claims = found["claims"] if profile == "small" else [{"id": i, "verdict": v} for i, v in found["verdicts"]]
-    return record.tally(claims)
+    return verdicts.tally(claims)
 
 
 def items() -> list[str]:
@@ -53,11 +54,11 @@ def table() -> str:
 def totals() -> str:
     """Counts over all items with a record, of the paper's claims and of our own, for both profiles."""
     titles = {"paper": "claims of the paper", "ours": "claims of our own (controls, baselines)"}
-    rows = ["| | " + " | ".join(record.VERDICTS) + " |", "|---|" + "---|" * len(record.VERDICTS)]
+    rows = ["| | " + " | ".join(verdicts.VERDICTS) + " |", "|---|" + "---|" * len(verdicts.VERDICTS)]
     for profile, models in (("mini", "mini models"), ("small", "real small models")):
         found = [c for item in record.items() if (c := counts(item, profile))]
         for side, title in titles.items():
-            numbers = [sum(each[side][verdict] for each in found) for verdict in record.VERDICTS]
+            numbers = [sum(each[side][verdict] for each in found) for verdict in verdicts.VERDICTS]
             rows.append(f"| {models}: {sum(numbers)} {title} | " + " | ".join(map(str, numbers)) + " |")
     return "\n".join(rows)
 

@@ -9,18 +9,17 @@ from __future__ import annotations
 import base64
 import io
 import json
-import os
 import re
 import sys
 from pathlib import Path
 
+import compare
 import nbformat
 import workshop
 from nbconvert.preprocessors import ExecutePreprocessor
 from PIL import Image
 
 from vitreg_lib.base import NOTEBOOKS, enter_batch
-from vitreg_lib.record import compare
 from vitreg_lib.record import run as record
 
 LARGEST = 295_000  # characters of a notebook; above, pictures get fewer colours
@@ -34,7 +33,6 @@ def refresh(path: Path) -> None:
     if made:
         made.unlink(missing_ok=True)  # what is written below is from this run
     enter_batch()  # no progress bars, and widgets as pictures
-    os.environ.pop("VITREG_CHECK", None)  # the record is written anew, not checked
     runner = ExecutePreprocessor(timeout=1800, record_timing=False)
     runner.preprocess(notebook, {"metadata": {"path": str(path.parent)}})
     notebook.metadata.pop("widgets", None)

@@ -172,10 +172,13 @@ def _last_line(log: Path, began: float) -> str:
 
 def _conclude(asked: list[cells.Cell], profile: str) -> None:
     """Show one item's verdicts, or how many items of the profile mini agree with the committed records."""
-    from vitreg_lib.record import compare, report
+    import compare
+
+    from vitreg_lib.record import report
 
     if len(asked) == 1:
         report.show(asked[0].item, asked[0].parameters)
+        compare.show(asked[0].item, asked[0].parameters)
     elif profile == "mini":
         other = [c.item for c in asked if compare.differences(record.read(c.item, c.parameters))]
         line = f"as recorded: {len(asked) - len(other)} of {len(asked)} items agree with data/records"

@@ -15,9 +15,10 @@ import matplotlib.pyplot as plt
 import torch
 from matplotlib.figure import Figure
 from torch import Tensor
+from torch.nn.functional import normalize
 
+from vitreg_lib.measure import detection, pairs
 from vitreg_lib.measure import objects as L
-from vitreg_lib.measure import outliers, pairs
 from vitreg_lib.plots.maps import wrapped
 from vitreg_lib.plots.style import styled
 
@@ -65,9 +66,9 @@ def grid(
 
 
 def conditions(model, images) -> dict[str, Tensor | None]:
-    """Which patches (images, patches) take part: all (None), and, where the model has outliers, those that are none."""
-    outlying = outliers.find(model.capture(images, "norms", layers=-1)).mask.flatten(1)
-    masked = {f"{model.label}, masked": ~outlying} if outlying.any() else {}
+    """Which patches (images, patches) take part: all (None), and, where the model has artifacts, the others."""
+    found = detection.detect(model, images)
+    masked = {f"{model.label}, masked": ~found.outliers.mask.flatten(1)} if found.has_artifacts else {}
     return {model.label: None} | masked
 
 
@@ -175,9 +176,45 @@ def tokencut(model, images, truth: list[Tensor]) -> tuple[Tensor, float]:
     Tied share: of the images in which several patches have the largest |v|, so that the seed among them is arbitrary.
     """
     seen = model.capture(images, "k", layers=-1)
-    boxes, _, ties = L.tokencut(L.features(seen, "k"), seen.grid)
+    boxes, _, ties = cut(L.features(seen, "k"), seen.grid)
     hits = L.box_hits(L.to_pixels(boxes, model.anatomy.patch_size[0]), truth)
     return hits, (ties > 1).double().mean().item()
+
+
+def cut(features: Tensor, grid: tuple[int, int], tau: float = 0.2, eps: float = 1e-5):
+    """(boxes (batch, 4), second eigenvectors (batch, rows, cols), ties (batch,)) of TokenCut (Wang et al. 2022).
+
+    Edges are 1 where the cosine is above `tau`, else `eps`; of (D - A) v = lambda D v the second vector is split at its
+    mean, the side of the largest |v| is the object (and made positive), its component around that patch gives the box.
+    ties: how many patches have the largest |v|, up to a millionth; above 1 the choice among them is arbitrary.
+    """
+    rows, cols = grid
+    boxes, vectors, ties = [], [], []
+    for f in normalize(features.float(), dim=-1):
+        v = _second_eigenvector(torch.where(f @ f.T > tau, 1.0, eps).double()).to(f.dtype)
+        peak = v.abs().argmax()
+        ties.append((v.abs() >= (1 - 1e-6) * v.abs().max()).sum())
+        side = v > v.mean()
+        if not side[peak]:
+            v, side = -v, ~side
+        joined = L.component(side.reshape(1, rows, cols), peak[None])
+        boxes.append(L.mask_boxes(joined))
+        vectors.append(v.reshape(1, rows, cols))
+    return torch.cat(boxes), torch.cat(vectors), torch.stack(ties)
+
+
+def _second_eigenvector(weights: Tensor) -> Tensor:
+    """Second vector of (D - W) v = lambda D v, by the symmetric form; on the CPU only that vector is computed."""
+    scale = weights.sum(1).rsqrt()
+    laplacian = torch.eye(len(weights), dtype=weights.dtype, device=weights.device)
+    laplacian -= scale[:, None] * weights * scale
+    if weights.device.type == "cpu":
+        from scipy.linalg import eigh
+
+        vector = torch.from_numpy(eigh(laplacian.numpy(), subset_by_index=[1, 1])[1][:, 0])
+    else:
+        vector = torch.linalg.eigh(laplacian)[1][:, 1]
+    return vector * scale
 
 
 def as_published(model, images, truth: list[Tensor]):

@@ -10,7 +10,6 @@ from verdicts import specimen
 
 from vitreg_lib.plots.norms import bands, quantile_levels
 from vitreg_lib.plots.style import PALETTE, PAPER, plain_log, styled
-from vitreg_lib.train import telemetry
 
 SIZES = {192: "Ti", 384: "S", 768: "B"}  # below Large, by their width
 
@@ -63,6 +62,12 @@ def norms_by_size(norms: dict[str, torch.Tensor]) -> Figure:
     return figure
 
 
+def share_at(table: pd.DataFrame, part: float) -> float:
+    """Outlier share of the last block at the measured step nearest to `part` (0 to 1) of the training."""
+    last = table[table.layer == table.layer.max()].reset_index(drop=True)
+    return float(last.outlier_share[(last.step - part * last.step.max()).abs().argmin()])
+
+
 def claims(models, norms: dict, detections: dict, trained: dict, shares: dict, alike: bool):
     """Arguments of `Run.claim`: C012 and C013 on a model with artifacts, C014 on telemetry, C015 on sizes; a control.
 
@@ -88,7 +93,7 @@ def claims(models, norms: dict, detections: dict, trained: dict, shares: dict, a
         text = f"{model.label}: in the first quarter of blocks at most {early:.2%} of tokens above {times:.1f} × median"
         yield "C013", early < 0.001, text
     name, table = next(iter(trained.items()))
-    final, quarter = telemetry.share_at(table, 1.0), telemetry.share_at(table, 1 / 4)
+    final, quarter = share_at(table, 1.0), share_at(table, 1 / 4)
     text = f"{name}: {quarter:.2%} at a quarter, {final:.2%} at the end of training, last block"
     yield "C014", quarter < 0.005 if final >= 0.005 else None, text
     values, listed = list(shares.values()), ", ".join(f"{name} {share:.2%}" for name, share in shares.items())

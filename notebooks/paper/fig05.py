@@ -12,8 +12,10 @@ from verdicts import above, every, over_folds, specimen
 from vitreg_lib.plots.scores import dots
 from vitreg_lib.plots.style import PALETTE, PAPER, styled
 from vitreg_lib.probes.linear import FOLDS
-from vitreg_lib.probes.local import PER_PLACE, READABLE, groups, local_probes
+from vitreg_lib.probes.local import groups, patch_pixels, position_probe, reconstruction_probe
 
+PER_PLACE = 40  # training tokens that the position probe needs for each place
+READABLE = 5  # times chance: from there on a position counts as read
 GROUPS = {"normal": PALETTE[0], "outlier": PALETTE[1], "matched": PALETTE[2], "border": PALETTE[5]}
 FITS = {"normal": "trained on normal", "all": "trained on all", "own": "trained on the group"}
 REPORTED = {  # Figure 5b, by the names under which a `local_probes` table is measured
@@ -95,6 +97,48 @@ def titles(masks: dict[str, Tensor], borrowed: dict[str, str]) -> dict[str, str]
     texts = {name: f"{mask.float().mean():.2%} outliers" for name, mask in masks.items()}
     texts |= {name: f"places of {owner}" for name, owner in borrowed.items()}
     return {name: f"{name}\n{text}" for name, text in texts.items()}
+
+
+def same_places(masks: dict[str, Tensor]) -> dict[str, str]:
+    """{model without outliers: the first model with outliers on a grid of the same size}, for masks by model.
+
+    A model without outliers is a control at the places where another has them, on the same images.
+    """
+    own = [name for name, mask in masks.items() if mask.any()]
+    lenders = {name: [o for o in own if masks[o].shape == mask.shape] for name, mask in masks.items() if not mask.any()}
+    return {name: owners[0] for name, owners in lenders.items() if owners}
+
+
+def pixels_of(model, images) -> Tensor:
+    """(images, patches, values): the pixels of every patch of an `Images` set as the model sees it, from 0 to 255."""
+    return patch_pixels(255 * images.pixels, model.anatomy.patch_size[0])
+
+
+def local_probes(tokens: Tensor, pixels: Tensor, is_outlier: Tensor, max_tokens: int, seed: int = 0, fold: int = 0):
+    """Position and reconstruction probes of `groups`: a DataFrame indexed by (group, fit).
+
+    tokens (images, patches, dim), pixels (images, patches, values). Columns: test (tokens scored), accuracy, distance
+    (grid cells), chance, l2 (in the unit of the pixels), relative (l2 over that of the best constant patch).
+    """
+    return probe_groups(tokens, pixels, is_outlier.shape[1:], groups(is_outlier), max_tokens, seed, fold)
+
+
+def probe_groups(
+    tokens: Tensor, pixels: Tensor, grid, masks: dict[str, Tensor], max_tokens: int, seed: int, fold: int = 0
+):
+    """The table of `local_probes` for other groups, given as masks (images, patches); `grid` is (rows, cols)."""
+    n, patches, _ = tokens.shape
+    options = dict(
+        groups={name: mask.flatten() for name, mask in masks.items()},
+        image_ids=torch.arange(n).repeat_interleave(patches),
+        max_tokens=max_tokens,
+        seed=seed,
+        fold=fold,
+    )
+    x, places = tokens.flatten(0, 1), torch.arange(patches).repeat(n)
+    position = position_probe(x, places, tuple(grid), **options).set_index(["group", "fit"])
+    reconstruction = reconstruction_probe(x, pixels.flatten(0, 1), **options).set_index(["group", "fit"])
+    return position[["test", "accuracy", "distance", "chance"]].join(reconstruction[["l2", "relative"]])
 
 
 def probes(tokens: Tensor, pixels: Tensor, is_outlier: Tensor, max_tokens: int, seed: int = 0):

@@ -7,6 +7,7 @@ import math
 import matplotlib.pyplot as plt
 import torch
 from matplotlib.figure import Figure
+from torch.nn.functional import interpolate
 from verdicts import COPIES, above, copies, registered
 
 from vitreg_lib.data import sets
@@ -52,7 +53,7 @@ def object_mass(model, pictures, masks: torch.Tensor, layer: int = -1) -> torch.
 
 def mass_on(attn_maps: torch.Tensor, masks: torch.Tensor) -> torch.Tensor:
     """`object_mass` of maps (images, registers, rows, cols)."""
-    density = attention.upsample(attn_maps, masks.shape[-2:], "nearest")
+    density = interpolate(attn_maps.float(), masks.shape[-2:], mode="nearest")
     density = density / density.sum((-2, -1), keepdim=True)
     return torch.einsum("nrhw,nkhw->nrk", density, masks.float())
 

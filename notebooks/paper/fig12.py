@@ -26,7 +26,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from vitreg_lib.plots.style import PALETTE, PAPER, styled
-from vitreg_lib.record.compare import THIS_MACHINE
+from vitreg_lib.record.drawn import THIS_MACHINE
 
 REGISTER_COUNTS = (0, 1, 2, 4, 8, 16)  # of Fig. 8 and 12
 

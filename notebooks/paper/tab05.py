@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import matplotlib.pyplot as plt
 import torch
+from fig05 import READABLE, probe_groups, same_places
 from matplotlib.figure import Figure
 from torch import Tensor
 from verdicts import above, cured, every, over_folds, within
@@ -11,7 +12,6 @@ from verdicts import above, cured, every, over_folds, within
 from vitreg_lib.plots.scores import dots
 from vitreg_lib.plots.style import PALETTE, PAPER, styled
 from vitreg_lib.probes.linear import FOLDS
-from vitreg_lib.probes.local import READABLE, probe_groups, same_places
 
 
 @styled

@@ -23,7 +23,7 @@ import torch
 from tables_tasks import Problem, Source, Task
 from torch import Tensor
 
-from vitreg_lib.base import UserError
+from vitreg_lib.base import UserError, cache, write_atomically
 from vitreg_lib.measure import detection, outliers, pairs
 from vitreg_lib.probes import _lbfgs, linear
 from vitreg_lib.probes import cache as features
@@ -91,7 +91,7 @@ def classify(
             result.about[part.fingerprint] = part.about
             parts.append(part)
         result.shares[model.label, problem.name] = parts[1].column("is_outlier").double().mean().item()
-        rows, right = features.remembered(
+        rows, right = remembered(
             _about(problem, parts, strengths, seed),
             lambda m=model, p=problem, f=parts: _model_on(m, p, f, strengths, seed),
         )
@@ -182,6 +182,21 @@ def _about(problem, parts: list, strengths, seed: int) -> dict:
     }
 
 
+def remembered(about: dict, compute):
+    """The result of `compute()` (anything that JSON holds), kept under the fingerprint of `about`."""
+    path = cache() / f"{features.fingerprint(about)}.result.json"
+    try:
+        stored = json.loads(path.read_text())
+        if stored["sha256"] == features.fingerprint({"about": about, "result": stored["result"]}):
+            return stored["result"]
+    except (OSError, ValueError, KeyError):
+        pass  # not there, or damaged: computed below
+    result = json.loads(json.dumps(compute()))
+    sha256 = features.fingerprint({"about": about, "result": result})
+    write_atomically(path, json.dumps({"about": about, "result": result, "sha256": sha256}).encode())
+    return result
+
+
 def _model_on(model, problem, parts: list, strengths, seed: int) -> tuple[list[dict], dict]:
     """(rows of the table, {"task|token": right answers}) for one model on one problem, as plain lists and dicts."""
     kinds = ["cls", "normal", "outlier", "matched", "planted", "register"]
@@ -252,7 +267,7 @@ def one(x: Tensor, x_test: Tensor, y: Tensor, y_test: Tensor, metric: str, stren
     validate = held_out(y, seed)
     options = {"tol": 1e-4}
     if metric == "mean average precision":
-        options |= {"kind": "ovr", "score": linear.average_precision}
+        options["score"] = tables_sgd.average_precision
     elif metric == "mean per-class accuracy":
         options["score"] = lambda fit, a, b: linear.accuracy(fit, a, b, per_class=True)
     if len(x) > EXACT and y.ndim == 1:
@@ -260,7 +275,7 @@ def one(x: Tensor, x_test: Tensor, y: Tensor, y_test: Tensor, metric: str, stren
     else:
         fit, _ = linear.fit_selected(x[~validate], y[~validate], x[validate], y[validate], strengths, **options)
     if y.ndim == 2:
-        return float(linear.average_precision(fit, x_test, y_test)[0]), None
+        return float(tables_sgd.average_precision(fit, x_test, y_test)[0]), None
     right = linear.predict(fit, x_test, 0).argmax(-1).cpu() == y_test
     per_class = metric == "mean per-class accuracy"
     return float(linear.accuracy(fit, x_test, y_test, per_class)[0]), right.double()
@@ -399,7 +414,7 @@ def cutoff_of(model, source, progress: bool = False) -> float:
         return answer.outliers.cutoff if answer.outliers.layer == last else outliers.cutoff(observed.norms[:, last])
 
     code = features.source_sha256(detection.__file__, outliers.__file__)
-    return features.remembered(described(model, source.digest, n) | {"kind": "cutoff", "rule": code}, found)
+    return remembered(described(model, source.digest, n) | {"kind": "cutoff", "rule": code}, found)
 
 
 def _drawn(members: torch.Tensor, u: torch.Tensor) -> torch.Tensor:

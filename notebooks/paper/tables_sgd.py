@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, linear
 
-from vitreg_lib.probes.linear import accuracy
+from vitreg_lib.probes.linear import accuracy, predict
 
 LEARNING_RATES = (1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 0.1)
 
@@ -104,3 +104,18 @@ def fit_selected(
     fit = fit_sgd(batches(x, y, batch_size, seed), steps, dim, classes, device=str(x.device), **options)
     best = [int(accuracy(fit, x_val, y_val).argmax())]
     return SgdFit(fit.strengths[best], fit.weights[best], fit.biases[best], fit.losses[:, best])
+
+
+def average_precision(fit, x: Tensor, y: Tensor) -> Tensor:
+    """Mean average precision (strengths,) for several labels an image, y (samples, classes) of 0 and 1 (Table 1, VOC).
+
+    Classes without a positive sample are left out.
+    """
+    from sklearn.metrics import average_precision_score
+
+    truth = y.cpu().numpy()
+    seen = truth.any(0)
+    if not seen.any():
+        raise ValueError("no positive label in y: average precision is not defined")
+    scores = [predict(fit, x, i).cpu().numpy()[:, seen] for i in range(len(fit.strengths))]
+    return torch.tensor([average_precision_score(truth[:, seen], s) for s in scores], dtype=torch.float64)

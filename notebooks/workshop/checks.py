@@ -572,24 +572,25 @@ def check_gain(answer, without: Tensor, with_registers: Tensor) -> str:
     return f"right: {truth:+.1f} points. Drawing the images anew gives {low:+.1f} to {high:+.1f} (95 %): {told}."
 
 
-def class_from_one_token(kept: dict[str, Tensor]) -> dict[str, float]:
+def class_from_one_token(kept, photos: str = "caltech101-small") -> dict[str, float]:
     """{kind of token: share of test photos whose class a linear probe reads off one such token}, a probe a kind.
 
-    kept: `features()` of a measured model, of photos that have a token of each kind; the strength is chosen on a fifth
-    of the training photos.
+    kept: of a replayed model with tokens of labelled photos (`Replayed.kept`). Photos without an outlier are left out;
+    the strength is chosen on a fifth of the training photos.
     """
-    from vitreg_lib.model.measured import TOKENS
     from vitreg_lib.probes import linear
 
-    whole = kept["features"].isfinite().flatten(1).all(1)
-    features, labels, test = (kept[key][whole] for key in ("features", "labels", "split"))
-    held = linear.held_out(labels, 0) & (test == 0)
-    parts = [(test == 0) & ~held, held, test == 1]
-    shares = {}
-    for place, name in enumerate(TOKENS):
-        x, y = linear.scale(*(features[part, place] for part in parts)), [labels[part] for part in parts]
-        fit, _ = linear.fit_selected(x[0], y[0], x[1], y[1], (1e-2, 1e-1, 1.0), tol=1e-4)
-        shares[name] = linear.accuracy(fit, x[2], y[2]).item()
+    def part(name: str, token: str) -> Tensor:
+        values, has = kept(f"set.{photos}.{name}.{token}"), kept(f"set.{photos}.{name}.has_outlier").bool()
+        return values[has] if values.ndim < 3 else values[has, 0]  # of several drawn tokens the first
+
+    y, y_test = part("train", "labels"), part("test", "labels")
+    held, shares = linear.held_out(y, 0), {}
+    for token in ("cls", "outlier", "matched", "normal"):
+        x = part("train", token)
+        x, x_held, x_test = linear.scale(x[~held], x[held], part("test", token))
+        fit, _ = linear.fit_selected(x, y[~held], x_held, y[held], (1e-2, 1e-1, 1.0), tol=1e-4)
+        shares[token] = linear.accuracy(fit, x_test, y_test).item()
     return shares
 
 

@@ -44,19 +44,25 @@ def parquet_files(root: Path, split: str) -> list[str]:
     return sorted(str(p) for place in (root, root / "data") for p in place.glob(f"{split}-*.parquet"))
 
 
-def imagefolder(root: Path, spec: dict, split: str):
-    """SPLIT/CLASS/photo.jpg. `per_class`: n photos of each class, drawn by seed 0, train; the others test."""
+def class_folders(folder: Path, without=()) -> tuple[list[str], list[tuple[str, int]]]:
+    """(class names, [(path, class number)]) of the photos CLASS/photo.jpg below a folder, both sorted."""
     from torchvision.datasets.folder import make_dataset
 
+    folders = (p.name for p in folder.iterdir() if p.is_dir())
+    classes = sorted(name for name in folders if name not in without and not name.startswith("."))
+    numbers = {name: number for number, name in enumerate(classes)}
+    return classes, make_dataset(folder, numbers, extensions=tuple(SUFFIXES), allow_empty=True) if classes else []
+
+
+def imagefolder(root: Path, spec: dict, split: str):
+    """SPLIT/CLASS/photo.jpg. `per_class`: n photos of each class, drawn by seed 0, train; the others test."""
     place = _folder(root, spec[split], "SPLIT/CLASS/photo.jpg")
-    classes = sorted(p.name for p in place.iterdir() if p.is_dir() and p.name not in spec.get("without", ()))
+    classes, rows = class_folders(place, spec.get("without", ()))
     if not classes:
         raise UserError(f"{spec[split]}/ in {root.name} has no class folders: expected SPLIT/CLASS/photo.jpg")
-    numbers = {name: number for number, name in enumerate(classes)}
-    rows = make_dataset(place, numbers, extensions=tuple(SUFFIXES), allow_empty=True)
     if "per_class" in spec:
-        rows = [row for n in numbers.values() for row in _drawn([r for r in rows if r[1] == n], spec, split)]
-    if empty := set(numbers.values()) - {number for _, number in rows}:
+        rows = [row for n in range(len(classes)) for row in _drawn([r for r in rows if r[1] == n], spec, split)]
+    if empty := set(range(len(classes))) - {number for _, number in rows}:
         raise UserError(
             f"the class folder {spec[split]}/{classes[min(empty)]} in {root.name} holds no image for {split}"
         )
@@ -64,7 +70,7 @@ def imagefolder(root: Path, spec: dict, split: str):
 
 
 def _drawn(rows: list, spec: dict, split: str) -> list:
-    """The rows of one class that train, drawn at random, or the others."""
+    """Of the rows of one class those drawn for training, or the other ones."""
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0)).tolist()
     train = set(order[: spec["per_class"]])
     return [row for i, row in enumerate(rows) if (i in train) == (split == "train")]

@@ -28,7 +28,7 @@ from .images import Images, preprocessing, read
 
 @dataclass
 class Part:
-    """A split of a data set: its rows, its name, what it is (as records name it), and its entry."""
+    """A split of a data set: its rows, its name, its title in records, and its entry in data/datasets.yaml."""
 
     data: object  # datasets.Dataset
     name: str
@@ -179,7 +179,7 @@ def read_stored(picture: dict):
 
 
 def with_column(name: str, split: str, column: str, task: str) -> Part:
-    """`load` of a data set with a column of truth. Raises UserError, naming the sets of the `task`, without it."""
+    """`load` of a data set that has the column. Raises UserError, naming the data sets of the `task`, for another."""
     part = load(name, split)
     if column not in part.data.column_names:
         others = [n for n, e in entries().items() if e["task"] == task]

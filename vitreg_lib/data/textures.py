@@ -43,7 +43,7 @@ class Task:
     """What a variant asks, and of which ViT.
 
     idle: which patches never matter: "corners", "corner" (the first), "anywhere" (four random places an image, tinted,
-    so that they can be told) or "none" (nothing is idle: a control).
+    to be distinguishable) or "none" (a control).
     blank: idle patches hold zeros instead of a texture.
     kind: "copy" or "broadcast". trigger_share: of the patches that may be triggers.
     noise: standard deviation of what is added to the pixels; textures have 1.
@@ -106,7 +106,7 @@ def fixed(seed: int) -> dict[str, torch.Tensor]:
 
 def draw(config, step: int, part: slice = slice(None), device="cpu", count: int = 0) -> Batch:
     """The images of a step, or a `part` of them; `count` of them, by default `config.batch_size`."""
-    t, known, n = task(config), fixed(config.seed), count or config.batch_size
+    t, shared, n = task(config), fixed(config.seed), count or config.batch_size
     generator = torch.Generator().manual_seed((config.seed * 2654435761 + step) % 2**32)  # the CPU's takes 32 bits
     texture = torch.randn(n, PATCHES, LENGTH, generator=generator)
     texture[..., -1] = 0.0
@@ -126,10 +126,10 @@ def draw(config, step: int, part: slice = slice(None), device="cpu", count: int 
     pixels = texture + t.noise * added
     if t.idle == "anywhere":
         pixels[..., : PATCH * PATCH] += 2.0 * idle[..., None]  # redder
-    answer = texture + trigger[..., None] * (texture.roll(1, 1) @ known["rotation"])
+    answer = texture + trigger[..., None] * (texture.roll(1, 1) @ shared["rotation"])
     if t.kind == "broadcast":
-        best = (texture @ known["direction"]).masked_fill(idle, -torch.inf).argmax(1)
-        answer = texture + (texture[torch.arange(n), best] @ known["rotation"])[:, None]
+        best = (texture @ shared["direction"]).masked_fill(idle, -torch.inf).argmax(1)
+        answer = texture + (texture[torch.arange(n), best] @ shared["rotation"])[:, None]
     parts = (to_images(pixels), texture, trigger, idle, ~idle, answer)
     return Batch(*(x[part].to(device) for x in parts))
 

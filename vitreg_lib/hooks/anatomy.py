@@ -28,15 +28,38 @@ HEADS = ("num_heads", "num_attention_heads")
 NORMS = ("norm", "layernorm", "post_layernorm", "ln_post", "encoder.ln", "encoder.norm")
 
 
+class PrefixTokens:
+    """What follows from `prefix`, the names of the tokens before the patches: "cls", "dist", "register 1" …"""
+
+    prefix: tuple[str, ...]
+
+    @property
+    def has_cls(self) -> bool:
+        return "cls" in self.prefix
+
+    @property
+    def registers(self) -> list[int]:
+        """Positions of the registers among the tokens."""
+        return [place for place, name in enumerate(self.prefix) if name.startswith("register")]
+
+    @property
+    def num_registers(self) -> int:
+        return len(self.registers)
+
+    @property
+    def num_prefix_tokens(self) -> int:
+        return len(self.prefix)
+
+
 @dataclass(frozen=True)
-class Anatomy:
+class Anatomy(PrefixTokens):
     """Sizes and parts of one model; holds references into the model, never copies.
 
     blocks: the transformer blocks, block 0 first. attention: each block's attention module. mlp_out: each block's last
     linear layer, which the MLP's activations enter; empty where there is none. patch_embed: gives the patches'
-    embeddings, before any position. norm: the final LayerNorm of tokens. prefix: names of the tokens before the
-    patches, "cls", "dist", "register 1" … patch_size: (rows, cols) in pixels. channels: of the images.
-    batch_first: whether blocks take (batch, tokens, dim), else (tokens, batch, dim). forward: runs the model on images.
+    embeddings, before any position. norm: the final LayerNorm of tokens. patch_size: (rows, cols) in pixels. channels:
+    of the images. batch_first: whether blocks take (batch, tokens, dim), else (tokens, batch, dim). forward: runs the
+    model on images.
     """
 
     blocks: tuple[nn.Module, ...]
@@ -52,18 +75,6 @@ class Anatomy:
     forward: Callable
     channels: int = 3
     batch_first: bool = True
-
-    @property
-    def has_cls(self) -> bool:
-        return "cls" in self.prefix
-
-    @property
-    def num_registers(self) -> int:
-        return sum(name.startswith("register") for name in self.prefix)
-
-    @property
-    def num_prefix_tokens(self) -> int:
-        return len(self.prefix)
 
     @property
     def depth(self) -> int:

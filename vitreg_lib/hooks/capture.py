@@ -31,17 +31,17 @@ import torch.nn.functional as F
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from .anatomy import Anatomy, dissect
+from .anatomy import Anatomy, PrefixTokens, dissect
 
 SITES = ("norms", "tokens", "q", "k", "v", "attention", "mlp", "embedding", "final")
 WHOLE = ("norms", "embedding", "final")  # sites of one tensor; the others have one for each layer
 
 
 @dataclass
-class Capture:
-    """What one or more forward passes left behind; holds no reference to the model.
+class Capture(PrefixTokens):
+    """Activations of one or more forward passes; holds no reference to the model.
 
-    grid: (rows, cols) of the patches. layers: the captured blocks. prefix: names of the tokens before the patches. The
+    grid: (rows, cols) of the patches. layers: the captured blocks. queries: token positions with attention rows. The
     other fields are those of the module's docstring, None or empty where they were not asked for.
     """
 
@@ -58,23 +58,6 @@ class Capture:
     mlp: dict[int, torch.Tensor] = field(default_factory=dict)
     embedding: torch.Tensor | None = None
     final: torch.Tensor | None = None
-
-    @property
-    def has_cls(self) -> bool:
-        return "cls" in self.prefix
-
-    @property
-    def registers(self) -> list[int]:
-        """Positions of the registers among the tokens."""
-        return [place for place, name in enumerate(self.prefix) if name.startswith("register")]
-
-    @property
-    def num_registers(self) -> int:
-        return len(self.registers)
-
-    @property
-    def num_prefix_tokens(self) -> int:
-        return len(self.prefix)
 
     @property
     def patch_norms(self) -> torch.Tensor:
@@ -187,7 +170,7 @@ def evaluating(model: nn.Module):
 
 
 def _run(model, images, batch_size, progress, function) -> list:
-    """What `function` gives for each batch of images; batches get smaller when the device's memory is short."""
+    """The results of `function` for each batch of images; batches get smaller when the device's memory is short."""
     from tqdm.auto import tqdm
 
     weights, results, done = next(model.parameters()), [], 0
@@ -202,36 +185,36 @@ def _run(model, images, batch_size, progress, function) -> list:
                 if len(batch) == 1:
                     raise
                 batch_size = len(batch) // 2
-                told = f"out of memory on {weights.device}: going on with {batch_size} images a batch"
-                warnings.warn(told, stacklevel=3)
+                message = f"out of memory on {weights.device}: going on with {batch_size} images a batch"
+                warnings.warn(message, stacklevel=3)
     return results
 
 
 def _one(model: nn.Module, anatomy: Anatomy, images, keep, layers, queries) -> dict:
     """Run one batch and return {site: tensor or {layer: tensor}} on the CPU."""
-    found: dict = {site: {} for site in keep}
+    captured: dict = {site: {} for site in keep}
     grid = anatomy.grid(images)
 
     def after_block(layer):
         def hook(block, inputs, output):
             x = anatomy.tokens(output, len(images), grid).detach()
             if "norms" in keep and layer in layers:
-                found["norms"][layer] = torch.linalg.vector_norm(x, dim=-1, dtype=torch.float32)
+                captured["norms"][layer] = torch.linalg.vector_norm(x, dim=-1, dtype=torch.float32)
             if "tokens" in keep and layer in layers:
-                found["tokens"][layer] = x
+                captured["tokens"][layer] = x
             if "final" in keep and layer == anatomy.depth - 1:
-                found["final"][0] = anatomy.norm(x).detach()  # some models give their norm one token alone
+                captured["final"][0] = anatomy.norm(x).detach()  # some models give their norm one token alone
 
         return hook
 
     def after_patch_embedding(module, inputs, output):
         output = output[0] if isinstance(output, tuple) else output
         output = output.permute(0, 2, 3, 1) if isinstance(module, nn.Conv2d) else output
-        found["embedding"][0] = output.detach().flatten(1, -2)  # models of any image size give (batch, rows, cols, dim)
+        captured["embedding"][0] = output.detach().flatten(1, -2)  # from (batch, rows, cols, dim) too
 
     def before_second_linear(layer):
         def hook(module, inputs):
-            found["mlp"][layer] = inputs[0].detach() if anatomy.batch_first else inputs[0].detach().transpose(0, 1)
+            captured["mlp"][layer] = inputs[0].detach() if anatomy.batch_first else inputs[0].detach().transpose(0, 1)
 
         return hook
 
@@ -245,10 +228,10 @@ def _one(model: nn.Module, anatomy: Anatomy, images, keep, layers, queries) -> d
     attention_sites = {"q", "k", "v", "attention"} & set(keep)
     with evaluating(model), ExitStack() as stack:
         if attention_sites:
-            stack.enter_context(_Attention(anatomy, layers, attention_sites, queries, found))
+            stack.enter_context(_Attention(anatomy, layers, attention_sites, queries, captured))
         stack.enter_context(hooks(*pairs))
         anatomy.forward(images)
-    return {site: _collect(site, found[site], layers) for site in keep}
+    return {site: _collect(site, captured[site], layers) for site in keep}
 
 
 class _Attention(TorchFunctionMode):
@@ -256,12 +239,12 @@ class _Attention(TorchFunctionMode):
 
     Which block a call belongs to is known from hooks on the blocks. In a block there must be one call, what it returns
     must be softmax times v, and must enter a layer as it is, the heads side by side; otherwise attention rows would
-    say nothing about the model. Models that were told not to use fused attention use it for the time of the capture.
+    say nothing about the model. Models set not to use fused attention use it during the capture.
     """
 
-    def __init__(self, anatomy, layers, sites, queries, found):
+    def __init__(self, anatomy, layers, sites, queries, captured):
         super().__init__()
-        self.anatomy, self.layers, self.sites, self.queries, self.found = anatomy, layers, sites, queries, found
+        self.anatomy, self.layers, self.sites, self.queries, self.captured = anatomy, layers, sites, queries, captured
         self.layer = self.returned = None
         self.called = self.arrived = False
         self.stack = ExitStack()
@@ -338,7 +321,7 @@ class _Attention(TorchFunctionMode):
         self.called, self.returned = True, output[0].transpose(0, 1).flatten(1)
         for site, tensor in (("q", query), ("k", key), ("v", value)):
             if site in self.sites:
-                self.found[site][self.layer] = tensor
+                self.captured[site][self.layer] = tensor
         if "attention" in self.sites:
             rows, mask = query[:, :, list(self.queries)].float(), attn_mask
             if mask is not None and mask.shape[-2] > 1:
@@ -347,7 +330,7 @@ class _Attention(TorchFunctionMode):
             gap = (rows[0] @ value[0].float() - output[0][:, list(self.queries)].float()).abs().max()
             if gap > (1e-3 if output.dtype == torch.float32 else 5e-2) * value[0].abs().max().clamp_min(1e-6):
                 self._refuse(f"is not softmax times v (largest gap {gap:.1e})")
-            self.found["attention"][self.layer] = rows
+            self.captured["attention"][self.layer] = rows
         return output
 
 
@@ -362,16 +345,16 @@ def attention_rows(q: torch.Tensor, k: torch.Tensor, scale: float | None = None,
     return scores.softmax(-1)
 
 
-def _collect(site, found, layers):
+def _collect(site, captured, layers):
     if site in ("embedding", "final"):
-        if not found:
+        if not captured:
             raise RuntimeError(f"the forward pass did not reach the site {site!r}")
-        return found[0].cpu()
-    if missing := [layer for layer in layers if layer not in found]:
+        return captured[0].cpu()
+    if missing := [layer for layer in layers if layer not in captured]:
         raise RuntimeError(f"the forward pass did not reach the site {site!r} of block {missing[0]}")
     if site == "norms":
-        return torch.stack([found[layer] for layer in layers], 1).cpu()
-    return {layer: found[layer].cpu() for layer in layers}
+        return torch.stack([captured[layer] for layer in layers], 1).cpu()
+    return {layer: captured[layer].cpu() for layer in layers}
 
 
 def _join(empty: Capture, parts: list[dict]) -> Capture:
@@ -390,18 +373,18 @@ def entering(model, images: torch.Tensor, edit: Callable | None = None) -> tuple
 
     `edit` takes the entering tokens and returns what enters instead.
     """
-    found = {}
+    tokens = {}
 
     def before(block, args, kwargs):
-        found["in"] = args[0] if edit is None else edit(args[0].clone())
-        return (found["in"], *args[1:]), kwargs
+        tokens["in"] = args[0] if edit is None else edit(args[0].clone())
+        return (tokens["in"], *args[1:]), kwargs
 
     def after(block, inputs, output):
-        found["out"] = output
+        tokens["out"] = output
 
     anatomy = model.anatomy
     blocks = anatomy.blocks
     first = (blocks[0].register_forward_pre_hook, before, {"with_kwargs": True})
     with evaluating(model.module), hooks(first, (blocks[-1].register_forward_hook, after, {"prepend": True})):
         anatomy.forward(getattr(images, "x", images).to(model.weights))
-    return found["in"].cpu(), found["out"].cpu()
+    return tokens["in"].cpu(), tokens["out"].cpu()

@@ -1,7 +1,7 @@
 """Attention maps: how chosen query tokens spread their attention over the patches (Fig. 1, 2, 8, 9, 16, 18, 19).
 
-    seen = model.capture(images, ("norms", "attention"), layers=-1)     # rows of cls and registers, O(queries x tokens)
-    maps = vr.attention.maps(seen)                                      # (images, queries, rows, cols)
+    captured = model.capture(images, ("norms", "attention"), layers=-1)     # rows of cls and registers
+    maps = vr.attention.maps(captured)                                      # (images, queries, rows, cols)
 
 `capture` keeps the rows softmax(q kᵀ/√d) of the query tokens asked for; here they are averaged over heads, cut down
 to the patches and laid out on the grid. The paper says neither layer, head nor query, except "last layer" for Fig. 19:
@@ -19,29 +19,29 @@ from . import maps as numbers
 
 
 def maps(
-    seen: Capture, layer: int = -1, queries: list[int] | None = None, heads: list[int] | None = None
+    captured: Capture, layer: int = -1, queries: list[int] | None = None, heads: list[int] | None = None
 ) -> torch.Tensor:
     """(images, queries, rows, cols) attention on the patches, the mean over `heads` (all by default).
 
     `layer` is a captured block, negative from the last captured one; `queries` are token positions among those
     captured, all of them by default. Raises ValueError for a layer, query or head that was not captured.
     """
-    return on_grid(seen, _rows(seen, layer, queries, heads).mean(1))
+    return on_grid(captured, _rows(captured, layer, queries, heads).mean(1))
 
 
-def head_maps(seen: Capture, layer: int = -1, query: int = 0) -> torch.Tensor:
+def head_maps(captured: Capture, layer: int = -1, query: int = 0) -> torch.Tensor:
     """(images, heads, rows, cols) attention of one query token, each head by itself (Fig. 18)."""
-    return on_grid(seen, _rows(seen, layer, [query])[:, :, 0])
+    return on_grid(captured, _rows(captured, layer, [query])[:, :, 0])
 
 
-def query_names(seen: Capture, queries: list[int] | None = None) -> list[str]:
+def query_names(captured: Capture, queries: list[int] | None = None) -> list[str]:
     """What to call each captured query: cls, register 1 …, patch (row, col)."""
     names = []
-    for token in seen.queries if queries is None else queries:
-        if token < seen.num_prefix_tokens:
-            names.append(seen.prefix[token])
+    for token in captured.queries if queries is None else queries:
+        if token < captured.num_prefix_tokens:
+            names.append(captured.prefix[token])
         else:
-            row, col = divmod(token - seen.num_prefix_tokens, seen.grid[1])
+            row, col = divmod(token - captured.num_prefix_tokens, captured.grid[1])
             names.append(f"patch ({row}, {col})")
     return names
 
@@ -55,29 +55,29 @@ def patch_token(model, images: torch.Tensor, row: int, col: int) -> int:
 
 
 def cls_or_mean(model, images, layer: int = -1, progress: bool = False):
-    """The usual map of a model, (images, rows, cols), and the `Capture` it came from.
+    """A model's attention maps (images, rows, cols) and the `Capture` that holds them.
 
-    Attention of the cls token at `layer`, mean over heads. A model without cls is asked through its registers, and
-    without any prefix token through all patches; each time the mean over these queries.
+    Attention of the cls token at `layer`, mean over heads. Without cls the mean over the registers' maps, and without
+    any prefix token the mean over all patches' maps.
     """
     x = getattr(images, "x", images)
     rows, cols = model.anatomy.grid(x)
     prefix = model.anatomy.num_prefix_tokens
     queries = [0] if model.anatomy.has_cls else list(range(prefix)) or list(range(rows * cols))
-    seen = model.capture(x, ("norms", "attention"), layers=layer, queries=queries, progress=progress)
-    return maps(seen).mean(1), seen
+    captured = model.capture(x, ("norms", "attention"), layers=layer, queries=queries, progress=progress)
+    return maps(captured).mean(1), captured
 
 
-def budget(seen: Capture, is_outlier: torch.Tensor | None = None, layer: int = -1, query: int = 0):
+def budget(captured: Capture, is_outlier: torch.Tensor | None = None, layer: int = -1, query: int = 0):
     """Where one query's attention goes, in shares that sum to 1: a DataFrame with a row an image.
 
     Columns: cls, registers, outliers (where `is_outlier` (images, patches) is given) and patches, the others.
     """
     import pandas as pd
 
-    row = _rows(seen, layer, [query])[:, :, 0].mean(1)  # (images, tokens)
-    on_patches, own = row[:, seen.num_prefix_tokens :], seen.registers
-    others = [place for place in range(seen.num_prefix_tokens) if place not in own]  # cls, and dist where there is one
+    row = _rows(captured, layer, [query])[:, :, 0].mean(1)  # (images, tokens)
+    on_patches, own = row[:, captured.num_prefix_tokens :], captured.registers
+    others = [place for place in range(captured.num_prefix_tokens) if place not in own]  # cls, dist
     outliers = torch.zeros_like(on_patches, dtype=torch.bool) if is_outlier is None else is_outlier
     shares = {
         "cls": row[:, others].sum(1),
@@ -91,18 +91,6 @@ def budget(seen: Capture, is_outlier: torch.Tensor | None = None, layer: int = -
 def relative(attn_maps: torch.Tensor) -> torch.Tensor:
     """Maps (..., rows, cols) as a multiple of even attention over the patches: 1 everywhere would be uniform."""
     return attn_maps / attn_maps.mean((-2, -1), keepdim=True)
-
-
-def upsample(attn_maps: torch.Tensor, size: tuple[int, int], mode: str = "bilinear") -> torch.Tensor:
-    """Maps (..., rows, cols) at the image's (height, width); "bilinear", "bicubic" or "nearest".
-
-    Nearest keeps what was computed, one value a patch; the others are for looking only, and spread a one-patch
-    artifact over its neighbours.
-    """
-    lead = attn_maps.shape[:-2]
-    x = attn_maps.reshape(1, -1, *attn_maps.shape[-2:]).float()
-    options = {} if mode == "nearest" else {"align_corners": False}
-    return F.interpolate(x, size=tuple(size), mode=mode, **options).reshape(*lead, *size)
 
 
 def background(images, grid: tuple[int, int]) -> torch.Tensor | None:
@@ -145,24 +133,24 @@ def score_table(
     return pd.DataFrame.from_dict(rows, orient="index")
 
 
-def on_grid(seen: Capture, tokens: torch.Tensor) -> torch.Tensor:
+def on_grid(captured: Capture, tokens: torch.Tensor) -> torch.Tensor:
     """(..., tokens) values of all tokens, or (..., patches), as maps (..., rows, cols) of the patches."""
-    patches = seen.grid[0] * seen.grid[1]
-    return tokens[..., -patches:].unflatten(-1, seen.grid)
+    patches = captured.grid[0] * captured.grid[1]
+    return tokens[..., -patches:].unflatten(-1, captured.grid)
 
 
-def _rows(seen: Capture, layer: int, queries=None, heads=None) -> torch.Tensor:
+def _rows(captured: Capture, layer: int, queries=None, heads=None) -> torch.Tensor:
     """(images, heads, queries, tokens): the captured rows of some queries and heads, all by default."""
-    if not seen.attention:
+    if not captured.attention:
         raise ValueError('no attention was captured: ask capture for "attention"')
-    rows = seen.attention[seen.block(layer)]
+    rows = captured.attention[captured.block(layer)]
     if queries is not None:
-        if unseen := [q for q in queries if q not in seen.queries]:
-            known = ", ".join(map(str, seen.queries[:20]))
-            raise ValueError(f"query {unseen[0]} was not captured; captured are {known}")
-        rows = rows[:, :, [seen.queries.index(q) for q in queries]]
+        if missing := [q for q in queries if q not in captured.queries]:
+            queries = ", ".join(map(str, captured.queries[:20]))
+            raise ValueError(f"query {missing[0]} was not captured; captured are {queries}")
+        rows = rows[:, :, [captured.queries.index(q) for q in queries]]
     if heads is not None:
-        if unseen := [h for h in heads if not 0 <= h < rows.shape[1]]:
-            raise ValueError(f"head {unseen[0]} out of range for {rows.shape[1]} heads (0…{rows.shape[1] - 1})")
+        if missing := [h for h in heads if not 0 <= h < rows.shape[1]]:
+            raise ValueError(f"head {missing[0]} out of range for {rows.shape[1]} heads (0…{rows.shape[1] - 1})")
         rows = rows[:, list(heads)]
     return rows

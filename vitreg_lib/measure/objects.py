@@ -1,4 +1,4 @@
-"""Unsupervised object discovery with LOST and TokenCut, and its score CorLoc (Table 3, Figs. 13 and 14).
+"""Unsupervised object discovery with LOST, and its score CorLoc (Table 3, Figs. 13 and 14).
 
 LOST (Simeoni et al. 2021, Sec. 3.2 [recall of its equations]) on the features f of one image's patches:
   (1) graph a_pq = 1 if f_p . f_q >= 0, degree d_p = sum_q a_pq, seed = the patch of lowest degree;
@@ -34,7 +34,7 @@ _GRAM_VALUES = {"cpu": 2**20, "cuda": 2**26}  # Gram entries at once: on a CPU a
 
 @dataclass
 class Lost:
-    """LOST's box for each image and its causes; maps (batch, rows, cols) where `intermediates` were asked for."""
+    """LOST's box for each image and how it came about; maps (batch, rows, cols) only with `intermediates=True`."""
 
     boxes: Tensor  # (batch, 4)
     seeds: Tensor  # (batch,) patch index
@@ -101,31 +101,9 @@ def lost(
     mask = maps[-1]
     inside = mask.gather(1, seeds[:, None])[:, 0]
     alone = torch.zeros_like(mask).scatter_(1, seeds[:, None], True)
-    component = _component(torch.where(inside[:, None], mask, alone).unflatten(1, (rows, cols)), seeds)
-    maps = [m.unflatten(1, (rows, cols)) for m in maps] + [component]
-    return Lost(mask_boxes(component), seeds, tied, inside, share, *(maps if intermediates else [None] * 6))
-
-
-def tokencut(features: Tensor, grid: tuple[int, int], tau: float = 0.2, eps: float = 1e-5):
-    """(boxes (batch, 4), second eigenvectors (batch, rows, cols), ties (batch,)) of TokenCut (Wang et al. 2022).
-
-    Edges are 1 where the cosine is above `tau`, else `eps`; of (D - A) v = lambda D v the second vector is split at its
-    mean, the side of the largest |v| is the object (and made positive), its component around that patch gives the box.
-    ties: how many patches have the largest |v|, up to a millionth; above 1 the choice among them is arbitrary.
-    """
-    rows, cols = _check(features, grid)
-    boxes, vectors, ties = [], [], []
-    for f in _prepare(features, True):
-        v = _second_eigenvector(torch.where(f @ f.T > tau, 1.0, eps).double()).to(f.dtype)
-        peak = v.abs().argmax()
-        ties.append((v.abs() >= (1 - 1e-6) * v.abs().max()).sum())
-        side = v > v.mean()
-        if not side[peak]:
-            v, side = -v, ~side
-        component = _component(side.reshape(1, rows, cols), peak[None])
-        boxes.append(mask_boxes(component))
-        vectors.append(v.reshape(1, rows, cols))
-    return torch.cat(boxes), torch.cat(vectors), torch.stack(ties)
+    joined = component(torch.where(inside[:, None], mask, alone).unflatten(1, (rows, cols)), seeds)
+    maps = [m.unflatten(1, (rows, cols)) for m in maps] + [joined]
+    return Lost(mask_boxes(joined), seeds, tied, inside, share, *(maps if intermediates else [None] * 6))
 
 
 def mask_boxes(mask: Tensor) -> Tensor:
@@ -194,8 +172,8 @@ def _gram(f: Tensor, blocks: int = 4) -> Tensor:
     return gram
 
 
-def _component(mask: Tensor, seeds: Tensor) -> Tensor:
-    """The 4-connected part of each mask (batch, rows, cols) that holds the seed, a patch index in the mask."""
+def component(mask: Tensor, seeds: Tensor) -> Tensor:
+    """The 4-connected part of each mask (batch, rows, cols) that holds its seed, a patch index (batch,) in the mask."""
     if mask.device.type == "cpu":
         from scipy.ndimage import generate_binary_structure, label
 
@@ -215,20 +193,6 @@ def _component(mask: Tensor, seeds: Tensor) -> Tensor:
             part = grown & mask
         if torch.equal(before, part):
             return part
-
-
-def _second_eigenvector(weights: Tensor) -> Tensor:
-    """Second vector of (D - W) v = lambda D v, by the symmetric form; on the CPU only that vector is computed."""
-    scale = weights.sum(1).rsqrt()
-    laplacian = torch.eye(len(weights), dtype=weights.dtype, device=weights.device)
-    laplacian -= scale[:, None] * weights * scale
-    if weights.device.type == "cpu":
-        from scipy.linalg import eigh
-
-        vector = torch.from_numpy(eigh(laplacian.numpy(), subset_by_index=[1, 1])[1][:, 0])
-    else:
-        vector = torch.linalg.eigh(laplacian)[1][:, 1]
-    return vector * scale
 
 
 def _prepare(features: Tensor, normalize: bool) -> Tensor:
@@ -260,14 +224,14 @@ def _check(features: Tensor, grid) -> tuple[int, int]:
     return rows, cols
 
 
-def features(seen, site: str, layer: int = -1) -> Tensor:
+def features(captured, site: str, layer: int = -1) -> Tensor:
     """Features (images, patches, dim) for `lost` from a `Capture` of q, k or v: heads joined, no prefix tokens."""
-    per_head = getattr(seen, site)[seen.block(layer)]  # (images, heads, tokens, head_dim)
-    return seen.patches(per_head.transpose(1, 2).flatten(2))
+    per_head = getattr(captured, site)[captured.block(layer)]  # (images, heads, tokens, head_dim)
+    return captured.patches(per_head.transpose(1, 2).flatten(2))
 
 
 def paper_site(model) -> str:
-    """The features that Table 3 takes of a `zoo.Model`: "k" for the family DINOv2, "v" for all others."""
+    """The features that Table 3 uses for a `zoo.Model`: "k" (keys) for DINOv2, "v" (values) for all others."""
     return "k" if model.family == "dinov2" else "v"
 
 
@@ -325,7 +289,7 @@ def box_hits(boxes: Tensor, truth: list[Tensor]) -> Tensor:
 
 
 def gain(without: Tensor, hits: Tensor) -> tuple[float, float, float]:
-    """Difference of CorLoc in points, hits (images,) minus those of another way on the same images, with interval."""
+    """(points, low, high): CorLoc of `hits` (images,) minus that of `without` on the same images, and its interval."""
     difference = 100 * (hits.double() - without.double())
     return difference.mean().item(), *interval(difference)
 

@@ -60,18 +60,18 @@ def captured(model, images, keep=("norms",), layers=None, progress: bool = False
     digest = hashlib.sha256(images.x.contiguous().numpy().tobytes()).hexdigest()
     about = described(model, digest, len(images)) | {"kind": "capture", "keep": sorted(keep), "layers": list(layers)}
 
-    def extract(batch, rows):
-        seen = model.capture(images.x[rows], keep, layers=layers)
-        whole = {site: getattr(seen, site).float() for site in keep if site in WHOLE}
-        return whole | {f"{s}.{i}": getattr(seen, s)[i].float() for s in keep if s not in WHOLE for i in layers}
+    def extract(_, rows):
+        batch = model.capture(images.x[rows], keep, layers=layers)
+        whole = {site: getattr(batch, site).float() for site in keep if site in WHOLE}
+        return whole | {f"{s}.{i}": getattr(batch, s)[i].float() for s in keep if s not in WHOLE for i in layers}
 
     features = mapped(Dataset.from_dict({"row": list(range(len(images)))}), extract, about, progress)
     anatomy = model.anatomy
-    seen = Capture(layers, anatomy.grid(images.x), anatomy.prefix)
+    result = Capture(layers, anatomy.grid(images.x), anatomy.prefix)
     for site in keep:
         whole = site in WHOLE
-        setattr(seen, site, features.column(site) if whole else {i: features.column(f"{site}.{i}") for i in layers})
-    return seen
+        setattr(result, site, features.column(site) if whole else {i: features.column(f"{site}.{i}") for i in layers})
+    return result
 
 
 def described(model, digest: str, images: int) -> dict:
@@ -94,8 +94,8 @@ def mapped(rows, extract, about: dict, progress: bool = False) -> Features:
     """
     from datasets import Dataset
 
-    fingerprint, folder = _fingerprint(about), cache()
-    path, beside = folder / f"{fingerprint}.arrow", folder / f"{fingerprint}.json"
+    key, folder = fingerprint(about), cache()
+    path, beside = folder / f"{key}.arrow", folder / f"{key}.json"
     shapes: dict[str, list[int]] = {}
 
     def flat(batch, numbers):
@@ -114,31 +114,17 @@ def mapped(rows, extract, about: dict, progress: bool = False) -> Features:
                 remove_columns=rows.column_names,
                 cache_file_name=str(path),
                 load_from_cache_file=False,
-                new_fingerprint=fingerprint,
+                new_fingerprint=key,
                 desc=f"features of {about['model']}",
             )
         description = {"rows": len(rows), "sha256": _file_sha256(path), "shapes": shapes, "about": about}
         write_atomically(beside, json.dumps(description, indent=1).encode())
     stored = json.loads(beside.read_text())["shapes"]
-    return Features(Dataset.from_file(str(path)), fingerprint, about, {k: tuple(v) for k, v in stored.items()})
+    return Features(Dataset.from_file(str(path)), key, about, {k: tuple(v) for k, v in stored.items()})
 
 
-def remembered(about: dict, compute):
-    """The result of `compute()` (anything that JSON holds), kept under the fingerprint of `about`."""
-    path = cache() / f"{_fingerprint(about)}.result.json"
-    try:
-        stored = json.loads(path.read_text())
-        if stored["sha256"] == _fingerprint({"about": about, "result": stored["result"]}):
-            return stored["result"]
-    except (OSError, ValueError, KeyError):
-        pass  # not there, or damaged: computed below
-    result = json.loads(json.dumps(compute()))
-    sha256 = _fingerprint({"about": about, "result": result})
-    write_atomically(path, json.dumps({"about": about, "result": result, "sha256": sha256}).encode())
-    return result
-
-
-def _fingerprint(about: dict) -> str:
+def fingerprint(about: dict) -> str:
+    """sha256 of a description that JSON can hold."""
     return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
 
 

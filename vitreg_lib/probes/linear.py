@@ -18,6 +18,8 @@ from ..base import UserError
 from ._lbfgs import path
 
 STRENGTHS = (1e-3, 1e-2, 1e-1, 1.0, 10.0)  # for features that `scale` brought to one size
+MAX_ITERATIONS = 1000  # of one fit
+PARTS = (0.64, 0.16, 0.2)  # shares of the images in training, validation and test
 FOLDS = 5  # parts of the images of which each is the test once
 DINOV2_STRENGTHS = tuple(float(c) for c in 10 ** np.linspace(-6, 5, 45))  # the grid of DINOv2's own evaluation code
 
@@ -53,26 +55,16 @@ class Selection:
     scores: Tensor
 
 
-def fit_logistic(
-    x: Tensor,
-    y: Tensor,
-    strengths=DINOV2_STRENGTHS,
-    kind: str = "softmax",
-    num_classes: int | None = None,
-    max_iter: int = 1000,
-    tol: float = 1e-6,
-    dtype: torch.dtype | None = None,
-) -> LogisticFit:
-    """The optimum of logistic regression for every strength, on the device of `x`.
+def fit_logistic(x: Tensor, y: Tensor, strengths=DINOV2_STRENGTHS, tol: float = 1e-6) -> LogisticFit:
+    """The optimum of logistic regression for every strength, on the device of `x`, in float32 or the float64 of `x`.
 
-    x (samples, dim); y (samples,) class numbers or, for kind="ovr" only, (samples, classes) of 0 and 1; strengths: `C`
-    as in scikit-learn, larger is weaker regularisation. kind "softmax" is one multinomial model, "ovr" one independent
-    binary model per class. `tol` is the estimated distance from the optimum, relative to the objective, at which a fit
-    stops. dtype: float32 unless `x` is float64.
+    x (samples, dim); y (samples,) class numbers for one multinomial model, or (samples, classes) of 0 and 1 for an
+    independent binary model per class; strengths: `C` as in scikit-learn, larger is weaker regularisation. A fit stops
+    at an estimated distance `tol` from the optimum, relative to the objective.
     Raises ValueError for NaN or infinite features, fewer than two classes, a class without samples, a strength <= 0.
     """
-    dtype = dtype or (torch.float64 if x.dtype == torch.float64 else torch.float32)
-    targets = _check(x, y, kind, num_classes)
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    targets = _check(x, y)
     c = torch.as_tensor(strengths, dtype=torch.float64).flatten()
     if not len(c) or not bool((torch.isfinite(c) & (c > 0)).all()):
         raise ValueError(f"strengths must be positive numbers, got {c.tolist()}")
@@ -81,7 +73,7 @@ def fit_logistic(
     variance, axes = torch.linalg.eigh(centred.T @ centred / len(x))
     rotated = torch.cat([(centred @ axes).to(dtype), x.new_ones(len(x), 1, dtype=dtype)], 1)
     variance = torch.cat([variance.clamp_min(0), variance.new_ones(1)]).to(dtype)
-    fits = path(rotated, targets, c.tolist(), variance, max_iter, tol)
+    fits = path(rotated, targets, c.tolist(), variance, MAX_ITERATIONS, tol)
     params = torch.stack([fit[0] for fit in fits]).double()
     weights = params[..., :-1] @ axes.T
     biases = params[..., -1] - weights @ centre
@@ -133,21 +125,6 @@ def accuracy(fit: LogisticFit, x: Tensor, y: Tensor, per_class: bool = False) ->
     return right.mean(1).cpu()
 
 
-def average_precision(fit: LogisticFit, x: Tensor, y: Tensor) -> Tensor:
-    """Mean average precision (strengths,) for several labels an image, y (samples, classes) of 0 and 1 (Table 1, VOC).
-
-    Classes without a positive sample are left out.
-    """
-    from sklearn.metrics import average_precision_score
-
-    truth = y.cpu().numpy()
-    seen = truth.any(0)
-    if not seen.any():
-        raise ValueError("no positive label in y: average precision is not defined")
-    scores = [predict(fit, x, i).cpu().numpy()[:, seen] for i in range(len(fit.strengths))]
-    return torch.tensor([average_precision_score(truth[:, seen], s) for s in scores], dtype=torch.float64)
-
-
 def select(fit: LogisticFit, x: Tensor, y: Tensor, score=accuracy) -> Selection:
     """The strength with the best validation score; of equal ones the strongest regularisation (ours, for stability)."""
     scores = score(fit, x, y)
@@ -174,36 +151,32 @@ def scale(x: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
     return tuple(t / size for t in (x, *others))
 
 
-def split_by_image(image_ids: Tensor, fractions=(0.64, 0.16, 0.2), seed: int = 0, fold: int = 0) -> Tensor:
+def split_by_image(image_ids: Tensor, seed: int = 0, fold: int = 0) -> Tensor:
     """The part (0 train, 1 validation, 2 test) of each token, (tokens,); all tokens of an image fall in one part.
 
     fold: the same images in the same order, another fifth of them for the test: the tests of folds 0 to 4 share none.
     Raises ValueError when there are fewer images than parts.
     """
     ids, inverse = torch.unique(image_ids.cpu(), return_inverse=True)
-    if len(ids) < len(fractions):
-        raise ValueError(f"{len(ids)} images cannot be split in {len(fractions)} parts: give at least one image a part")
-    bounds = (np.cumsum(fractions) / np.sum(fractions) * len(ids)).round().astype(int)
-    for i in range(len(fractions)):  # no part empty
-        bounds[i] = min(max(bounds[i], i + 1), len(ids) - (len(fractions) - 1 - i))
+    if len(ids) < len(PARTS):
+        raise ValueError(f"{len(ids)} images cannot be split in {len(PARTS)} parts: give at least one image a part")
+    bounds = (np.cumsum(PARTS) * len(ids)).round().astype(int)
+    for i in range(len(PARTS)):  # no part empty
+        bounds[i] = min(max(bounds[i], i + 1), len(ids) - (len(PARTS) - 1 - i))
     rank = torch.empty(len(ids), dtype=torch.long)
     rank[torch.randperm(len(ids), generator=torch.Generator().manual_seed(seed))] = torch.arange(len(ids))
     rank = (rank + len(ids) * fold // FOLDS) % len(ids)
     return torch.bucketize(rank, torch.as_tensor(bounds), right=True)[inverse].to(image_ids.device)
 
 
-def _check(x, y, kind, num_classes):
-    """Targets as the solver wants them: class numbers (samples,) for softmax, 0 and 1 (samples, classes) for ovr."""
-    if kind not in ("softmax", "ovr"):
-        raise ValueError(f"unknown kind {kind!r}: choose 'softmax' or 'ovr'")
+def _check(x, y):
+    """Targets as the solver wants them: class numbers (samples,), or bool (samples, classes)."""
     if x.ndim != 2 or len(x) != len(y):
         raise ValueError(
             f"features must be (samples, dim) with a label each, got {tuple(x.shape)} and {tuple(y.shape)}"
         )
     _check_finite(x, "features")
     y = y.to(x.device)
-    if y.ndim == 2 and kind == "softmax":
-        raise ValueError("several labels a sample need kind='ovr'")
     if y.ndim == 2:
         counts = torch.stack([y.bool().sum(0), (~y.bool()).sum(0)]).amin(0)
         if not bool((counts > 0).all()):
@@ -212,16 +185,14 @@ def _check(x, y, kind, num_classes):
     y = y.long()
     if len(y) and int(y.min()) < 0:
         raise ValueError(f"class numbers start at 0, got {int(y.min())}")
-    counts = torch.bincount(y, minlength=num_classes or 0)
+    counts = torch.bincount(y)
     if int((counts > 0).sum()) < 2:
         raise ValueError(f"logistic regression needs two classes at least, the labels hold {int((counts > 0).sum())}")
-    if num_classes is not None and len(counts) > num_classes:
-        raise ValueError(f"class {len(counts) - 1} out of range for {num_classes} classes (0…{num_classes - 1})")
     if not bool((counts > 0).all()):
         raise ValueError(
             f"classes {_few(counts == 0)} of {len(counts)} have no sample: renumber the labels or add samples"
         )
-    return y if kind == "softmax" else torch.nn.functional.one_hot(y, len(counts)).bool()
+    return y
 
 
 def _check_finite(x: Tensor, what: str) -> None:

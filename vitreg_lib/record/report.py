@@ -9,15 +9,13 @@ from pathlib import Path
 
 from ..base import UserError, results, shown, write_atomically
 from . import run as record
+from . import verdicts
 
 
-def show(item: str, parameters: dict, differences: bool = False) -> None:
-    """Print the verdicts of a finished item, whether it agrees with the committed record (all `differences` or the
-    first few), and where its figures and notebook are."""
+def show(item: str, parameters: dict) -> None:
+    """Print the verdicts of a finished item and where its figures and notebook are."""
     from rich.console import Console
     from rich.table import Table
-
-    from . import compare
 
     made = record.read(item, parameters)
     console = Console(soft_wrap=False)
@@ -25,14 +23,12 @@ def show(item: str, parameters: dict, differences: bool = False) -> None:
     for column in ("claim", "verdict", "measured", "paper"):
         table.add_column(column, overflow="fold")
     for claim in made["claims"]:
-        colour, mark = record.VERDICTS[claim["verdict"]]
+        colour, mark = verdicts.VERDICTS[claim["verdict"]]
         verdict = f"[{colour}]{mark} {claim['verdict']}[/]"
         table.add_row(f"{claim['id']} {claim['text']}", verdict, claim["measured"], claim["paper"])
     console.print(table)
     for missing in made["not_reachable_here"]:
         console.print(f"not reachable here: {missing['name']}")
-    if record.is_plain(item, parameters):
-        print(compare.verdict(made, differences))
     folder = record.folder(item, parameters)
     for figure in made["figures"]:
         print(f"figure: {shown(folder / figure)}.png")
@@ -55,10 +51,10 @@ def write(profile: str) -> Path:
         raise UserError(f"nothing made yet in profile {profile}: run `make reproduce-all PROFILE={profile}` first")
     claims = [(entry, claim) for entry in made for claim in entry["record"]["claims"]]
     sides = {
-        "Claims of the paper": [pair for pair in claims if pair[1]["id"] in record.reported_claims()],
-        "Claims of this collection's own": [pair for pair in claims if pair[1]["id"] not in record.reported_claims()],
+        "Claims of the paper": [pair for pair in claims if pair[1]["id"] in verdicts.reported_claims()],
+        "Claims of this collection's own": [pair for pair in claims if pair[1]["id"] not in verdicts.reported_claims()],
     }
-    values = dict(profile=profile, made=made, damaged=damaged, sides=sides, verdicts=record.VERDICTS)
+    values = dict(profile=profile, made=made, damaged=damaged, sides=sides, verdicts=verdicts.VERDICTS)
     write_atomically(place / "report.html", page("report", **values).encode())
     return place / "report.html"
 

@@ -15,10 +15,8 @@ Results go to results/<profile>/<item>/, with parameters other than the default 
 from __future__ import annotations
 
 import ast
-import csv
 import functools
 import hashlib
-import html
 import json
 import platform
 import sys
@@ -44,14 +42,9 @@ from ..base import (
 )
 from ..model import names as model_names
 from . import values
+from .verdicts import Verdicts, reported_claims
 
 PROFILES = ("mini", "small", "large", "paper")
-VERDICTS = {  # colour and mark, safe for colour-blind readers and legible without colour
-    "holds": ("#0072B2", "✓"),
-    "fails": ("#D55E00", "✗"),
-    "undecided": ("#E69F00", "~"),
-    "not testable here": ("#8A8A8A", "–"),
-}
 
 
 def start(item: str, namespace: dict) -> Run:
@@ -107,11 +100,11 @@ def notebook(item: str) -> Path:
     name = normal_name(item)
     paths = sorted(p for p in NOTEBOOKS.glob("*/*.ipynb") if p.parent.name != "workshop")  # exercises are no items
     short = {p: p.stem.split("_")[0] if p.parent.name == "paper" else p.stem for p in paths}
-    found = [p for p in paths if name in (short[p], p.stem)]
-    if not found:
+    matching = [p for p in paths if name in (short[p], p.stem)]
+    if not matching:
         names = {p.stem for p in paths} | set(short.values())
         raise unknown("item", item, names, "See the README's table of notebooks.")
-    return found[0]
+    return matching[0]
 
 
 def normal_name(item: str) -> str:
@@ -135,11 +128,6 @@ def folder(item: str, parameters: dict) -> Path:
     return results() / parameters["profile"] / name
 
 
-def is_plain(item: str, parameters: dict) -> bool:
-    """Whether a run is of the kind whose record is committed: profile mini, all (checked) parameters as declared."""
-    return parameters == declared_parameters(item) and parameters["profile"] == "mini"
-
-
 def _assigned(source: str) -> dict:
     """Names assigned plain literals in a cell."""
     assigned = {}
@@ -156,18 +144,11 @@ def _assigned(source: str) -> dict:
 
 def _injected(cells: list[str]) -> dict:
     """What the cell that papermill injects assigns; only this can hold names that the notebook does not declare."""
-    found = {}
+    assigned = {}
     for source in cells:
         if source.startswith("# Parameters"):
-            found |= _assigned(source)
-    return found
-
-
-@functools.cache
-def reported_claims() -> dict[str, dict]:
-    """The paper's claims by id, from data/reported/claims.csv."""
-    with open(DATA / "reported" / "claims.csv", newline="") as f:
-        return {row["id"]: row for row in csv.DictReader(f)}
+            assigned |= _assigned(source)
+    return assigned
 
 
 @functools.cache
@@ -197,11 +178,10 @@ class Run:
         print(f"{item}: {self.title}. Profile {self.profile}: {self.settings.get('models', '')}".rstrip(": "))
 
     def load(self, names: str | None = None) -> list:
-        """The models of this run (or those named, separated by spaces), loaded; what cannot be had is named, left out.
+        """The loaded models of this run, or of `names`, separated by spaces; one that is not reachable is left out.
 
-        With models given by hand a missing one is an error, since it was asked for.
+        It is an error in the profile mini, and where the models were given by hand.
         """
-
         loaded = []
         wanted = (names or self.settings["models"]).replace(",", " ").split()
         for name in wanted:
@@ -236,7 +216,7 @@ class Run:
         return model
 
     def source(self, model) -> str:
-        """What images `model` gets: those of the run; in the profile mini scenes are for models trained on them."""
+        """The name of the images for `model`: the run's; in profile mini scenes only for models trained on them."""
         own = model_names.entries().get(model.entry, {})
         if self.profile == "mini" and self.settings["images"] == "scenes":
             return own.get("looks_at", "photos" if model.replayed or "timm" in own else "scenes")
@@ -261,7 +241,7 @@ class Run:
     def examples(self, model, n: int = 4):
         """A few images to look at: the first of the run's own, or photos that may be shown anywhere.
 
-        Scenes, textures and what a person names by its path are shown; of known sets of photos the shipped ones are.
+        Scenes, textures and a folder named by its path are shown; instead of other sets of photos the shipped ones.
         """
         from ..data import images
 
@@ -345,25 +325,18 @@ class Run:
 
         It stays open for the notebook to show.
         """
-        from . import compare
+        from . import drawn
 
         for kind, options in (("svg", {"metadata": {"Date": None}}), ("png", {"dpi": 150})):
             with written(self.folder / f"{name}.{kind}") as temporary:
                 figure.savefig(temporary, format=kind, bbox_inches="tight", **options)
-        self._drawn[name] = compare.summary(figure)
+        self._drawn[name] = drawn.summary(figure)
 
     def claims(self, judged=()):
-        """The verdicts as a table, after those of `judged`, arguments of `claim`; writes record.json.
-
-        Raises UserError where the run differs from the committed record and `VITREG_CHECK` is set, as by `make test`.
-        """
-        from . import compare
-
+        """The verdicts as a table, after those of `judged`, arguments of `claim`; writes record.json."""
         for arguments in judged:
             self.claim(*arguments)
-        path = self.write()
-        if is_plain(self.item, self.parameters):
-            compare.check(json.loads(path.read_text()))
+        self.write()
         return Verdicts(self._claims)
 
     def write(self) -> Path:
@@ -387,53 +360,6 @@ class Run:
         path = self.folder / "record.json"
         write_atomically(path, json.dumps(record, indent=1, allow_nan=False, default=float).encode())
         return path
-
-
-def tally(claims: list[dict]) -> dict[str, dict[str, int]]:
-    """{"paper", "ours": {verdict: how many}} of a record's claims: those of the paper and this collection's own."""
-    counts = {side: dict.fromkeys(VERDICTS, 0) for side in ("paper", "ours")}
-    for claim in claims:
-        counts["paper" if claim["id"] in reported_claims() else "ours"][claim["verdict"]] += 1
-    return counts
-
-
-class Verdicts:
-    """The judged claims of a record, as text and as a page's table: the paper's first, then this collection's own."""
-
-    def __init__(self, claims: list[dict]):
-        own = [claim["id"] not in reported_claims() for claim in claims]
-        parts = {"The paper's claims": False, "This collection's own": True}
-        self.parts = {
-            title: [c for c, o in zip(claims, own, strict=True) if o == side] for title, side in parts.items()
-        }
-
-    def __repr__(self) -> str:
-        rows = []
-        for claim in [c for part in self.parts.values() for c in part]:
-            verdict = claim["verdict"].upper() if claim["verdict"] == "fails" else claim["verdict"]
-            rows.append(f"{claim['id']} {verdict}: {claim['text']}")
-            paper = f"   paper: {claim['paper']}" if claim["paper"] not in ("", "none") else ""
-            rows.append(f"     measured: {claim['measured']}{paper}")
-        return "\n".join(rows)
-
-    def _repr_html_(self) -> str:
-        left = "text-align:left;vertical-align:top"
-        head = "".join(f'<th style="{left}">{name}</th>' for name in ("verdict", "claim", "measured here", "the paper"))
-        rows = []
-        for title, claims in self.parts.items():
-            if claims:
-                rows.append(f'<tr><td colspan="4" style="{left}"><b>{title}</b></td></tr>')
-            for claim in claims:
-                colour, mark = VERDICTS[claim["verdict"]]
-                chip = f'<b style="border-left:6px solid {colour};padding-left:6px;white-space:nowrap">'
-                text = f"{html.escape(claim['text'])} <small>({html.escape(claim['id'])})</small>"
-                cells = (
-                    f"{chip}{mark} {claim['verdict']}</b>",
-                    text,
-                    *map(html.escape, (claim["measured"], claim["paper"])),
-                )
-                rows.append("<tr>" + "".join(f'<td style="{left}">{cell}</td>' for cell in cells) + "</tr>")
-        return f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
 
 
 def environment() -> dict:

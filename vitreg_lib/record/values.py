@@ -44,7 +44,7 @@ def taken(name: str, default, value):
 
 
 def literal(text: str):
-    """The number, truth value or text that somebody typed."""
+    """The number, truth value or text in a typed word."""
     try:
         return ast.literal_eval(text)
     except (ValueError, SyntaxError):
@@ -52,7 +52,7 @@ def literal(text: str):
 
 
 def resolved(name: str, value):
-    """Paths in a value, of images, a table or `file:` models, from where the user stands: the kernel runs elsewhere."""
+    """A value whose paths (images, a table, `file:` models) are absolute, since the kernel runs in another folder."""
     if name in ("images", "table") and value and Path(str(value)).expanduser().exists():
         return str(Path(value).expanduser().resolve())
     if name == "models" and isinstance(value, str) and "file:" in value:

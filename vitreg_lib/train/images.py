@@ -1,7 +1,7 @@
-"""Where a training without labels takes its images from: scenes, or the user's own (`--data FOLDER`).
+"""Where a training takes its images from: scenes, or the user's own (`--data FOLDER`).
 
-Everything goes by an image's position in the training (see `parallel.batch_range`), as in `folder`, whose reading,
-order and prefetching are used here. Images come as they are, in [0, 1]; views and masks are made on the device.
+Which image comes when follows from the seed and its position in the training (see `parallel.batch_range`). Images come
+in [0, 1]; views and masks are made on the device.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from ..base import UserError
 from ..data import formats, scenes
-from ..data.images import SUFFIXES, read
+from ..data.images import SUFFIXES
 from ..data.scenes import HELD_OUT, MEAN, STD, targets
 from ..data.sets import read_stored, undecoded
 from . import parallel
@@ -56,88 +56,142 @@ def pairs(config, step: int, device) -> tuple[torch.Tensor, list[str]]:
 
 
 def held_out(config, first: int, count: int) -> torch.Tensor:
-    """Images (n, 3, size, size) in [0, 1] that are never trained on: `count` from number `first` on, or fewer
-    where there are not as many."""
+    """Images (n, 3, size, size) in [0, 1] that are never trained on: at most `count`, from number `first` on."""
     if not config.data:
         return scenes.render(range(HELD_OUT + first, HELD_OUT + first + count), config.image_size, config.seed).pixels
     source = captioned(config.data, "val") if config.recipe == "clip" else pictures(config.data, "val")
-    return _read(config, source, _places(source, config.seed)[first : first + count])[0]
+    return _read(config, source, order(len(source), config.seed)[first : first + count])[0]
 
 
 def telemetry_images(config) -> torch.Tensor:
-    """The held-out images whose norms are watched, normalised."""
+    """The held-out images whose norms are watched, normalised; a recipe may have its own function of this name."""
     return (held_out(config, 0, config.telemetry_images) - MEAN) / STD
 
 
 def asking(config) -> int:
-    """How many of the images of `labelled` ask."""
+    """How many of the images of `labelled` are queries."""
     return min(config.eval_images, len(pictures(config.data, "val"))) if config.data else config.eval_images
 
 
-def labelled(config, batch_size: int = 256) -> Iterator[tuple[torch.Tensor, dict[str, torch.Tensor]]]:
-    """Images and labels to look for neighbours: `eval_images` that ask (held out), then twice as many that answer.
+def held_out_scenes(config, count: int, device="cpu") -> Iterator[tuple[torch.Tensor, dict[str, torch.Tensor]]]:
+    """(pixels in [0, 1], labels by attribute) of `count` scenes that are neither trained on nor watched, in batches."""
+    first = HELD_OUT + config.telemetry_images
+    for index in torch.arange(first, first + count).split(256):
+        batch = scenes.render(index, config.image_size, config.seed, device)
+        yield batch.pixels, targets(batch)
 
-    labels: by attribute of a scene, or `class` of a folder, whose answers come from its training images.
+
+def labelled(config) -> Iterator[tuple[torch.Tensor, dict[str, torch.Tensor]]]:
+    """(pixels, labels) for a nearest-neighbour evaluation: `eval_images` held-out queries, then a bank twice as large.
+
+    labels: by attribute of a scene, or `class` of a folder, whose bank holds training images.
     """
     count = config.eval_images
     if not config.data:
-        first = HELD_OUT + config.telemetry_images
-        for index in torch.arange(first, first + 3 * count).split(batch_size):
-            batch = scenes.render(index, config.image_size, config.seed)
-            yield batch.pixels, targets(batch)
+        yield from held_out_scenes(config, 3 * count)
         return
     for split, wanted in (("val", count), ("train", 2 * count)):
         source = pictures(config.data, split)
-        for part in _places(source, config.seed)[:wanted].split(batch_size):
+        for part in order(len(source), config.seed)[:wanted].split(256):
             pixels, labels = _read(config, source, part)
             yield pixels, {"class": torch.tensor(labels)}
 
 
-class Captioned:
-    """Pairs of image and caption from Parquet files or WebDataset shards (.tar with .jpg and .txt), by `datasets`.
+class Pictures:
+    """Images, each with its class number or caption: rows of a `datasets.Dataset`, decoded one by one when read."""
 
-    split: "train", or "val" for every twentieth pair, which is held out. Raises UserError for a folder without such
-    files or columns.
-    """
-
-    def __init__(self, root: Path, split: str):
-        from datasets import load_dataset
-
-        kind, files = next(
-            ((kind, found) for kind, end in (("parquet", "*.parquet"), ("webdataset", "*.tar"))
-             if (found := sorted(map(str, root.rglob(end))))),
-            (None, None),
-        )  # fmt: skip
-        if kind is None:
-            raise UserError(f"no pairs in {root}: *.parquet with image and caption, or *.tar with .jpg and .txt wanted")
-        rows = load_dataset(kind, data_files=files, split="train")
-        columns = [next((n for n in names if n in rows.features), None) for names in (PICTURES, CAPTIONS)]
-        if None in columns:
-            names = ", ".join(rows.features)
-            raise UserError(f"{files[0]} has the columns {names}: {PICTURES[0]} and {CAPTIONS[0]} are expected")
-        self.image, self.caption = columns
-        rows, last = undecoded(rows, self.image), HELD_OUT_EVERY - 1
-        self.rows = rows.select([i for i in range(len(rows)) if (i % (last + 1) == last) == (split == "val")])
+    def __init__(self, rows, image: str = "image", label: str = "label", classes: list[str] | None = None):
+        self.rows, self.image, self.label, self.classes = undecoded(rows, image), image, label, classes
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def read(self, index: int):
-        """(PIL image in RGB, caption)."""
+        """(PIL image in RGB, class number or caption)."""
         row = self.rows[index]
-        return read_stored(row[self.image]), row[self.caption]
+        return read_stored(row[self.image]), row[self.label]
 
     def name(self, index: int) -> str:
-        return f"pair {index}"
+        """What a message calls an image: its file, or its row."""
+        path = self.rows[index][self.image]["path"]
+        return Path(path).name if path else f"row {index}"
+
+
+@functools.lru_cache(maxsize=4)
+def pictures(data: str, split: str) -> Pictures:
+    """A split, "train" or "val", of the labelled images in a folder, whose listing is read once.
+
+    Raises UserError where there are none, or where the classes of the splits differ.
+    """
+    root = _root(data, "train/CLASS/*.jpg and val/CLASS/*.jpg")
+    shards = next((files for name in SPLITS[split] if (files := formats.parquet_files(root, name))), None)
+    chosen = _parquet(shards) if shards else _class_folders(root, split)
+    if split == "val" and chosen.classes != pictures(data, "train").classes:
+        raise UserError(f"{data}: the classes of val/ are not those of train/")
+    return chosen
+
+
+def _parquet(shards: list[str]) -> Pictures:
+    from datasets import load_dataset
+
+    rows = load_dataset("parquet", data_files=shards, split="train")
+    if missing := {"image", "label"} - rows.features.keys():
+        raise UserError(f"{shards[0]} has no column {sorted(missing)[0]}: image and label are expected")
+    names = getattr(rows.features["label"], "names", None) or [str(v) for v in range(max(rows["label"]) + 1)]
+    return Pictures(rows, classes=names)
+
+
+def _class_folders(root: Path, split: str) -> Pictures:
+    """SPLIT/CLASS/photo.jpg, or CLASS/photo.jpg, of which every twentieth photo is held out."""
+    from datasets import Dataset
+
+    folder = next((root / name for name in SPLITS[split] if (root / name).is_dir()), None)
+    if folder is None and (root / "train").is_dir():
+        raise UserError(f"{root} has train/ but no val/: put held-out images, a subfolder a class, there")
+    classes, files = formats.class_folders(folder or root)
+    if not files:
+        raise UserError(
+            f"no images in {folder or root}: a subfolder a class with {', '.join(sorted(SUFFIXES))} is expected, "
+            "below train/ and val/, or the hub's files train-*.parquet and validation-*.parquet"
+        )
+    if folder is None:
+        files = [files[i] for i in _part(len(files), split)]
+    paths, labels = map(list, zip(*files, strict=True))
+    return Pictures(Dataset.from_dict({"image": paths, "label": labels}), classes=classes)
 
 
 @functools.lru_cache(maxsize=2)
-def captioned(data: str, split: str) -> Captioned:
-    """The pairs in a folder. Raises UserError where there is none."""
+def captioned(data: str, split: str) -> Pictures:
+    """A split of the pairs of image and caption in a folder, of which every twentieth is held out ("val").
+
+    They are Parquet files or WebDataset's shards (.tar with .jpg and .txt), read by `datasets`. Raises UserError for a
+    folder without such files or columns.
+    """
+    from datasets import load_dataset
+
+    root = _root(data, "*.parquet or *.tar files of pairs")
+    kinds = {"parquet": "*.parquet", "webdataset": "*.tar"}
+    kind, files = next(((k, f) for k, end in kinds.items() if (f := sorted(map(str, root.rglob(end))))), (None, []))
+    if kind is None:
+        raise UserError(f"no pairs in {root}: *.parquet with image and caption, or *.tar with .jpg and .txt wanted")
+    rows = load_dataset(kind, data_files=files, split="train")
+    columns = [next((n for n in names if n in rows.features), None) for names in (PICTURES, CAPTIONS)]
+    if None in columns:
+        names = ", ".join(rows.features)
+        raise UserError(f"{files[0]} has the columns {names}: {PICTURES[0]} and {CAPTIONS[0]} are expected")
+    return Pictures(rows.select(_part(len(rows), split)), *columns)
+
+
+def _root(data: str, content: str) -> Path:
     root = Path(data).expanduser()
     if not root.is_dir():
-        raise UserError(f"no folder {data!r} for --data: write the path of one with *.parquet or *.tar files of pairs")
-    return Captioned(root, split)
+        raise UserError(f"no folder {data!r} for --data: write the path of one with {content}")
+    return root
+
+
+def _part(count: int, split: str) -> list[int]:
+    """Places of "val", every twentieth, or of "train", the others."""
+    return [i for i in range(count) if (i % HELD_OUT_EVERY == HELD_OUT_EVERY - 1) == (split == "val")]
 
 
 @functools.lru_cache(maxsize=1)
@@ -152,10 +206,6 @@ def _plain(size: int):
     return create_transform(size, interpolation="bicubic", mean=(0.0,) * 3, std=(1.0,) * 3, crop_pct=1.0)
 
 
-def _places(source, seed: int) -> torch.Tensor:
-    return order(len(source), seed)
-
-
 def _read(config, source, places):
     """(pixels, labels or captions) of the pictures at these places of a source."""
     read = [source.read(i) for i in places.tolist()]
@@ -165,52 +215,7 @@ def _read(config, source, places):
 def pairs_held_out(config) -> tuple[torch.Tensor, list[str]]:
     """At most `eval_images` pairs of a folder that are never trained on: images in [0, 1] and captions."""
     source = captioned(config.data, "val")
-    return _read(config, source, _places(source, config.seed)[: config.eval_images])
-
-
-class Pictures:
-    """The images of one split with their class numbers, from a folder of classes or from Parquet files."""
-
-    def __init__(self, root: Path, split: str):
-        self.files, self.rows = [], None
-        names = SPLITS[split]
-        if shards := next((found for name in names if (found := formats.parquet_files(root, name))), None):
-            self.rows, self.classes = _parquet(shards)
-            return
-        folder = next((root / name for name in names if (root / name).is_dir()), None)
-        whole = folder is None and not any((root / name).is_dir() for name in SPLITS["train"])
-        if whole:
-            folder = root
-        if folder is None:
-            raise UserError(f"{root} has train/ but no val/: put held-out images, a subfolder a class, there")
-        self.classes = sorted(p.name for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
-        found = [
-            (path, number)
-            for number, name in enumerate(self.classes)
-            for path in sorted((folder / name).rglob("*"))
-            if path.suffix.lower() in SUFFIXES
-        ]
-        if not found:
-            raise UserError(
-                f"no images in {folder}: a subfolder a class with {', '.join(sorted(SUFFIXES))} is expected, "
-                "below train/ and val/, or the hub's files train-*.parquet and validation-*.parquet"
-            )
-        held_out = [i % HELD_OUT_EVERY == HELD_OUT_EVERY - 1 for i in range(len(found))]
-        self.files = [f for f, out in zip(found, held_out, strict=True) if out == (split == "val")] if whole else found
-
-    def __len__(self) -> int:
-        return len(self.files) if self.rows is None else len(self.rows)
-
-    def read(self, index: int):
-        """(PIL image in RGB, class number)."""
-        if self.rows is not None:
-            row = self.rows[index]
-            return read_stored(row["image"]), row["label"]
-        path, label = self.files[index]
-        return read(path), label
-
-    def name(self, index: int) -> str:
-        return f"row {index}" if self.rows is not None else self.files[index][0].name
+    return _read(config, source, order(len(source), config.seed)[: config.eval_images])
 
 
 class Augmented(Dataset):
@@ -263,11 +268,11 @@ class Stream:
     def batch(self, step: int):
         """(pixels, labels) of this process's images of the step, on the device; captions as they are."""
         wanted = parallel.batch_range(self.config, step)
-        found = None if self.batches is None else next(self.batches, None)
-        if found is None or found[2].tolist() != list(wanted):  # at the start, or where micro-batches were halved
+        batch = None if self.batches is None else next(self.batches, None)
+        if batch is None or batch[2].tolist() != list(wanted):  # at the start, or where micro-batches were halved
             self.batches = iter(self._loader(step))
-            found = next(self.batches)
-        pixels, labels, _ = found
+            batch = next(self.batches)
+        pixels, labels, _ = batch
         if torch.is_tensor(labels):
             labels = labels.to(self.device, non_blocking=True)
         return pixels.to(self.device, non_blocking=True), labels
@@ -300,34 +305,10 @@ def stream(config, device: str) -> Stream:
     return Stream(config, device)
 
 
-@functools.lru_cache(maxsize=4)
-def pictures(data: str, split: str) -> Pictures:
-    """A split of the images in a folder, whose listing is read once. Raises UserError where there are none."""
-    root = Path(data).expanduser()
-    if not root.is_dir():
-        raise UserError(
-            f"no folder {data!r} for --data: write the path of one with train/CLASS/*.jpg and val/CLASS/*.jpg"
-        )
-    found = Pictures(root, split)
-    if split == "val" and found.classes != pictures(data, "train").classes:
-        raise UserError(f"{data}: the classes of val/ are not those of train/")
-    return found
-
-
 @functools.lru_cache(maxsize=2)
 def order(count: int, seed: int) -> torch.Tensor:
     """A permutation of `count` places that follows from the seed."""
     return torch.randperm(count, generator=torch.Generator().manual_seed(seed))
-
-
-def _parquet(shards: list[str]):
-    from datasets import load_dataset
-
-    rows = load_dataset("parquet", data_files=shards, split="train")
-    if missing := {"image", "label"} - rows.features.keys():
-        raise UserError(f"{shards[0]} has no column {sorted(missing)[0]}: image and label are expected")
-    names = getattr(rows.features["label"], "names", None) or [str(v) for v in range(max(rows["label"]) + 1)]
-    return undecoded(rows), names
 
 
 @contextlib.contextmanager

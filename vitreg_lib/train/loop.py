@@ -5,16 +5,19 @@ A recipe is a module with these functions:
     build(config) -> nn.Module                   the module that is trained
     loss(module, config, step, device) -> (loss, {name: number})
     evaluate(module, config, device) -> {name: number}
-    telemetry_images(config) -> images whose norms are watched
+    backbone(module) -> nn.Module                the timm ViT inside, whose norms are watched and which is kept
 
-`backbone(module)`, the timm ViT inside, whose norms the telemetry watches, and, where there is need, `DEFAULTS` (of
-TrainConfig), `after_step(module, config, step)` (a teacher that follows), `companions(module)` (what ships beside
-the backbone: {name: state}) and `SEPARABLE = False` where the loss compares the images of a batch, so that it is not
-the mean of the losses of its parts.
+and, where there is need:
 
-Batches are drawn by step number, of which every process takes its part (see `parallel`), and the random state is set
-from (seed, step) at every step. So a run that was killed and resumed ends with the same weights, bit for bit on a CPU,
-as one that was not. A run's folder is described in `state`; at its end model.safetensors and result.json are added.
+    DEFAULTS                                     other defaults of TrainConfig
+    telemetry_images(config) -> Tensor           images whose norms are watched; by default `images.telemetry_images`
+    after_step(module, config, step)             what follows an optimiser step, as a teacher does
+    companions(module) -> {name: state}          what ships beside the backbone
+    SEPARABLE = False                            the loss compares the images of a batch with each other
+
+A batch follows from the number of its step; every process takes its part (see `parallel`). The random state is set from
+(seed, step) at every step. So a run that was killed and resumed ends with the same weights as one that was not, on a
+CPU bit for bit. A run's folder is described in `state`; at its end model.safetensors and result.json are added.
 """
 
 from __future__ import annotations
@@ -35,7 +38,7 @@ from types import ModuleType
 import torch
 
 from ..base import UserError, write_atomically
-from . import parallel, state, telemetry
+from . import images, parallel, state, telemetry
 from .config import TrainConfig
 from .state import Run
 
@@ -48,7 +51,7 @@ def train(
     progress: bool = True,
     on_step: Callable[[int, float], None] | None = None,
 ) -> dict:
-    """Train to `config.steps`, going on from the folder's state if there is one; the result as a dictionary.
+    """The result, as a dictionary, of training to `config.steps`, from the folder's state on where there is one.
 
     The stop button, Ctrl-C and SIGTERM let the step end, save the state and raise KeyboardInterrupt, which says how to
     go on. On other ranks than 0 nothing is written and the result is empty.
@@ -68,7 +71,7 @@ def train(
     state.load(folder, run)
     loss = parallel.distribute(loss, config)
     _fit(run, loss, recipe, config, device)
-    watched = recipe.telemetry_images(config)
+    watched = getattr(recipe, "telemetry_images", images.telemetry_images)(config)
 
     def measure():
         if (whole := parallel.whole(run.module, recipe, config, device)) is not None:
@@ -104,7 +107,7 @@ def configure(recipe: str, **options) -> tuple[TrainConfig, ModuleType]:
 
 
 def recipe_of(config: TrainConfig) -> ModuleType:
-    """The module that a configuration is for: that of the recipe, or for labelled images in a folder `deit3_folder`."""
+    """The module of a configuration's recipe; for DeiT-III on a folder of labelled images `deit3_folder`."""
     if config.data and config.recipe == "emergence":
         raise UserError(f"data={config.data!r}: emergence makes its own images")
     labelled = config.data and config.recipe == "deit3"

@@ -46,7 +46,7 @@ def batch_range(config, step: int) -> range:
 
 
 def following(config, step: int) -> Iterator[range]:
-    """What `batch_range` gives now and after, micro-batch by micro-batch, to the end of the training."""
+    """The values of `batch_range` from now to the end of the training, one for each micro-batch."""
     part, parts = _part
     while step < config.steps:
         with micro_batch(part, parts):
@@ -184,7 +184,7 @@ def compile_blocks(module: nn.Module, device: str) -> bool:
 
 
 def eager(config):
-    """Inside, nothing runs compiled: hooks see every block, and other shapes compile nothing anew."""
+    """Inside, nothing runs compiled: hooks are called at every block, and new shapes start no compilation."""
     return torch.compiler.set_stance("force_eager") if config.compile else contextlib.nullcontext()
 
 
@@ -204,7 +204,7 @@ def shard(loss: nn.Module) -> None:
 
 
 def distribute(loss: Loss, config) -> nn.Module:
-    """The loss under DDP, where several processes train and FSDP does not see to it."""
+    """The loss under DDP, where several processes train without FSDP."""
     if world() == 1 or config.fsdp:
         return loss
     return nn.parallel.DistributedDataParallel(loss, broadcast_buffers=False)

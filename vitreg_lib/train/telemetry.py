@@ -49,14 +49,8 @@ def table(captured: Capture, step: int = 0) -> pd.DataFrame:
 
 
 def shipped(names: str) -> dict[str, pd.DataFrame]:
-    """The telemetry that training left beside the checkpoints of these models, as far as they are there, by name."""
+    """{name: telemetry beside the model's shipped checkpoint}, without models that have none."""
     from ..base import CHECKPOINTS
 
     paths = {name: CHECKPOINTS / f"{name}.telemetry.parquet" for name in names.split()}
     return {name: pd.read_parquet(path) for name, path in paths.items() if path.exists()}
-
-
-def share_at(table: pd.DataFrame, part: float) -> float:
-    """Outlier share of the last block at the measured step nearest to `part` (0 to 1) of the training."""
-    last = table[table.layer == table.layer.max()].reset_index(drop=True)
-    return float(last.outlier_share[(last.step - part * last.step.max()).abs().argmin()])

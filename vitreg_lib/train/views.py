@@ -9,9 +9,20 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from ..data.scenes import uniform
+from ..data.scenes import MEAN, STD, uniform
 
 RATIO = (3 / 4, 4 / 3)  # width to height of a crop, as torchvision's RandomResizedCrop
+
+
+def crops(pixels: torch.Tensor, index: torch.Tensor, config, whole, small) -> list[torch.Tensor]:
+    """Normalised views of images: two of `config.global_size` pixels, then `local_crops` of `local_size`.
+
+    whole, small: (smallest, largest) share of the image's area in them; the other arguments are those of `crop`.
+    """
+    kinds = [(config.global_size, whole)] * 2 + [(config.local_size, small)] * config.local_crops
+    return [
+        (crop(pixels, index, size, scale, config.seed, view) - MEAN) / STD for view, (size, scale) in enumerate(kinds)
+    ]
 
 
 def crop(

@@ -78,12 +78,12 @@ def attention_rows(model, images):
     from ..measure import attention
 
     anatomy, layers = model.anatomy, None
-    queries = [*range(anatomy.num_prefix_tokens)]
     if model.replayed:
-        layers = model.measured_blocks
+        layers, queries = model.measured_blocks, model.measured["queries"]
     else:
         rows, cols = anatomy.grid(images.x)
-        queries.append(attention.patch_token(model, images.x, rows // 2, cols // 2))
+        centre = attention.patch_token(model, images.x, rows // 2, cols // 2)
+        queries = [*range(anatomy.num_prefix_tokens), centre]
     seen = model.capture(images, ("norms", "attention"), layers=layers, queries=queries)
     names, mean = attention.query_names(seen), "mean of heads"
 

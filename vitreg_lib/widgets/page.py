@@ -134,7 +134,7 @@ class Page:
         self.rule = w.Button(description="Cutoff by rule", tooltip="Let the default rule choose the cutoffs again")
         self.saved = w.Button(description="Save figure", icon="save", tooltip="PNG and SVG under results/explorer")
         self.copied = w.Button(description="Copy batch commands", icon="copy", layout={"width": "auto"})
-        self.status = w.HTML().add_class("vr-status")
+        self.status, self.why = w.HTML().add_class("vr-status"), w.HTML().add_class("vr-why")
         self.command = w.Textarea(layout={"width": "auto", "display": "none"}, rows=3, disabled=True)
         self.command.add_class("vr-command")
         self.canvases = [PatchCanvas(), PatchCanvas()]
@@ -143,7 +143,7 @@ class Page:
         import ipywidgets as w
 
         rows = [self.source, self.image, self.first, self.second, self.layers, self.query, self.opacity]
-        rows += [self.heads, self.component, self.shared]
+        rows += [self.heads, self.component, self.shared, self.why]
         actions = [self.rule, self.saved, self.copied, self.status]
         more = [w.Box([self.path, self.upload, self.named]).add_class("vr-more")]
         parts = [w.Box(rows).add_class("vr-controls"), w.Box(actions).add_class("vr-actions"), self.command]
@@ -217,7 +217,9 @@ class Page:
         _offer(self.image, [(name, place) for place, name in enumerate(images.names)], state.image)
         _offer(self.first, names, state.models[0])
         _offer(self.second, [("—", ""), *names], state.models[1] if len(views) > 1 else "")
-        queries = ["cls", *(f"register {i + 1}" for i in range(max(v.seen.capture.num_registers for v in views)))]
+        queries = dict.fromkeys(name for view in views for name in view.seen.queries)
+        patches = [name for name in queries if name.startswith("patch")]
+        queries = [name for name in queries if name not in patches] + patches
         _offer(self.query, [(name, name) for name in dict.fromkeys([*queries, state.query])], state.query)
         self.component.value, self.shared.value = state.component, state.shared
         self.shared.layout.display = None if len(views) > 1 else "none"
@@ -228,15 +230,17 @@ class Page:
     def _allow(self, views: list[View]) -> None:
         """Disable, and say why, what would change nothing, since no model shown was measured for it."""
         measured = [view.label for view in views if view.seen.measured]
-        images = f"{' and '.join(measured)}: replayed, measured on the photos alone" if measured else ""
+        were = "was" if len(measured) == 1 else "were"
+        images = f"{' and '.join(measured)} {were} measured on the photos alone" if measured else ""
         reasons = dict.fromkeys(("source", "path", "upload"), images)
         for names, panel in ((("query", "opacity"), "attention"), (("component",), "components")):
             missing = all(panel in view.missing for view in views)
             reasons |= dict.fromkeys(names, views[0].missing[panel] if missing else "")
         for name, reason in reasons.items():
-            widget = getattr(self, name)
-            widget.disabled, widget.tooltip = bool(reason), reason or None
+            getattr(self, name).disabled = bool(reason)
         self.no_heads = reasons["query"]
+        said = "; ".join(reason for reason in dict.fromkeys(reasons.values()) if reason)
+        self.why.value = html.escape(f"Grey controls: {said}") if said else ""
 
     def _set_layer(self, depth: int, last: int, layer: int) -> None:
         import ipywidgets

@@ -18,6 +18,7 @@ import torch
 from ..base import UserError
 from ..hooks.capture import Capture, attention_rows
 from ..measure import detection
+from ..measure.attention import query_names
 
 MAX_IMAGES = 12  # of a source, to choose from; the detector judges all of them
 KEPT_BYTES = 64 << 20  # of captures
@@ -86,6 +87,11 @@ class Seen:
         known = layer in seen.attention and token in seen.queries
         return seen.attention[layer][:, :, [seen.queries.index(token)]] if known else None
 
+    @property
+    def queries(self) -> list[str]:
+        """What a replayed model can be asked, in words; a live one is asked any patch too."""
+        return query_names(self.capture, self.capture.queries or range(self.capture.num_prefix_tokens))
+
     def cutoff(self, layer: int) -> float:
         """The detector's cutoff after its block; after others as many medians. Infinite where it sees no artifacts."""
         outliers = self.found.outliers
@@ -119,8 +125,8 @@ def check(state: State, seen: list[Seen]) -> None:
     registers = max(one.capture.num_registers for one in seen)
     if kind == "register" and numbers[0] > registers:
         raise UserError(f"query {state.query!r}: registers of {' and '.join(state.models)}: {registers or 'none'}")
-    if kind == "patch" and all(one.measured for one in seen):
-        raise UserError(f"{query_not_measured(state.query)}; {LIVE}")
+    if kind == "patch" and not any(not one.measured or state.query in one.queries for one in seen):
+        raise UserError(f"{query_not_measured(state.query, seen[0])}; {LIVE}")
     rows, cols = seen[0].capture.grid
     if kind == "patch" and not (numbers[0] < rows and numbers[1] < cols):
         raise UserError(f"patch {numbers} out of range for a grid of {rows} x {cols}, counted from 0")
@@ -129,9 +135,9 @@ def check(state: State, seen: list[Seen]) -> None:
 LIVE = "with its weights in VITREG_MODELS or the hub's cache, all is computed"
 
 
-def query_not_measured(query: str) -> str:
+def query_not_measured(query: str, seen: Seen) -> str:
     """Why a replayed model has no attention of a query."""
-    return f"attention of {query} was not measured, only that of cls and registers"
+    return f"attention of {query} was not measured, only that of {', '.join(seen.queries)}"
 
 
 def parse_query(query: str) -> tuple[str, tuple[int, ...]]:
@@ -220,7 +226,8 @@ class Store:
         one = replace(batch, x=batch.x[[image]], pixels=batch.pixels[[image]], names=[batch.names[image]])
         facts = (model.anatomy.num_heads, norms, found, batch.pixels[image], batch.names[image])
         if model.replayed:
-            capture = model.capture(one, ("norms", "attention"), layers=model.measured_blocks)
+            asked = dict(layers=model.measured_blocks, queries=model.measured["queries"])
+            capture = model.capture(one, "attention", **asked)
             capture = replace(model.capture(one), attention=capture.attention, queries=capture.queries)
             told = dict(measured=model.measured["date"], components=model.components(one)[0])
             return Seen(model.label, model.role, capture, *facts, **told)

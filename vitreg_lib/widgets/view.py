@@ -168,8 +168,10 @@ def _missing(seen: Seen, layer: int, attention: bool, query: str) -> dict[str, s
     if layer != seen.depth - 1:
         missing["components"] = f"components were measured after block {seen.depth - 1} only"
     if attention:
-        blocks = f"attention was measured in blocks {min(seen.capture.attention)} to {seen.depth - 1} only"
-        missing["attention"] = query_not_measured(query) if layer in seen.capture.attention else blocks
+        blocks = sorted(seen.capture.attention)
+        blocks = f"blocks {blocks[0]} to {blocks[-1]}" if len(blocks) > 1 else f"block {blocks[0]}"
+        known = layer in seen.capture.attention
+        missing["attention"] = query_not_measured(query, seen) if known else f"attention was measured in {blocks} only"
     return missing
 
 

@@ -13,20 +13,18 @@ of background.
 from __future__ import annotations
 
 import math
+from operator import attrgetter
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ...data import scenes
-from ...data.scenes import ATTRIBUTES, HELD_OUT, MEAN, STD, targets
-from ...model import mini
+from ...data.scenes import ATTRIBUTES, MEAN, STD
 from ...model.text import TEMPLATES, text_tower, tokenizer
 from ...probes import zeroshot
 from .. import images, parallel
-from ..images import telemetry_images
+from . import new_vit
 
-__all__ = ["backbone", "build", "companions", "evaluate", "loss", "telemetry_images"]
 DEFAULTS = {"size": "s", "steps": 800, "batch_size": 128}
 SEPARABLE = False  # each image is compared with all captions of the batch
 
@@ -36,14 +34,7 @@ class Clip(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.visual = mini.build(
-            config.size,
-            config.registers,
-            config.embed_dim,
-            config.image_size,
-            config.register_start,
-            drop_path_rate=config.drop_path,
-        )
+        self.visual = new_vit(config, config.embed_dim, drop_path_rate=config.drop_path)
         self.text = text_tower(config.text_width, config.text_layers, config.embed_dim, config.context)
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
 
@@ -56,14 +47,8 @@ class Clip(nn.Module):
         return F.normalize(self.text(text), dim=1)
 
 
-def build(config) -> nn.Module:
-    """A fresh pair of towers."""
-    return Clip(config)
-
-
-def backbone(module):
-    """The image tower."""
-    return module.visual
+build = Clip
+backbone = attrgetter("visual")  # the image tower
 
 
 def companions(module) -> dict[str, dict]:
@@ -81,8 +66,8 @@ def loss(module, config, step, device):
     scale = module.logit_scale.clamp(max=math.log(100)).exp()
     value = ClipLoss()(image, text, scale)
     with torch.no_grad():
-        found = (image @ text.T).argmax(1) == torch.arange(len(image), device=device)
-    return value, {"accuracy": found.float().mean().item(), "scale": scale.item()}
+        correct = (image @ text.T).argmax(1) == torch.arange(len(image), device=device)
+    return value, {"accuracy": correct.float().mean().item(), "scale": scale.item()}
 
 
 def class_embeddings(encode_text, attribute: str, device="cpu") -> torch.Tensor:
@@ -108,11 +93,9 @@ def evaluate(module, config, device) -> dict[str, float]:
         return {"retrieval": (nearest == torch.arange(len(pixels))).float().mean().item()}
     classes = {name: class_embeddings(module.encode_text, name, device) for name in ATTRIBUTES}
     correct = dict.fromkeys(ATTRIBUTES, 0)
-    first = HELD_OUT + config.telemetry_images
-    for index in torch.arange(first, first + config.eval_images).split(256):
-        batch = scenes.render(index, config.image_size, config.seed, device)
-        image = module.encode_image((batch.pixels - MEAN) / STD)
-        for name, wanted in targets(batch).items():
+    for pixels, labels in images.held_out_scenes(config, config.eval_images, device):
+        image = module.encode_image((pixels - MEAN) / STD)
+        for name, wanted in labels.items():
             correct[name] += ((image @ classes[name].T).argmax(1) == wanted).sum().item()
     shares = {f"zeroshot_{name}": count / config.eval_images for name, count in correct.items()}
     return {"zeroshot": sum(shares.values()) / len(shares), **shares}

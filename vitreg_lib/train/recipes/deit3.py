@@ -12,24 +12,16 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from ...data import scenes
-from ...data.scenes import ATTRIBUTES, HELD_OUT, MEAN, STD, targets
-from ...model import mini
+from ...data.scenes import ATTRIBUTES, MEAN, STD, targets
 from .. import images
+from . import new_vit
 
 NUM_LABELS = sum(map(len, ATTRIBUTES.values()))
 
 
 def build(config) -> torch.nn.Module:
     """A fresh mini ViT with a linear head for the 24 labels."""
-    return mini.build(
-        config.size,
-        config.registers,
-        NUM_LABELS,
-        config.image_size,
-        config.register_start,
-        drop_path_rate=config.drop_path,
-    )
+    return new_vit(config, NUM_LABELS, drop_path_rate=config.drop_path)
 
 
 def backbone(module):
@@ -46,22 +38,14 @@ def loss(module, config, step, device):
     return value, {"accuracy": (logits[:, :8].argmax(1) == batch.label).float().mean().item()}
 
 
-def telemetry_images(config) -> torch.Tensor:
-    """The held-out scenes whose norms are watched during training."""
-    held_out = scenes.render(range(HELD_OUT, HELD_OUT + config.telemetry_images), config.image_size, config.seed)
-    return (held_out.pixels - MEAN) / STD
-
-
 @torch.no_grad()
 def evaluate(module, config, device) -> dict[str, float]:
     """Accuracy (0 to 1) on held-out scenes: `accuracy` of the shape, the class of a scene, and of each attribute."""
     module.eval()
-    first = HELD_OUT + config.telemetry_images
     correct = dict.fromkeys(ATTRIBUTES, 0)
-    for index in torch.arange(first, first + config.eval_images).split(256):
-        batch = scenes.render(index, config.image_size, config.seed, device)
-        logits = module((batch.pixels - MEAN) / STD).split([len(names) for names in ATTRIBUTES.values()], 1)
-        for part, (name, wanted) in zip(logits, targets(batch).items(), strict=True):
+    for pixels, labels in images.held_out_scenes(config, config.eval_images, device):
+        logits = module((pixels - MEAN) / STD).split([len(names) for names in ATTRIBUTES.values()], 1)
+        for part, (name, wanted) in zip(logits, labels.items(), strict=True):
             correct[name] += (part.argmax(1) == wanted).sum().item()
     shares = {f"accuracy_{name}": count / config.eval_images for name, count in correct.items()}
     return {"accuracy": shares["accuracy_shape"], **shares}

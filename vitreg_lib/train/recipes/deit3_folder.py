@@ -24,9 +24,9 @@ from torch.utils.data import DataLoader, Dataset
 
 from ...base import UserError, unknown
 from ...data.scenes import MEAN, STD
-from ...model import mini
 from .. import parallel
 from ..images import order, pictures, seeded, stream
+from . import new_vit
 from .deit3 import backbone
 
 __all__ = ["DEFAULTS", "backbone", "build", "evaluate", "loss", "telemetry_images"]
@@ -56,15 +56,7 @@ def build(config) -> torch.nn.Module:
         raise UserError(
             "mixup and CutMix pair images: the batch of each process must be even (or --mixup 0 --cutmix 0)"
         )
-    return mini.build(
-        config.size,
-        config.registers,
-        len(classes),
-        config.image_size,
-        config.register_start,
-        drop_path_rate=config.drop_path,
-        init_values=config.layer_scale or None,
-    )
+    return new_vit(config, len(classes), drop_path_rate=config.drop_path, init_values=config.layer_scale or None)
 
 
 def loss(module, config, step, device):

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import random
 import warnings
+from operator import attrgetter
 
 import torch
 import torch.nn.functional as F
@@ -25,9 +26,8 @@ from torch import nn
 from ...data.scenes import MEAN, STD
 from ...model import mini
 from .. import images, parallel, views
-from ..images import telemetry_images
+from . import new_vit
 
-__all__ = ["after_step", "backbone", "build", "evaluate", "loss", "telemetry_images"]
 DEFAULTS = {"size": "s", "steps": 600, "batch_size": 64, "learning_rate": 5e-3, "weight_decay": 0.04, "clip_grad": 3.0}
 SEPARABLE = False  # answers are balanced, and embeddings spread, over the batch
 GLOBAL, LOCAL = (0.4, 1.0), (0.1, 0.4)  # shares of the scene's area in whole and small crops
@@ -47,7 +47,7 @@ class DINOv2(nn.Module):
         from lightly.loss import DINOLoss, IBOTPatchLoss
         from lightly.models.modules import DINOv2ProjectionHead
 
-        self.student = vit(config, drop_path_rate=config.drop_path)
+        self.student = backbone_of(config, drop_path_rate=config.drop_path)
         dim = self.student.embed_dim
         head = dict(input_dim=dim, output_dim=config.prototypes, **(HEAD if config.size in mini.SIZES else FULL_HEAD))
         with warnings.catch_warnings():
@@ -55,7 +55,7 @@ class DINOv2(nn.Module):
             self.student_heads = nn.ModuleDict({name: DINOv2ProjectionHead(**head) for name in ("cls", "patch")})
             self.teacher_heads = nn.ModuleDict({name: DINOv2ProjectionHead(**head) for name in ("cls", "patch")})
         self.mask_token = nn.Parameter(torch.zeros(dim))
-        self.teacher = vit(config)
+        self.teacher = backbone_of(config)
         for student, teacher in self.pairs():
             teacher.load_state_dict(student.state_dict())
             teacher.requires_grad_(False)
@@ -69,20 +69,14 @@ class DINOv2(nn.Module):
         return (self.student, self.teacher), (self.student_heads, self.teacher_heads)
 
 
-def vit(config, **options) -> nn.Module:
-    """A fresh ViT without a head."""
+def backbone_of(config, **options) -> nn.Module:
+    """A fresh ViT without a head, from sizes ti/16 on with DINOv2's LayerScale."""
     scale = {} if config.size in mini.SIZES else {"init_values": FULL_LAYER_SCALE}
-    return mini.build(config.size, config.registers, 0, config.image_size, config.register_start, **scale, **options)
+    return new_vit(config, **scale, **options)
 
 
-def build(config) -> nn.Module:
-    """A fresh student with its teacher."""
-    return DINOv2(config)
-
-
-def backbone(module):
-    """The teacher: it is what DINOv2 evaluates and ships."""
-    return module.teacher
+build = DINOv2
+backbone = attrgetter("teacher")  # it is what DINOv2 evaluates and ships
 
 
 def loss(module, config, step, device):
@@ -90,23 +84,19 @@ def loss(module, config, step, device):
     from lightly.loss import KoLeoLoss
 
     batch, index = images.images(config, step, device)
-
-    def view(number, size, scale):
-        return (views.crop(batch, index, size, scale, config.seed, number) - MEAN) / STD
-
-    whole = torch.cat([view(v, config.global_size, GLOBAL) for v in (0, 1)])
-    small = torch.cat([view(2 + v, config.local_size, LOCAL) for v in range(config.local_crops)])
+    crops = views.crops(batch, index, config, GLOBAL, LOCAL)
+    whole, small = torch.cat(crops[:2]), torch.cat(crops[2:])
     first = int(index[0]) - step * config.batch_size
     mask = masks(config, step)[:, first : first + len(index)].flatten(0, 1).to(device)
     temperature = teacher_temperature(config, step)
 
     with torch.no_grad():
-        seen = tokens(module.teacher, whole, antialias=config.antialias)
-        answers = balance(module.teacher_heads["cls"](seen[:, 0]), temperature).chunk(2)
-        hidden = balance(module.teacher_heads["patch"](patches(module.teacher, seen)[mask.flatten(1)]), temperature)
-    seen = tokens(module.student, whole, mask, module.mask_token, config.antialias)
-    cls = seen[:, 0]
-    said = module.student_heads["patch"](patches(module.student, seen)[mask.flatten(1)])
+        target = tokens(module.teacher, whole, antialias=config.antialias)
+        answers = balance(module.teacher_heads["cls"](target[:, 0]), temperature).chunk(2)
+        hidden = balance(module.teacher_heads["patch"](patches(module.teacher, target)[mask.flatten(1)]), temperature)
+    output = tokens(module.student, whole, mask, module.mask_token, config.antialias)
+    cls = output[:, 0]
+    predicted = module.student_heads["patch"](patches(module.student, output)[mask.flatten(1)])
     small_cls = tokens(module.student, small, antialias=config.antialias)[:, 0]
     given = [
         *module.student_heads["cls"](cls).chunk(2),
@@ -114,7 +104,7 @@ def loss(module, config, step, device):
     ]
 
     dino = module.dino(list(answers), given, teacher_temp=1.0)
-    ibot = module.ibot(hidden, said, mask, teacher_temp=1.0)
+    ibot = module.ibot(hidden, predicted, mask, teacher_temp=1.0)
     koleo = sum(KoLeoLoss()(parallel.gather(part)) for part in cls.chunk(2)) / 2
     numbers = {"dino": dino.item(), "ibot": ibot.item(), "koleo": koleo.item()}
     return dino + ibot + KOLEO * koleo, numbers
@@ -186,14 +176,14 @@ def evaluate(module, config, device) -> dict[str, float]:
 def beside_random(trained, config, device) -> dict[str, float]:
     """k-NN accuracy (0 to 1) of a ViT's cls token for each attribute, and of a fresh random one beside it."""
     torch.manual_seed(config.seed)
-    fresh = vit(config).to(device)
-    found = knn(trained, config, device)
-    return found | {f"random_{name}": value for name, value in knn(fresh, config, device).items()}
+    fresh = backbone_of(config).to(device)
+    accuracy = knn(trained, config, device)
+    return accuracy | {f"random_{name}": value for name, value in knn(fresh, config, device).items()}
 
 
 @torch.no_grad()
 def knn(vit, config, device, neighbours: int = 20) -> dict[str, float]:
-    """Accuracy of a weighted vote of the 20 nearest of twice `eval_images` other images, by cosine of cls tokens.
+    """k-NN accuracy (0 to 1) for each attribute: a weighted vote of the 20 nearest images, by cosine of cls tokens.
 
     After DINO's evaluation (weights exp(cosine / 0.07)). `knn` is the mean over the attributes.
     """
@@ -207,9 +197,9 @@ def knn(vit, config, device, neighbours: int = 20) -> dict[str, float]:
     query, bank = features[:asking], features[asking:]
     cosine, nearest = (query @ bank.T).topk(min(neighbours, len(bank)))
     weight = (cosine / 0.07).exp()
-    found = {}
+    shares = {}
     for name in truth[0]:
         label = torch.cat([part[name] for part in truth])
         votes = F.one_hot(label[asking:][nearest]) * weight[..., None]
-        found[f"knn_{name}"] = (votes.sum(1).argmax(1) == label[:asking]).float().mean().item()
-    return {"knn": sum(found.values()) / len(found), **found}
+        shares[f"knn_{name}"] = (votes.sum(1).argmax(1) == label[:asking]).float().mean().item()
+    return {"knn": sum(shares.values()) / len(shares), **shares}

@@ -10,15 +10,14 @@ loss does not: see docs/log.md.
 
 from __future__ import annotations
 
+from operator import attrgetter
+
 import torch
 from torch import nn
 
-from ...data.scenes import MEAN, STD
 from .. import images, parallel, views
-from ..images import telemetry_images
-from .dinov2 import beside_random, tokens, vit
+from .dinov2 import backbone_of, beside_random, tokens
 
-__all__ = ["backbone", "build", "evaluate", "loss", "telemetry_images"]
 DEFAULTS = {
     "size": "s",
     "steps": 1500,
@@ -40,7 +39,7 @@ class LeJEPA(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.vit = vit(config, drop_path_rate=config.drop_path)
+        self.vit = backbone_of(config, drop_path_rate=config.drop_path)
         self.projector = nn.Sequential(
             nn.Linear(self.vit.embed_dim, HIDDEN, bias=False),
             nn.BatchNorm1d(HIDDEN),
@@ -52,25 +51,14 @@ class LeJEPA(nn.Module):
         )
 
 
-def build(config) -> nn.Module:
-    """A fresh ViT with its projector."""
-    return LeJEPA(config)
-
-
-def backbone(module):
-    """The ViT, without the projector."""
-    return module.vit
+build = LeJEPA
+backbone = attrgetter("vit")
 
 
 def loss(module, config, step, device):
     """(1 - lambda) × squared distance of all views to the mean of the whole ones + lambda × SIGReg."""
     batch, index = images.images(config, step, device)
-
-    def view(number, size, scale):
-        return (views.crop(batch, index, size, scale, config.seed, number) - MEAN) / STD
-
-    crops = [view(v, config.global_size, GLOBAL) for v in (0, 1)]
-    crops += [view(2 + v, config.local_size, LOCAL) for v in range(config.local_crops)]
+    crops = views.crops(batch, index, config, GLOBAL, LOCAL)
     groups = [torch.cat(part) for part in (crops[:2], crops[2:]) if part]  # crops of one size together
     cls = torch.cat([tokens(module.vit, x, antialias=config.antialias)[:, 0] for x in groups])
     given = module.projector(cls).float().unflatten(0, (len(crops), len(index)))  # (views, n, WIDTH)

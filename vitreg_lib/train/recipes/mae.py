@@ -9,6 +9,8 @@ For Figure 17, which compares the principal components of a masked autoencoder w
 
 from __future__ import annotations
 
+from operator import attrgetter
+
 import torch
 from torch import nn
 
@@ -16,9 +18,8 @@ from ...data.scenes import HELD_OUT, MEAN, STD, uniform
 from ...model import mini
 from ...probes.local import patch_pixels
 from .. import images, views
-from ..images import telemetry_images
+from . import new_vit
 
-__all__ = ["backbone", "build", "evaluate", "loss", "telemetry_images"]
 DEFAULTS = {"steps": 500, "batch_size": 128}
 DECODER = {"dim": 48, "depth": 2, "heads": 3}  # of mini ViTs
 FULL_DECODER = {"dim": 512, "depth": 8, "heads": 16}  # MAE's, from sizes ti/16 on
@@ -32,8 +33,7 @@ class MaskedAutoencoder(nn.Module):
         super().__init__()
         from timm.models.vision_transformer import Block
 
-        options = dict(register_start=config.register_start, drop_path_rate=config.drop_path)
-        self.encoder = mini.build(config.size, config.registers, 0, config.image_size, **options)
+        self.encoder = new_vit(config, drop_path_rate=config.drop_path)
         self.patch_size = mini.patch_size(config.size)
         decoder = DECODER if config.size in mini.SIZES else FULL_DECODER
         dim, heads = decoder["dim"], decoder["heads"]
@@ -56,14 +56,8 @@ class MaskedAutoencoder(nn.Module):
         return self.pixels(self.norm(self.blocks(full)))
 
 
-def build(config) -> nn.Module:
-    """A fresh encoder with its decoder."""
-    return MaskedAutoencoder(config)
-
-
-def backbone(module):
-    """The encoder."""
-    return module.encoder
+build = MaskedAutoencoder
+backbone = attrgetter("encoder")
 
 
 def loss(module, config, step, device):

@@ -1,21 +1,19 @@
 """The committed record of an item, data/records/ITEM.json: its numbers, verdicts and drawn figures with profile mini.
 
-A run with that profile and default parameters is compared with it: figures by what they draw (`drawn.compare`), names
-and texts by `drawn.same_text`, verdicts exactly, and numbers within a tolerance (`close`). What a clock or
-an allocator measured is known by its unit, the spread of a few draws by its name; they are neither kept nor compared.
+A run with that profile and default parameters is compared with it: figures by what they draw (`compare`), names and
+texts by `same_text`, verdicts exactly, and numbers within a tolerance (`close`). Times and memory (known by their unit)
+and the spread of a few draws (known by its name) are neither kept nor compared.
 """
 
 from __future__ import annotations
 
 import json
-import math
 import re
-import warnings
 from pathlib import Path
 
-import numpy as np
-
-from ..base import DATA, UserError, is_checked, shown, write_atomically
+from vitreg_lib.base import DATA, shown, write_atomically
+from vitreg_lib.record import run as runs
+from vitreg_lib.record.drawn import extent, statistic_name
 
 FOLDER = DATA / "records"
 MACHINE_UNITS = ("s", "% of s", "% of MiB")  # units of what a clock or an allocator says of this machine
@@ -26,9 +24,6 @@ FEW = 5  # differences that are shown where not all are asked for
 # is trained it may turn one test image of the 96 or more that these notebooks use, which moves a point by about two
 # per cent of a panel that spans fifty points. A line that a reader would call another one moves by more.
 TOLERANCE = 0.05
-THIS_MACHINE = "this machine"  # gid of what shows the time or memory that something took
-PARTS = 8  # of a sequence; a picture has 4 x 4
-PHOTO = 32  # pixels; a picture with a longer side is a photo
 WORDS = ("title", "xlabel", "ylabel", "scales", "ticks", "texts")
 
 
@@ -74,8 +69,8 @@ def differences(record: dict) -> list[str]:
     return lines
 
 
-def verdict(record: dict, all_of_them: bool = False) -> str:
-    """One line where a run agrees with the committed record, else its differences, the first few or all."""
+def verdict(record: dict, every: bool = False) -> str:
+    """One line where a run agrees with the committed record, else its differences: the first few or `every` one."""
     lines, place, share = differences(record), shown(path(record["item"])), f"{TOLERANCE:.0%}".replace("%", " %")
     if not lines:
         kept = digest(record)
@@ -83,16 +78,16 @@ def verdict(record: dict, all_of_them: bool = False) -> str:
             f"as recorded: {len(kept['measured'])} numbers and {len(kept['drawn'])} "
             f"figure{'s' * (len(kept['drawn']) != 1)} agree with {place} within {share}"
         )
-    few = lines if all_of_them else lines[:FEW]
+    few = lines if every else lines[:FEW]
     rest = len(lines) - len(few)
     more = [f"… and {rest} more: vitreg report {record['item']} --differences"] if rest else []
     return "\n  ".join([f"not as recorded in {place} (tolerance {share}):", *few, *more])
 
 
-def check(record: dict) -> None:
-    """Raise UserError where a run differs from the committed record, if `VITREG_CHECK` asks for it (`make test`)."""
-    if is_checked() and differences(record):
-        raise UserError(verdict(record))
+def show(item: str, parameters: dict, every: bool = False) -> None:
+    """Print the `verdict` on a finished run, if its record is of the kind that is committed: all parameters default."""
+    if parameters == runs.declared_parameters(item) and parameters["profile"] == "mini":
+        print(verdict(runs.read(item, parameters), every))
 
 
 def close(now: float | None, before: float | None, scale: float) -> bool:
@@ -168,16 +163,6 @@ def _items(value) -> list:
     return list(value.values()) if isinstance(value, dict) else value if isinstance(value, list) else []
 
 
-def summary(figure) -> list[dict]:
-    """One entry a visible panel of a matplotlib figure, insets and colour bars among them; it can be written as JSON.
-
-    Numbers are rounded to a thousandth of the range drawn in the panel.
-    """
-    axes = [a for axis in figure.axes for a in (axis, *axis.child_axes) if axis.get_visible() and a.get_visible()]
-    axes = [axis for axis in axes if axis.get_gid() != THIS_MACHINE]
-    return [_panel(axis) for axis in dict.fromkeys(axes)]
-
-
 def compare(now: list[dict], before: list[dict], tolerance: float = TOLERANCE) -> list[str]:
     """What differs between two summaries of a figure, one line each; tolerance is a share of the panel's range."""
     if len(now) != len(before):
@@ -217,7 +202,7 @@ def _panel_differences(now: dict, before: dict, tolerance: float) -> list[str]:
     kinds = [[artist["kind"] for artist in panel["drawn"]] for panel in (now, before)]
     if kinds[0] != kinds[1]:
         return [*lines, f"draws {_counted(kinds[0])}; recorded {_counted(kinds[1])}"]
-    spans = {key: _span([artist[key][:2] for artist in before["drawn"] if key in artist]) for key in ("x", "y")}
+    spans = {key: extent([artist[key][:2] for artist in before["drawn"] if key in artist]) for key in ("x", "y")}
     for number, (new, old) in enumerate(zip(now["drawn"], before["drawn"], strict=True), 1):
         place = f"{old['kind']} {kinds[1][:number].count(old['kind'])}"
         if not same_text(new.get("label", ""), old.get("label", ""), tolerance):
@@ -226,155 +211,16 @@ def _panel_differences(now: dict, before: dict, tolerance: float) -> list[str]:
             lines.append(f"{place} draws {new['n']} values, recorded {old['n']}")
             continue
         for key in ("x", "y", "value", "limits"):
-            span = spans.get(key) or _span([old.get("limits", [0, 0])])
+            span = spans.get(key) or extent([old.get("limits", [0, 0])])
             if len(new.get(key, [])) != len(old.get(key, [])):
                 lines.append(f"{place} has another number of finite {key}")
                 continue
             gaps = [abs(a - b) for a, b in zip(new.get(key, []), old.get(key, []), strict=True)]
             if gaps and max(gaps) > tolerance * span:
                 worst = gaps.index(max(gaps))
-                name = f"{_statistic(worst)} {key}" if key != "limits" else ("lower limit", "upper limit")[worst]
+                name = f"{statistic_name(worst)} {key}" if key != "limits" else ("lower limit", "upper limit")[worst]
                 lines.append(f"{place} has {name} {new[key][worst]:g}, recorded {old[key][worst]:g}")
     return lines
-
-
-def _statistic(number: int) -> str:
-    """What the numbers of `_statistics` are called."""
-    if number < 3:
-        return ("least", "largest", "mean")[number]
-    return f"mean (part {number - 2}) of" if number < 19 else f"middle (part {number - 18}) of"
-
-
-def _panel(axis) -> dict:
-    artists = [*_patches(axis), *map(_line, axis.lines), *map(_collection, axis.collections), *map(_image, axis.images)]
-    artists = [artist for artist in artists if artist]
-    spans = {k: _span([_ends(artist[k]) for artist in artists if artist.get(k) is not None]) for k in ("x", "y")}
-    drawn = []
-    for artist in artists:
-        entry = {"kind": artist["kind"]}
-        if (label := str(artist["label"])) and not label.startswith("_"):
-            entry["label"] = label
-        entry["n"] = artist["n"]
-        span = spans | ({"value": _span([artist["limits"]])} if "limits" in artist else {})
-        entry |= {k: _statistics(artist[k], span[k]) for k in ("x", "y", "value") if artist.get(k) is not None}
-        if "limits" in artist:
-            entry["limits"] = [_rounded(v, span["value"]) for v in artist["limits"]]
-        drawn.append(entry)
-    words = {"title": axis.get_title(), "xlabel": axis.get_xlabel(), "ylabel": axis.get_ylabel()}
-    words["scales"] = " ".join(scale for scale in (axis.get_xscale(), axis.get_yscale()) if scale != "linear")
-    words["ticks"] = _named_ticks(axis.xaxis) + _named_ticks(axis.yaxis)
-    words["texts"] = [text.get_text() for text in axis.texts if text.get_text()]
-    return {key: text for key, text in words.items() if text} | {"drawn": drawn}
-
-
-def _line(line) -> dict | None:
-    return _artist(line, "line", np.column_stack([np.asarray(v, float) for v in line.get_data(orig=False)]))
-
-
-def _patches(axis) -> list[dict | None]:
-    """Bars that were drawn together, and each other patch by itself, all by their boxes."""
-    together = [list(c.patches) for c in axis.containers if hasattr(c, "patches") and c.patches]
-    grouped = {id(patch) for bars in together for patch in bars}
-    drawn = []
-    for group in together + [[patch] for patch in axis.patches if id(patch) not in grouped]:
-        boxes = [patch.get_path().get_extents(patch.get_patch_transform()) for patch in group]
-        corners = np.array([box.p0 for box in boxes] + [box.p1 for box in boxes])
-        if id(group[0]) in grouped and axis.get_yscale() == "log":
-            corners[:, 1] += 1  # bars stand on zero, which a log axis does not have
-        label = next((c.get_label() for c in axis.containers if group[0] in c), group[0].get_label())
-        drawn.append(_artist(group[0], "bars" if id(group[0]) in grouped else "shape", corners, len(group), label))
-    return drawn
-
-
-def _collection(collection) -> dict | None:
-    from matplotlib.collections import LineCollection, PathCollection, PolyCollection, QuadMesh
-
-    if isinstance(collection, QuadMesh):
-        return _image(collection)
-    if isinstance(collection, PathCollection):
-        return _artist(collection, "points", np.ma.filled(collection.get_offsets().astype(float), np.nan))
-    kind = {LineCollection: "segments", PolyCollection: "area"}
-    kind = next((name for c, name in kind.items() if isinstance(collection, c)), type(collection).__name__)
-    vertices = [path.vertices for path in collection.get_paths()]
-    return _artist(collection, kind, np.concatenate(vertices) if vertices else np.empty((0, 2)))
-
-
-def _artist(artist, kind: str, xy: np.ndarray, n: int | None = None, label: str | None = None) -> dict | None:
-    """Points (n, 2) as placed on the axes; a coordinate that is not in units of the data (of `axhline`) is left out."""
-    axis = artist.axes
-    if artist.get_gid() == THIS_MACHINE or not artist.get_visible():
-        return None
-    transform = artist.get_offset_transform() if kind == "points" else artist.get_transform()
-    entry = {"kind": kind, "label": artist.get_label() if label is None else label}
-    for key, values, scale, inside in zip(
-        "xy", xy.T, (axis.xaxis, axis.yaxis), transform.contains_branch_seperately(axis.transData), strict=True
-    ):
-        if inside:
-            with np.errstate(all="ignore"):
-                placed = scale.get_transform().transform(values)
-            entry[key] = placed[np.isfinite(placed) & (placed > -900)]  # -1000: zero on a log axis
-    entry["n"] = n if n is not None else max((len(entry[key]) for key in "xy" if key in entry), default=0)
-    return entry
-
-
-def _image(image) -> dict | None:
-    """A picture or a mesh; colours count with unequal weights, so that exchanged channels are noticed."""
-    if image.get_gid() == THIS_MACHINE or not image.get_visible() or image.get_array() is None:
-        return None
-    values = np.ma.filled(np.ma.asarray(image.get_array(), float), np.nan)
-    limits = list(map(float, image.get_clim()))
-    if values.ndim == 3:
-        top = 255 if np.asarray(image.get_array()).dtype == np.uint8 else 1
-        values, limits = values[..., :3] @ [1 / 6, 2 / 6, 3 / 6] / top, [0.0, 1.0]
-    return {"kind": "image", "label": image.get_label(), "n": values.size, "value": values, "limits": limits}
-
-
-def _statistics(values: np.ndarray, span: float) -> list[float]:
-    """[least, largest, mean, means of parts, of a photo also their middles], empty when no value is finite.
-
-    (n,) is taken in 8 parts, (rows, cols) in 4 x 4.
-    """
-    if not np.isfinite(values).any():
-        return []
-    if values.ndim == 2:
-        parts = [p for row in np.array_split(values, 4) for p in np.array_split(row, 4, axis=1) if p.size]
-    else:
-        parts = np.array_split(values, min(PARTS, len(values)))
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # a part may be empty of finite values
-        means = [np.nanmean(part) for part in parts]
-    if values.ndim == 2 and max(values.shape) > PHOTO:
-        means += [part[part.shape[0] // 2, part.shape[1] // 2] for part in parts]
-    numbers = [np.nanmin(values), np.nanmax(values), np.nanmean(values), *np.nan_to_num(means)]
-    return [_rounded(v, span) for v in numbers]
-
-
-def _named_ticks(axis) -> list[str]:
-    from matplotlib.category import StrCategoryLocator
-    from matplotlib.ticker import FixedLocator
-
-    locator = axis.get_major_locator()
-    if not isinstance(locator, FixedLocator | StrCategoryLocator):
-        return []
-    return [text for text in axis.get_major_formatter().format_ticks(locator()) if text]
-
-
-def _ends(values: np.ndarray) -> list[float]:
-    return [float(values.min()), float(values.max())] if len(values) else []
-
-
-def _span(ends: list[list[float]]) -> float:
-    """The range of several [least, largest]; of a single value its size, 1 where there is none."""
-    flat = [v for pair in ends for v in pair[:2]]
-    if not flat:
-        return 1.0
-    return max(flat) - min(flat) or abs(flat[0]) or 1.0
-
-
-def _rounded(value: float, span: float) -> float:
-    digits = 3 - math.floor(math.log10(span))
-    rounded = round(float(value), digits) + 0.0
-    return int(rounded) if digits <= 0 else rounded
 
 
 def _counted(kinds: list[str]) -> str:

@@ -17,8 +17,8 @@ import time
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from ..base import UserError, enter_batch, shown, write_atomically
-from . import run as record
+from vitreg_lib.base import UserError, enter_batch, shown, write_atomically
+from vitreg_lib.record import run as record
 
 SOCKET_LENGTH = 80  # characters of a folder's path that leave room for a socket's name, of 107 in all
 

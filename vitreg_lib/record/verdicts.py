@@ -1,0 +1,70 @@
+"""The paper's claims, and the verdicts on them as text and as a table."""
+
+from __future__ import annotations
+
+import csv
+import functools
+import html
+
+from ..base import DATA
+
+VERDICTS = {  # colour and mark, safe for colour-blind readers and legible without colour
+    "holds": ("#0072B2", "✓"),
+    "fails": ("#D55E00", "✗"),
+    "undecided": ("#E69F00", "~"),
+    "not testable here": ("#8A8A8A", "–"),
+}
+
+
+@functools.cache
+def reported_claims() -> dict[str, dict]:
+    """The paper's claims by id, from data/reported/claims.csv."""
+    with open(DATA / "reported" / "claims.csv", newline="") as f:
+        return {row["id"]: row for row in csv.DictReader(f)}
+
+
+def tally(claims: list[dict]) -> dict[str, dict[str, int]]:
+    """{"paper", "ours": {verdict: how many}} of a record's claims: those of the paper and this collection's own."""
+    counts = {side: dict.fromkeys(VERDICTS, 0) for side in ("paper", "ours")}
+    for claim in claims:
+        counts["paper" if claim["id"] in reported_claims() else "ours"][claim["verdict"]] += 1
+    return counts
+
+
+class Verdicts:
+    """The judged claims of a record, as text and as a page's table: the paper's first, then this collection's own."""
+
+    def __init__(self, claims: list[dict]):
+        own = [claim["id"] not in reported_claims() for claim in claims]
+        parts = {"The paper's claims": False, "This collection's own": True}
+        self.parts = {
+            title: [c for c, o in zip(claims, own, strict=True) if o == side] for title, side in parts.items()
+        }
+
+    def __repr__(self) -> str:
+        rows = []
+        for claim in [c for part in self.parts.values() for c in part]:
+            verdict = claim["verdict"].upper() if claim["verdict"] == "fails" else claim["verdict"]
+            rows.append(f"{claim['id']} {verdict}: {claim['text']}")
+            paper = f"   paper: {claim['paper']}" if claim["paper"] not in ("", "none") else ""
+            rows.append(f"     measured: {claim['measured']}{paper}")
+        return "\n".join(rows)
+
+    def _repr_html_(self) -> str:
+        left = "text-align:left;vertical-align:top"
+        head = "".join(f'<th style="{left}">{name}</th>' for name in ("verdict", "claim", "measured here", "the paper"))
+        rows = []
+        for title, claims in self.parts.items():
+            if claims:
+                rows.append(f'<tr><td colspan="4" style="{left}"><b>{title}</b></td></tr>')
+            for claim in claims:
+                colour, mark = VERDICTS[claim["verdict"]]
+                chip = f'<b style="border-left:6px solid {colour};padding-left:6px;white-space:nowrap">'
+                text = f"{html.escape(claim['text'])} <small>({html.escape(claim['id'])})</small>"
+                cells = (
+                    f"{chip}{mark} {claim['verdict']}</b>",
+                    text,
+                    *map(html.escape, (claim["measured"], claim["paper"])),
+                )
+                rows.append("<tr>" + "".join(f'<td style="{left}">{cell}</td>' for cell in cells) + "</tr>")
+        return f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
