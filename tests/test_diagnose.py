@@ -1,79 +1,203 @@
-"""The diagnosis of a model against controls whose truth is known."""
+"""The diagnosis of models whose truth is known, the page and the report, and what few or bad images may not cause."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
 
 import pytest
 import torch
+from markupsafe import escape
+from PIL import Image
 
 import vitreg_lib as vr
 from vitreg_lib import cli
-from vitreg_lib.record import diagnose
+from vitreg_lib.base import UserError
+from vitreg_lib.record import answers, diagnose, look
 
 
 @pytest.fixture(scope="module")
 def planted():
-    model = vr.load("planted")
-    images = vr.images.load("scenes", model, 24)
-    return model, images, diagnose.diagnose(model, images)
+    return diagnose.controls()[0]
 
 
-def test_planted_artifacts_are_diagnosed_with_their_share_and_onset(planted):
-    model, images, found = planted
-    assert found.verdict.startswith("Artifacts")
-    assert found.numbers["onset_layer"] == model.onset
-    assert found.numbers["outlier_share"] == pytest.approx(model.truth(images).float().mean().item(), abs=0.003)
-    assert 5 < found.numbers["norm_ratio"] < 20
+@pytest.fixture
+def photos(tmp_path):
+    """A folder of 30 small photos of noise in three folders of classes, one of them damaged."""
+    for i in range(30):
+        folder = tmp_path / "photos" / f"class {i % 3}"
+        folder.mkdir(parents=True, exist_ok=True)
+        pixels = torch.randint(0, 256, (24, 24, 3), generator=torch.Generator().manual_seed(i), dtype=torch.uint8)
+        Image.fromarray(pixels.numpy()).save(folder / f"{i}.png")
+    (tmp_path / "photos" / "class 0" / "0.png").write_bytes(b"no picture")
+    return tmp_path / "photos"
 
 
-def test_attention_on_planted_outliers_exceeds_their_share(planted):
-    _, _, found = planted
-    assert found.numbers["attention_on_outliers"] > 3 * found.numbers["outlier_share"]
+def asked(report, number=0):
+    return report["models"][number]["questions"]
+
+
+def test_planted_artifacts_are_there_with_their_share_and_onset(planted):
+    model, numbers = planted.model, planted.numbers
+    truth = model.truth(vr.images.load("scenes", model, diagnose.SCENES)).float()
+    assert planted.answers[0].answer == "artifacts"
+    assert numbers["onset_layer"] == model.onset
+    assert numbers["outlier_share"] == pytest.approx(truth.mean().item(), abs=0.003)
+    assert numbers["outlier_share_low"] < truth.mean() < numbers["outlier_share_high"]
+    places = planted.seen.detection.outliers.mask.float().mean(0)
+    assert (places - truth.mean(0).view(12, 12)).abs().max() < 0.1
+
+
+def test_planted_artifacts_are_of_place_and_content_and_hold_what_was_planted(planted):
+    numbers = planted.numbers
+    assert numbers["follows_place"] > numbers["follows_content"] == 0, "the inner places were never allowed"
+    assert numbers["outliers_in_grey"] > 1, "every allowed place is quiet in a grey image"
+    assert numbers["pixels_error_outlier"] > numbers["pixels_error_matched"], "they lost their own patch"
 
 
 def test_attention_on_outliers_is_the_mean_over_images(planted):
-    model, images, found = planted
-    rows = model.capture(images, "attention", layers=-1, queries=[0]).attention[7].mean(1)[:, 0, 1:]
-    is_outlier = found.captured.patch_norms[:, -1] > found.numbers["cutoff"]
-    share = (rows * is_outlier).sum(1) / rows.sum(1)
-    assert found.numbers["attention_on_outliers"] == pytest.approx(share.mean().item(), rel=1e-5)
+    seen = planted.seen
+    images = vr.images.load("scenes", planted.model, diagnose.SCENES)
+    rows = planted.model.capture(images, "attention", layers=-1, queries=[0]).attention[7].mean(1)[:, 0, 1:]
+    share = (rows * seen.detection.outliers.mask.flatten(1)).sum(1) / rows.sum(1)
+    assert planted.numbers["attention_on_outliers"] == pytest.approx(share.mean().item(), rel=1e-5)
+    assert planted.numbers["attention_on_outliers"] > 3 * planted.numbers["outlier_share"]
 
 
-def test_places_are_those_of_the_truth(planted):
-    model, images, found = planted
-    truth = model.truth(images).float().mean(0).view(12, 12)
-    assert (found.places - truth).abs().max() < 0.1
+def test_remedies_are_scored_beside_random_neurons_on_images_not_searched_on(planted):
+    ((title, table),) = planted.answers[4].tables.items()
+    searched = len(planted.seen.sample) // 2
+    assert f"{len(planted.seen.sample) - searched} images" in title
+    assert table.outliers["planted+ttr4"] < 0.1 * table.outliers["planted"] < table.outliers[answers.RANDOM]
+    assert (table.loc["planted", ["features_apart"]].abs() < 1e-6).all()
 
 
-def test_random_control_is_clean():
-    model = vr.load("mini-random")
-    found = diagnose.diagnose(model, vr.images.load("scenes", model, 24))
-    assert found.verdict.startswith("No artifacts")
-    assert found.numbers["onset_layer"] is None and found.numbers["outlier_share"] == 0
+def test_random_control_is_asked_no_further():
+    random = diagnose.controls()[1]
+    assert [each.answer for each in random.answers] == ["none"] + ["none to ask about"] * 4
+    assert random.numbers["outlier_share"] == 0 and random.numbers["onset_layer"] is None
+    assert random.numbers["images_with_outliers_high"] == pytest.approx(1 - 0.05 ** (1 / diagnose.SCENES))
+
+
+def test_artifacts_of_place_are_called_so():
+    found = diagnose.diagnose("mini-corners", "textures", 16)
+    assert found.answers[1].answer == "position-bound"
+    assert found.numbers["follows_place"] > 0.8 > 0.2 > found.numbers["follows_content"]
 
 
 @pytest.mark.parametrize("n", [1, 2, 4])
 def test_few_photos_claim_nothing(n, real, capsys, results):
     assert cli.main(["diagnose", "deit-ti", "--n-images", str(n)]) == 0
     text = capsys.readouterr().out
-    assert "Undecided" in text and "would do" in text
-    assert "None" not in text and "Artifacts," not in text and "No artifacts" not in text
+    page, report = (next((results / "diagnose").glob(kind)) for kind in ("*.html", "*.json"))
+    content = json.loads(report.read_text())
+    assert "Undecided" in text and "more would decide" in text
+    assert {each["answer"] for each in asked(content).values()} == {"undecided"}
+    for each in (text, page.read_text(), json.dumps(content["models"])):
+        assert "None" not in each and "Artifacts," not in each and "No artifacts" not in each
 
 
 def test_registers_that_are_copies_are_called_so(planted):
     model = vr.load("planted+ttr4")  # all of them begin as the same token
-    verdict = diagnose.diagnose(model, vr.images.load("scenes", model, 4))
-    assert verdict.numbers["largest_cosine_of_registers"] == pytest.approx(1, abs=1e-4)
-    assert "copies of each other" in verdict.verdict
-    torch.manual_seed(0)
+    found = diagnose.diagnose(model, vr.images.load("scenes", model, 4))
+    assert found.numbers["largest_cosine_of_registers"] == pytest.approx(1, abs=1e-4)
+    assert "copies of each other" in found.verdict
     differing = vr.load("mini-dinov2-reg4")
+    torch.manual_seed(0)
     differing.module.reg_token.data.normal_()
     apart = diagnose.diagnose(differing, vr.images.load("scenes", differing, 4))
-    assert apart.numbers["largest_cosine_of_registers"] < diagnose.COPIES and "4 registers differ" in apart.verdict
-    assert planted[2].numbers["largest_cosine_of_registers"] is None
+    assert apart.numbers["largest_cosine_of_registers"] < answers.COPIES and "4 registers differ" in apart.verdict
+    assert planted.numbers["largest_cosine_of_registers"] is None
 
 
-def test_page_is_self_contained(planted, tmp_path):
-    _, _, found = planted
-    text = diagnose.page(found, tmp_path / "page.html").read_text()
-    assert found.model.sha256 in text and text.count("data:image/png;base64,") == 3 and "http" not in text
+def test_a_token_that_carries_the_class_names_it_and_its_neighbour_does_not(planted):
+    """Class vectors are written into the outliers of kept tokens; nothing else knows of the classes."""
+    seen, noise = planted.seen, torch.Generator().manual_seed(0)
+    labels = torch.arange(len(seen.kept)) % 4
+    tokens = torch.randn(seen.tokens.shape, generator=noise)
+    mask = torch.cat([torch.zeros(len(tokens), 1, dtype=torch.bool), seen.mask.flatten(1)], 1)
+    tokens += 3 * mask[..., None] * torch.randn(4, tokens.shape[-1], generator=noise)[labels][:, None]
+    answer = answers.held(dataclasses.replace(seen, tokens=tokens, labels=labels))
+    assert answer.answer == "global information"
+    assert answer.numbers["accuracy_outlier"] > 0.9 and answer.numbers["accuracy_matched"] < 0.5
+
+
+def test_kept_tensors_do_not_grow_with_the_images(monkeypatch):
+    monkeypatch.setattr(look, "JUDGED", 40)
+    monkeypatch.setattr(look, "VALUES", 10 * 145 * 48)
+    model = vr.load("mini-random")
+    few, many = (look.look(model, "scenes", n) for n in (40, 200))
+    assert len(many.shares) == 200 and len(many.observed.norms) == 40
+    assert len(many.kept) == len(few.kept) and many.tokens.shape == few.tokens.shape
+    largest = vr.images.load("scenes", model, 40)
+    assert torch.equal(many.observed.norms, vr.detection.observe(model, largest).norms)
+
+
+def test_outliers_are_counted_in_the_images_beyond_the_judged_ones(monkeypatch, planted):
+    monkeypatch.setattr(look, "JUDGED", 48)
+    seen = look.look(planted.model, "scenes", diagnose.SCENES)
+    norms = planted.model.capture(
+        vr.images.load("scenes", planted.model, diagnose.SCENES), "norms", layers=7
+    ).patch_norms
+    assert torch.allclose(seen.shares, (norms[:, 0] > seen.detection.outliers.cutoff).float().mean(1))
+
+
+def test_page_and_report_of_several_models_on_a_folder(photos, results, capsys):
+    command = ["diagnose", "planted", "mini-random", "--images", str(photos), "--labels", "--json"]
+    assert cli.main(command) == 0
+    out, errors = capsys.readouterr()
+    report = json.loads(out)
+    page, kept = (line.partition(": ")[2] for line in errors.splitlines() if line.startswith(("page: ", "report: ")))
+    text = open(page).read()
+    assert json.loads(open(kept).read()) == report
+    assert (
+        report["report"] == 1 and report["images"]["number"] == 29 and list(report["images"]["left_out"]) == ["0.png"]
+    )
+    assert [model["label"] for model in report["models"]] == ["planted", "mini-random"]
+    assert [model["label"] for model in report["controls"]] == list(diagnose.CONTROLS)
+    for number in range(2):
+        assert list(asked(report, number)) == ["any_there", "kind", "held", "hurt", "helps"]
+        for each in asked(report, number).values():
+            assert each.keys() == {"question", "answer", "sentence", "numbers", "tables"}
+            assert each["sentence"] and str(escape(each["sentence"])) in text
+    assert "0.png" in text and "http" not in text and "NaN" not in out
+    assert "planted-and-1-more_photos_" in page
+    assert cli.main(command) == 0
+    assert len(list((results / "diagnose").iterdir())) == 4, "nothing is overwritten"
+
+
+def test_names_are_escaped_and_no_formula(tmp_path, results):
+    evil = tmp_path / "<img src=x>$^$ & co"
+    evil.mkdir()
+    shutil.copy(vr.base.CHECKPOINTS / "planted.safetensors", evil / "<b>$^$.safetensors")
+    Image.new("RGB", (16, 16)).save(evil / "<script>.png")
+    (evil / "<i>bad.png").write_bytes(b"no picture")
+    found = diagnose.diagnose(f"file:{evil}/<b>$^$.safetensors", str(evil), 4)
+    page, _ = diagnose.write([found], time=True, source=str(evil))
+    text = page.read_text()
+    assert "<b>$" not in text and "<i>bad" not in text and "<img src=x" not in text and "&lt;b&gt;$" in text
+
+
+def test_a_run_over_time_is_ordered_by_step(tmp_path, results, capsys):
+    for step, name in ((2000, "planted"), (300, "mini-deit3")):
+        shutil.copy(vr.base.CHECKPOINTS / f"{name}.safetensors", tmp_path / f"step{step}.safetensors")
+    assert (
+        cli.main(["diagnose", f"file:{tmp_path}", "--over-time", "--images", "scenes", "--n-images", "24", "--json"])
+        == 0
+    )
+    rows = json.loads(capsys.readouterr().out)["over_time"]
+    assert [row["step"] for row in rows] == [300, 2000]
+    assert rows[1]["largest_over_median"] > 5 > rows[0]["largest_over_median"]
+    assert rows[1]["answer"] == "artifacts"
+
+
+def test_missing_labels_are_one_line(tmp_path, capsys):
+    Image.new("RGB", (16, 16)).save(tmp_path / "a.png")
+    assert cli.main(["diagnose", "mini-random", "--images", str(tmp_path), "--labels"]) == 1
+    assert "write labels.csv (file, class_index)" in capsys.readouterr().err
+    with pytest.raises(UserError, match="no weights in this folder"):
+        diagnose.checkpoints(f"file:{tmp_path}")
 
 
 def test_command_names_the_nearest_model(capsys):

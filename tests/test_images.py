@@ -265,6 +265,29 @@ def test_a_stream_holds_one_batch_and_passes_over_bad_files(folder):
     assert names == ["c", "d", "e", "f"] and set(left_out) == {"a.png", "b.jpg"}
 
 
+@pytest.mark.parametrize("source", ["scenes", "folder"])
+def test_a_stream_goes_on_after_the_first_images(source, folder):
+    source = str(folder) if source == "folder" else source
+    whole, first = (set(images.load(source, any_model(), n, seed=3).names) for n in (5, 3))
+    rest = [name for part in images.stream(source, any_model(), 5, seed=3, first=3) for name in part.names]
+    assert len(rest) == 2 and set(rest) | first == whole
+
+
+def test_labels_are_those_of_the_file_or_of_the_folders(tmp_path):
+    for name in ("cat/1.png", "ant/2.png", "bee/3.png", "bee/4.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        Image.new("RGB", (8, 8)).save(tmp_path / name)
+    found = images.load(str(tmp_path), any_model(), 3)
+    assert images.labels(found) is None
+    order = {"ant": 0, "bee": 1, "cat": 2}
+    assert images.labels(found, folders=True).tolist() == [order[path.parent.name] for path in found.paths]
+    assert images.labels_fit(found, 3) and not images.labels_fit(found, 1000)
+    (tmp_path / "labels.csv").write_text("file,class_index\n1.png,7\n2.png,8\n3.png,9\n4.png,9\n")
+    known = {"1": 7, "2": 8, "3": 9, "4": 9}
+    assert images.labels(found).tolist() == [known[name] for name in found.names]
+    assert images.labels_fit(found, 1000)
+
+
 def test_an_empty_folder_and_a_missing_one_are_refused(tmp_path, no_models):
     with pytest.raises(UserError, match="holds no images"):
         images.load(str(tmp_path), any_model(), 1)

@@ -11,7 +11,7 @@ import torch
 import where_artifacts_sit
 
 from vitreg_lib.data import images as image_sets
-from vitreg_lib.measure import attention, pairs
+from vitreg_lib.measure import attention, pairs, places
 from vitreg_lib.model import mend, mini
 from vitreg_lib.model.model import Model
 from workflow import plant
@@ -52,7 +52,7 @@ def test_nothing_to_explain_is_said():
 
 def test_planted_artifacts_follow_their_place_where_contents_are_exchanged(control, pictures):
     cutoff = 0.5 * control.capture(pictures, layers=-1).patch_norms.max().item()
-    table = where_artifacts_sit.tests(control, pictures.x, cutoff)
+    table = places.tests(control, pictures.x, cutoff)
     swapped = table.loc["contents exchanged"]
     assert swapped.follows_content == 0, "the inner places were never allowed"
     assert (
@@ -65,8 +65,8 @@ def test_planted_artifacts_follow_their_place_where_contents_are_exchanged(contr
 def test_exchanging_contents_twice_gives_the_image_back():
     x = torch.rand(2, 3, 24, 32)
     a, b = torch.tensor([0, 5]), torch.tensor([7, 10])
-    once = where_artifacts_sit.swap_contents(x, a, b, (3, 4))
-    assert not torch.equal(once, x) and torch.equal(where_artifacts_sit.swap_contents(once, a, b, (3, 4)), x)
+    once = places.swap_contents(x, a, b, (3, 4))
+    assert not torch.equal(once, x) and torch.equal(places.swap_contents(once, a, b, (3, 4)), x)
 
 
 def test_sign_test_leaves_equal_pairs_out_and_tells_which_is_lower():

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import hashlib
 import json
+import sys
 from dataclasses import replace
 
 import pandas as pd
 import pytest
 import registers_after_training as experiment
 import registers_drawn as drawn
+import registers_live as live
 import timm
 import torch
 from torch import nn
 
 from vitreg_lib import cli
-from vitreg_lib.base import UserError
+from vitreg_lib.base import ROOT, UserError
 from vitreg_lib.data import images
 from vitreg_lib.hooks.capture import capture
 from vitreg_lib.measure import pairs
@@ -24,6 +26,9 @@ from vitreg_lib.model.grow import with_registers
 from vitreg_lib.model.model import Model
 from vitreg_lib.train import loop, state
 from vitreg_lib.train.recipes import registers as recipe
+
+sys.path.insert(0, str(ROOT / "workflow"))
+import twins  # noqa: E402
 
 VIT, EVA = "random:vit_tiny_patch16_224", "random:eva02_tiny_patch14_224"
 SIZES = {VIT: 64, EVA: 56}
@@ -425,6 +430,16 @@ class TestTable:
         with pytest.raises(ValueError, match="no rows of doses"):
             drawn.photos(drawn.table(), "doses", model="deit-ti", registers=3)
 
+    def test_the_live_training_is_judged_as_the_recorded_ones(self):
+        """Four images; outliers before 4 %, attention on them 40 %."""
+        gone = dict(outliers_before=4 * [0.04], attention_on_outliers_before=4 * [0.4], outliers=4 * [0.002])
+        trained = pd.DataFrame(gone | dict(attention_on_outliers=4 * [0.02], attention_on_registers=4 * [0.3]))
+        found = [list(claim)[:2] for claim in live.claims(trained, trained, registers=4, patches=95)]
+        verdicts = dict(zip(("outliers", "control", "attention", "registers"), (True, False, True, True), strict=True))
+        assert found == [[f"ours-{name}", verdict] for name, verdict in verdicts.items()]
+        even = trained.assign(attention_on_registers=[0.04, 0.04, 0.12, 0.12])
+        assert [claim[1] for claim in live.claims(trained, even, registers=4, patches=95)][-1] == "undecided"
+
     def test_cells_without_rows_are_missing(self):
         rows = drawn.table()
         assert all(cell in experiment.cells() for cell in drawn.missing(rows))
@@ -473,6 +488,22 @@ class TestRealModels:
         assert result["attention_on_outliers"] < 0.2 * result["attention_on_outliers_before"]
         assert result["attention_on_registers"] > 0.15
         assert abs(result["right"] - result["right_before"]) <= 0.1
+
+
+@pytest.mark.slow
+def test_the_command_makes_a_twin_once(real, tmp_path, monkeypatch, capsys):
+    arguments = ["weights", "--only", "deit-ti-trained-reg1", "--out", str(tmp_path), "--steps", "1"]
+    assert twins.main(arguments) == 0
+    monkeypatch.setattr(names, "TWINS", tmp_path)
+    twin = zoo.load("deit-ti-trained-reg1", "cpu")
+    assert (twin.registers, twin.base) == (1, "deit-ti")
+    config = state.read_config(tmp_path / "deit-ti-trained-reg1")
+    assert (config.data, config.cutoff, config.teacher, config.seed) == ("unlabelled", 21.6, "ttr", 0)
+    assert not list(tmp_path.rglob("state.safetensors"))
+    capsys.readouterr()
+    assert twins.main(arguments) == 0
+    assert "deit-ti-trained-reg1 is there" in capsys.readouterr().out
+    assert twins.main([*arguments[:1], "--only", "deit-ti-trained-reg3"]) == 1
 
 
 def test_no_photo_to_train_on_is_in_a_measured_set(real):

@@ -10,7 +10,6 @@ import zipfile
 
 import checks
 import nbformat
-import pandas as pd
 import pytest
 import torch
 
@@ -33,8 +32,7 @@ def data():
     last = seen.layers[-1]
     truth = model.truth(images)
     rows = seen.attention[last][:, :, 0]
-    steps = {"step": [0, 0, 9, 9], "layer": [0, 1, 0, 1], "q0.5": [1.0, 2.0, 4.0, 5.0], "q1": [3.0, 4.0, 8.0, 11.0]}
-    telemetry = pd.DataFrame(steps | {"cls_norm": [1.0, 1.5, 2.0, 7.0], "register_norm": [1.2, 2.2, 5.2, 16.0]})
+    mended = seen.patch_norms[:, -1].where(~truth | (torch.arange(len(truth)) % 3 == 0)[:, None], torch.tensor(1.0))
     hits = {"without": torch.arange(200) % 10 < 3, "with": torch.arange(200) % 20 < 9}
     return {
         "vr": vr,
@@ -47,7 +45,9 @@ def data():
         "k": seen.k[last][0],
         "rows": rows,
         "is_outlier": truth,
-        "telemetry": telemetry,
+        "before": seen.patch_norms[:, -1],
+        "after": mended,
+        "limit": vr.outliers.cutoff(seen.patch_norms[:, -1]),
         "hits": hits,
         "without": "without",
         "with_registers": "with",
@@ -80,7 +80,7 @@ CHECKS = {  # answer: (check, names of its data)
     "fit": (checks.check_fit, lambda d: ()),
     "add_registers": (checks.check_add_registers, lambda d: ()),
     "patch_mean": (checks.check_patch_mean, lambda d: ()),
-    "ratio": (checks.check_ratio, lambda d: (d["telemetry"],)),
+    "left": (checks.check_left, lambda d: (d["before"], d["after"], d["limit"])),
     "iou": (checks.check_iou, lambda d: ()),
     "seed": (checks.check_seed, lambda d: (d["features"],)),
     "gain": (checks.check_gain, lambda d: (d["hits"]["without"], d["hits"]["with"])),
@@ -179,12 +179,13 @@ WRONG = {  # answer: [(a usual wrong one, from the right one r and the data d; w
         (lambda r, d: lambda x, n: x[:, 1 + n :], "the shape is"),
         (lambda r, d: lambda x, n: x[:, 1:-n].mean(1), "at the end of the sequence"),
     ],
-    "ratio": [
+    "left": [
+        (lambda r, d: 100 * r, "per cent"),
         (lambda r, d: 1 / r, "the ratio is inverted"),
-        (lambda r, d: 7 / 5, "cls over patches"),
-        (lambda r, d: 16 / 11, "divides by the largest patch norm"),
-        (lambda r, d: 2.2 / 2, "before the first step"),
-        (lambda r, d: 5.2 / 4, "this is the first block"),
+        (lambda r, d: 1 - r, "what is gone"),
+        (lambda r, d: (d["after"] > d["limit"]).double().mean(), "divide it by the share before"),
+        (lambda r, d: (d["before"] > d["limit"]).double().mean() * (1 - r), "a difference"),
+        (lambda r, d: 0, "the cutoff is too high"),
         (lambda r, d: float("nan"), "NaN"),
     ],
     "iou": [

@@ -26,6 +26,7 @@ SHORT = {  # what `vr.NAME` stands for: a function (module:name) or a module
     "maps": "measure.maps",
     "objects": "measure.objects",
     "pairs": "measure.pairs",
+    "places": "measure.places",
     "images": "data.images",
     "scenes": "data.scenes",
     "textures": "data.textures",
@@ -42,7 +43,7 @@ SHORT = {  # what `vr.NAME` stands for: a function (module:name) or a module
     "plots": "plots",
     "widgets": "widgets",
     "record": "record.run",
-    "diagnose": "record.diagnose",
+    "diagnose": "record.diagnose:diagnose",
     "measured": "model.measured",
 }
 

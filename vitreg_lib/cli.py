@@ -23,7 +23,8 @@ app.add_typer(training, name="train")
 Item = Annotated[str, typer.Argument(help="fig01 … fig21, tab01 … tab06, or the name of another notebook")]
 Pairs = Annotated[list[str], typer.Option("-p", metavar="NAME VALUE", help="set a parameter; may be repeated")]
 Profile = Annotated[Literal[*record.PROFILES] | None, typer.Option(help="mini is offline and the default")]
-AnyModel = Annotated[str, typer.Argument(help="a name of `vitreg models`, timm:NAME, file:PATH, random:NAME")]
+ANY_MODEL = "a name of `vitreg models`, timm:NAME, file:PATH, random:NAME"
+AnyModel = Annotated[str, typer.Argument(help=ANY_MODEL)]
 
 Which = Annotated[
     Literal["ema", "raw", "torchscript"],
@@ -140,27 +141,37 @@ def report(
     _workflow("compare").show(item, checked, differences)
 
 
-@app.command(epilog="\b\nvitreg diagnose vit-ti\nvitreg diagnose file:weights.pth#vit_small_patch16_224 --images DIR")
+@app.command(
+    epilog="\b\nvitreg diagnose vit-ti deit-ti\nvitreg diagnose file:weights.pth#vit_small_patch16_224 --images DIR "
+    "--labels\nvitreg diagnose file:runs/mine --over-time --images DIR"
+)
 def diagnose(
-    model: AnyModel,
+    models: Annotated[list[str], typer.Argument(metavar="MODEL…", help=f"{ANY_MODEL}; file:FOLDER of checkpoints")],
     images: Annotated[str, typer.Option(help="photos (shipped), scenes, or a folder")] = "photos",
-    n_images: Annotated[int, typer.Option(min=1, help="at most this many")] = 20,
+    n_images: Annotated[int, typer.Option(min=1, help="at most this many")] = 200,
+    labels: Annotated[bool, typer.Option("--labels", help="sub-folders, or a labels.csv, name classes")] = False,
+    over_time: Annotated[bool, typer.Option("--over-time", help="checkpoints of one training, in order")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="print the report as JSON")] = False,
+    out: Annotated[Path | None, typer.Option(help="the folder; by default results/diagnose")] = None,
     weights: Which = "ema",
     size: Size = None,
     mean: Mean = None,
     std: Std = None,
     crop: Crop = None,
 ):
-    """Does a model have artifacts, and do they hurt? Prints the answer and writes a page."""
-    from .data import images as image_sets
+    """Has a model artifacts, of what kind, what do they hold, do they hurt, what helps? Writes a page and a report."""
     from .record import diagnose
 
-    loaded = _loaded(model, weights, size, mean=mean, std=std, crop=crop)
-    diagnosis = diagnose.diagnose(loaded, image_sets.load(images, loaded, n_images), progress=True)
-    print(f"{loaded.name} on {diagnosis.source} ({loaded.preprocessing}):\n{diagnosis.verdict}\n")
-    for name, value in diagnosis.numbers.items():
-        print(f"{name:30} {'none' if value is None else f'{value:.4g}'}")
-    print(f"\npage: {shown(diagnose.page(diagnosis))}")
+    found = []
+    for name in [each for model in models for each in diagnose.checkpoints(model)]:
+        loaded = _loaded(name, weights, size, mean=mean, std=std, crop=crop)
+        found.append(diagnose.diagnose(loaded, images, n_images, labels, briefly=over_time, progress=True))
+        if not as_json:
+            print(f"{name} on {found[-1].seen.kept.source} ({loaded.preprocessing}):\n{found[-1].verdict}\n")
+    page, report = diagnose.write(found, out, over_time, images)
+    if as_json:
+        print(report.read_text())
+    print(f"page: {page}\nreport: {report}", file=sys.stderr if as_json else sys.stdout)
 
 
 @app.command(

@@ -7,7 +7,7 @@ python workflow/twins.py run --arms doses --jobs 2
 python workflow/twins.py run --models DIR --out DIR --jobs 12 --minutes 6      # several cells at once on one GPU
 python workflow/twins.py pack DIR                     # models and photos, small, to take to another machine
 python workflow/twins.py keep [runs/twins]            # the table into data/sweeps/
-python workflow/twins.py maps                         # maps of a twin into data/measured/; docs/registers.png
+python workflow/twins.py picture                      # docs/registers.png, from data/measured/
 
 VITREG_MODELS names a folder with both models, and data/unlabelled and data/imagenet in it; so does --models.
 """
@@ -29,7 +29,6 @@ from vitreg_lib.model import names  # noqa: E402
 from vitreg_lib.model.names import TWINS  # noqa: E402
 
 sys.path.insert(0, str(NOTEBOOKS / "beyond"))
-TWIN = "deit-ti-trained-reg4"  # the twin of the README's picture
 # the recipe's own where 100 steps of it meet what the experiment asks of 4 registers (a tenth of the outliers, a fifth
 # of the attention there, 2 right answers of 100 lost, for ViT-Ti 4); ViT-Ti keeps 11 % with it, and meets all with this
 RATES = {"deit-ti": 3e-5, "vit-ti": 1e-4}
@@ -58,12 +57,12 @@ def main(arguments: list[str] | None = None) -> int:
     pack_.add_argument("--photos", type=int, default=600, help="photos to train on at most (default 600)")
     keep_ = commands.add_parser("keep", help="put the table of a run into data/sweeps/")
     keep_.add_argument("folder", nargs="?", default=str(TWINS))
-    commands.add_parser("maps", help="measure a twin on the shipped photos, into data/measured/")
+    commands.add_parser("picture", help="draw docs/registers.png from data/measured/")
     keep_.add_argument("--device", default="", help="what it ran on, for the record")
     keep_.add_argument("--photos", default="", help="what it was trained and measured on, for the record")
     chosen = parser.parse_args(arguments)
     try:
-        {"run": run, "weights": weights, "pack": pack, "keep": keep, "maps": maps}[chosen.command](chosen)
+        {"run": run, "weights": weights, "pack": pack, "keep": keep, "picture": picture}[chosen.command](chosen)
     except UserError as error:
         print(f"twins: {error}", file=sys.stderr)
         return 1
@@ -179,25 +178,8 @@ def keep(chosen) -> None:
     print(f"{len(rows)} rows of {len(parts)} cells, {experiment.TABLE.stat().st_size / 2**10:.0f} kB")
 
 
-def maps(chosen) -> None:
-    """Norms and attention of DeiT-Ti with 4 empty tokens and of its twin with 4 registers, on the photos that ship,
-    into data/measured/, as `vitreg measure` writes them; then the picture. It needs the weights of both."""
-    from vitreg_lib.data import images
-    from vitreg_lib.model import measured, zoo
-    from vitreg_lib.record import measuring
-
-    for name in ("deit-ti+empty4", TWIN):
-        model = zoo.load(name, "cpu")
-        pictures = images.load("photos", model, 10)
-        command = f"vitreg measure {name} --images photos --n-images 10"
-        path = measured.FOLDER / f"{name}.safetensors"
-        measuring.write(model, pictures, measuring.measure(model, pictures), path, command)
-        print(f"{path.name}: {path.stat().st_size / 2**10:.0f} kB")
-    picture()
-
-
-def picture() -> None:
-    """The README's picture, from data/measured/."""
+def picture(chosen) -> None:
+    """The README's picture, from data/measured/, which workflow/measured.py writes."""
     import registers_drawn
 
     registers_drawn.pictures().savefig(ROOT / "docs" / "registers.png", dpi=100, bbox_inches="tight")

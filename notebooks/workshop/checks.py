@@ -462,31 +462,28 @@ def check_patch_mean(function) -> str:
     return "right, also without registers. Tokens that collect global information do not belong in a mean of patches."
 
 
-@check("4.3 what registers grew to")
-def check_ratio(answer, telemetry) -> str:
-    """Mean norm of registers / median norm of patches after the last block at the end of a training's `telemetry`."""
-    end = telemetry[telemetry.step == telemetry.step.max()]
-    at = end[end.layer == end.layer.max()].iloc[0]
-    truth = at.register_norm / at["q0.5"]
-    if math.isnan(truth):
-        raise NotYet("this run has no registers: train one with registers=4 above")
-    first = telemetry[(telemetry.step == telemetry.step.min()) & (telemetry.layer == at.layer)].iloc[0]
-    below = end[end.layer == end.layer.min()].iloc[0]
+@check("4.3 what is left")
+def check_left(answer, before: Tensor, after: Tensor, limit: float) -> str:
+    """Share of the outliers that is left: norms (images, patches) before and after, and the cutoff of before."""
+    shares = [(norms > limit).double().mean().item() for norms in (before, after)]
+    truth = shares[1] / shares[0]
     compare_numbers(
         number(answer),
         truth,
         {
-            "the ratio is inverted: divide registers by patches": 1 / truth,
-            "this is cls over patches": at.cls_norm / at["q0.5"],
-            "this divides by the largest patch norm, which one token decides: take the median (q0.5)": at.register_norm
-            / at.q1,
-            "this is the ratio before the first step: take the last step": first.register_norm / first["q0.5"],
-            "this is the first block: take the last one": below.register_norm / below["q0.5"],
+            "this is per cent: give a number from 0 to 1": 100 * truth,
+            "the ratio is inverted: divide what is left by what was there": 1 / truth,
+            "this is what is gone: 1 minus it is left": 1 - truth,
+            "this is the share of patches that are outliers afterwards: divide it by the share before": shares[1],
+            "this is a difference of two shares: divide instead": shares[0] - shares[1],
+            "nothing is left only if the cutoff is too high: use `limit`, the same for both": 0.0,
         },
-        "ratio",
+        "share",
     )
-    more = "longer than" if truth > 1.1 else "shorter than" if truth < 0.9 else "as long as"
-    return f"right. In this run registers ended {more} a typical patch. Train another seed before you report it."
+    return (
+        f"right: {truth:.0%} of the outliers are left, at the same cutoff. Is it the registers' doing? Only the same "
+        "training without registers can say it: the control."
+    )
 
 
 # 5 Objects

@@ -34,7 +34,7 @@ class Images:
 
     x: (n, 3, height, width) normalised. pixels: the same before normalisation, in [0, 1], for display.
     names: one per image. source: what they are, as records name it. scenes: the ground truth, or None for photos.
-    left_out: {file name: why it could not be read}; in a stream, of all batches so far.
+    left_out: {file name: why it could not be read}; in a stream, of all batches so far. paths: of photos, one each.
     """
 
     x: torch.Tensor
@@ -43,6 +43,7 @@ class Images:
     source: str
     scenes: scenes.Scenes | None = None
     left_out: dict[str, str] = field(default_factory=dict)
+    paths: list[Path] = field(default_factory=list)
 
     def __len__(self) -> int:
         return len(self.x)
@@ -61,27 +62,36 @@ def load(source: str, model, n: int, seed: int = 0, size: int | tuple[int, int] 
 
 
 def stream(
-    source: str, model, n: int, seed: int = 0, size: int | tuple[int, int] | None = None, batch_size: int = 64
+    source: str,
+    model,
+    n: int,
+    seed: int = 0,
+    size: int | tuple[int, int] | None = None,
+    batch_size: int = 64,
+    first: int = 0,
 ) -> Iterator[Images]:
-    """The images of `load` as an iterator of `Images` with at most `batch_size` each: memory does not grow with `n`."""
+    """The images of `load` as an iterator of `Images` with at most `batch_size` each: memory does not grow with `n`.
+
+    first: leave out the images that `load` gives for n = first.
+    """
     size, left_out, any_read = size or model.input_size, {}, False
     if source in ("scenes", "textures"):
         make = _scenes if source == "scenes" else _textures
-        for first in range(0, n, batch_size):
-            yield make(model, range(first, min(first + batch_size, n)), n, seed, size)
+        for start in range(first, n, batch_size):
+            yield make(model, range(start, min(start + batch_size, n)), n, seed, size)
         return
     paths, title = find(source)
-    chosen = paths[:n]
+    chosen = paths[first:n]
     if source != "photos":
         order = torch.randperm(len(paths), generator=torch.Generator().manual_seed(seed)).tolist()
-        chosen = [paths[i] for i in sorted(order[:n])]
-    for first in range(0, len(chosen), batch_size):
-        pixels, names = _read(chosen[first : first + batch_size], preprocessing(model, size), size, left_out)
-        if names:
-            any_read = True
+        chosen = [paths[i] for i in sorted(order[first:n])]
+    for start in range(0, len(chosen), batch_size):
+        pixels, read_paths = _read(chosen[start : start + batch_size], preprocessing(model, size), size, left_out)
+        if read_paths:
+            any_read, names = True, [path.stem for path in read_paths]
             about = f"{title}, {len(names)} of {len(paths)} images"
-            yield Images(model.normalise(pixels), pixels, names, about, None, left_out)
-    if not any_read:
+            yield Images(model.normalise(pixels), pixels, names, about, None, left_out, read_paths)
+    if not any_read and not first:
         raise UserError(f"none of the {len(chosen)} images in {source} could be read")
 
 
@@ -113,16 +123,41 @@ def _textures(model, rows: range, n: int, seed: int, size: int) -> Images:
     return Images(x, (x / 6 + 0.5).clamp(0, 1), names, f"textures, {n} held-out images")
 
 
-def labels(images: Images) -> torch.Tensor | None:
-    """(n,) class of each image: a scene's shape, or from labels.csv (file, class_index) of its folder; None without."""
+def labels(images: Images, folders: bool = False) -> torch.Tensor | None:
+    """(n,) class of each image: a scene's shape, or from labels.csv (file, class_index) of its folder; None without.
+
+    folders: where there is no labels.csv, the name of the folder that holds a photo is its class, numbered by the names
+    of all folders beside it, as torchvision's ImageFolder does; None where there is one folder only.
+    """
     if images.scenes is not None:
         return images.scenes.label
-    folder = named_folder(images.source.split(",")[0])
-    if folder is None or not (folder / "labels.csv").exists():
-        return None
-    with open(folder / "labels.csv", newline="") as f:
-        classes = {Path(row["file"]).stem: int(row["class_index"]) for row in csv.DictReader(f)}
-    return torch.tensor([classes[name] for name in images.names]) if set(images.names) <= set(classes) else None
+    if file := _label_file(images):
+        with open(file, newline="") as f:
+            classes = {Path(row["file"]).stem: int(row["class_index"]) for row in csv.DictReader(f)}
+        return torch.tensor([classes[name] for name in images.names]) if set(images.names) <= set(classes) else None
+    named = _class_folders(images) if folders else []
+    return torch.tensor([named.index(path.parent.name) for path in images.paths]) if len(named) > 1 else None
+
+
+def labels_fit(images: Images, classes: int) -> bool:
+    """Whether `labels` number the classes of a head of so many: labels.csv does, folders where they are as many."""
+    return _label_file(images) is not None or len(_class_folders(images)) == classes
+
+
+def _label_file(images: Images) -> Path | None:
+    folders = images.paths[0].parents[:2] if images.paths else ()
+    return next((folder / "labels.csv" for folder in folders if (folder / "labels.csv").exists()), None)
+
+
+def _class_folders(images: Images) -> list[str]:
+    """Names of the folders beside those that hold the photos; none where these lie in several places."""
+    places = {path.parents[1] for path in images.paths}
+    return sorted(path.name for path in places.pop().iterdir() if path.is_dir()) if len(places) == 1 else []
+
+
+def number(source: str, n: int) -> int:
+    """How many images `stream` gives for n, those that cannot be read included."""
+    return n if source in ("scenes", "textures") else min(n, len(find(source)[0]))
 
 
 def find(source: str) -> tuple[list[Path], str]:
@@ -160,18 +195,18 @@ def _photos() -> list[Path]:
     return [path for path in paths if path.exists()]
 
 
-def _read(paths: list[Path], transform, size, left_out: dict[str, str]) -> tuple[torch.Tensor, list[str]]:
-    """(pixels (n, 3, height, width), names) of files that can be read; `left_out` gets the others with the reason."""
-    pixels, names = torch.empty(len(paths), 3, *sides(size)), []
+def _read(paths: list[Path], transform, size, left_out: dict[str, str]) -> tuple[torch.Tensor, list[Path]]:
+    """(pixels (n, 3, height, width), paths) of files that can be read; `left_out` gets the others with the reason."""
+    pixels, read_paths = torch.empty(len(paths), 3, *sides(size)), []
     for path in paths:
         try:
-            pixels[len(names)] = transform(read(path))
+            pixels[len(read_paths)] = transform(read(path))
         except UserError as error:
             left_out[path.name] = str(error)
             warnings.warn(f"{path.name} cannot be read and is left out: {error}", stacklevel=4)
             continue
-        names.append(path.stem)
-    return pixels[: len(names)], names
+        read_paths.append(path)
+    return pixels[: len(read_paths)], read_paths
 
 
 def read(file):

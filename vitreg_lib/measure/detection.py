@@ -161,22 +161,35 @@ def observe(model, images, progress: bool = False, batch_size: int = 32) -> Obse
         return model.observed(images)
     from tqdm.auto import tqdm
 
-    x, anatomy = getattr(images, "x", images), model.anatomy
+    x = getattr(images, "x", images)
+    return join(
+        [observe_batch(model, part)[0] for part in tqdm(x.split(batch_size), disable=not progress, leave=False)]
+    )
+
+
+def observe_batch(model, x: torch.Tensor, keep: tuple[str, ...] = ()) -> tuple[Observed, Capture]:
+    """The `Observed` of one batch of normalised images, and the `Capture` with the sites `keep` besides."""
+    anatomy = model.anatomy
     rows, cols = anatomy.grid(x)
     prefix, patches, first = anatomy.num_prefix_tokens, rows * cols, int(anatomy.has_cls)
     sample = torch.linspace(0, patches - 1, min(QUERIES, patches)).long() + prefix
     late = range(anatomy.depth - max(1, anatomy.depth // 3), anatomy.depth)
-    norms, by_cls, by_patches = [], {i: [] for i in late}, {i: [] for i in late}  # of one batch each
-    for batch in tqdm(x.split(batch_size), disable=not progress, leave=False):
-        seen = model.capture(batch, ("norms", "attention"), queries=[0] * first + sample.tolist())
-        norms.append(seen.norms)
-        for layer in late:
-            received = seen.attention[layer].mean(1)[..., prefix:]  # (images, queries, patches)
-            by_cls[layer].append(received[:, 0])
-            by_patches[layer].append(received[:, first:].mean(1))
-    cls, others = ({i: torch.cat(parts) for i, parts in each.items()} for each in (by_cls, by_patches))
-    whole = dataclasses.replace(seen, norms=torch.cat(norms), attention={}, queries=())
-    return Observed(whole, cls if first else {}, others)
+    seen = model.capture(x, ("norms", "attention", *keep), queries=[0] * first + sample.tolist())
+    received = {i: seen.attention[i].mean(1)[..., prefix:] for i in late}  # (images, queries, patches)
+    by_cls = {i: at[:, 0] for i, at in received.items()} if first else {}
+    by_patches = {i: at[:, first:].mean(1) for i, at in received.items()}
+    return Observed(Capture(seen.layers, seen.grid, seen.prefix, norms=seen.norms), by_cls, by_patches), seen
+
+
+def join(parts: list[Observed]) -> Observed:
+    """The `Observed` of all images from those of batches."""
+    first = parts[0]
+    cls, others = (
+        {i: torch.cat([getattr(part, name)[i] for part in parts]) for i in getattr(first, name)}
+        for name in ("by_cls", "by_patches")
+    )
+    seen = dataclasses.replace(first.seen, norms=torch.cat([part.seen.norms for part in parts]))
+    return Observed(seen, cls, others)
 
 
 def registers_alike(model, images) -> float | None:

@@ -162,17 +162,20 @@ def top_overlap(
     return TopOverlap(common / k, torch.where(k > 0, k / patches, math.nan), p_value, pooled_p)
 
 
-def neighbour_similarity(tokens: torch.Tensor, grid: Grid) -> torch.Tensor:
+def neighbour_similarity(tokens: torch.Tensor, grid: Grid, valid: torch.Tensor | None = None) -> torch.Tensor:
     """Mean cosine similarity of each patch token to its 2 to 4 neighbours, (..., patches, dim) -> (..., patches).
 
-    -1 to 1; nothing wraps round an edge (Sec. 2.2, Fig. 5a). A zero token has similarity 0. NaN on a 1x1 grid.
+    -1 to 1; nothing wraps round an edge (Sec. 2.2, Fig. 5a). A zero token has similarity 0. valid (..., patches) bool
+    leaves tokens out; NaN for these and for a token without neighbours.
     """
     if tokens.shape[-2] != grid[0] * grid[1]:
         raise ValueError(f"{tokens.shape[-2]} tokens on a grid of {tuple(grid)}: drop cls and registers first")
     x = F.normalize(_at_least_float32(tokens), dim=-1).unflatten(-2, tuple(grid))
     down, right = ((a * b).sum(-1) for a, b in _pairs(x))
-    total, count = _sum_to_both(down, right), _sum_to_both(torch.ones_like(down), torch.ones_like(right))
-    return (total / count).flatten(-2)
+    there = x.new_ones(x.shape[:-1]) if valid is None else valid.unflatten(-1, tuple(grid)).to(x)
+    both = [(a * b)[..., 0] for a, b in _pairs(there[..., None])]
+    total = _sum_to_both(*(pair * weight for pair, weight in zip((down, right), both, strict=True)))
+    return (total / _sum_to_both(*both)).flatten(-2)
 
 
 class Components(NamedTuple):

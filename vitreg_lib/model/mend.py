@@ -59,13 +59,14 @@ class Found:
     table: object
 
 
-def find(model, images=None, max_neurons: int = 50, cutoff: float | None = None) -> Found:
+def find(model, images=None, max_neurons: int = 50, cutoff: float | outliers.Outliers | None = None) -> Found:
     """The MLP neurons that mark a `zoo.Model`'s outlier tokens, searched on `images` (see `handful`).
 
     Outliers are those of `detection.detect`, or, where a `cutoff` is given, tokens of a larger norm after the last
-    block. Candidates are the neurons of the blocks up to the onset, ranked by the norm that they add at outliers more
-    than elsewhere (see `rank`). From the top, the fewest of 1, 2, 3, 5 … `max_neurons` that leave less than a tenth of
-    the outliers are taken; if none does, those that leave fewest. Raises NothingToMend (a UserError) for a model
+    block (after their block, for the `Outliers` of other images). Candidates are the neurons of the blocks up to the
+    onset, ranked by the norm that they add at outliers more than elsewhere (see `rank`). From the top, the fewest of 1,
+    2, 3, 5 … `max_neurons` that leave less than a tenth of the outliers are taken; if none does, those that leave
+    fewest. Raises NothingToMend (a UserError) for a model
     without outliers.
     """
     x = _pixels(handful(model) if images is None else images)
@@ -83,7 +84,7 @@ def find(model, images=None, max_neurons: int = 50, cutoff: float | None = None)
     return Found(tuple(ranked[: best[1]]), layer, onset, cutoff, before, best[0], table.reset_index(drop=True))
 
 
-def _where(model, x: torch.Tensor, cutoff: float | None):
+def _where(model, x: torch.Tensor, cutoff: float | outliers.Outliers | None):
     """(block to look at, the first with outliers, cutoff, mask (images, patches)), by `detect` or by a set cutoff."""
     if cutoff is None:
         found = detect(model, x)
@@ -91,10 +92,12 @@ def _where(model, x: torch.Tensor, cutoff: float | None):
             raise NothingToMend(f"{model.name} has nothing to mend: {found.reason}")
         return found.outliers.layer, found.onset, found.outliers.cutoff, found.outliers.mask.flatten(1)
     norms = model.capture(x).patch_norms  # (images, layers, patches)
-    is_outlier = norms[:, -1] > cutoff
+    layer = norms.shape[1] - 1
+    if isinstance(cutoff, outliers.Outliers):
+        layer, cutoff = cutoff.layer, cutoff.cutoff
+    is_outlier = norms[:, layer] > cutoff
     if not is_outlier.any():
         raise NothingToMend(f"{model.name} has nothing to mend: no patch token is above the cutoff {cutoff:g}")
-    layer = norms.shape[1] - 1
     return layer, outliers.onset_of(norms, is_outlier, cutoff, layer), cutoff, is_outlier
 
 

@@ -1,114 +1,333 @@
-"""Does a model have artifacts, and do they hurt? The measurements of this collection on any ViT, on one page.
+"""Does a model have artifacts, of what kind, what do they hold, do they hurt, and what helps? Any ViT, on one page.
 
     vitreg diagnose timm:vit_base_patch16_224.dino
-    vitreg diagnose file:weights.pth#vit_small_patch16_224 --images folder/of/photos
+    vitreg diagnose file:weights.pth --images folder/of/photos --labels
+    vitreg diagnose file:runs/mine --over-time          # a folder of checkpoints: Figure 4(b) of one's own training
 
-The answer is that of `measure.detection`: artifacts, none, or undecided, with how many images would decide.
+`diagnose` asks the five questions of `answers`; `write` makes a page and a report in JSON of one model or several. The
+same questions to two controls whose truth is known, the planted and the random mini ViT, stand beside every answer.
 """
 
 from __future__ import annotations
 
+import datetime
+import functools
+import importlib.metadata
+import io
+import itertools
+import json
+import math
 import re
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 
 from .. import plots
-from ..base import results, write_atomically
-from ..hooks.capture import Capture
+from ..base import UserError, results, write_atomically
+from ..data import images as image_sets
 from ..measure import detection
+from ..model import names, zoo
 from ..model.model import Model
 from ..train import telemetry
 from . import report
+from .answers import ASKED, Answer, any_there
+from .look import Look, look
 
-COPIES = 0.99  # cosine from which on two registers are one
+CONTROLS = ("planted", "mini-random")
+SCENES = 64  # that the controls are asked about
+SUFFIXES = set(".safetensors .pt .pth .bin .ckpt".split())
 
 
 @dataclass
 class Diagnosis:
-    """What a model was found to have; `numbers` by name as in records, None for what there is nothing to measure of.
-
-    verdict: some sentences. detection: the answer with its outliers. captured: norms of all blocks, to draw.
-    places: (rows, cols) how often (0 to 1) each place of the grid holds an outlier. source: what the images are.
-    """
+    """The answers to the five questions (the first alone for a run over time), and what they rest on."""
 
     model: Model
-    detection: detection.Detection
-    numbers: dict[str, float | int | None]
-    verdict: str
-    captured: Capture
-    places: torch.Tensor
-    source: str
+    seen: Look
+    answers: list[Answer]
+
+    @property
+    def name(self) -> str:
+        """Short enough for a figure, and nothing in it that a figure takes for a formula."""
+        return self.seen.name.rpartition("/")[2][-32:].replace("$", r"\$")
+
+    @property
+    def verdict(self) -> str:
+        """The sentences of all answers, a line each."""
+        return "\n".join(f"{ask.question} {each.sentence}" for ask, each in zip(ASKED, self.answers, strict=False))
+
+    @property
+    def numbers(self) -> dict[str, float | int | None]:
+        """The numbers of all answers by name; None where there was nothing to measure."""
+        return {name: value for each in self.answers for name, value in each.numbers.items()}
 
 
-def diagnose(model: Model, images, progress: bool = False) -> Diagnosis:
-    """The `Diagnosis` of a model from an `Images` set of it; ten photos can carry an answer, fifty are better."""
-    observed = detection.observe(model, images, progress)
-    found = detection.judge(observed, model.label)
-    mask, norms = found.outliers.mask, found.outliers.norms
-    of_cls, any_outlier = observed.received(found.outliers.layer).get("cls"), bool(mask.any())
-    alike = detection.registers_alike(model, images)
-    numbers = {
-        "images": found.images,
-        "images_needed": found.images_needed,
-        "support": found.support if found.images > 1 else None,
-        "outlier_share": found.share[0],
-        "outlier_share_low": found.share[1],
-        "outlier_share_high": found.share[2],
-        "cutoff": found.outliers.cutoff if any_outlier else None,
-        "norm_ratio": found.norm_ratio,
-        "onset_layer": found.onset,
-        "blocks": model.anatomy.depth,
-        "median_norm": norms.median().item(),
-        "largest_norm": norms.max().item(),
-        "explained_by_place": found.place,
-        "attention_on_outliers": (of_cls * mask.flatten(1)).mean().item()
-        if any_outlier and of_cls is not None
-        else None,
-        "overlap_of_attention_and_norm": found.overlap,
-        "largest_cosine_of_registers": alike,
+def diagnose(
+    model, images="photos", n: int = 200, labelled: bool = False, briefly: bool = False, progress: bool = False
+) -> Diagnosis:
+    """The `Diagnosis` of a model (`Model`, module or name) on an `Images` set or up to `n` images of a source.
+
+    labelled: sub-folders are classes, where no labels.csv names them. briefly: only whether there are artifacts.
+    Raises UserError where `labelled` finds no labels.
+    """
+    from tqdm.auto import tqdm
+
+    model = zoo.load(model)
+    with tqdm(desc=f"{model.label or model.name}: images", unit="", disable=not progress, leave=False) as bar:
+        seen = look(model, images, n, labelled, progress=bar.update)
+        if labelled and seen.labels is None:
+            raise UserError(
+                f"no labels in {images!r}: write labels.csv (file, class_index) into it, or put each class into a "
+                "folder of its own"
+            )
+        answers = []
+        for ask in (any_there,) if briefly else ASKED:
+            bar.set_description(f"{model.label or model.name}: {ask.question}")
+            answers.append(ask(seen))
+    return Diagnosis(model, seen, answers)
+
+
+@functools.cache
+def controls() -> list[Diagnosis]:
+    """The diagnoses of two models whose truth is known: artifacts planted by hand, and fresh weights."""
+    return [diagnose(zoo.load(name, "cpu"), "scenes", SCENES) for name in CONTROLS]
+
+
+def checkpoints(name: str) -> list[str]:
+    """The model's name alone, or those of the weights in file:FOLDER, in the order of the numbers in their names."""
+    path = names.file_parts(name)[0] if name.startswith("file:") else Path()
+    if not name.startswith("file:") or not path.is_dir() or (path / "config.json").exists():
+        return [name]
+    found = [file for file in path.iterdir() if file.suffix in SUFFIXES]
+    if not found:
+        raise UserError(f"{name}: no weights in this folder ({', '.join(sorted(SUFFIXES))})")
+    return [f"file:{file}" for file in sorted(found, key=lambda file: (_numbers(file.name), file.name))]
+
+
+def _numbers(text: str) -> list[int]:
+    return [int(digits) for digits in re.findall(r"\d+", text)]
+
+
+def over_time(diagnoses: list[Diagnosis]):
+    """A DataFrame, one row a checkpoint: the quantities of Figure 4(b) after the last block, and the answer.
+
+    step: the last number in a checkpoint's name where that grows from one to the next, else its place in the order.
+    """
+    import pandas as pd
+
+    steps = [(_numbers(Path(each.model.name.partition("#")[0]).stem) or [0])[-1] for each in diagnoses]
+    grows = all(a < b for a, b in itertools.pairwise(steps))
+    rows = []
+    for place, each in enumerate(diagnoses):
+        last = telemetry.table(each.seen.observed.seen).iloc[-1]
+        ratio = last["q1"] / last["q0.5"]
+        row = {"step": steps[place] if grows else place, "largest_norm": last["q1"], "largest_over_median": ratio}
+        row |= {"share_above_3_medians": last.outlier_share, "outlier_share": each.seen.shares.mean().item()}
+        rows.append(row | {"answer": each.answers[0].answer})
+    return pd.DataFrame(rows, index=[each.seen.name.rpartition("/")[2] for each in diagnoses])
+
+
+def made(diagnoses: list[Diagnosis], time: bool = False) -> dict:
+    """The report as JSON holds it: for every model five questions with answer, sentence, numbers and tables.
+
+    A number that was not measured is null. The controls are reported in the same form.
+    """
+    first = diagnoses[0].seen.kept
+    images = {"source": first.source, "number": len(diagnoses[0].seen.shares), "left_out": first.left_out}
+    content = {
+        "report": 1,
+        "made_by": f"vitreg {importlib.metadata.version('vitreg')}",
+        "date": datetime.date.today().isoformat(),
+        "images": images,
+        "models": [_model(each) for each in diagnoses],
+        "controls": [] if time else [_model(each) for each in controls()],
+        "over_time": _rows(over_time(diagnoses)) if time else [],
     }
-    verdict = f"{found} {_registers(model.anatomy.num_registers, alike)}".strip()
-    if found.has_artifacts and numbers["attention_on_outliers"] is not None:
-        verdict += f" The cls token gives them {numbers['attention_on_outliers']:.0%} of its attention to patches."
+    return _plain(content)
+
+
+def _model(each: Diagnosis) -> dict:
+    model, seen = each.model, each.seen
+    facts = {name: getattr(model, name) for name in "name label sha256 role about registers preprocessing".split()}
+    facts |= {"blocks": model.anatomy.depth, "tokens_kept": len(seen.kept)}
+    asked = {}
+    for ask, answer in zip(ASKED, each.answers, strict=False):
+        tables = [{"title": title, "rows": _rows(table)} for title, table in answer.tables.items()]
+        parts = {name: getattr(answer, name) for name in ("answer", "sentence", "numbers")}
+        asked[ask.__name__] = {"question": ask.question, **parts, "tables": tables}
+    return facts | {"questions": asked}
+
+
+def _rows(table) -> list[dict]:
+    """A DataFrame as rows, the index first, under the name "of"."""
+    of = [", ".join(map(str, key)) if isinstance(key, tuple) else str(key) for key in table.index]
+    return [{"of": key} | row for key, row in zip(of, table.to_dict("records"), strict=True)]
+
+
+def _plain(value):
+    """Numbers, text, lists and dicts alone; None for what is not finite."""
+    if isinstance(value, dict):
+        return {str(key): _plain(each) for key, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(each) for each in value]
+    value = value.item() if hasattr(value, "item") else value
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def write(
+    diagnoses: list[Diagnosis], folder: Path | None = None, time: bool = False, source: str = ""
+) -> tuple[Path, Path]:
+    """Write the page and the report; their paths, named by model, images and date. Nothing is overwritten.
+
+    folder: results/diagnose by default. source: what the images are called in the name. time: the models are
+    checkpoints of one training, in order.
+    """
+    folder = folder or results() / "diagnose"
+    first, others = _safe(diagnoses[0].seen.name), len(diagnoses) - 1
+    images = _safe(source or diagnoses[0].seen.kept.source.partition(",")[0])
+    stem = f"{first}{f'-and-{others}-more' if others else ''}_{images}_{datetime.date.today().isoformat()}"
+    content = made(diagnoses, time)
+    pictures: dict = {number: {} if time else _figures(each) for number, each in enumerate(diagnoses)}
+    pictures[""] = {"Norms and outliers over the checkpoints": _png(_over_time(over_time(diagnoses)))} if time else {}
+    path = _unused(folder, stem)
+    write_atomically(path, report.page("diagnose", report=content, pictures=pictures).encode())
+    write_atomically(path.with_suffix(".json"), json.dumps(content, indent=1, ensure_ascii=False).encode())
+    return path, path.with_suffix(".json")
+
+
+def _safe(name: str) -> str:
+    return re.sub(r"[^A-Za-z0-9.+-]+", "-", name.rpartition("/")[2]).strip("-.")[:60] or "model"
+
+
+def _unused(folder: Path, stem: str) -> Path:
+    """An HTML file of that stem, or stem-2, stem-3 …, that was not there; it is now, so that nobody else takes it."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in itertools.chain([stem], (f"{stem}-{i}" for i in itertools.count(2))):
+            with suppress(FileExistsError):
+                (folder / f"{name}.html").touch(exist_ok=False)
+                return folder / f"{name}.html"
+    except OSError as error:
+        raise UserError(f"the page cannot be written into {folder}: {error.strerror or error}") from error
+
+
+def _figures(each: Diagnosis) -> dict[str, dict[str, bytes]]:
+    """{question: {title: PNG}}: the user's own images, and the same measurement of the controls beside it."""
+    everyone = {each.name: each} | {f"{control.name}, control": control for control in controls()}
+    found, seen = each.seen.detection, each.seen
+    pixels, on_images = seen.kept.pixels[seen.shown], _on_images(each)
+    figures = {"any_there": _norms(pixels, on_images, everyone)}
     if found.has_artifacts:
-        verdict += " `vitreg mend` tries to move them to registers at test time."
-    return Diagnosis(model, found, numbers, verdict, observed.seen, mask.float().mean(0), images.source)
+        figures["kind"] = _places(everyone)
+        figures["held"] = _held(everyone)
+        attended = [
+            {name: of_cls, f"{name}, left out": of_cls * ~mask}
+            for name, (_, mask, of_cls) in on_images.items()
+            if of_cls is not None and mask.any()
+        ]
+        if attended:
+            title = "Attention of cls, in even shares, and the same with outliers left out"
+            figures["hurt"] = {title: plots.sheet(pixels, attended, plots.ATTENTION, "even shares")}
+        if remedied := each.answers[4].maps:
+            rings = {name: norms > found.outliers.cutoff for name, norms in remedied.items()}
+            picture = plots.sheet(pixels, [remedied], plots.NORMS, "L2 norm", rings=rings)
+            figures["helps"] = {"Norms with each remedy, outliers ringed": picture}
+    return {question: {title: _png(figure) for title, figure in some.items()} for question, some in figures.items()}
 
 
-def _registers(number: int, alike: float | None) -> str:
-    """A sentence on whether a model's registers differ; empty for fewer than two."""
-    if alike is None:
-        return ""
-    copies = f"at least two of its {number} registers are copies of each other"
-    text = copies if alike >= COPIES else f"its {number} registers differ"
-    return f"{text[0].upper()}{text[1:]} (largest cosine between two {alike:.3f})."
+def _on_images(each: Diagnosis) -> dict[str, tuple]:
+    """{model or control: (norms, outliers, attention of cls or None)} on the shown images, each (images, rows, cols).
+
+    The controls see the same images at their own size. Nothing is an outlier where there are no artifacts.
+    """
+    seen, rows = each.seen, each.seen.rows[each.seen.shown]
+    observed = {each.name: (seen, seen.observed, rows)}
+    for control in controls():
+        model, size = control.model, image_sets.sides(control.model.input_size)
+        small = F.interpolate(seen.kept.pixels[seen.shown], size, mode="bilinear", antialias=True)
+        part = detection.observe_batch(model, model.normalise(small))[0]
+        observed[f"{control.name}, control"] = control.seen, part, torch.arange(len(small))
+    maps = {}
+    for name, (of, part, rows) in observed.items():
+        layer, grid = of.detection.outliers.layer, part.seen.grid
+        norms = part.norms[rows, layer].unflatten(1, grid)
+        of_cls = part.received(layer).get("cls")
+        of_cls = of_cls if of_cls is None else of_cls[rows].unflatten(1, grid)
+        maps[name] = norms, norms > _cutoff(of.detection), of_cls
+    return maps
 
 
-def page(found: Diagnosis, path: Path | None = None) -> Path:
-    """Write the diagnosis as one self-contained page; its path (results/diagnose/<model>.html by default)."""
-    import io
+def _cutoff(found: detection.Detection) -> float:
+    return found.outliers.cutoff if found.has_artifacts else math.inf
 
-    import matplotlib.pyplot as plt
 
-    label = found.model.label
-    outliers = found.detection.outliers
-    table = telemetry.table(found.captured)
-    figures = {
-        "Norms of patch tokens after every block": plots.norms_by_layer({label: table}, {label: found.detection.onset}),
-        f"Norms after block {outliers.layer}": plots.histograms({label: outliers.norms}, {label: outliers.cutoff}),
-        "How often a place holds an outlier (0 to 1)": plots.sheet(
-            None, [{label: found.places[None]}], plots.NORMS, "share of images", "group", cell=2.5
+def _norms(pixels: torch.Tensor, on_images: dict, everyone: dict[str, Diagnosis]) -> dict:
+    """Norms on the shown images, after every block, and their histogram."""
+    found = {name: one.seen.detection for name, one in everyone.items()}
+    norms = [{name: norms} for name, (norms, _, _) in on_images.items()]
+    rings = {name: mask for name, (_, mask, _) in on_images.items()}
+    tables = {name: telemetry.table(one.seen.observed.seen) for name, one in everyone.items()}
+    onsets = {name: each.onset if each.has_artifacts else None for name, each in found.items()}
+    by_model = {name: each.outliers.norms for name, each in found.items()}
+    return {
+        "Norms of patch tokens, outliers ringed": plots.sheet(
+            pixels, norms, label="L2 norm", scale="group", rings=rings, cmap=plots.NORMS
         ),
+        "Norms after every block; the controls' are of scenes": plots.norms_by_layer(tables, onsets),
+        "Histograms of norms": plots.histograms(by_model, {name: _cutoff(each) for name, each in found.items()}),
     }
-    pictures = {}
-    for title, figure in figures.items():
-        buffer = io.BytesIO()
-        figure.savefig(buffer, dpi=120, bbox_inches="tight")
-        plt.close(figure)
-        pictures[title] = buffer.getvalue()
-    values = dict(model=found.model, verdict=found.verdict, source=found.source, numbers=found.numbers)
-    path = path or results() / "diagnose" / f"{re.sub(r'[^A-Za-z0-9._+-]', '_', found.model.name)}.html"
-    write_atomically(path, report.page("diagnose", **values, pictures=pictures).encode())
-    return path
+
+
+def _places(everyone: dict[str, Diagnosis]) -> dict:
+    """How often each place holds an outlier, and what outliers follow in the interventions."""
+    shares = {name: 100 * one.seen.detection.outliers.mask.float().mean(0) for name, one in everyone.items()}
+    figures = {"How often a place holds an outlier": plots.grids(shares, "images (%)", shared=False, low=0.0)}
+    for name, one in everyone.items():
+        for table in one.answers[1].tables.values():
+            columns = {"follows_place": "follows place", "follows_content": "follows content"}
+            bars = table[list(columns)].rename(columns=columns).dropna(how="all")
+            figures[f"What outliers follow: {name}"] = plots.bars(bars, "share of outliers")
+    return figures
+
+
+def _held(everyone: dict[str, Diagnosis]) -> dict:
+    """Bars of what outliers hold, the model's beside the controls'."""
+    import pandas as pd
+
+    titles = {
+        "accuracy_": "Images whose class one token names (share)",
+        "pixels_error_": "Error of own pixels (of a guess)",
+    }
+    figures = {}
+    for prefix, title in titles.items():
+        rows = {
+            name: {k.removeprefix(prefix): v for k, v in one.answers[2].numbers.items() if k.startswith(prefix)}
+            for name, one in everyone.items()
+        }
+        table = pd.DataFrame(rows).T.dropna(how="all")
+        if len(table):
+            figures[title] = plots.bars(table, title.rpartition(" (")[0])
+    return figures
+
+
+@plots.styled
+def _over_time(table):
+    """Figure 4(b) of one's own training: largest norm, and share of outliers, by checkpoint."""
+    figure, (norms, shares) = plots.plt.subplots(1, 2, figsize=(8.4, 2.9))
+    norms.plot(table.step, table.largest_over_median, marker="o", ms=3)
+    norms.set(ylabel="largest norm / median", xlabel="checkpoint", yscale="log")
+    shares.plot(table.step, 100 * table.share_above_3_medians, marker="o", ms=3, label="above 3 medians")
+    shares.plot(table.step, 100 * table.outlier_share, marker="s", ms=3, ls="--", label="beyond the cutoff")
+    shares.set(ylabel="patch tokens (%)", xlabel="checkpoint")
+    shares.legend()
+    return figure
+
+
+def _png(figure) -> bytes:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, dpi=110, bbox_inches="tight")
+    plots.plt.close(figure)
+    return buffer.getvalue()

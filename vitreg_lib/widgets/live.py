@@ -30,19 +30,17 @@ class Watched:
     model: object
 
 
-def train(
-    registers: int = 4, size: str = "xs", steps: int = 800, batch_size: int = 32, seed: int = 0, every: int = 20
-) -> Watched:
-    """Train a mini ViT on scenes with labels; the picture below the cell is drawn anew every `every` steps.
+def train(model: str = "planted", registers: int = 4, steps: int = 25, seed: int = 0, every: int = 5) -> Watched:
+    """Train registers into a model; the picture below the cell is drawn anew every `every` steps.
 
-    `size` is one of `models.mini.SIZES`. In batch no more than `SHORT` steps are made, in a folder that is then gone.
+    In batch no more than `SHORT` steps are made, in a folder that is then gone.
     """
-    folder = results() / "workshop" / f"{size}-reg{registers}-{steps}x{batch_size}-seed{seed}"
+    folder = results() / "workshop" / f"{model}-reg{registers}-{steps}-seed{seed}"
     if in_batch():
         print(f"in batch: {min(steps, SHORT)} of {steps} steps")
         folder, steps = "", min(steps, SHORT)
-    sizes = dict(size=size, registers=registers, steps=steps, batch_size=batch_size, warmup=min(50, steps // 4))
-    return watch(folder, every, recipe="deit3", seed=seed, eval_images=256, telemetry_images=32, **sizes)
+    options = dict(model=model, registers=registers, steps=steps, seed=seed, eval_images=32, workers=0)
+    return watch(folder, every, recipe="registers", **options)
 
 
 def watch(folder: str | Path = "", every: int = 20, **options) -> Watched:
@@ -93,7 +91,7 @@ class _Picture:
         if (state := self.state()) is None:
             return
         c = self.config
-        title = f"{c.recipe} {c.size}, {c.registers} registers: step {step} of {c.steps}"
+        title = f"{c.recipe} {c.size or c.model}, {c.registers} registers: step {step} of {c.steps}"
         figure = plots.training(*state, c.steps, title)
         plt.close(figure)
         if self.handle is None:

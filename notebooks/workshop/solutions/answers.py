@@ -76,10 +76,9 @@ def patch_mean(x, num_registers):
     return x[:, 1 + num_registers :].mean(1)
 
 
-# %% ratio
+# %% left
 
-end = telemetry[telemetry.step == telemetry.step.max()].iloc[-1]  # the last block
-ratio = end.register_norm / end["q0.5"]
+left = (after > limit).double().mean() / (before > limit).double().mean()
 
 # %% iou
 

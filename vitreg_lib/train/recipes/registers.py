@@ -24,8 +24,8 @@ of --report has a labels.csv (file, class_index). The result, model.safetensors,
 
 from __future__ import annotations
 
+import dataclasses
 import functools
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -60,16 +60,13 @@ DEFAULTS = {
 STARTS, TEACHERS, FREE = ("outliers", "random"), ("ttr", "shift", "self"), ("all", "first", "registers")
 TEACHERS_REGISTERS = 4  # of the teacher "ttr", whatever the student gets
 SEARCHED = 32  # training photos on which outliers and neurons are looked for
-VIEWS, REACH = (
-    10,
-    3,
-)  # of the teacher "shift": views, the first untouched, and patches that the others are shifted at most
+VIEWS, REACH = 10, 3  # of the teacher "shift": views, the first untouched; by how many patches others shift at most
 CROP = (0.5, 1.0)  # share of a photo's area that a training crop takes
 REPORTED = ("rocket", "coffee", "astronaut", "retina")  # of the shipped photos: kept for the report
 FEWEST = 4  # photos in a folder
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Source:
     """The model before, on the CPU; what `mend.find` gave for it; and what enters block 0 at its outliers, (n, dim)."""
 
@@ -154,23 +151,16 @@ def telemetry_images(config) -> torch.Tensor:
 
 def evaluate(module, config, device) -> dict[str, float]:
     """Means of `remedies.effect` over the report's photos: before and after, on photos that were not trained on."""
-    effects = report(module.source, module.student, config, device)
-    known = effects.dropna(axis=1, how="all")
-    return {name: float(known[name].mean()) for name in sorted(known)} | {"photos_of_report": len(effects)}
-
-
-def report(source: Source, student: nn.Module, config, device):
-    """`remedies.effect` of a student: a DataFrame with a row a photo of the report."""
-    from dataclasses import replace
-
-    model, found = source.model, source.found
+    model, found = module.source.model, module.source.found
     x, labels = _report_images(config, model, config.eval_images)
+    after = dataclasses.replace(model, module=module.student.to(device))
+    before = dataclasses.replace(model, module=model.module.to(device))
     try:
-        after = replace(model, module=student.to(device))
-        before = replace(model, module=model.module.to(device))
-        return remedies.effect(before, after, x, found.cutoff, found.layer, labels)
+        effects = remedies.effect(before, after, x, found.cutoff, found.layer, labels)
     finally:
         model.module.to("cpu")
+    known = effects.dropna(axis=1, how="all")
+    return {name: float(known[name].mean()) for name in sorted(known)} | {"photos_of_report": len(effects)}
 
 
 # the student and its teacher
@@ -327,10 +317,7 @@ class _Files:
 
     def read(self, index: int):
         """(PIL image in RGB, 0): a photo without a label."""
-        from PIL import Image
-
-        with Image.open(self.paths[index]) as image:
-            return image.convert("RGB"), 0
+        return sources.read(self.paths[index]), 0
 
     def name(self, index: int) -> str:
         return self.paths[index].name
@@ -364,8 +351,8 @@ def _stream(config, device: str) -> Stream:
 
 
 def _centred(model, paths: list[Path]) -> torch.Tensor:
-    transform, files = sources.preprocessing(model, model.input_size), _Files(paths)
-    return model.normalise(torch.stack([transform(files.read(i)[0]) for i in range(len(files))]))
+    transform = sources.preprocessing(model, model.input_size)
+    return model.normalise(torch.stack([transform(sources.read(path)) for path in paths]))
 
 
 def _report_images(config, model, count: int) -> tuple[torch.Tensor, torch.Tensor | None]:

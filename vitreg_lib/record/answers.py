@@ -1,0 +1,357 @@
+"""Five questions about the artifacts of a model, each answered by a sentence, its numbers and tables.
+
+`ASKED` are the questions in order; each takes a `Look`. Those that presuppose artifacts are asked only where there are
+some.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections import Counter
+from dataclasses import dataclass, field
+
+import torch
+
+from ..base import UserError
+from ..data import images as image_sets
+from ..hooks.capture import evaluating
+from ..measure import detection, maps, objects, places
+from ..measure.pairs import interval
+from ..model import mend, remedies
+from ..probes import local
+from .look import BATCH, SHOWN, Look
+
+PER_CLASS = 5  # images of a class, for five parts of which each is the test once
+TOKENS = 4000  # that a local probe is trained on
+COPIES = 0.99  # cosine from which on two registers are one
+SINK = 10.0  # even shares of the attention of other patches
+RANDOM = "random neurons"  # the control among the remedies
+DOSES = (0, 1, 4, 8)  # registers at test time; 0 silences the neurons and adds none
+
+
+@dataclass
+class Answer:
+    """answer, in a word or two; sentence, with the number behind it; numbers, None where not measured;
+    tables: DataFrames by title. maps: (images, rows, cols) of the shown images by name, to draw."""
+
+    answer: str
+    sentence: str
+    numbers: dict[str, float | int | None] = field(default_factory=dict)
+    tables: dict = field(default_factory=dict)
+    maps: dict[str, torch.Tensor] = field(default_factory=dict)
+
+
+def asks(question: str, presupposes: bool = True):
+    """A decorator: the function answers this question, which may presuppose artifacts."""
+
+    def asking(function):
+        @functools.wraps(function)
+        def ask(seen: Look) -> Answer:
+            found = seen.detection
+            if found.has_artifacts or not presupposes:
+                return function(seen)
+            return _not_asked(found)
+
+        ask.question = question
+        return ask
+
+    return asking
+
+
+def _not_asked(found: detection.Detection) -> Answer:
+    if found.answer == "none":
+        return Answer("none to ask about", "Not asked: there are no artifacts.")
+    return Answer("undecided", "Not asked: whether there are artifacts is undecided.")
+
+
+@asks("Are there any?", presupposes=False)
+def any_there(seen: Look) -> Answer:
+    """By the detector, with the share of outliers in all images."""
+    found, norms = seen.detection, seen.detection.outliers.norms
+    numbers = dict(images=len(seen.shares), images_judged=found.images, images_needed=found.images_needed)
+    numbers |= dict(blocks=seen.model.anatomy.depth, median_norm=norms.median().item(), largest_norm=norms.max().item())
+    numbers |= dict.fromkeys(("outlier_share", "outlier_share_low", "outlier_share_high", "images_with_outliers_high"))
+    numbers |= dict(support=found.support, cutoff=None, norm_ratio=None, onset_layer=None)
+    if found.answer == "undecided":
+        more = (found.images_needed or 0) - found.images
+        decide = f" {more} more would decide." if more > 0 else ""
+        return Answer("undecided", f"Undecided: {found.reason}.{decide}", numbers)
+    if found.answer == "none":
+        high = 1 - 0.05 ** (1 / found.images)
+        numbers |= dict(outlier_share=0.0, images_with_outliers_high=high)
+        text = f"No artifacts: {found.reason}; at 95 %, fewer than {high:.1%} of such images hold any."
+        return Answer("none", text, numbers)
+    share, (low, high) = seen.shares.mean().item(), interval(seen.shares)
+    numbers |= dict(outlier_share=share, outlier_share_low=low, outlier_share_high=high)
+    numbers |= dict(cutoff=found.outliers.cutoff, norm_ratio=found.norm_ratio, onset_layer=found.onset)
+    text = (
+        f"Artifacts, {found.strength}: {share:.2%} of the patch tokens ({low:.2%} to {high:.2%}) are outliers after "
+        f"block {found.outliers.layer}, with {found.norm_ratio:.1f} times the median norm; they are so far out from "
+        f"block {found.onset} on."
+    )
+    return Answer("artifacts", text, numbers)
+
+
+@asks("What kind are they?", presupposes=False)
+def kind(seen: Look) -> Answer:
+    """Of place or of content; and, of any model, what else looks like them: sinks, copies among registers."""
+    found, numbers, tables, parts = seen.detection, {}, {}, []
+    if found.has_artifacts:
+        parts = _parted(seen, numbers, tables)
+    if found.images >= detection.FEWEST:
+        parts.append(_sinks(seen, numbers))
+    parts.append(_registers(seen, numbers))
+    text = " ".join(filter(None, parts))
+    return Answer(found.kind or _not_asked(found).answer, text or _not_asked(found).sentence, numbers, tables)
+
+
+def _parted(seen: Look, numbers: dict, tables: dict) -> list[str]:
+    """Sentences on what foretells where outliers are, and on where they go when place and content part company."""
+    found, x = seen.detection, seen.kept.x[seen.sample]
+    numbers["explained_by_place"] = found.place
+    parts = [f"{found.kind[0].upper()}{found.kind[1:]}: place explains {found.place:.0%} of where the outliers are."]
+    try:
+        table = places.tests(seen.model, x, found.outliers.cutoff, layer=found.outliers.layer)
+    except ValueError as error:
+        return [*parts, f"Not tested by an intervention: {error}."]
+    first, grey = table.iloc[0], table.outliers["a grey image"]
+    tables[f"Where outliers go when place and content part company, {len(x)} images"] = table
+    numbers |= dict(follows_place=first.follows_place, follows_content=first.follows_content, outliers_in_grey=grey)
+    return [
+        *parts,
+        f"With {table.index[0]} among 4 + 4 places, {first.follows_place:.0%} of the outliers follow the place and "
+        f"{first.follows_content:.0%} the content; a grey image has {grey:.1f} times as many.",
+    ]
+
+
+def _sinks(seen: Look, numbers: dict) -> str:
+    """A sentence on the patches that others look at, apart from those of large norm."""
+    received = seen.observed.received(seen.detection.outliers.layer).get("patches")
+    if received is None:
+        return ""
+    sink, outlier = received >= SINK, seen.detection.outliers.mask.flatten(1)
+    share = sink.float().mean().item()
+    usual = (sink & ~outlier).sum().item() / max(sink.sum().item(), 1)
+    numbers |= {"sink_share": share, "sinks_of_usual_norm": usual if sink.any() else None}
+    if not sink.any():
+        return f"No patch is an attention sink ({SINK:.0f} even shares of the other patches' attention)."
+    return (
+        f"{share:.2%} of the patches are attention sinks ({SINK:.0f} even shares of the other patches' attention or "
+        f"more); {usual:.0%} of these have no outlying norm."
+    )
+
+
+def _registers(seen: Look, numbers: dict) -> str:
+    """A sentence on whether registers differ; empty for fewer than two."""
+    alike, number = detection.registers_alike(seen.model, seen.kept.x[:8]), seen.model.anatomy.num_registers
+    numbers["largest_cosine_of_registers"] = alike
+    if alike is None:
+        return ""
+    text = f"At least two of the {number} registers are copies of each other" if alike >= COPIES else ""
+    return f"{text or f'The {number} registers differ'} (largest cosine between two {alike:.3f})."
+
+
+@asks("What do they hold?")
+def held(seen: Look) -> Answer:
+    """The class of the image, by one token; pixels and place of their own patch, by probes."""
+    numbers, tables, parts = {}, {}, []
+    answer = _classified(seen, numbers, tables, parts)
+    try:
+        probes = _local(seen)
+    except ValueError as error:  # too few images
+        return Answer(answer, f"{' '.join(parts)} Place and pixels were not probed: {error}.", numbers, tables)
+    best = {}
+    for what, table in probes.items():
+        tables[f"{what[0].upper()}{what[1:]} of a token's own patch, read linearly, {len(seen.kept)} images"] = table
+        best |= {(what, group): table.relative.xs(group).min() for group in ("outlier", "matched")}
+        numbers |= {f"{what}_error_{group}": best[what, group] for group in ("outlier", "matched")}
+    if all(map(math.isfinite, best.values())):
+        parts.append(
+            "Read linearly off outliers, and off their nearest normal tokens, by the best of three fits: the pixels of "
+            f"their own patch with {best['pixels', 'outlier']:.2f} and {best['pixels', 'matched']:.2f} of the error of "
+            f"a constant guess, their place with {best['place', 'outlier']:.2f} and {best['place', 'matched']:.2f}."
+        )
+    else:
+        parts.append("Too few outliers for probes of their own patch.")
+    return Answer(answer, " ".join(parts), numbers, tables)
+
+
+def _local(seen: Look) -> dict:
+    """{"pixels", "place": table}: ridge regression of a patch's pixels, and of its row and column, by group and fit."""
+    n, rows, cols = seen.mask.shape
+    masks = {name: mask.flatten() for name, mask in local.groups(seen.mask).items() if name != "border"}
+    place = torch.stack(torch.meshgrid(torch.arange(rows), torch.arange(cols), indexing="ij"), -1).float()
+    truth = {"pixels": local.pixels_of(seen.model, seen.kept).flatten(0, 1), "place": place.flatten(0, 1).repeat(n, 1)}
+    tokens = seen.tokens[:, -rows * cols :].flatten(0, 1)
+    ids = torch.arange(n).repeat_interleave(rows * cols)
+    columns = ["group", "fit", "test", "l2", "relative"]
+    return {
+        what: local.reconstruction_probe(tokens, values, masks, ids, max_tokens=TOKENS)[columns].set_index(columns[:2])
+        for what, values in truth.items()
+    }
+
+
+def _classified(seen: Look, numbers: dict, tables: dict, parts: list[str]) -> str:
+    """The answer by one-token classification: of each image cls, a random outlier and its nearest normal token."""
+    import pandas as pd
+
+    if seen.labels is None:
+        parts.append("No labels: `--labels` takes sub-folders, or a labels.csv (file, class_index), for classes.")
+        return "no labels"
+    flat = seen.mask.flatten(1)
+    partner = local.matched_normal(seen.mask).flatten(1)
+    has_both = flat.any(1) & partner.any(1)
+    sizes = Counter(seen.labels[has_both].tolist())
+    classes = sorted(label for label, size in sizes.items() if size >= PER_CLASS)
+    chosen = has_both & torch.isin(seen.labels, torch.tensor(classes, dtype=torch.long))
+    if len(classes) < 2:
+        parts.append(f"Too few labels: no two classes have {PER_CLASS} images with outliers.")
+        return "too few labels"
+    noise, prefix = torch.Generator().manual_seed(0), seen.tokens.shape[1] - flat.shape[1]
+    places_of = {"outlier": flat, "matched": partner}
+    drawn = {k: (torch.rand(m.shape, generator=noise) * m).argmax(1) + prefix for k, m in places_of.items()}
+    drawn |= {"cls": torch.zeros(len(flat), dtype=torch.long)} if seen.model.anatomy.has_cls else {}
+    rows, y = torch.arange(len(flat))[chosen], torch.searchsorted(torch.tensor(classes), seen.labels[chosen])
+    right = {kind: _right(seen.tokens[rows, at[chosen]], y) for kind, at in drawn.items()}
+    table = pd.DataFrame({k: [r.double().mean().item(), *interval(r)] for k, r in right.items()}).T
+    table.columns = ["accuracy", "low", "high"]
+    tables[f"Class of the image by one token, {len(classes)} classes, {len(y)} images"] = table
+    numbers |= {f"accuracy_{kind}": value for kind, value in table.accuracy.items()}
+    low, high = interval(right["outlier"].double() - right["matched"].double())
+    answer = "global information" if low > 0 else "less than their neighbours" if high < 0 else "no more than others"
+    parts.append(
+        f"One outlier token names the class of {table.accuracy['outlier']:.0%} of {len(y)} images ({len(classes)} "
+        f"classes), its nearest normal token of {table.accuracy['matched']:.0%}"
+        + (f", cls of {table.accuracy['cls']:.0%}" if "cls" in right else "")
+        + f" (difference {100 * low:.0f} to {100 * high:.0f} points)."
+    )
+    return answer
+
+
+def _right(features: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """(images,) bool: whether logistic regression on the other four fifths names the class."""
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.model_selection import StratifiedKFold, cross_val_predict
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    fit = make_pipeline(StandardScaler(), LogisticRegression(C=0.1, max_iter=1000))
+    folds = StratifiedKFold(PER_CLASS, shuffle=True, random_state=0)
+    guess = cross_val_predict(fit, features.float().numpy(), y.numpy(), cv=folds)
+    return torch.from_numpy(guess) == y
+
+
+@asks("Do they hurt?")
+def hurt(seen: Look) -> Answer:
+    """By attention of cls, and by smoothness and object discovery with outliers left out and not."""
+    found, numbers, parts = seen.detection, {}, []
+    of_cls, mask = seen.observed.received(found.outliers.layer).get("cls"), found.outliers.mask.flatten(1)
+    if of_cls is not None:
+        mass = (of_cls / of_cls.sum(1, keepdim=True) * mask).sum(1)
+        low, high = interval(mass)
+        numbers |= {"attention_on_outliers": mass.mean().item()}
+        numbers |= {"attention_on_outliers_low": low, "attention_on_outliers_high": high}
+        parts.append(
+            f"Outliers take {mass.mean():.0%} ({low:.0%} to {high:.0%}) of what cls gives to patches; "
+            f"{mask.float().mean():.1%} of the patches they are."
+        )
+    lost, grid = boxes(seen), seen.mask.shape[1:]
+    moved, on_outlier = lost["moved"].float().mean().item(), lost["seed_on_outlier"].float().mean().item()
+    numbers |= {"lost_boxes_moved": moved, "lost_seeds_on_outliers": on_outlier}
+    patches, valid = seen.tokens[:, -grid[0] * grid[1] :], ~seen.mask.flatten(1)
+    alike = {"all": maps.neighbour_similarity(patches, grid), "normal": maps.neighbour_similarity(patches, grid, valid)}
+    smooth = {name: values.nanmean().item() for name, values in alike.items()}
+    numbers |= {f"neighbour_similarity_{name}": value for name, value in smooth.items()}
+    parts.append(
+        f"Left out, they change LOST's box in {moved:.0%} of {len(lost['moved'])} images, and neighbouring tokens are "
+        f"alike by {smooth['normal']:.2f} instead of {smooth['all']:.2f} (cosine)."
+    )
+    labels = _head_labels(seen)
+    if labels is not None:
+        with evaluating(seen.model.module):
+            logits = [seen.model.module.forward_head(t.to(seen.model.weights)).cpu() for t in seen.tokens.split(BATCH)]
+        right = torch.cat(logits).argmax(1) == labels
+        low, high = interval(right)
+        numbers |= {"accuracy": right.double().mean().item(), "accuracy_low": low, "accuracy_high": high}
+        parts.append(
+            f"The head is right on {numbers['accuracy']:.0%} ({low:.0%} to {high:.0%}) of {len(right)} images; what it "
+            "is after a remedy stands in the table of remedies."
+        )
+    answer = f"{mass.mean():.0%} of cls attention" if of_cls is not None else f"{moved:.0%} of boxes moved"
+    return Answer(answer, " ".join(parts), numbers)
+
+
+def boxes(seen: Look) -> dict[str, torch.Tensor]:
+    """LOST's boxes (images, 4), in patches, of the sample by all patches ("all") and by those that are normal.
+
+    moved: (images,) whether the two overlap by less than one half; seed_on_outlier: whether LOST starts on an outlier.
+    """
+    site = objects.paper_site(seen.model)
+    captured = seen.model.capture(seen.kept.x[seen.sample], site, layers=-1)
+    features, mask = objects.features(captured, site), seen.mask[seen.sample].flatten(1)
+    whole = objects.lost(features, captured.grid)
+    normal = objects.lost(features, captured.grid, valid=~mask)
+    on_outlier = mask.gather(1, whole.seeds[:, None])[:, 0]
+    moved = objects.box_iou(whole.boxes, normal.boxes) < 0.5
+    return {"all": whole.boxes, "normal": normal.boxes, "moved": moved, "seed_on_outlier": on_outlier}
+
+
+def _head_labels(seen: Look) -> torch.Tensor | None:
+    """The labels, where the head has a class for each of them; None otherwise."""
+    classes = getattr(seen.model.module, "num_classes", 0) or 0
+    fits = seen.labels is not None and hasattr(seen.model.module, "forward_head")
+    fits = fits and image_sets.labels_fit(seen.kept, classes) and int(seen.labels.max()) < classes
+    return seen.labels if fits else None
+
+
+@asks("What helps?")
+def helps(seen: Look) -> Answer:
+    """Each remedy on images that its neurons were not searched on, beside as many random neurons."""
+    import pandas as pd
+
+    found, name = seen.detection, seen.name
+    advice = f"Registers trained in: `vitreg train registers --model {name}`."
+    rows = seen.sample
+    search, score = rows[: len(rows) // 2], rows[len(rows) // 2 :]
+    try:
+        neurons = mend.find(seen.model, seen.kept.x[search], cutoff=found.outliers).neurons
+        tried = _remedied(seen.model, neurons)
+    except (UserError, TypeError) as error:
+        return Answer("trained registers", f"Nothing could be tried: {error}. {advice}")
+    x, where = seen.kept.x[score], dict(cutoff=found.outliers.cutoff, layer=found.outliers.layer)
+    labels = _head_labels(seen)
+    where["labels"] = labels if labels is None else labels[score]
+    after = {k: remedies.see(model, x, found.outliers.layer) for k, model in ({name: seen.model} | tried).items()}
+    rows = {k: remedies.means(remedies.effect(after[name], each, x, **where)) for k, each in after.items()}
+    norm_maps = {k: each.norms[:SHOWN].unflatten(1, seen.mask.shape[1:]) for k, each in after.items()}
+    table = pd.DataFrame.from_dict(rows, orient="index")
+    real = table.drop(index=[RANDOM, f"{name}+ttr0"])  # the two controls
+    best, first = remedies.best(real), table.iloc[0]
+    at, control = table.loc[best], table.loc[RANDOM]
+    numbers = {f"best_{column}": at[column] for column in table} | {"outliers_before": first.outliers}
+    numbers |= {"random_neurons_outliers": control.outliers, "neurons": len(neurons)}
+    titled = {f"Remedies on {len(score)} images that no neuron was chosen on": table}
+    if at.outliers > mend.MENDED * first.outliers:
+        text = f"Nothing tried helps: the best, {best}, leaves {at.outliers:.2%} outliers of {first.outliers:.2%}."
+        text += f" {advice}"
+        return Answer("trained registers", text, numbers, titled, norm_maps)
+    cost = f"features turn by {at.features_apart:.3f} (1 - cosine)"
+    if "same_answer" in table:
+        cost += f", logits by {at.answers_kl:.3f} nats, and {at.same_answer:.0%} of the images keep their answer"
+    text = (
+        f"{best} leaves {at.outliers:.2%} of the patch tokens outliers of {first.outliers:.2%}, as many random neurons "
+        f"{control.outliers:.2%}; {cost}. Test-time registers: `vitreg mend {name} --save FILE`. {advice}"
+    )
+    return Answer(best.removeprefix(name), text, numbers, titled, norm_maps)
+
+
+def _remedied(model, neurons: mend.Neurons, seed: int = 0) -> dict:
+    """{name: model} of the remedies that need no training, and of the control: as many random neurons, 4 registers."""
+    noise, widths = torch.Generator().manual_seed(seed), [linear.in_features for linear in model.anatomy.mlp_out]
+    anything = [(block, int(torch.randint(widths[block], (1,), generator=noise))) for block, _ in neurons]
+    made = [mend.with_empty_tokens(model, 4), *(mend.with_test_time_registers(model, n, neurons) for n in DOSES)]
+    return {m.label: m for m in made} | {RANDOM: mend.with_test_time_registers(model, 4, sorted(set(anything)))}
+
+
+ASKED = (any_there, kind, held, hurt, helps)

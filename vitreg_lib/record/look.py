@@ -1,0 +1,118 @@
+"""One pass over images of any number: what the questions about a model's artifacts need, and no more.
+
+Memory does not grow with the number of images beyond `JUDGED`: norms and attention are kept of so many, tokens and
+pixels of fewer, and of every other image the share of outliers alone.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+
+import torch
+
+from ..data import images as image_sets
+from ..measure import detection
+
+JUDGED = 500  # images that the verdict rests on; outliers are counted in all of them
+VALUES = 2**25  # kept of tokens, and of pixels: 221 images for a ViT-B/16
+WORK = 3e11  # weights x tokens x images that one pass of an intervention may take: 16 images for a ViT-B/16
+BATCH = 16
+SHOWN = 4  # images in a picture
+
+
+@dataclass
+class Look:
+    """What one pass over the images kept.
+
+    observed, detection: of the judged images. shares: (n,) share of outliers in every image. kept: `Images`, spread
+    evenly over the judged ones, with their tokens after the final LayerNorm (images, tokens, dim), `rows`: which of
+    the judged images they are. labels: (images,) their classes, or None. costly: how many of them interventions take.
+    """
+
+    model: object
+    observed: detection.Observed
+    detection: detection.Detection
+    shares: torch.Tensor
+    kept: image_sets.Images
+    rows: torch.Tensor
+    tokens: torch.Tensor
+    labels: torch.Tensor | None
+    costly: int
+
+    @property
+    def name(self) -> str:
+        return self.model.label or self.model.name
+
+    @property
+    def sample(self) -> torch.Tensor:
+        """Rows of `kept`, evenly spread, for what costs several forward passes."""
+        return _spread(len(self.kept), self.costly)
+
+    @property
+    def shown(self) -> torch.Tensor:
+        """Rows of `kept` that pictures show, none of those on which neurons are searched."""
+        return self.sample[len(self.sample) // 2 :][:SHOWN]
+
+    @property
+    def mask(self) -> torch.Tensor:
+        """(kept images, rows, cols) which of their patch tokens are outliers."""
+        return self.detection.outliers.mask[self.rows]
+
+
+def look(model, source, n: int, labelled: bool = False, seed: int = 0, progress=None) -> Look:
+    """The `Look` of a `Model` at an `Images` set, or at up to `n` images of a source that `images.stream` knows.
+
+    labelled: sub-folders are classes, where no labels.csv names them. progress: called with the number of images done.
+    """
+    n = image_sets.number(source, n) if isinstance(source, str) else len(source)
+    judged, progress = min(n, JUDGED), progress or (lambda done: None)
+    whole = None if isinstance(source, str) else image_sets.labels(source, labelled)
+    parts, pixels, tokens, rows, names, paths, labels, done = [], [], [], [], [], [], [], 0
+    for batch in _batches(source, model, judged, seed):
+        part, seen = detection.observe_batch(model, batch.x, ("final",))
+        fits = VALUES // max(seen.final[0].numel(), batch.x[0].numel())
+        wanted = set(_spread(judged, max(fits, detection.FEWEST)).tolist())
+        here = [i for i in range(len(batch)) if done + i in wanted]
+        parts.append(part)
+        pixels.append(batch.pixels[here])
+        tokens.append(seen.final[here].clone())
+        rows += [done + i for i in here]
+        names += [batch.names[i] for i in here]
+        paths += [batch.paths[i] for i in here if batch.paths]
+        known = image_sets.labels(batch, labelled) if labelled or batch.scenes is not None else None
+        known = known if whole is None else whole[done : done + len(batch)]
+        labels.append(known if known is None else known[here])
+        done += len(batch)
+        progress(len(batch))
+    observed = detection.join(parts)
+    found = detection.judge(observed, model.label)
+    shares = [found.outliers.mask.flatten(1).float().mean(1)]
+    for more in _batches(source, model, n, seed, judged) if n > judged else ():
+        norms = model.capture(more.x, "norms", layers=found.outliers.layer).patch_norms[:, 0]
+        shares.append((norms > found.outliers.cutoff).float().mean(1))
+        batch.left_out.update(more.left_out)
+        progress(len(more))
+    shares, pixels = torch.cat(shares), torch.cat(pixels)
+    about = f"{batch.source.split(',')[0]}, {len(shares)} image{'s' * (len(shares) > 1)}"
+    kept = image_sets.Images(model.normalise(pixels), pixels, names, about, None, batch.left_out, paths)
+    work = sum(p.numel() for p in model.module.parameters()) * seen.final.shape[1]
+    classes = None if any(each is None for each in labels) else torch.cat(labels)
+    costly = min(32, max(8, int(WORK / work)))
+    return Look(model, observed, found, shares, kept, torch.tensor(rows), torch.cat(tokens), classes, costly)
+
+
+def _batches(source, model, n: int, seed: int, first: int = 0):
+    if isinstance(source, str):
+        yield from image_sets.stream(source, model, n, seed, batch_size=BATCH, first=first)
+        return
+    for start in range(first, n, BATCH):
+        part = slice(start, min(start + BATCH, n))
+        yield dataclasses.replace(
+            source, x=source.x[part], pixels=source.pixels[part], names=source.names[part], paths=source.paths[part]
+        )
+
+
+def _spread(n: int, most: int) -> torch.Tensor:
+    """(at most `most`,) numbers from 0 to n - 1, evenly spread."""
+    return torch.linspace(0, n - 1, min(n, most)).round().long() if n else torch.zeros(0, dtype=torch.long)
