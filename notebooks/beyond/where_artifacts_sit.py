@@ -8,6 +8,17 @@ from __future__ import annotations
 
 import torch
 
+from vitreg_lib.base import UserError
+
+
+def with_outliers(models, found: dict) -> list:
+    """Those of the models that have outliers in `found` (by label). Raises UserError where none has."""
+    having = [model for model in models if found[model.label].mask.any()]
+    if not having:
+        names = ", ".join(model.label for model in models)
+        raise UserError(f"no outliers at the output of {names}: choose models that have some, such as planted")
+    return having
+
 
 def explained(is_outlier: torch.Tensor, content: dict[str, torch.Tensor], seed: int = 0):
     """How well outliers of held-out images are foretold: a DataFrame with a row for position, each content, and all.

@@ -25,6 +25,7 @@ from matplotlib.figure import Figure
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from vitreg_lib.base import UserError
 from vitreg_lib.plots.style import PALETTE, PAPER, styled
 from vitreg_lib.record.drawn import THIS_MACHINE
 
@@ -47,6 +48,27 @@ SIZES = {
     "l": Size(1024, 24, 16),
     "g": Size(1536, 40, 24, swiglu=True),
 }
+
+
+def read_sizes(text: str) -> list[tuple[str, int, int]]:
+    """(size, patch, resolution) of each name in a text such as "ti/16/224 l/14/518". Raises UserError for others."""
+    found = []
+    for name in text.split():
+        arch, *numbers = name.split("/")
+        if len(numbers) != 2 or not all(number.isdecimal() for number in numbers):
+            raise UserError(f"{name!r}: write size/patch/resolution, as in ti/16/224")
+        found.append((arch, *map(int, numbers)))
+        count_params(*found[-1])  # refuses an unknown size and a patch that does not divide the resolution
+    if not found:
+        raise UserError("no size to count: write size/patch/resolution, as in ti/16/224")
+    return list(dict.fromkeys(found))
+
+
+def read_counts(text: str) -> list[int]:
+    """Numbers of registers in a text such as "0 1 4", each once. Raises UserError for others."""
+    if not text.split() or not all(count.isdecimal() for count in text.split()):
+        raise UserError(f"registers {text!r}: write numbers from 0 on, as in 0 1 4")
+    return list(dict.fromkeys(map(int, text.split())))
 
 
 def cost_table(

@@ -9,6 +9,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 from verdicts import above, cured, every, over_folds, within
 
+from vitreg_lib.base import UserError
 from vitreg_lib.plots.scores import dots
 from vitreg_lib.plots.style import PALETTE, PAPER, styled
 from vitreg_lib.probes.linear import FOLDS
@@ -30,6 +31,8 @@ def draw_register_changes(fair, as_paper) -> Figure:
     for axis, (column, none, band, label) in zip(axes, panels, strict=True):
         axis.axvspan(*band, color=PAPER, alpha=0.12, lw=0, label="counts as unchanged")
         axis.axvline(none, color=PAPER, lw=1)
+        if not both[column].abs().max() < float("inf"):
+            raise UserError("a probe learnt from too few tokens to be compared: more n_images or max_tokens are wanted")
         ends = both.assign(low=both[f"{column}_low"], high=both[f"{column}_high"])
         dots(axis, ends, column, "model", "compared", styles, orient="h", dodge=0.3, legend="full")
         axis.get_legend().remove()
@@ -62,6 +65,8 @@ def across_registers(
     """
     import pandas as pd
 
+    if not pairs.keys() & tokens.keys():
+        raise UserError('Table 5 compares a model with its pair: write models as in "mini-deit3 mini-deit3-reg4"')
     family = {name: pairs.get(name, name) for name in tokens}
     union = {name: torch.stack([masks[o] for o in masks if family[o] == family[name]]).any(0) for name in tokens}
     borrowed = same_places(union)
