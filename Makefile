@@ -2,6 +2,7 @@
 PROFILE ?= mini
 PARAMS  ?=
 JOBS    ?= 2
+CLUSTER :=
 PYTHON  ?= python3
 BIN     := .venv/bin
 READY   := .venv/.ready
@@ -11,17 +12,20 @@ NBVAL    = --nbval --nbval-current-env --nbval-kernel-startup-timeout 180 --nbva
 override PARAMS  := $(value PARAMS)
 override PROFILE := $(value PROFILE)
 override JOBS    := $(value JOBS)
+override CLUSTER := $(value CLUSTER)
+export VITREG_CLUSTER := $(CLUSTER)
 export PARAMS PROFILE JOBS
 export OMP_NUM_THREADS ?= $(if $(filter 1,$(JOBS)),,1)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup reproduce-all report test test-fast test-notebooks lab workshop wheelhouse bench bench-train twins refresh keep lint clean
+.PHONY: help setup reproduce-all report test test-fast test-notebooks test-slurm lab workshop wheelhouse bench bench-train twins refresh keep lint clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-zA-Z%-]+:.*## /{printf "  make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@echo
 	@echo "  PROFILE=mini|small|large|paper   which models and images (mini: offline, shipped)"
 	@echo "  PARAMS='n_images=64 models=\"mini-deit3 mini-clip\"'   of the notebook      JOBS=2   notebooks at once"
+	@echo "  CLUSTER=slurm                    each notebook as a job of a cluster: docs/use.md"
 
 setup: $(READY) ## make the environment in .venv (uv where there is one, else pip)
 
@@ -63,6 +67,9 @@ test-browser: $(READY) ## the explorer in JupyterLab and Chromium, which is inst
 gallery: $(READY) ## the browser test again, its screenshots into docs/gallery/
 	@VITREG_GALLERY=1 $(MAKE) --no-print-directory test-browser
 
+test-slurm: $(READY) ## a sweep through a Slurm of its own on this machine, disturbed, against a local run
+	@$(BIN)/python -m tests.slurm
+
 lab: $(READY) ## JupyterLab in the environment, opened at the notebooks
 	@$(BIN)/jupyter lab --notebook-dir="$(CURDIR)" notebooks
 
@@ -72,8 +79,8 @@ workshop: $(READY) ## the course of 90 minutes in five notebooks: docs/workshop.
 wheelhouse: $(READY) ## all packages as files in wheelhouse/, to set up laptops without a network
 	@$(BIN)/python workflow/wheelhouse.py
 
-bench: $(READY) ## timings, as ratios within one run
-	@for part in bench bench_attention bench_probes bench_widgets; do env -u OMP_NUM_THREADS $(BIN)/python -m tests.$$part || exit; done
+bench: $(READY) ## timings, as ratios within one run, into docs/performance.md
+	@env -u OMP_NUM_THREADS PYTHONPATH="$(CURDIR):$(CURDIR)/notebooks/paper" $(BIN)/python -m tests.bench
 
 bench-train: $(READY) ## images a second of training, against timm's way, and what registers cost
 	@env -u OMP_NUM_THREADS $(BIN)/python -m tests.bench_train

@@ -1,18 +1,45 @@
-"""Timings as ratios within one run (`make bench`, or `python -m tests.bench`). Not a test: nothing is asserted.
+"""`make bench` (`python -m tests.bench [PART …]`): timings as ratios within one run, into docs/performance.md.
 
-What is compared takes turns, round by round, and each ratio is the median over rounds: other work on the machine
-then weighs on both alike.
+Not a test: nothing is asserted. What is compared takes turns, round by round, and each ratio is the median over rounds:
+other work on the machine then weighs on both alike. The parts are `bench_PART.py`; each has `rows()` and may have
+`figures()`. Named parts are only printed.
 """
 
 from __future__ import annotations
 
+import importlib
+import os
+import platform
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
+
+from vitreg_lib.base import ROOT
+
+PARTS = ("capture", "growth", "probes", "widgets", "start")
+PAGE = ROOT / "docs" / "performance.md"
+
+
+@dataclass
+class Row:
+    """A line of the page: what was measured, its value, that beside it, their ratio, and what is wanted of it."""
+
+    what: str
+    ours: float
+    other: float | None = None
+    unit: str = "ms"
+    goal: str = ""
+    ratio: float | None = None  # where it is not that of the two, as a median over rounds
+
+    def cells(self) -> list[str]:
+        """Texts for a table; the ratio is ours by the other."""
+        ratio = self.ratio if self.ratio is not None else self.ours / self.other if self.other else None
+        values = ["" if value is None else f"{value:,.4g} {self.unit}" for value in (self.ours, self.other)]
+        return [self.what, *values, "" if ratio is None else f"{ratio:.3g}", self.goal]
 
 
 def taking_turns(one: Callable, other: Callable, rounds: int = 11) -> tuple[float, float, float]:
@@ -31,57 +58,54 @@ def taking_turns(one: Callable, other: Callable, rounds: int = 11) -> tuple[floa
     return first, second, statistics.median(a / b for a, b in seconds)
 
 
-def told(what: str, first: float, second: float, ratio: float, wanted: str) -> None:
-    print(f"{what:58} {first * 1e3:9.1f} ms {second * 1e3:9.1f} ms  ratio {ratio:.3f}  ({wanted})", flush=True)
+def compared(what: str, one: Callable, other: Callable, goal: str = "", rounds: int = 11) -> Row:
+    """A `Row` of two functions that take turns."""
+    first, second, ratio = taking_turns(one, other, rounds)
+    return Row(what, 1e3 * first, 1e3 * second, "ms", goal, ratio)
 
 
-def importing() -> None:
-    """`import vitreg_lib` after torch, as a share of `import torch` alone, in fresh interpreters."""
-    code = "import time; a = time.perf_counter(); import torch; b = time.perf_counter(); import vitreg_lib;"
-    code += "c = time.perf_counter(); print(b - a, c - b)"
-    pairs = []
-    for _ in range(5):
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-        pairs.append([float(value) for value in done.stdout.split()])
-    theirs, ours = (statistics.median(column) for column in zip(*pairs, strict=True))
-    told("import vitreg_lib / import torch", ours, theirs, ours / theirs, "at most 0.1")
+def machine() -> str:
+    """What the timings rest on, in a sentence."""
+    names = {platform.processor()}
+    if sys.platform == "linux":
+        names = {line.partition(":")[2].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")}
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30 if hasattr(os, "sysconf") else 0
+    load = os.getloadavg()[0]
+    return (
+        f"{time.strftime('%Y-%m-%d')}, {' / '.join(sorted(names))}, {os.cpu_count()} cores, {memory:.0f} GiB, "
+        f"torch {torch.__version__} with {torch.get_num_threads()} threads, no GPU used; the load of the machine was "
+        f"{load:.1f} when the measurement began"
+    )
 
 
-def capturing(name: str, batch: int, **options) -> None:
-    """Capture of norms at all layers against timm's plain forward of the same batch."""
-    import timm
+def main(chosen: list[str]) -> None:
+    """Run the parts, print their rows, and write the page where no part was named."""
+    about, sections = machine(), []
+    print(about)
+    for part in chosen or PARTS:
+        module, rows = importlib.import_module(f"tests.bench_{part}"), []
+        for row in module.rows():
+            rows.append(row)
+            print(" | ".join(row.cells()), flush=True)
+        pictures = module.figures(ROOT / "docs" / "performance") if hasattr(module, "figures") else []
+        sections.append(_section(module, rows, pictures))
+    if not chosen:
+        PAGE.write_text(
+            "# Performance\n\n"
+            "Written by `make bench`. Read the ratios: what is compared took turns on the same machine, and a ratio of "
+            "times is the median over rounds. The times themselves belong to this machine, and to its load.\n\n"
+            f"Measured: {about}.\n\n" + "\n\n".join(sections) + "\n"
+        )
+        print(f"written: {PAGE.relative_to(ROOT)}")
 
-    from vitreg_lib.hooks.capture import capture
 
-    model = timm.create_model(name, **options).eval()
-    size = model.patch_embed.img_size
-    images = torch.randn(batch, 3, *size)
-
-    @torch.no_grad()
-    def plain():
-        model.forward_features(images)
-
-    label = f"norms at all layers / plain forward, {name.split('.')[0]}, {batch} images"
-    told(label, *taking_turns(lambda: capture(model, images, batch_size=batch), plain), "at most 1.05")
-
-
-def rendering(count: int = 256) -> None:
-    """Scenes a second at 96 pixels."""
-    from vitreg_lib.data import scenes
-
-    scenes.render(range(64))
-    seconds = []
-    for number in range(5):
-        began = time.perf_counter()
-        scenes.render(range(number * count, (number + 1) * count))
-        seconds.append(time.perf_counter() - began)
-    rate = count / statistics.median(seconds)
-    print(f"scenes at 96 pixels: {rate:.0f} a second with {torch.get_num_threads()} threads  (at least 1000 with 2)")
+def _section(module, rows: list[Row], pictures: list[tuple[str, str]]) -> str:
+    title, _, text = module.__doc__.partition("\n\n")
+    table = ["| | here | beside it | ratio | goal |", "|---|---|---|---|---|"]
+    table += [f"| {' | '.join(row.cells())} |" for row in rows]
+    shown = [f"![{caption}](performance/{name})" for name, caption in pictures]
+    return "\n\n".join([f"## {title.rstrip('.')}", text.strip(), "\n".join(table), *shown])
 
 
 if __name__ == "__main__":
-    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads")
-    importing()
-    capturing("vit_tiny_patch16_224", 8)
-    capturing("vit_small_patch14_reg4_dinov2", 2, img_size=224)
-    rendering()
+    main(sys.argv[1:])

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from timm.optim import create_optimizer_v2
 from torch.utils.flop_counter import FlopCounterMode
 
-from tests.bench import taking_turns, told
+from tests.bench import Row, compared, taking_turns
 from vitreg_lib.data import scenes
 from vitreg_lib.train import images, loop, parallel, telemetry
 from vitreg_lib.train.config import TrainConfig
@@ -81,17 +81,23 @@ def flops(config: TrainConfig) -> float:
     return counter.get_total_flops()
 
 
+def show(row: Row) -> None:
+    print(" | ".join(row.cells()), flush=True)
+
+
 def main(config: TrainConfig, device: str, steps: int, rounds: int) -> None:
     images = config.batch_size * steps
-    first, second, ratio = taking_turns(ours(config, device, steps), plain(config, device, steps), rounds)
-    label = f"a step, {config.size}, {config.batch_size} images"
-    told(f"{label}: the loop / timm's way", first / steps, second / steps, ratio, "at most 1")
-    print(f"{'images a second':58} {images / first:9.0f}    {images / second:9.0f}")
+    label = f"{steps} steps, {config.size}, {config.batch_size} images"
+    both = ours(config, device, steps), plain(config, device, steps)
+    way = compared(f"{label}: the loop beside timm's way", *both, "at most 1", rounds)
+    first, second = way.ours / 1e3, way.other / 1e3
+    show(way)
+    show(Row("images a second", images / first, images / second, ""))
     for registers in (4, 16):
         more = replace(config, registers=registers)
-        seconds = taking_turns(ours(more, device, steps), ours(config, device, steps), rounds)
         wanted = f"FLOPs {flops(more) / flops(config):.3f}"
-        told(f"{label}: {registers} registers / none", *(s / steps for s in seconds[:2]), seconds[2], wanted)
+        both = ours(more, device, steps), ours(config, device, steps)
+        show(compared(f"{label}: {registers} registers beside none", *both, wanted, rounds))
     if device == "cuda":
         name = torch.cuda.get_device_name()
         peak = next((p for key, p in PEAK.items() if key in name), None)
@@ -117,3 +123,5 @@ if __name__ == "__main__":
         config = TrainConfig(size="b/16", image_size=224, batch_size=256)
         for compiled in (False, True):
             main(replace(config, compile=compiled), device, steps=10, rounds=int(sys.argv[1]) if sys.argv[1:] else 5)
+    else:
+        print("no GPU here: the table of ViT-B/16 at 224 pixels was not run")

@@ -1,22 +1,24 @@
-"""How long a widget takes to answer, for `make bench`: `python -m tests.bench_widgets`. Nothing is asserted.
+"""Widgets.
 
-The kernel's part of a change in the explorer, from the message to the views that are sent back, on mini models side by
-side; the goal is 100 ms in all. The browser's part is in what `make test-browser` prints.
+The kernel's part of a change in the explorer, from the message to the views that are sent back, on two mini models side
+by side: the median of ten changes, and beside it the slowest. The browser's part is in what `make test-browser` prints.
 """
 
 from __future__ import annotations
 
 import statistics
 import time
+from collections.abc import Iterator
 
+from tests.bench import Row
 from vitreg_lib import widgets
 
 
-def main(models: str = "mini-deit3 mini-deit3-reg4") -> None:
+def rows(models: str = "mini-deit3 mini-deit3-reg4") -> Iterator[Row]:
     """Median and largest time of each kind of change, over ten of each."""
     began = time.perf_counter()
     explorer = widgets.explore(models, "scenes")
-    print(f"explorer, {models}: first page {time.perf_counter() - began:.1f} s", flush=True)
+    yield Row("the explorer's first page", 1e3 * (time.perf_counter() - began))
     page = explorer.page
     canvas = lambda message: page._asked(0, message, [])  # noqa: E731
     changes = {
@@ -34,8 +36,4 @@ def main(models: str = "mini-deit3 mini-deit3-reg4") -> None:
             began = time.perf_counter()
             change(number)
             took.append(1e3 * (time.perf_counter() - began))
-        print(f"a change of {name:12} {statistics.median(took):6.1f} ms, at most {max(took):6.1f} ms  (at most 100)")
-
-
-if __name__ == "__main__":
-    main()
+        yield Row(f"a change of {name}; the slowest", statistics.median(took), max(took), "ms", "at most 100 ms")

@@ -219,7 +219,7 @@ def test_temporary_folders_of_dead_processes_are_swept(tmp_path, monkeypatch):
     left, used = tmp_path / f"vitreg-kernel-{dead.pid}-x", tmp_path / f"vitreg-kernel-{os.getpid()}-x"
     left.mkdir()
     used.mkdir()
-    with execute._kernel_folder() as place:
+    with execute.kernel_folder() as place:
         assert place.parent == (tmp_path if len(str(tmp_path)) <= execute.SOCKET_LENGTH else Path("/tmp"))
         assert left.exists() == (place.parent != tmp_path)
         assert used.exists()

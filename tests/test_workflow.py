@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 
 import nbformat
 import pytest
@@ -143,6 +144,21 @@ def test_a_wrong_number_of_jobs_is_refused(runner, capsys, monkeypatch, jobs):
     assert capsys.readouterr().err == f"vitreg: JOBS={jobs}: a number from 1 on is wanted\n"
 
 
+def test_an_unknown_cluster_or_one_whose_executor_is_not_there_is_refused(runner, capsys, tmp_path):
+    assert runner.main(["fig3", "--cluster", "slurmm"]) == 1
+    assert "unknown cluster 'slurmm': did you mean slurm?" in capsys.readouterr().err
+    (tmp_path / "config.yaml").write_text("executor: no-such\n")
+    assert runner.main(["fig3", "--cluster", str(tmp_path)]) == 1
+    assert "Snakemake's executor no-such is not installed" in capsys.readouterr().err
+
+
+def test_a_notebook_asks_a_cluster_for_what_its_profile_needs(runner):
+    import cells
+
+    assert cells.cell("fig03", "mini", ()).needs == {"mem_mb": 2000}
+    assert cells.cell("fig03", "large", ()).needs["gpu"] == 1
+
+
 def test_parameters_of_all_items_are_refused(runner, capsys, monkeypatch):
     monkeypatch.setenv("PARAMS", "seed=1")
     assert runner.main(["all"]) == 1
@@ -159,6 +175,7 @@ def test_make_runs_nothing_that_stands_in_its_variables(tmp_path):
     python.chmod(0o755)
     typed = "a=$(shell touch pwned) b=$$(touch pwned) c=`touch pwned`; touch pwned"
     command = ["make", "-s", "reproduce-fig4", f"PARAMS={typed}", "PROFILE=$(shell touch pwned)", "JOBS=1;touch pwned"]
+    command.append("CLUSTER=$(shell touch pwned)")
     told = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True).stdout
     assert told == f"workflow/run.py|fig4|{typed}|$(shell touch pwned)|1;touch pwned|"
     assert not (tmp_path / "pwned").exists()
@@ -232,6 +249,74 @@ def test_what_fails_is_listed_and_leaves_earlier_results_and_what_is_damaged_is_
     [folder] = (place / "results" / "small").glob("fig02--*")
     assert measured(place, folder.name) == [word]
     assert "all is up to date" in reproduce("fig2", "-p", "word", word).stdout
+
+
+@pytest.mark.slow
+def test_kernels_fork_where_they_can_and_start_plainly_where_they_cannot(small):
+    place, write, reproduce = small
+    code = "sys = __import__('sys')\n" + RECORD.replace("VALUE", "'timm' in sys.modules, __import__('os').getpid()")
+    ways = {"forked": ({}, True), "plain": ({"VITREG_PLAIN": "1"}, False), "killed": ({}, False)}
+    for way, (environment, forks) in ways.items():
+        if way == "killed":  # the process to fork from ends before it answers
+            source = (place / "workflow" / "forked.py").read_text()
+            (place / "workflow" / "forked.py").write_text(source.replace("if not may_fork():", "if True:"))
+        for item in ("fig01", "fig02"):
+            write(item, code, f"# {way}")
+        done = reproduce("all", **environment)
+        assert "made: fig01, fig02" in done.stdout, done.stdout + done.stderr
+        found = [measured(place, item) for item in ("fig01", "fig02")]
+        assert [timm for timm, _ in found] == [forks, forks], way
+        assert found[0][1] != found[1][1]
+    write("fig01", "import os, signal; os.kill(os.getpid(), signal.SIGKILL)")
+    (place / "workflow" / "forked.py").write_text(source)
+    assert "failed: fig01: its kernel was killed after it had taken" in reproduce("all").stderr
+
+
+@pytest.mark.slow
+def test_forked_kernels_give_the_records_of_plain_ones(tmp_path):
+    (tmp_path / "sweep.yaml").write_text(
+        "items: [fig07]\nmodels: [mini-deit3-s]\nparameters: {n_images: [2], seed: [0, 1]}"
+    )
+    found = []
+    for way in ("", "1"):
+        environment = os.environ | {"VITREG_RESULTS": str(tmp_path / f"results{way}"), "VITREG_PLAIN": way}
+        command = [sys.executable, "workflow/batch.py", str(tmp_path / "sweep.yaml")]
+        subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True, timeout=300)
+        folders = sorted((tmp_path / f"results{way}" / "mini").glob("fig07--*"))
+        records = [json.loads((folder / "record.json").read_text()) | {"seconds": 0} for folder in folders]
+        shown = [
+            [
+                (o.output_type, sorted(o.get("data", {})), o.get("text"))
+                for c in notebook.cells
+                for o in c.get("outputs", [])
+            ]
+            for notebook in (nbformat.read(folder / "fig07.ipynb", 4) for folder in folders)
+        ]
+        assert len(records) == 2 and any("image/png" in kinds for _, kinds, _ in shown[0])
+        found.append((records, shown))
+    assert found[0] == found[1]
+
+
+@pytest.mark.slow
+def test_two_of_the_same_batch_wait_for_each_other(small, tmp_path):
+    place, write, _ = small
+    gate = tmp_path / "gate"
+    wait = f"import pathlib, time\nwhile not pathlib.Path({str(gate)!r}).exists():\n    time.sleep(0.05)"
+    write("fig01", wait, RECORD.replace("VALUE", "1"))
+    write("fig02", RECORD.replace("VALUE", "1"))
+    given = {k: v for k, v in os.environ.items() if not k.startswith("VITREG_")} | {"PYTHONPATH": str(place)}
+    command = [sys.executable, "workflow/run.py", "all", "--profile", "small"]
+    options = dict(cwd=place, env=given, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    with subprocess.Popen(command, **options) as first:
+        while not list(place.glob("results/.graph/.*.process")):
+            assert first.poll() is None, first.stderr.read()
+            time.sleep(0.05)
+        with subprocess.Popen(command, **options) as second:
+            told = second.stderr.readline()
+            assert f"the same batch is being made by process {first.pid} since" in told
+            gate.touch()
+            assert "made: fig01, fig02" in first.communicate(timeout=300)[0]
+            assert "all is up to date" in second.communicate(timeout=300)[0]
 
 
 @pytest.mark.slow

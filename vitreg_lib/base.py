@@ -6,6 +6,7 @@ VITREG_MODELS    a folder of models in timm's hub layout, looked in before the h
 VITREG_DATA      a folder of data sets, one folder each
 VITREG_MAKING    where the run of a notebook writes until it is whole; set by `vitreg run`
 VITREG_BATCH     set: a program runs the notebooks; no progress bars, widgets as pictures
+VITREG_PLAIN     set: in a run of several notebooks each imports the libraries for itself; no kernel is forked
 """
 
 from __future__ import annotations

@@ -319,9 +319,10 @@ def fetch(
 def batch(
     sweep: Annotated[str, typer.Argument(help="a YAML file: items, models, parameters")],
     jobs: Annotated[str, typer.Option(help="notebooks at once")] = "2",
+    cluster: Annotated[str, typer.Option(help="slurm, or a folder with a config.yaml of Snakemake's options")] = "",
 ):
     """Run items × models × parameters; all numbers in one table. What is finished does not run again."""
-    raise typer.Exit(_workflow("batch").main(sweep, jobs))
+    raise typer.Exit(_workflow("batch").main(sweep, jobs, cluster))
 
 
 def _workflow(module: str):

@@ -13,6 +13,7 @@ number: item, a column for each parameter that is swept, name, model, value, uni
 from __future__ import annotations
 
 import itertools
+import os
 import sys
 from pathlib import Path
 
@@ -26,11 +27,11 @@ from vitreg_lib.record import run as record
 KEYS = ("profile", "items", "models", "parameters")
 
 
-def main(path: str, jobs: str = "2") -> int:
+def main(path: str, jobs: str = "2", cluster: str = "") -> int:
     """Run a sweep and write its table, also of what could be made where something failed; the exit code."""
     try:
         profile, asked = read(Path(path))
-        code, made = run.make(asked, run.count(jobs))
+        code, made = run.make(asked, run.count(jobs), cluster or os.environ.get("VITREG_CLUSTER"))
         table = collect(asked)
         target = results() / profile / "sweeps" / f"{Path(path).stem}.parquet"
         with written(target) as temporary:

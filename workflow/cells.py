@@ -46,6 +46,12 @@ class Cell:
         given = [part for name, text in self.pairs for part in ("-p", f"{name}={text}")]
         return [self.item, "--profile", self.profile, *given]
 
+    @property
+    def needs(self) -> dict[str, int]:
+        """What one run asks of a cluster. A notebook of the profile mini takes 1.1 to 1.4 GB; those of the large models
+        are not measured, so that theirs is a bound to start from."""
+        return {"mem_mb": 16000, "gpu": 1} if self.profile in ("large", "paper") else {"mem_mb": 2000}
+
     def fault(self) -> str:
         """Why its results cannot be used; empty where they can."""
         try:

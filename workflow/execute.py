@@ -38,7 +38,7 @@ def execute(item: str, given: dict, progress: bool = True) -> Path:
         shutil.rmtree(making, ignore_errors=True)  # of a run that was killed
         making.mkdir(parents=True)
         try:
-            with _kernel_folder() as place:
+            with kernel_folder() as place:
                 os.environ["VITREG_MAKING"] = str(making)
                 _run(item, given, making, place, progress)
             record.read_folder(item, making)
@@ -103,7 +103,7 @@ def _plain(path: Path) -> str:
 
 
 @contextmanager
-def _kernel_folder():
+def kernel_folder():
     """A temporary folder for a kernel's sockets and connection file; None where sockets cannot be used.
 
     Its name holds this process's number, by which the next run removes it if this one is killed.

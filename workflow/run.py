@@ -6,6 +6,8 @@ python workflow/run.py fig4 --profile mini -p n_images 64
 from __future__ import annotations
 
 import argparse
+import hashlib
+import importlib.util
 import json
 import os
 import shlex
@@ -13,11 +15,15 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import cells
+import forked
+import yaml
+from execute import locked
 
-from vitreg_lib.base import ROOT, UserError, enter_batch, results, shown
+from vitreg_lib.base import ROOT, UserError, enter_batch, results, shown, unknown, write_atomically
 from vitreg_lib.record import run as record
 
 ENGINE = ["snakemake", "all", "-s", "workflow/Snakefile", "--nolock", "--rerun-incomplete", "--keep-going"]
@@ -29,6 +35,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("item")
     parser.add_argument("--profile", default=os.environ.get("PROFILE") or "mini")
     parser.add_argument("--jobs", default=os.environ.get("JOBS") or "2")
+    parser.add_argument(
+        "--cluster", default=os.environ.get("VITREG_CLUSTER"), help="slurm, or a folder with a config.yaml"
+    )
     parser.add_argument("-p", nargs=2, action="append", dest="pairs", metavar=("NAME", "VALUE"))
     chosen = parser.parse_args(arguments)
     try:
@@ -38,10 +47,12 @@ def main(arguments: list[str] | None = None) -> int:
             raise UserError(f"PARAMS are of one item: make reproduce-fig4 PARAMS={pairs[0][0]}=…")
         items = cells.paper_items() if chosen.item == "all" else [chosen.item]
         asked = [cells.cell(item, chosen.profile, pairs) for item in items]
-        code, made = make(asked, jobs)
+        code, made = make(asked, jobs, chosen.cluster)
     except (UserError, OSError) as error:
         print(f"vitreg: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:  # while it waits for another
+        return 130
     if code:
         return code
     print("all is up to date" if not made else f"made: {', '.join(cell.item for cell in made)}")
@@ -67,37 +78,61 @@ def count(jobs: str) -> int:
     return int(jobs)
 
 
-def make(asked: list[cells.Cell], jobs: int) -> tuple[int, list[cells.Cell]]:
-    """Make what is stale of some cells; the exit code, and the cells that were made.
+def make(asked: list[cells.Cell], jobs: int, cluster: str | None = None) -> tuple[int, list[cells.Cell]]:
+    """Make what is stale of some cells, here or on a cluster (see `engine`); the exit code, and the cells made.
 
     Prints a line for each that is finished where there are several, and, where not all could be made, what was made,
     what failed and why, and what was not tried.
     """
     enter_batch()
-    results().mkdir(parents=True, exist_ok=True)
-    before = {cell: written(cell) for cell in asked}
-    began = time.time()
-    with tempfile.TemporaryDirectory(prefix="vitreg-graph-") as place:
-        config, said = Path(place) / "cells.json", Path(place) / "engine.log"
-        config.write_text(json.dumps([_asked(cell) for cell in asked]))
-        command = [sys.executable, "-m", *ENGINE, "--cores", str(jobs), "--config", f"cells={config}"]
-        command += ["--quiet", "rules", "progress", "host", "reason"]
-        with open(said, "w") as log:
-            engine = subprocess.Popen(command, cwd=ROOT, env=_environment(), stderr=log)
-            try:
-                _watch(engine, before) if len(asked) > 1 else _follow(engine, asked[0].log, began)
-                code = engine.wait()
-            except KeyboardInterrupt:
-                engine.wait()
-                code = 130
+    command = engine(jobs, cluster)  # refuses an unknown cluster
+    config = _config(asked)
+    several = len(asked) > 1
+    start = forked.serving if several and not cluster else nullcontext
+    alone = locked(config.with_suffix(""), "the same batch") if several else nullcontext()
+    with alone, tempfile.TemporaryFile("w+") as log, start(_environment()) as environment:
+        before, began = {cell: written(cell) for cell in asked}, time.time()
+        command += ["--config", f"cells={config}"]
+        process = subprocess.Popen(command, cwd=ROOT, env=environment, stderr=log)
+        try:
+            _watch(process, before) if several else _follow(process, asked[0].log, began)
+            code = process.wait()
+        except KeyboardInterrupt:
+            process.wait()
+            code = 130
         made = [cell for cell, earlier in before.items() if written(cell) not in (None, earlier)]
         if code:
-            _fail(code, asked, made, began, said.read_text())
+            log.seek(0)
+            _fail(code, asked, made, began, log.read())
         return code, made
 
 
-def _asked(cell: cells.Cell) -> dict:
-    return {"item": cell.item, "profile": cell.profile, "pairs": cell.pairs}
+def _config(asked: list[cells.Cell]) -> Path:
+    """The file that says to Snakemake which cells are asked for, where the jobs of a cluster can read it too."""
+    text = json.dumps([{"item": cell.item, "profile": cell.profile, "pairs": cell.pairs} for cell in asked]).encode()
+    path = results() / ".graph" / f"{hashlib.sha256(text).hexdigest()[:16]}.json"
+    write_atomically(path, text)
+    return path
+
+
+def engine(jobs: int, cluster: str | None = None) -> list[str]:
+    """The command of Snakemake for `jobs` notebooks at once.
+
+    cluster: a folder of workflow/profiles, or any with a config.yaml of Snakemake's options, which names the executor.
+    Raises UserError where there is none, or where the executor's package is not installed.
+    """
+    command = [sys.executable, "-m", *ENGINE, "--quiet", "rules", "progress", "host", "reason"]
+    if not cluster:
+        return [*command, "--cores", str(jobs)]
+    own = ROOT / "workflow" / "profiles"
+    folder = next((path for path in (own / cluster, Path(cluster).resolve()) if (path / "config.yaml").exists()), None)
+    if folder is None:
+        hint = "; or name a folder with a config.yaml of Snakemake's options"
+        raise unknown("cluster", cluster, [path.name for path in own.iterdir()], hint)
+    executor = yaml.safe_load((folder / "config.yaml").read_text())["executor"]
+    if not importlib.util.find_spec(f"snakemake_executor_plugin_{executor.replace('-', '_')}"):
+        raise UserError(f"Snakemake's executor {executor} is not installed: .venv/bin/pip install -e '.[cluster]'")
+    return [*command, "--jobs", str(jobs), "--workflow-profile", str(folder)]
 
 
 def _environment() -> dict:
@@ -113,11 +148,11 @@ def written(cell: cells.Cell) -> float | None:
     return cell.mark.stat().st_mtime if cell.mark.exists() else None
 
 
-def _follow(engine: subprocess.Popen, log: Path, began: float) -> None:
+def _follow(process: subprocess.Popen, log: Path, began: float) -> None:
     """Show what the only cell's process writes to stderr, its progress bar, until the engine ends."""
     shown_until, running = 0, True
     while running:
-        running = engine.poll() is None
+        running = process.poll() is None
         if log.exists() and log.stat().st_mtime >= began:
             with open(log, "rb") as stream:
                 stream.seek(shown_until)
@@ -129,10 +164,10 @@ def _follow(engine: subprocess.Popen, log: Path, began: float) -> None:
             time.sleep(0.1)
 
 
-def _watch(engine: subprocess.Popen, before: dict) -> None:
+def _watch(process: subprocess.Popen, before: dict) -> None:
     """Print a line for each finished cell, with what is left, until the engine ends."""
     waiting, began, done = dict(before), time.monotonic(), 0
-    while engine.poll() is None:
+    while process.poll() is None:
         for cell, earlier in list(waiting.items()):
             if written(cell) not in (None, earlier):
                 del waiting[cell]

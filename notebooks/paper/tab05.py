@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import matplotlib.pyplot as plt
+import numpy as np
 import torch
 from fig05 import READABLE, probe_groups, same_places
 from matplotlib.figure import Figure
@@ -31,7 +32,7 @@ def draw_register_changes(fair, as_paper) -> Figure:
     for axis, (column, none, band, label) in zip(axes, panels, strict=True):
         axis.axvspan(*band, color=PAPER, alpha=0.12, lw=0, label="counts as unchanged")
         axis.axvline(none, color=PAPER, lw=1)
-        if not both[column].abs().max() < float("inf"):
+        if not np.isfinite(both[column]).all():
             raise UserError("a probe learnt from too few tokens to be compared: more n_images or max_tokens are wanted")
         ends = both.assign(low=both[f"{column}_low"], high=both[f"{column}_high"])
         dots(axis, ends, column, "model", "compared", styles, orient="h", dodge=0.3, legend="full")
