@@ -180,6 +180,7 @@ def _be_kernel(text: str) -> None:
     command, environment, folder = json.loads(text)
     _become(environment | {"JPY_PARENT_PID": str(os.getppid())}, folder)
     sys.modules["torch"].set_num_threads(int(environment.get("OMP_NUM_THREADS", 1)))
+    sys.path.insert(0, "")  # the notebook's folder
     sys.argv = command[command.index("ipykernel_launcher") :]
     kernelapp.launch_new_instance()
 
