@@ -2,7 +2,7 @@
 
 Not a test: nothing is asserted. What is compared takes turns, round by round, and each ratio is the median over rounds:
 other work on the machine then weighs on both alike. The parts are `bench_PART.py`; each has `rows()` and may have
-`figures()`. Named parts are only printed.
+`figures()`. A part that is named is run alone and replaces its section of the page.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib
 import os
 import platform
+import re
 import statistics
 import sys
 import time
@@ -18,10 +19,16 @@ from dataclasses import dataclass
 
 import torch
 
-from vitreg_lib.base import ROOT
+from vitreg_lib.base import ROOT, write_atomically
 
 PARTS = ("capture", "growth", "probes", "widgets", "start")
 PAGE = ROOT / "docs" / "performance.md"
+HEAD = """# Performance
+
+Written by `make bench`. Read the ratios, not the times: what is compared took turns on one machine, and a ratio of
+times is the median over rounds. The times belong to the machine and to its load, which each section names.
+
+"""
 
 
 @dataclass
@@ -79,32 +86,27 @@ def machine() -> str:
 
 
 def main(chosen: list[str]) -> None:
-    """Run the parts, print their rows, and write the page where no part was named."""
-    about, sections = machine(), []
-    print(about)
+    """Run the parts (all by default), print their rows, and put each into its place in the page."""
     for part in chosen or PARTS:
-        module, rows = importlib.import_module(f"tests.bench_{part}"), []
+        module, rows, about = importlib.import_module(f"tests.bench_{part}"), [], machine()
+        print(f"{part}: {about}", flush=True)
         for row in module.rows():
             rows.append(row)
             print(" | ".join(row.cells()), flush=True)
         pictures = module.figures(ROOT / "docs" / "performance") if hasattr(module, "figures") else []
-        sections.append(_section(module, rows, pictures))
-    if not chosen:
-        PAGE.write_text(
-            "# Performance\n\n"
-            "Written by `make bench`. Read the ratios: what is compared took turns on the same machine, and a ratio of "
-            "times is the median over rounds. The times themselves belong to this machine, and to its load.\n\n"
-            f"Measured: {about}.\n\n" + "\n\n".join(sections) + "\n"
-        )
-        print(f"written: {PAGE.relative_to(ROOT)}")
+        title, _, text = module.__doc__.partition("\n\n")
+        table = ["| | here | beside it | ratio | goal |", "|---|---|---|---|---|"]
+        table += [f"| {' | '.join(row.cells())} |" for row in rows]
+        shown = [f"![{caption}](performance/{name})" for name, caption in pictures]
+        put(part, [f"## {title.rstrip('.')}", text.strip(), f"Measured {about}.", "\n".join(table), *shown])
 
 
-def _section(module, rows: list[Row], pictures: list[tuple[str, str]]) -> str:
-    title, _, text = module.__doc__.partition("\n\n")
-    table = ["| | here | beside it | ratio | goal |", "|---|---|---|---|---|"]
-    table += [f"| {' | '.join(row.cells())} |" for row in rows]
-    shown = [f"![{caption}](performance/{name})" for name, caption in pictures]
-    return "\n\n".join([f"## {title.rstrip('.')}", text.strip(), "\n".join(table), *shown])
+def put(part: str, paragraphs: list[str]) -> None:
+    """Replace a part's section of the page, which begins with its name in a comment."""
+    sections = dict(re.findall(r"<!-- (\w+) -->\n(.*?)\n(?=<!-- |\Z)", PAGE.read_text() if PAGE.exists() else "", re.S))
+    sections[part] = "\n\n".join(paragraphs) + "\n"
+    whole = [f"<!-- {name} -->\n{sections[name]}\n" for name in PARTS if name in sections]
+    write_atomically(PAGE, (HEAD + "".join(whole)).encode())
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ from vitreg_lib.hooks.capture import capture, hooks
 from vitreg_lib.plots.style import PALETTE, PAPER, styled
 
 SIDES = (224, 448, 672, 1024)  # pixels; 196, 784, 1764 and 4096 patches of 16 pixels
+ROUNDS = {672: 3, 1024: 1}  # where one takes seconds
 COUNTS = (10, 100, 1000, 10_000)
 PATCH = 16
 
@@ -59,8 +60,7 @@ def by_size() -> pd.DataFrame:
         row = {"arch": arch, "patches": (side // PATCH) ** 2}
         row["gigaflops"] = 2 * fig12.count_macs(arch, PATCH, side, whole=True) / 1e9
         for name, way in (("capture", ours), ("everything", everything)):
-            rounds = 7 if side < 672 else 3
-            first, second, ratio = taking_turns(functools.partial(way, model, x), plain, rounds)
+            first, second, ratio = taking_turns(functools.partial(way, model, x), plain, ROUNDS.get(side, 7))
             row |= {f"{name} s": first, "plain s": second, f"{name} ratio": ratio}
             row[f"{name} MiB"] = fig12.peak_bytes(As(model, way), x) / 2**20
         row["plain MiB"] = fig12.peak_bytes(model, x) / 2**20
