@@ -264,6 +264,19 @@ def test_grid_and_prefix_are_those_of_the_tokens_that_arrive(name):
     assert seen.norms.shape == (1, 2, len(prefix) + grid[0] * grid[1])
 
 
+def test_naflex_takes_plain_images_of_any_shape():
+    """Its embedding adds prefix tokens and positions; the patches are what its projection gives."""
+    torch.manual_seed(0)
+    model, x = timm.create_model("naflexvit_base_patch16_gap", depth=2).eval(), torch.randn(2, 3, 64, 96)
+    seen = capture(model, x, ("tokens", "embedding", "attention"))
+    assert (seen.prefix, seen.grid, seen.embedding.shape) == (REGISTERS, (4, 6), (2, 24, 768))
+    final, maps = model.forward_intermediates(x, indices=[1], output_fmt="NLC")
+    torch.testing.assert_close(seen.patches(seen.tokens[1]), maps[0])
+    mended = added.add_registers(model, [(0, 3)], 2)
+    assert mended.forward_features(x).shape == (2, 6 + 24, 768) and mended(x).shape == model(x).shape
+    assert capture(mended, x).num_registers == 6
+
+
 def test_attention_that_would_say_nothing_is_refused():
     """Differential attention takes one map from another, talking heads mix them, a gate changes what comes out."""
     x = torch.randn(1, 3, 64, 64)

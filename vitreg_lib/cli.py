@@ -262,7 +262,7 @@ def mend(
         if kind == "ttr":
             mended = mend.with_test_time_registers(loaded, count, found.neurons)
         saved.write(mended, save)
-        print(f"\n{mended.about}: {shown(save)}")
+        print(f"\n{mended.about}: {save}")
 
 
 @app.command()

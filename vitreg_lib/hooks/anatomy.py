@@ -159,6 +159,7 @@ def dissect(model: nn.Module) -> Anatomy:
     if names := getattr(model, "vitreg_description", None):
         return _described(model, **names)
     embeddings = [name for name, part in model.named_modules() if name.split(".")[-1] == "patch_embed"]
+    embeddings += [name for name, part in model.named_modules() if _is_naflex(part)]
     embeddings += [name for name, part in model.named_modules() if _cuts_patches(part)]
     lists = [name for name, part in model.named_modules() if _is_blocks(part)]
     lists = [name for name in lists if not any(name.startswith(f"{other}.") for other in lists if other != name)]
@@ -174,6 +175,11 @@ def dissect(model: nn.Module) -> Anatomy:
     root, blocks, embedding = max(pairs, key=lambda pair: len(pair[0].split(".")) if pair[0] else 0)
     vit = model.get_submodule(root)
     return _anatomy(vit, tuple(model.get_submodule(blocks)), model.get_submodule(embedding))
+
+
+def _is_naflex(part: nn.Module) -> bool:
+    """Whether a part is the embedding of timm's NaFlexVit: its projection makes the patches, the rest adds to them."""
+    return type(part).__name__ == "NaFlexEmbeds"
 
 
 def _cuts_patches(part: nn.Module) -> bool:
@@ -220,7 +226,7 @@ def _anatomy(vit: nn.Module, blocks: tuple, patch_embed: nn.Module, **known) -> 
         blocks=blocks,
         attention=attention,
         mlp_out=_second_linears(blocks, attention, dim),
-        patch_embed=patch_embed,
+        patch_embed=patch_embed.proj if _is_naflex(patch_embed) else patch_embed,
         norm=norm,
         prefix=known.pop("prefix") if "prefix" in known else _prefix(vit, added),
         embed_dim=dim,
