@@ -84,6 +84,19 @@ def test_what_differs_is_told_in_words(folder, change, told):
     assert differences == [] if told is None else any(line.startswith(told) for line in differences)
 
 
+def test_a_live_training_may_end_otherwise_on_another_processor(folder):
+    """Shares within ten points, and "undecided" against either answer; a claim that turns round is a difference."""
+    before = kept(made(share=0.25, verdict="undecided")) | {"item": "train_clip"}
+    compare.write(before)
+    assert compare.differences(before) == []
+    assert compare.differences(kept(made(share=0.30, verdict=True)) | {"item": "train_clip"}) == []
+    assert len(compare.differences(kept(made(share=0.37, verdict=False)) | {"item": "train_clip"})) == 1
+    compare.write(kept(made(verdict=False)) | {"item": "train_clip"})
+    assert compare.differences(kept(made(verdict=True)) | {"item": "train_clip"}) == [
+        "claim C007: holds, recorded fails"
+    ]
+
+
 def test_a_number_or_claim_that_is_gone_or_new_is_told(folder):
     compare.write(kept(made()))
     run = made()
