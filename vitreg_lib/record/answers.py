@@ -182,7 +182,8 @@ def _local(seen: Look) -> dict:
     n, rows, cols = seen.mask.shape
     masks = {name: mask.flatten() for name, mask in local.groups(seen.mask).items() if name != "border"}
     place = torch.stack(torch.meshgrid(torch.arange(rows), torch.arange(cols), indexing="ij"), -1).float()
-    truth = {"pixels": local.pixels_of(seen.model, seen.kept).flatten(0, 1), "place": place.flatten(0, 1).repeat(n, 1)}
+    pixels = local.patch_pixels(255 * seen.kept.pixels, seen.model.anatomy.patch_size[0])
+    truth = {"pixels": pixels.flatten(0, 1), "place": place.flatten(0, 1).repeat(n, 1)}
     tokens = seen.tokens[:, -rows * cols :].flatten(0, 1)
     ids = torch.arange(n).repeat_interleave(rows * cols)
     columns = ["group", "fit", "test", "l2", "relative"]
