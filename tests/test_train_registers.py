@@ -240,7 +240,8 @@ def test_a_twin_is_found_by_its_name_and_pairs_with_its_base(place, tmp_path, mo
     assert (twin.base, twin.family, twin.registers, twin.registers_from) == ("deit-ti", "deit", 2, "fine-tuned")
     plain = Model("deit_tiny_patch16_224.fb_in1k", None, "", label="deit-ti", entry="deit-ti")
     assert pairs.pairs([plain, twin], "fine-tuned") == {"deit-ti-trained-reg2": "deit-ti"}
-    assert not pairs.pairs([plain, twin], "trained")
+    assert pairs.pairs([plain, twin], "trained") == {"deit-ti-trained-reg2": "deit-ti"}  # by training, at any time
+    assert not pairs.pairs([plain, twin], "test time")
     by_file = zoo.load(f"file:{tmp_path / 'deit-ti-trained-reg2' / 'model.safetensors'}", "cpu")
     assert (by_file.base, by_file.registers_from) == (VIT, "fine-tuned")
 
