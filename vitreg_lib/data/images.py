@@ -127,7 +127,7 @@ def labels(images: Images, folders: bool = False) -> torch.Tensor | None:
     """(n,) class of each image: a scene's shape, or from labels.csv (file, class_index) of its folder; None without.
 
     folders: where there is no labels.csv, the name of the folder that holds a photo is its class, numbered by the names
-    of all folders beside it, as torchvision's ImageFolder does; None where there is one folder only.
+    of all folders beside it, as torchvision's ImageFolder does; None where one folder holds all photos.
     """
     if images.scenes is not None:
         return images.scenes.label
@@ -135,7 +135,8 @@ def labels(images: Images, folders: bool = False) -> torch.Tensor | None:
         with open(file, newline="") as f:
             classes = {Path(row["file"]).stem: int(row["class_index"]) for row in csv.DictReader(f)}
         return torch.tensor([classes[name] for name in images.names]) if set(images.names) <= set(classes) else None
-    named = _class_folders(images) if folders else []
+    several = folders and len({path.parent for path in images.paths}) > 1
+    named = _class_folders(images) if several else []
     return torch.tensor([named.index(path.parent.name) for path in images.paths]) if len(named) > 1 else None
 
 

@@ -67,8 +67,7 @@ def look(model, source, n: int, labelled: bool = False, seed: int = 0, progress=
     """
     n = image_sets.number(source, n) if isinstance(source, str) else len(source)
     judged, progress = min(n, JUDGED), progress or (lambda done: None)
-    whole = None if isinstance(source, str) else image_sets.labels(source, labelled)
-    parts, pixels, tokens, rows, names, paths, labels, done = [], [], [], [], [], [], [], 0
+    parts, pixels, tokens, rows, names, paths, shapes, done = [], [], [], [], [], [], [], 0
     for batch in _batches(source, model, judged, seed):
         part, seen = detection.observe_batch(model, batch.x, ("final",))
         fits = VALUES // max(seen.final[0].numel(), batch.x[0].numel())
@@ -80,9 +79,7 @@ def look(model, source, n: int, labelled: bool = False, seed: int = 0, progress=
         rows += [done + i for i in here]
         names += [batch.names[i] for i in here]
         paths += [batch.paths[i] for i in here if batch.paths]
-        known = image_sets.labels(batch, labelled) if labelled or batch.scenes is not None else None
-        known = known if whole is None else whole[done : done + len(batch)]
-        labels.append(known if known is None else known[here])
+        shapes += [batch.scenes.label[here]] if isinstance(source, str) and batch.scenes is not None else []
         done += len(batch)
         progress(len(batch))
     observed = detection.join(parts)
@@ -97,7 +94,11 @@ def look(model, source, n: int, labelled: bool = False, seed: int = 0, progress=
     about = f"{batch.source.split(',')[0]}, {len(shares)} image{'s' * (len(shares) > 1)}"
     kept = image_sets.Images(model.normalise(pixels), pixels, names, about, None, batch.left_out, paths)
     work = sum(p.numel() for p in model.module.parameters()) * seen.final.shape[1]
-    classes = None if any(each is None for each in labels) else torch.cat(labels)
+    if isinstance(source, str):
+        classes = torch.cat(shapes) if shapes else image_sets.labels(kept, True) if labelled else None
+    else:
+        classes = image_sets.labels(source, labelled)
+        classes = None if classes is None else classes[rows]
     costly = min(32, max(8, int(WORK / work)))
     return Look(model, observed, found, shares, kept, torch.tensor(rows), torch.cat(tokens), classes, costly)
 
