@@ -26,6 +26,8 @@ Profile = Annotated[Literal[*record.PROFILES] | None, typer.Option(help="mini is
 ANY_MODEL = "a name of `vitreg models`, timm:NAME, file:PATH, random:NAME"
 AnyModel = Annotated[str, typer.Argument(help=ANY_MODEL)]
 
+Photos = Annotated[str, typer.Option(help="photos (shipped), scenes, or a folder")]
+AtMost = Annotated[int, typer.Option(min=1, help="at most this many")]
 Which = Annotated[
     Literal["ema", "raw", "torchscript"],
     typer.Option("--weights", help="averaged or raw, where a file has both; torchscript runs a trusted file's code"),
@@ -147,8 +149,8 @@ def report(
 )
 def diagnose(
     models: Annotated[list[str], typer.Argument(metavar="MODEL…", help=f"{ANY_MODEL}; file:FOLDER of checkpoints")],
-    images: Annotated[str, typer.Option(help="photos (shipped), scenes, or a folder")] = "photos",
-    n_images: Annotated[int, typer.Option(min=1, help="at most this many")] = 200,
+    images: Photos = "photos",
+    n_images: AtMost = 200,
     labels: Annotated[bool, typer.Option("--labels", help="sub-folders, or a labels.csv, name classes")] = False,
     over_time: Annotated[bool, typer.Option("--over-time", help="checkpoints of one training, in order")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="print the report as JSON")] = False,
@@ -179,8 +181,8 @@ def diagnose(
 )
 def measure(
     model: AnyModel,
-    images: Annotated[str, typer.Option(help="photos (shipped), scenes, or a folder")] = "photos",
-    n_images: Annotated[int, typer.Option(min=1, help="at most this many")] = 10,
+    images: Photos = "photos",
+    n_images: AtMost = 10,
     out: Annotated[
         Path | None, typer.Option(help="the file; by default in data/measured, or here without the repository")
     ] = None,
@@ -254,13 +256,14 @@ def mend(
     best = remedies.best(tried)
     print(f"fewest outliers, by the simplest means: {best}")
     if save:
-        kind = kind or ("ttr" if "+ttr" in best else "empty" if "+empty" in best else "")
+        kind = kind or names.split(best)[1]
         if not kind:
             raise UserError(f"nothing is saved: no remedy helps; {base}+ttr4 as the name saves one all the same")
         count = number if model != base else 4  # as in the table
-        mended = mend.with_empty_tokens(loaded, count)
         if kind == "ttr":
             mended = mend.with_test_time_registers(loaded, count, found.neurons)
+        else:
+            mended = mend.with_empty_tokens(loaded, count)
         saved.write(mended, save)
         print(f"\n{mended.about}: {save}")
 
