@@ -63,7 +63,7 @@ def test_a_wheel_runs_in_an_empty_environment(tmp_path):
     done = subprocess.run([python, "-c", script], cwd=folder, env=kept, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     assert "comes with the repository" in done.stderr
-    made = {str(path.relative_to(here)) for path in here.rglob("*") if path.is_file()}
+    made = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
     assert {"mended.safetensors", "mini-deit3-xs.safetensors"} <= made
     assert any(name.startswith("results/diagnose/") for name in made), made
     assert (tmp_path / "env" / "bin" / "vitreg").exists()
