@@ -65,6 +65,7 @@ def test_rings_lie_on_the_patches_above_the_cutoff():
     rings = [c for axis in figure.axes for c in axis.collections if isinstance(c, PatchCollection)]
     centres = [tuple(path.get_extents().get_points().mean(0)) for ring in rings for path in ring.get_paths()]
     np.testing.assert_allclose(centres, [(4, 1), (0, 3)], atol=1e-6)
+    assert {tuple(axis.get_xlim()) for axis in figure.axes if axis.collections} >= {(-0.5, 5.5)}, "no ring widens a map"
 
 
 def test_grids_leave_out_maps_of_zeros_and_name_them():

@@ -78,8 +78,8 @@ def ring(axis, mask: torch.Tensor, radius: float = 0.62) -> None:
     """Ring the patches of a mask (rows, cols) on a map: white with a dark outline, to be seen on any colour."""
     circles = [Circle((col, row), radius) for row, col in mask.nonzero().tolist()]
     outline = [withStroke(linewidth=3, foreground="black")]
-    style = dict(facecolor="none", edgecolor="white", linewidth=1.3, path_effects=outline)
-    axis.add_collection(PatchCollection(circles, **style))
+    style = dict(facecolor="none", edgecolor="white", linewidth=1.3, path_effects=outline, clip_on=False)
+    axis.add_collection(PatchCollection(circles, **style), autolim=False)  # rings at the border shrink no map
 
 
 def draw_box(axis, box: torch.Tensor, **style) -> Rectangle:
