@@ -38,7 +38,7 @@ def images(config, step: int, device) -> tuple[torch.Tensor, torch.Tensor]:
     if not config.data:
         return rendered(config, step, device).pixels, index
     size = round(MARGIN * config.image_size)
-    return _stream(config, str(device), pictures(config.data, "train"), size).batch(step)[0], index
+    return stream(config, str(device), pictures(config.data, "train"), size).batch(step)[0], index
 
 
 def rendered(config, step: int, device) -> scenes.Scenes:
@@ -51,7 +51,8 @@ def pairs(config, step: int, device) -> tuple[torch.Tensor, list[str]]:
     if not config.data:
         batch = rendered(config, step, device)
         return batch.pixels, batch.captions()
-    pixels, captions = _stream(config, str(device), captioned(config.data, "train"), config.image_size).batch(step)
+    source = captioned(config.data, "train")
+    pixels, captions = stream(config, str(device), source, config.image_size).batch(step)
     return pixels, list(captions)
 
 
@@ -115,6 +116,13 @@ class Pictures:
         """What a message calls an image: its file, or its row."""
         path = self.rows[index][self.image]["path"]
         return Path(path).name if path else f"row {index}"
+
+
+def unlabelled(paths: list[Path]) -> Pictures:
+    """The photos of these files, each with the label 0."""
+    from datasets import Dataset
+
+    return Pictures(Dataset.from_dict({"image": list(map(str, paths)), "label": [0] * len(paths)}))
 
 
 @functools.lru_cache(maxsize=4)
@@ -192,11 +200,6 @@ def _root(data: str, content: str) -> Path:
 def _part(count: int, split: str) -> list[int]:
     """Places of "val", every twentieth, or of "train", the others."""
     return [i for i in range(count) if (i % HELD_OUT_EVERY == HELD_OUT_EVERY - 1) == (split == "val")]
-
-
-@functools.lru_cache(maxsize=1)
-def _stream(config, device: str, source, size: int):
-    return Stream(config, device, Augmented(config, source, _plain(size)))
 
 
 def _plain(size: int):
@@ -300,9 +303,10 @@ class _Once:
 
 
 @functools.lru_cache(maxsize=1)
-def stream(config, device: str) -> Stream:
-    """The stream of a training; the same one at every step."""
-    return Stream(config, device)
+def stream(config, device: str, source=None, size: int = 0) -> Stream:
+    """The stream of a training, the same one at every step: `Augmented`'s images, or those of a source without
+    augmentation at `size` pixels."""
+    return Stream(config, device, Augmented(config, source, _plain(size) if size else None))
 
 
 @functools.lru_cache(maxsize=2)

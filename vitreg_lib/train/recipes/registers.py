@@ -40,7 +40,7 @@ from ...hooks.capture import evaluating, hooks
 from ...model import added, mend, remedies, zoo
 from ...model.grow import with_registers
 from .. import parallel
-from ..images import HELD_OUT_EVERY, Augmented, Stream, order
+from ..images import HELD_OUT_EVERY, Augmented, Stream, order, unlabelled
 
 DEFAULTS = {
     "size": "",
@@ -306,23 +306,6 @@ def _photos(data: str, photos: int, seed: int) -> tuple[list[Path], list[Path]]:
     return training, held_out
 
 
-class _Files:
-    """Photos as `train.images.Augmented` reads them."""
-
-    def __init__(self, paths: list[Path]):
-        self.paths = paths
-
-    def __len__(self) -> int:
-        return len(self.paths)
-
-    def read(self, index: int):
-        """(PIL image in RGB, 0): a photo without a label."""
-        return sources.read(self.paths[index]), 0
-
-    def name(self, index: int) -> str:
-        return self.paths[index].name
-
-
 def _training_images(config, model, step: int, device) -> torch.Tensor:
     """This process's images of a step, normalised: random crops, half of them flipped; for a mini ViT scenes."""
     if is_procedural(config.data, model):
@@ -345,9 +328,8 @@ def _stream(config, device: str) -> Stream:
         mean=model.mean,
         std=model.std,
     )
-    return Stream(
-        config, device, Augmented(config, _Files(_photos(config.data, config.photos, config.seed)[0]), transform)
-    )
+    photos = unlabelled(_photos(config.data, config.photos, config.seed)[0])
+    return Stream(config, device, Augmented(config, photos, transform))
 
 
 def _centred(model, paths: list[Path]) -> torch.Tensor:
