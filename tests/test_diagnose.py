@@ -6,7 +6,9 @@ import dataclasses
 import json
 import shutil
 
+import pandas as pd
 import pytest
+import timm
 import torch
 from markupsafe import escape
 from PIL import Image
@@ -14,6 +16,7 @@ from PIL import Image
 import vitreg_lib as vr
 from vitreg_lib import cli
 from vitreg_lib.base import UserError
+from vitreg_lib.model import remedies
 from vitreg_lib.record import answers, diagnose, look
 
 
@@ -65,11 +68,29 @@ def test_attention_on_outliers_is_the_mean_over_images(planted):
     assert planted.numbers["attention_on_outliers"] > 3 * planted.numbers["outlier_share"]
 
 
+def test_attention_of_a_pooling_head_is_what_it_sums_values_with(planted):
+    """Of a SigLIP with one head: the rows times the values are what enters the head's projection."""
+    sizes = dict(img_size=96, patch_size=8, depth=1, embed_dim=48, num_heads=1, num_classes=0)
+    torch.manual_seed(0)
+    siglip = vr.load(timm.create_model("vit_base_patch16_siglip_224", **sizes).eval())
+    torch.nn.init.normal_(siglip.module.attn_pool.kv.weight)
+    torch.nn.init.normal_(siglip.module.attn_pool.q.weight)
+    tokens = torch.randn(len(planted.seen.kept), 144, 48)
+    rows = answers._pooling(dataclasses.replace(planted.seen, model=siglip, tokens=tokens))
+    summed, pool = [], siglip.module.attn_pool
+    pool.proj.register_forward_pre_hook(lambda part, inputs: summed.append(inputs[0][:, 0]))
+    with torch.no_grad():
+        siglip.module.forward_head(tokens)
+        torch.testing.assert_close((rows[:, None] @ pool.kv(tokens)[..., 48:])[:, 0], summed[0], rtol=1e-4, atol=1e-4)
+    assert rows.max() > 2 / 144, "the rows are not all even"
+    assert answers._pooling(planted.seen) is None
+
+
 def test_remedies_are_scored_beside_random_neurons_on_images_not_searched_on(planted):
     ((title, table),) = planted.answers[4].tables.items()
     searched = len(planted.seen.sample) // 2
     assert f"{len(planted.seen.sample) - searched} images" in title
-    assert table.outliers["planted+ttr4"] < 0.1 * table.outliers["planted"] < table.outliers[answers.RANDOM]
+    assert table.outliers["planted+ttr4"] < 0.1 * table.outliers["planted"] < table.outliers[remedies.RANDOM]
     assert (table.loc["planted", ["features_apart"]].abs() < 1e-6).all()
 
 
@@ -163,8 +184,14 @@ def test_page_and_report_of_several_models_on_a_folder(photos, results, capsys):
             assert each["sentence"] and str(escape(each["sentence"])) in text
     assert "0.png" in text and "http" not in text and "NaN" not in out
     assert "planted-and-1-more_photos_" in page
+    table = pd.read_parquet(kept.replace(".json", ".parquet"))
+    assert not table.duplicated(["model", "measure"]).any() and set(table.model) == {"planted", "mini-random"}
+    for number in range(2):
+        numbers = {k: v for each in asked(report, number).values() for k, v in each["numbers"].items()}
+        values = table[table.model == report["models"][number]["label"]].set_index("measure").value
+        assert values.dropna().to_dict() == pytest.approx({k: v for k, v in numbers.items() if v is not None})
     assert cli.main(command) == 0
-    assert len(list((results / "diagnose").iterdir())) == 4, "nothing is overwritten"
+    assert len(list((results / "diagnose").iterdir())) == 6, "nothing is overwritten"
 
 
 def test_names_are_escaped_and_no_formula(tmp_path, results):

@@ -283,13 +283,16 @@ def test_attention_that_would_say_nothing_is_refused():
     twice = timm.create_model("vit_dwee_patch16_reg1_gap_256", img_size=64, depth=2).eval()
     with pytest.raises(ValueError, match="attention of block 0 is computed more than once"):
         capture(twice, x, "attention")
-    with pytest.raises(RuntimeError, match="did not reach the site 'attention'"):
+    with pytest.raises(ValueError, match="did not reach the site 'attention'"):
         capture(timm.create_model("cait_xxs24_224", img_size=64, depth=2).eval(), x, "attention", queries=[0])
     gated = timm.create_model("vit_tiny_patch16_224", img_size=64, depth=1).eval()
     gated.blocks[0].attn.proj = nn.Sequential(Halved(), gated.blocks[0].attn.proj)
     with pytest.raises(ValueError, match="block 0 is changed before it enters the next layer"):
         capture(gated, x, "attention")
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in gated.modules())
+    sam = timm.create_model("samvit_base_patch16_224", img_size=64, depth=2, embed_dim=48, num_heads=3, window_size=2)
+    with pytest.raises(ValueError, match="block 0 is computed in windows"):
+        capture(sam.eval(), x, "attention", queries=[0])
 
 
 class Halved(nn.Module):
@@ -302,6 +305,19 @@ def test_tokens_that_change_on_the_way_are_refused_in_one_line(name):
     model = timm.create_model(name).eval()
     with pytest.raises(ValueError, match=r"^a block gives \(1, .* cannot be measured; .*wrongly$"):
         capture(model, torch.randn(1, 3, 224, 224))
+
+
+def test_another_image_size_is_taken_or_refused_in_one_line():
+    """Plain ViTs can be built for it; of others timm refuses some, and a size that fails is no raw error."""
+    x = torch.randn(1, 3, 64, 48)
+    model = vr.load("random:vit_tiny_patch16_224", "cpu", image_size=(64, 48))
+    assert model.capture(x).grid == (4, 3)
+    with pytest.raises(UserError, match="davit_tiny is not made for another image size: .*img_size"):
+        vr.load("random:davit_tiny", "cpu", image_size=64)
+    convit = timm.create_model("convit_tiny", img_size=32, depth=2).eval()
+    with pytest.raises(UserError, match=r"fails on images of 64 x 48 pixels: [^\n]*; it takes 32 x 32, and vr\.load"):
+        capture(convit, x)
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in convit.modules())
 
 
 def test_other_channels_are_taken_or_refused():

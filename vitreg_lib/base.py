@@ -33,6 +33,11 @@ class UserError(Exception):
     """Shown as one line by the command line, without a traceback."""
 
 
+def line(error: Exception) -> str:
+    """An error's message on one line, as part of a sentence; its kind where it says nothing."""
+    return " ".join(str(error).split())[:160].rstrip(".") or type(error).__name__
+
+
 def unknown(kind: str, value: str, valid: Iterable[str], hint: str = "") -> UserError:
     """An error for an unknown name, with the nearest valid ones (or all, where there are few)."""
     valid = sorted(valid)

@@ -164,13 +164,15 @@ def diagnose(
     """Has a model artifacts, of what kind, what do they hold, do they hurt, what helps? Writes a page and a report."""
     from .record import diagnose
 
-    found = []
-    for name in [each for model in models for each in diagnose.checkpoints(model)]:
-        loaded = _loaded(name, weights, size, mean=mean, std=std, crop=crop)
-        found.append(diagnose.diagnose(loaded, images, n_images, labels, briefly=over_time, progress=True))
-        if not as_json:
-            print(f"{name} on {found[-1].seen.kept.source} ({loaded.preprocessing}):\n{found[-1].verdict}\n")
-    page, report = diagnose.write(found, out, over_time, images)
+    def diagnoses():
+        for name in [each for model in models for each in diagnose.checkpoints(model)]:
+            loaded = _loaded(name, weights, size, mean=mean, std=std, crop=crop)
+            each = diagnose.diagnose(loaded, images, n_images, labels, briefly=over_time, progress=True)
+            if not as_json:
+                print(f"{name} on {each.seen.kept.source} ({loaded.preprocessing}):\n{each.verdict}\n")
+            yield each
+
+    page, report = diagnose.write(diagnoses(), out, over_time, images)
     if as_json:
         print(report.read_text())
     print(f"page: {page}\nreport: {report}", file=sys.stderr if as_json else sys.stdout)
@@ -236,34 +238,31 @@ def mend(
         raise UserError(f"--registers {registers!r}: write numbers separated by commas, such as 0,1,4")
     base, kind, number = names.split(model)
     loaded = _loaded(base, weights, size, mean=mean, std=std, crop=crop)
-    searched, others = mend.halves(loaded, images, n_images)
+    pictures = mend.handful(loaded, images, n_images)
+    counts = [*map(int, counts), *([number] if kind == "ttr" else [])]
     try:
-        found = mend.find(loaded, searched.x, cutoff=cutoff)
+        tried = remedies.trial(loaded, pictures.x, cutoff, counts, number if kind == "empty" else 4)
     except mend.NothingToMend as nothing:
         print(nothing)
         return
-    print(f"{loaded.name} on {searched.source} ({loaded.preprocessing}):")
-    print(f"{len(searched)} to search, the others to try.")
+    found, half = tried.found, len(pictures) // 2
+    print(f"{loaded.name} on {pictures.source} ({loaded.preprocessing}):")
+    print(f"{half} to search, the others to try.")
     print(f"{found.share_before:.2%} of the patch tokens are outliers after block {found.layer}, from block")
     print(f"{found.onset} on. These neurons make most of them (block:neuron):")
     print(", ".join(f"{b}:{i}" for b, i in found.neurons) + "\n")
     if found.share_after > mend.MENDED * found.share_before:
         print("but moving them removes few of the outliers: this model is not mended this way\n")
-    doses = mend.doses(loaded, others, found, [int(count) for count in counts])
-    print(f"on the {len(others)} other images:\n{doses.round(4).to_string(index=False)}")
-    tried = remedies.table(loaded, others, found, number or 4)
-    print(f"\nwhat the remedies do and cost there, the simplest first:\n{tried.round(3).to_string()}")
-    best = remedies.best(tried)
-    print(f"fewest outliers, by the simplest means: {best}")
+    print(f"what the remedies do and cost on the {len(pictures) - half} other images, the simplest first:")
+    print(tried.table.round(3).to_string())
+    kept = [name for name in tried.shares.index if name == tried.shares.index[0] or names.split(name)[1]]
+    best = remedies.best(tried.shares[kept])
+    print(f"fewest outliers on the first {half}, by the simplest means: {best}")
     if save:
-        kind = kind or names.split(best)[1]
+        kind, number = (kind, number) if kind else names.split(best)[1:]
         if not kind:
             raise UserError(f"nothing is saved: no remedy helps; {base}+ttr4 as the name saves one all the same")
-        count = number if model != base else 4  # as in the table
-        if kind == "ttr":
-            mended = mend.with_test_time_registers(loaded, count, found.neurons)
-        else:
-            mended = mend.with_empty_tokens(loaded, count)
+        mended = mend.with_added(loaded, kind, number, found.neurons)
         saved.write(mended, save)
         print(f"\n{mended.about}: {save}")
 

@@ -18,6 +18,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from ..base import UserError
+
 PREFIX = {  # names of the parameters of prefix tokens, in the order in which all families put the tokens
     "cls": ("cls_token", "class_token", "class_embedding"),
     "dist": ("dist_token", "distillation_token"),
@@ -26,6 +28,14 @@ PREFIX = {  # names of the parameters of prefix tokens, in the order in which al
 ADDED = "added_registers"  # the buffer of block 0 that holds tokens added at test time
 HEADS = ("num_heads", "num_attention_heads")
 NORMS = ("norm", "layernorm", "post_layernorm", "ln_post", "encoder.ln", "encoder.norm")
+
+
+class Unrecognised(UserError, TypeError):
+    """No ViT is recognised in a module."""
+
+
+class Unmeasurable(UserError, ValueError):
+    """A model, or a model with these images, that cannot be measured, or not without saying something wrong of it."""
 
 
 class PrefixTokens:
@@ -87,9 +97,9 @@ class Anatomy(PrefixTokens):
         """
         channels, height, width = images.shape[-3:]
         if channels != self.channels:
-            raise ValueError(f"images of {channels} channels: this model takes {self.channels}")
+            raise Unmeasurable(f"images of {channels} channels: this model takes {self.channels}")
         if height % self.patch_size[0] or width % self.patch_size[1]:
-            raise ValueError(
+            raise Unmeasurable(
                 f"images of {height} x {width} pixels do not divide into patches of "
                 f"{self.patch_size[0]} x {self.patch_size[1]}; resize them to a multiple"
             )
@@ -115,7 +125,7 @@ class Anatomy(PrefixTokens):
         expected = (batch, len(self.prefix) + grid[0] * grid[1], self.embed_dim)
         if tuple(x.shape) != expected:
             prefix = " + ".join(filter(None, [", ".join(self.prefix), f"{grid[0]} x {grid[1]} patches"]))
-            raise ValueError(
+            raise Unmeasurable(
                 f"a block gives {tuple(x.shape)}, but {expected} was expected ({prefix}): a model whose tokens or grid "
                 "change on the way cannot be measured; `vr.describe` corrects what was recognised wrongly"
             )
@@ -166,7 +176,7 @@ def dissect(model: nn.Module) -> Anatomy:
     if not embeddings or not lists:
         missing = [] if lists else ["no list of equal blocks with attention"]
         missing += [] if embeddings else ["no patch embedding"]
-        raise TypeError(
+        raise Unrecognised(
             f"{type(model).__name__} has {' and '.join(missing)}: no ViT is recognised in it; `vr.describe` says by "
             "hand where its parts are"
         )
@@ -246,11 +256,11 @@ def _described(module, blocks, attention, mlp_out, prefix, patch, norm, patch_em
     part = tuple(_named(module, blocks))
     embedding = _named(module, patch_embed) if patch_embed else next(filter(_cuts_patches, module.modules()), None)
     if embedding is None:
-        raise TypeError(f"{type(module).__name__} has no patch convolution: name it by patch_embed")
+        raise Unrecognised(f"{type(module).__name__} has no patch convolution: name it by patch_embed")
     known = dict(attention=tuple(_named(block, attention) for block in part), prefix=prefix, patch_size=patch)
     if heads or _attention(known["attention"][0]) is None:
         if not heads:
-            raise TypeError(f"{attention} of {type(module).__name__} does not say its heads: give heads")
+            raise Unrecognised(f"{attention} of {type(module).__name__} does not say its heads: give heads")
         known["num_heads"] = heads
     known |= {"mlp_out": tuple(_named(block, mlp_out) for block in part)} if mlp_out else {}
     known |= {"norm": _named(module, norm)} if norm else {}
@@ -261,7 +271,7 @@ def _described(module, blocks, attention, mlp_out, prefix, patch, norm, patch_em
 def _named(module: nn.Module, name: str) -> nn.Module:
     part = _submodule(module, name)
     if part is None:
-        raise TypeError(
+        raise Unrecognised(
             f"{type(module).__name__} has no {name}; it has {', '.join(n for n, _ in module.named_children())}"
         )
     return part
@@ -293,7 +303,7 @@ def _patch_size(patch_embed: nn.Module) -> tuple[int, int]:
         return tuple(a // b for a, b in zip(image, grid, strict=True))
     size = getattr(patch_embed, "patch_size", None) or getattr(patch_embed, "stride", None)
     if size is None:
-        raise TypeError(f"{type(patch_embed).__name__} does not say the size of its patches: no ViT is recognised")
+        raise Unrecognised(f"{type(patch_embed).__name__} does not say the size of its patches: no ViT is recognised")
     return (size, size) if isinstance(size, int) else tuple(size)
 
 

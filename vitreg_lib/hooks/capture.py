@@ -31,7 +31,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from .anatomy import Anatomy, PrefixTokens, dissect
+from ..base import UserError, line
+from .anatomy import Anatomy, PrefixTokens, Unmeasurable, dissect
 
 SITES = ("norms", "tokens", "q", "k", "v", "attention", "mlp", "embedding", "final")
 WHOLE = ("norms", "embedding", "final")  # sites of one tensor; the others have one for each layer
@@ -120,9 +121,9 @@ def capture(
     batch and goes on, with a warning.
 
     Raises ValueError for an unknown site, layer or query, for no images or those of other channels, and TypeError for a
-    model of unknown anatomy, before anything runs. What arrives is checked: ValueError where a block's tokens are not
-    those that the anatomy says, where attention is called twice in a block or is used otherwise than as softmax times
-    v; RuntimeError if a site was never reached.
+    model of unknown anatomy, before anything runs. What arrives is checked: Unmeasurable (a ValueError) where the
+    forward pass fails, where a block's tokens are not those that the anatomy says, where attention is called twice in a
+    block or is used otherwise than as softmax times v, and where a site is never reached.
     """
     keep = (keep,) if isinstance(keep, str) else tuple(keep)
     anatomy = dissect(model)
@@ -228,10 +229,32 @@ def _one(model: nn.Module, anatomy: Anatomy, images, keep, layers, queries) -> d
     attention_sites = {"q", "k", "v", "attention"} & set(keep)
     with evaluating(model), ExitStack() as stack:
         if attention_sites:
-            stack.enter_context(_Attention(anatomy, layers, attention_sites, queries, captured))
+            stack.enter_context(_Attention(anatomy, layers, attention_sites, queries, captured, len(images)))
         stack.enter_context(hooks(*pairs))
-        anatomy.forward(images)
+        try:
+            anatomy.forward(images)
+        except (UserError, torch.OutOfMemoryError):
+            raise
+        except (
+            ArithmeticError,
+            AssertionError,
+            AttributeError,
+            LookupError,
+            RuntimeError,
+            TypeError,
+            ValueError,
+        ) as error:
+            raise Unmeasurable(_why(anatomy, images, error)) from error
     return {site: _collect(site, captured[site], layers) for site in keep}
+
+
+def _why(anatomy: Anatomy, images: torch.Tensor, error: Exception) -> str:
+    """Why a forward pass failed, on one line; where the images have another size than the model's, what to do."""
+    size = tuple(images.shape[-2:])
+    own = getattr(anatomy.patch_embed, "img_size", None) or size
+    text = f"the model fails on images of {size[0]} x {size[1]} pixels: {line(error)}"
+    hint = f"; it takes {own[0]} x {own[1]}, and vr.load(NAME, image_size={size}) builds it for these where it can be"
+    return text + hint * (tuple(own) != size)
 
 
 class _Attention(TorchFunctionMode):
@@ -242,9 +265,10 @@ class _Attention(TorchFunctionMode):
     say nothing about the model. Models set not to use fused attention use it during the capture.
     """
 
-    def __init__(self, anatomy, layers, sites, queries, captured):
+    def __init__(self, anatomy, layers, sites, queries, captured, batch):
         super().__init__()
         self.anatomy, self.layers, self.sites, self.queries, self.captured = anatomy, layers, sites, queries, captured
+        self.batch = batch
         self.layer = self.returned = None
         self.called = self.arrived = False
         self.stack = ExitStack()
@@ -310,11 +334,13 @@ class _Attention(TorchFunctionMode):
         self.layer = self.returned = None
 
     def _refuse(self, why: str):
-        raise ValueError(f"attention of block {self.layer} {why}: its rows would not say what the block does with v")
+        raise Unmeasurable(f"attention of block {self.layer} {why}: its rows would not say what the block does with v")
 
     def _attend(self, attention, query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, **more):
         if self.called:
             self._refuse("is computed more than once")
+        if query.dim() != 4 or len(query) != self.batch:
+            self._refuse("is computed in windows, not among all tokens of an image")
         if is_causal or more.get("enable_gqa"):
             self._refuse("is causal or shares its keys among heads")
         output = attention(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, **more)
@@ -348,10 +374,10 @@ def attention_rows(q: torch.Tensor, k: torch.Tensor, scale: float | None = None,
 def _collect(site, captured, layers):
     if site in ("embedding", "final"):
         if not captured:
-            raise RuntimeError(f"the forward pass did not reach the site {site!r}")
+            raise Unmeasurable(f"the forward pass did not reach the site {site!r}")
         return captured[0].cpu()
     if missing := [layer for layer in layers if layer not in captured]:
-        raise RuntimeError(f"the forward pass did not reach the site {site!r} of block {missing[0]}")
+        raise Unmeasurable(f"the forward pass did not reach the site {site!r} of block {missing[0]}")
     if site == "norms":
         return torch.stack([captured[layer] for layer in layers], 1).cpu()
     return {layer: captured[layer].cpu() for layer in layers}

@@ -7,7 +7,7 @@ import inspect
 import torch
 from torch import nn
 
-from ..base import UserError
+from ..base import UserError, line
 from ..hooks.anatomy import dissect
 from .saved import of_timm
 
@@ -32,7 +32,7 @@ def with_registers(module: nn.Module, tokens: torch.Tensor) -> nn.Module:
     try:
         new.load_state_dict(weights)
     except RuntimeError as error:
-        raise UserError(f"timm builds another model than this one: {' '.join(str(error).split())[:160]}") from error
+        raise UserError(f"timm builds another model than this one: {line(error)}") from error
     return new.train(module.training)
 
 

@@ -26,7 +26,7 @@ from torch import nn
 from ..base import UserError
 from ..data import images as image_sets
 from ..hooks.anatomy import Anatomy, dissect, layer_scale
-from ..hooks.capture import evaluating, hooks
+from ..hooks.capture import capture, evaluating, hooks
 from ..measure import outliers
 from ..measure.detection import detect
 from .added import Neurons, add_registers
@@ -76,7 +76,7 @@ def find(model, images=None, max_neurons: int = 50, cutoff: float | outliers.Out
     before, best = is_outlier.float().mean().item(), None
     for count in [c for c in COUNTS if c <= max_neurons]:
         mended = add_registers(model.module, ranked[:count], 1)
-        after = _share_above(mended, x, layer, cutoff)
+        after = share_above(mended, x, layer, cutoff)
         if best is None or after < best[0]:
             best = (after, count)
         if after < REMAINING * before:
@@ -126,6 +126,11 @@ def with_test_time_registers(model, n: int, neurons: Neurons | None = None):
     return _remedied(model, add_registers(model.module, neurons, n), "ttr", n, about, neurons)
 
 
+def with_added(model, kind: str, n: int, neurons: Neurons | None = None):
+    """What NAME+emptyN and NAME+ttrN ask for: `with_empty_tokens` ("empty") or `with_test_time_registers` ("ttr")."""
+    return with_empty_tokens(model, n) if kind == "empty" else with_test_time_registers(model, n, neurons)
+
+
 def _remedied(model, module: nn.Module, kind: str, n: int, about: str, neurons: Neurons):
     return dataclasses.replace(
         model,
@@ -150,51 +155,12 @@ def _found_neurons(model) -> tuple[tuple[int, int], ...]:
     return found.neurons
 
 
-def doses(model, images, found: Found, counts=(0, 1, 2, 4, 8), neurons: Neurons | None = None):
-    """What registers do, by their number: a DataFrame with a row a count, the untouched model first.
-
-    Columns: registers, outlier_share (patch tokens above `found.cutoff` after the same block), largest_patch_norm,
-    register_norm (mean). `neurons` other than the found ones make a control.
-    """
-    import pandas as pd
-
-    rows = []
-    for count in (None, *counts):
-        mended = model if count is None else with_test_time_registers(model, count, neurons or found.neurons)
-        seen = mended.capture(_pixels(images), layers=found.layer)
-        registers = seen.register_norms[..., seen.num_registers - (count or 0) :]
-        rows.append(
-            {
-                "registers": "none" if count is None else str(count),
-                "outlier_share": (seen.patch_norms > found.cutoff).float().mean().item(),
-                "largest_patch_norm": seen.patch_norms.max().item(),
-                "register_norm": registers.mean().item() if count else float("nan"),
-            }
-        )
-    return pd.DataFrame(rows)
-
-
-def handful(model):
-    """The images on which neurons are searched by default: 32 of a mini ViT's own, else the shipped photos."""
-    return image_sets.load(_source(model), model, 10 if _source(model) == "photos" else 32, seed=7)
-
-
-def halves(model, source: str = "", n: int = 40):
-    """Two sets of `Images` of one source, by default that of `handful`: to search neurons on, and to try them on."""
-    both = image_sets.load(source or _source(model), model, n, seed=7)
-    if len(both) < 2:
-        raise UserError("at least two images are needed: one to search neurons on, one to try them on")
-    middle = len(both) // 2
-    parts = [
-        dict(x=both.x[p], pixels=both.pixels[p], names=both.names[p]) for p in (slice(middle), slice(middle, None))
-    ]
-    return tuple(dataclasses.replace(both, scenes=None, **part) for part in parts)
-
-
-def _source(model) -> str:
-    if not hasattr(model.module, "vit_arguments"):
-        return "photos"
-    return entries().get(model.entry, {}).get("looks_at", "scenes")
+def handful(model, source: str = "", n: int = 32) -> image_sets.Images:
+    """At most `n` images on which neurons are searched: by default a mini ViT's own, else the shipped photos."""
+    own = (
+        entries().get(model.entry, {}).get("looks_at", "scenes") if hasattr(model.module, "vit_arguments") else "photos"
+    )
+    return image_sets.load(source or own, model, n, seed=7)
 
 
 def rank(module: nn.Module, x: torch.Tensor, is_outlier: torch.Tensor, layers):
@@ -245,9 +211,8 @@ def _output_length(anatomy: Anatomy, layer: int) -> torch.Tensor:
     return torch.linalg.vector_norm(weight if scale is None else weight * scale.detach()[:, None], dim=0)
 
 
-def _share_above(module: nn.Module, x, layer: int, cutoff: float) -> float:
-    from ..hooks.capture import capture
-
+def share_above(module: nn.Module, x: torch.Tensor, layer: int, cutoff: float) -> float:
+    """Share (0 to 1) of patch tokens whose norm after a block is above the cutoff."""
     return (capture(module, x, layers=layer).patch_norms > cutoff).float().mean().item()
 
 

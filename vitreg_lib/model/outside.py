@@ -7,7 +7,7 @@ from pathlib import Path
 
 from torch import nn
 
-from ..base import UserError, hub, unknown
+from ..base import UserError, hub, line, unknown
 from ..hooks.anatomy import ADDED
 from .model import Model, weights_sha256
 from .names import damaged, entries
@@ -15,7 +15,7 @@ from .weights import IMAGENET
 
 
 def create(architecture: str, image_size: int | None, **options) -> nn.Module:
-    """A module of timm's. Raises UserError for a name or a tag that timm does not know."""
+    """A module of timm's. Raises UserError for an unknown name or tag, or a size that it is not made for."""
     import timm
 
     if image_size:
@@ -30,6 +30,10 @@ def create(architecture: str, image_size: int | None, **options) -> nn.Module:
         else:
             raise
         raise unknown("model", architecture.split(":")[-1], known, f"{damaged()}See `vitreg models`.") from None
+    except (AssertionError, TypeError, ValueError) as error:
+        if not image_size:
+            raise
+        raise UserError(f"{architecture} is not made for another image size: {line(error)}") from error
 
 
 def with_config(name: str, module: nn.Module, sha256: str, image_size: int | None) -> Model:

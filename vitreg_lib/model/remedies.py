@@ -1,37 +1,51 @@
 """What a remedy does to a model: empty tokens, registers added at test time, registers trained in.
 
-`effect` compares a model with the same model after a remedy, photo by photo, on photos that the remedy never saw.
-`table` tries the two remedies that need no training, the simplest first, and `best` names the one that does better.
+`effect` compares a model with the same model after a remedy, photo by photo. `trial` tries the remedies that need no
+training: what has to be chosen is chosen on one half of the photos, what the remedies do is measured on the other.
 
-    found = vr.mend.find(model)
-    vr.remedies.table(model, images, found)                         # a row for NAME, NAME+empty4, NAME+ttr4
+    vr.remedies.trial(model, images.x).table        # a row for NAME, NAME+empty4, NAME+ttr4 …
     vr.remedies.effect(model, vr.load("file:runs/…/model.safetensors"), images, found.cutoff, found.layer)
 """
 
 from __future__ import annotations
 
+import copy
+import dataclasses
+import functools
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 
-from ..hooks.capture import evaluating
+from ..base import UserError
+from ..hooks.anatomy import dissect
+from ..hooks.capture import evaluating, hooks
 from . import mend
+from .model import Model
 
 BETTER = 0.01  # shares of outliers that differ by less than this part of the first share are taken for equal
 MEANS = ("outliers", "attention_on_outliers", "attention_on_registers", "answers_kl", "same_answer", "features_apart")
+DOSES = (0, 1, 4, 8)  # registers at test time; 0 silences the neurons and adds none
+RANDOM = "random neurons"  # a control
+VIEWS, REACH = 10, 3  # of `shift_average`: views, the first untouched; by how many patches others shift at most
+SHIFTED = f"mean of {VIEWS} shifted views"
 
 
 @dataclass(frozen=True)
 class Seen:
-    """What `effect` compares, of one model: norms (images, patches) after a block and attention of cls there (images,
-    tokens), None without cls; log probabilities (images, classes), None without classes; features (images, dim)."""
+    """What is compared of one model: norms (images, patches) after a block and attention of cls there (images,
+    tokens), None without cls; log probabilities (images, classes), None without classes; features (images, dim);
+    patches (images, patches, dim) after the final LayerNorm; norms of registers (images, registers)."""
 
     norms: torch.Tensor
     attention: torch.Tensor | None
     num_prefix_tokens: int
     answers: torch.Tensor | None
     features: torch.Tensor
+    patches: torch.Tensor
+    registers: torch.Tensor
 
 
 def see(model, images, layer: int = -1) -> Seen:
@@ -49,7 +63,8 @@ def see(model, images, layer: int = -1) -> Seen:
         if model.module.num_classes > 0 and logits.ndim == 2:
             answers = logits.log_softmax(1)
     pooled = features if features.ndim == 2 else features.mean(1)
-    return Seen(seen.patch_norms[:, -1], row, seen.num_prefix_tokens, answers, pooled)
+    norms, patches = seen.patch_norms[:, -1], seen.patches(seen.final)
+    return Seen(norms, row, seen.num_prefix_tokens, answers, pooled, patches, seen.register_norms[:, -1])
 
 
 def effect(model, remedied, images, cutoff: float, layer: int = -1, labels: torch.Tensor | None = None):
@@ -85,22 +100,154 @@ def effect(model, remedied, images, cutoff: float, layer: int = -1, labels: torc
     return pd.DataFrame({name: values.double().numpy() for name, values in columns.items()})
 
 
-def table(model, images, found, registers: int = 4, labels: torch.Tensor | None = None):
-    """A DataFrame with a row a remedy, the untouched model first: the means of `effect` over the photos.
+@dataclass(frozen=True)
+class Trial:
+    """What remedies do that need no training.
 
-    found: what `mend.find` gave for the model. Its cutoff and its block are used for all rows.
+    found: the neurons, searched on the first half of the images. shares: a Series with the share of outliers in that
+    half with each remedy, the untouched model first and then the simplest. table: a DataFrame with a row a remedy or
+    control, from the second half alone: the means of `effect`; patches_apart, 1 - cosine of the patch tokens, after the
+    final LayerNorm, that were no outliers; largest_norm of a patch token; register_norm. norms: {name: (images,
+    patches)} of the second half.
+    """
+
+    found: mend.Found
+    shares: object
+    table: object
+    norms: dict[str, torch.Tensor]
+
+
+def halves(n: int) -> tuple[slice, slice]:
+    """Rows of `n` images to choose on, and rows to score on. Raises UserError for one image."""
+    if n < 2:
+        raise UserError("at least two images are needed: one to choose a remedy on, one to try it on")
+    return slice(n // 2), slice(n // 2, n)
+
+
+def trial(
+    model: Model, x: torch.Tensor, cutoff=None, counts=DOSES, empty: int = 4, labels: torch.Tensor | None = None
+) -> Trial:
+    """The `Trial` of a model on normalised images, of `counts` registers at test time and `empty` tokens of zeros.
+
+    cutoff: see `mend.find`. labels: (images,) for the columns of right answers. Two rows are controls, of which none is
+    chosen: +ttr0, which only silences neurons, and as many random neurons as were found. The mean over shifted views
+    costs ten forward passes an image and mends the patch tokens alone; it is scored beside the others and not chosen.
     """
     import pandas as pd
 
-    remedied = [
-        mend.with_empty_tokens(model, registers),
-        mend.with_test_time_registers(model, registers, found.neurons),
-    ]
-    before = see(model, images, found.layer)
-    where = dict(cutoff=found.cutoff, layer=found.layer, labels=labels)
-    rows = {model.label or model.name: means(effect(before, before, images, **where))}
-    rows |= {m.label: means(effect(before, m, images, **where)) for m in remedied}
-    return pd.DataFrame.from_dict(rows, orient="index")
+    first, second = halves(len(x))
+    found = mend.find(model, x[first], cutoff=cutoff)
+    where = dict(cutoff=found.cutoff, layer=found.layer, labels=None if labels is None else labels[second])
+    before, shares, rows, norms = see(model, x[second], found.layer), {}, {}, {}
+    normal = before.norms <= found.cutoff
+
+    def score(name: str, after: Seen) -> None:
+        apart = (1 - F.cosine_similarity(before.patches, after.patches, dim=2))[normal].mean().item()
+        more = {"patches_apart": apart, "largest_norm": after.norms.max().item()}
+        more["register_norm"] = after.registers.mean().item()  # NaN without any
+        rows[name], norms[name] = means(effect(before, after, x[second], **where)) | more, after.norms
+
+    own = model.label or model.name
+    score(own, before)
+    shares[own] = mend.share_above(model.module, x[first], found.layer, found.cutoff)
+    for name, remedied in _remedied(model, x[first], found, counts, empty):
+        score(name, see(remedied, x[second], found.layer))
+        if name not in (RANDOM, f"{own}+ttr0"):
+            shares[name] = mend.share_above(remedied.module, x[first], found.layer, found.cutoff)
+    score(SHIFTED, _shifted(model, x[second], before, found.layer))
+    return Trial(found, pd.Series(shares), pd.DataFrame.from_dict(rows, orient="index"), norms)
+
+
+def _shifted(model: Model, x: torch.Tensor, before: Seen, layer: int) -> Seen:
+    """The `Seen` of the mean over shifted views, whose answers and pooled features are those of the image itself."""
+    with evaluating(model.module), torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(0)
+        parts = [shift_average(model.module, part.to(model.weights), layer=layer)[0] for part in x.split(16)]
+        final = torch.cat([model.anatomy.norm(tokens.to(model.weights)).float().cpu() for tokens in parts])
+    norms = torch.linalg.vector_norm(torch.cat(parts), dim=-1).cpu()
+    return dataclasses.replace(before, norms=norms, attention=None, patches=final)
+
+
+def _remedied(model: Model, x, found: mend.Found, counts, empty: int, seed: int = 0) -> Iterator[tuple[str, Model]]:
+    """Names and models one after another: several at once would take their memory."""
+    made = mend.with_empty_tokens(model, empty)
+    yield made.label, made
+    for count in sorted(set(counts)):
+        made = mend.with_test_time_registers(model, count, found.neurons)
+        yield made.label, made
+    if found.onset + 1 < model.anatomy.depth:
+        yield f"{model.label or model.name}, a direction removed", without_direction(model, x, found.onset)
+    noise, widths = torch.Generator().manual_seed(seed), [linear.in_features for linear in model.anatomy.mlp_out]
+    drawn = {(block, int(torch.randint(widths[block], (1,), generator=noise))) for block, _ in found.neurons}
+    yield RANDOM, mend.with_test_time_registers(model, 4, sorted(drawn))
+
+
+def without_direction(model: Model, x: torch.Tensor, layer: int) -> Model:
+    """The model with one direction taken out of its patch tokens after block `layer`, which is not the last.
+
+    It is the direction in which places differ most: the first principal axis of the mean token of every place, over the
+    normalised images `x`. Outliers that are bound to their place lie along it.
+    """
+    seen = model.capture(x, "tokens", layers=layer)
+    means_of_places = seen.patches(seen.tokens[layer]).float().mean(0)
+    axis = torch.linalg.svd(means_of_places - means_of_places.mean(0), full_matrices=False)[2][0]
+    module = copy.deepcopy(model.module)
+    anatomy = dissect(module)
+    remove = functools.partial(_without, axis=axis, prefix=anatomy.num_prefix_tokens, batch_first=anatomy.batch_first)
+    anatomy.blocks[layer + 1].register_forward_pre_hook(remove, with_kwargs=True)
+    return dataclasses.replace(model, module=module, role="mended", base=model.label)
+
+
+def _without(block, args, kwargs, *, axis: torch.Tensor, prefix: int, batch_first: bool):
+    x = args[0] if args else kwargs["hidden_states"]
+    patches = x[:, prefix:] if batch_first else x[prefix:]
+    axis = axis.to(x)
+    patches = patches - (patches @ axis)[..., None] * axis
+    x = torch.cat([x[:, :prefix], patches], 1) if batch_first else torch.cat([x[:prefix], patches])
+    return ((x, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": x})
+
+
+def patches_and_answers(module: nn.Module, x: torch.Tensor, layer: int = -1) -> tuple[torch.Tensor, torch.Tensor]:
+    """(patch tokens after a block (images, patches, dim), what the model gives) of one forward pass."""
+    anatomy, kept = dissect(module), []
+    with hooks((anatomy.blocks[layer].register_forward_hook, lambda block, inputs, output: kept.append(output))):
+        answers = (module if hasattr(module, "forward_head") else anatomy.forward)(x)
+    return anatomy.tokens(kept[0], len(x), anatomy.grid(x))[:, anatomy.num_prefix_tokens :], answers
+
+
+def shift_average(
+    module: nn.Module, x: torch.Tensor, views: int = VIEWS, layer: int = -1
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`patches_and_answers`, the tokens a mean over views: shifted by whole patches, and every second one flipped.
+
+    Each token is moved back to the patch that it shows; the border is mirrored, and what it shows does not count. The
+    first view is the image itself, which alone gives the answers. Shifts are drawn from torch's random state. After
+    PH-Reg (2025), which trains registers towards it.
+    """
+    anatomy = dissect(module)
+    rows, cols = anatomy.grid(x)
+    height, width = anatomy.patch_size
+    tokens, answers = patches_and_answers(module, x, layer)
+    total, count = tokens.float().unflatten(1, (rows, cols)).clone(), torch.ones(rows, cols, 1, device=x.device)
+    reach = min(REACH, rows - 1, cols - 1)
+    around = F.pad(x, (reach * width, reach * width, reach * height, reach * height), mode="reflect")
+    for view in range(1, views):
+        down, right = torch.randint(-reach, reach + 1, (2,)).tolist()
+        top, left = (reach + down) * height, (reach + right) * width
+        shifted = around[..., top : top + x.shape[2], left : left + x.shape[3]]
+        seen, _ = patches_and_answers(module, shifted.flip(3) if view % 2 else shifted, layer)
+        seen = seen.float().unflatten(1, (rows, cols))
+        seen = seen.flip(2) if view % 2 else seen
+        # the patch at (r, c) of the view shows (r + down, c + right) of the image
+        to_rows, to_cols = _overlap(rows, down), _overlap(cols, right)
+        from_rows, from_cols = _overlap(rows, -down), _overlap(cols, -right)
+        total[:, to_rows, to_cols] += seen[:, from_rows, from_cols]
+        count[to_rows, to_cols] += 1
+    return (total / count).flatten(1, 2), answers
+
+
+def _overlap(length: int, shift: int) -> slice:
+    return slice(max(0, shift), length + min(0, shift))
 
 
 def means(effects) -> dict[str, float]:
@@ -109,9 +256,8 @@ def means(effects) -> dict[str, float]:
     return {name: float(known[name].mean()) for name in (*MEANS, "right") if name in known}
 
 
-def best(table) -> str:
-    """The row of `table` that leaves fewest outliers; among those within 1 % of the share before, the simplest."""
-    shares = table.outliers
+def best(shares) -> str:
+    """The name in `Trial.shares` with fewest outliers; among those within 1 % of the share before, the simplest."""
     return shares.index[(shares <= shares.min() + BETTER * shares.iloc[0]).argmax()]
 
 

@@ -25,7 +25,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from ..base import UserError
+from ..base import UserError, line
 
 AVERAGED, RAW = ("model_ema", "state_dict_ema", "ema", "teacher"), ("student",)
 PLAIN = ("state_dict", "model", "module", "backbone")
@@ -233,8 +233,3 @@ def _nearest(name: str, tensors: dict[str, torch.Tensor]) -> str:
         return begin
     other = timm.is_model(architecture) and f"#{architecture}" not in name
     return begin + (f"; they look like #{architecture}" if other else "")
-
-
-def line(error: Exception) -> str:
-    """An error's message on one line."""
-    return " ".join(str(error).split())[:160]

@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from ..base import CHECKPOINTS, UserError, hub
+from ..base import CHECKPOINTS, UserError, hub, line
 from . import added, saved
 from .model import FACTS, Model, weights_sha256, with_facts
 from .names import available, damaged, entries, file_parts, folder, made, split
@@ -30,7 +30,6 @@ from .weights import (
     file_sha256,
     fill,
     is_safetensors,
-    line,
     read_json,
     read_weights,
     recognise,
@@ -62,8 +61,7 @@ def load(
     if kind:
         from . import mend
 
-        remedy = {"ttr": mend.with_test_time_registers, "empty": mend.with_empty_tokens}[kind]
-        model = remedy(load(base, device, image_size, weights, **preprocessing), number)
+        model = mend.with_added(load(base, device, image_size, weights, **preprocessing), kind, number)
         model.label = name
         return model
     where, _, rest = base.partition(":")

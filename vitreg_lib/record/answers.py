@@ -15,7 +15,7 @@ import torch
 
 from ..base import UserError
 from ..data import images as image_sets
-from ..hooks.capture import evaluating
+from ..hooks.capture import attention_rows, evaluating, hooks
 from ..measure import detection, maps, objects, places
 from ..measure.pairs import interval
 from ..model import mend, remedies
@@ -26,14 +26,13 @@ PER_CLASS = 5  # images of a class, for five parts of which each is the test onc
 TOKENS = 4000  # that a local probe is trained on
 COPIES = 0.99  # cosine from which on two registers are one
 SINK = 10.0  # even shares of the attention of other patches
-RANDOM = "random neurons"  # the control among the remedies
-DOSES = (0, 1, 4, 8)  # registers at test time; 0 silences the neurons and adds none
 
 
 @dataclass
 class Answer:
     """answer, in a word or two; sentence, with the number behind it; numbers, None where not measured;
-    tables: DataFrames by title. maps: (images, rows, cols) of the shown images by name, to draw."""
+    tables: DataFrames by title. maps: what is drawn of the shown images, by name: (images, rows, cols), or boxes
+    (images, 4) in pixels."""
 
     answer: str
     sentence: str
@@ -257,6 +256,13 @@ def hurt(seen: Look) -> Answer:
             f"Outliers take {mass.mean():.0%} ({low:.0%} to {high:.0%}) of what cls gives to patches; "
             f"{mask.float().mean():.1%} of the patches they are."
         )
+    of_head = _pooling(seen)
+    if of_head is not None:
+        mass_of_head = (of_head * seen.mask.flatten(1)).sum(1) / of_head.sum(1)
+        low, high = interval(mass_of_head)
+        numbers |= {"pooling_on_outliers": mass_of_head.mean().item()}
+        numbers |= {"pooling_on_outliers_low": low, "pooling_on_outliers_high": high}
+        parts.append(f"They take {mass_of_head.mean():.0%} ({low:.0%} to {high:.0%}) of the pooling head's attention.")
     lost, grid = boxes(seen), seen.mask.shape[1:]
     moved, on_outlier = lost["moved"].float().mean().item(), lost["seed_on_outlier"].float().mean().item()
     numbers |= {"lost_boxes_moved": moved, "lost_seeds_on_outliers": on_outlier}
@@ -279,12 +285,36 @@ def hurt(seen: Look) -> Answer:
             f"The head is right on {numbers['accuracy']:.0%} ({low:.0%} to {high:.0%}) of {len(right)} images; what it "
             "is after a remedy stands in the table of remedies."
         )
-    answer = f"{mass.mean():.0%} of cls attention" if of_cls is not None else f"{moved:.0%} of boxes moved"
-    return Answer(answer, " ".join(parts), numbers)
+    if of_cls is not None:
+        answer = f"{mass.mean():.0%} of cls attention"
+    else:
+        answer = f"{moved:.0%} of boxes moved" if of_head is None else f"{mass_of_head.mean():.0%} of pooling attention"
+    size, half = torch.tensor(seen.model.anatomy.patch_size[::-1]).repeat(2), len(seen.sample) // 2
+    drawn = {name: size * lost[name][half:][:SHOWN] for name in ("all patches", "outliers left out")}
+    return Answer(answer, " ".join(parts), numbers, maps=drawn)
+
+
+def _pooling(seen: Look) -> torch.Tensor | None:
+    """(kept images, patches) attention of timm's pooling head, as SigLIP has it, mean over heads; None without one."""
+    module, rows = seen.model.module, []
+    pool = getattr(module, "attn_pool", None)
+    if type(pool).__name__ != "AttentionPoolLatent":
+        return None
+
+    def entering(part, inputs):
+        x = inputs[0] if pool.pos_embed is None else inputs[0] + pool.pos_embed
+        both = pool.q(pool.latent), pool.kv(x).chunk(2, 2)[0]
+        q, k = (y.unflatten(2, (pool.num_heads, -1)).transpose(1, 2) for y in both)
+        rows.append(attention_rows(pool.q_norm(q), pool.k_norm(k)).mean((1, 2)))
+
+    with evaluating(module), hooks((pool.register_forward_pre_hook, entering)):
+        for tokens in seen.tokens.split(BATCH):
+            module.forward_head(tokens.to(seen.model.weights))
+    return torch.cat(rows)[:, -seen.mask[0].numel() :].float().cpu()
 
 
 def boxes(seen: Look) -> dict[str, torch.Tensor]:
-    """LOST's boxes (images, 4), in patches, of the sample by all patches ("all") and by those that are normal.
+    """LOST's boxes (images, 4), in patches, of the sample: by "all patches", and with "outliers left out".
 
     moved: (images,) whether the two overlap by less than one half; seed_on_outlier: whether LOST starts on an outlier.
     """
@@ -295,7 +325,8 @@ def boxes(seen: Look) -> dict[str, torch.Tensor]:
     normal = objects.lost(features, captured.grid, valid=~mask)
     on_outlier = mask.gather(1, whole.seeds[:, None])[:, 0]
     moved = objects.box_iou(whole.boxes, normal.boxes) < 0.5
-    return {"all": whole.boxes, "normal": normal.boxes, "moved": moved, "seed_on_outlier": on_outlier}
+    drawn = {"all patches": whole.boxes, "outliers left out": normal.boxes}
+    return drawn | {"moved": moved, "seed_on_outlier": on_outlier}
 
 
 def _head_labels(seen: Look) -> torch.Tensor | None:
@@ -308,31 +339,22 @@ def _head_labels(seen: Look) -> torch.Tensor | None:
 
 @asks("What helps?")
 def helps(seen: Look) -> Answer:
-    """Each remedy on images that its neurons were not searched on, beside as many random neurons."""
-    import pandas as pd
-
-    found, name = seen.detection, seen.name
+    """Each remedy, chosen on one half of the sample and scored on the other, beside as many random neurons."""
+    found, name, sample = seen.detection, seen.name, seen.sample
     advice = f"Registers trained in: `vitreg train registers --model {name}`."
-    rows = seen.sample
-    search, score = rows[: len(rows) // 2], rows[len(rows) // 2 :]
+    labels = _head_labels(seen)
     try:
-        neurons = mend.find(seen.model, seen.kept.x[search], cutoff=found.outliers).neurons
-        tried = _remedied(seen.model, neurons)
+        tried = remedies.trial(
+            seen.model, seen.kept.x[sample], found.outliers, labels=None if labels is None else labels[sample]
+        )
     except (UserError, TypeError) as error:
         return Answer("trained registers", f"Nothing could be tried: {error}. {advice}")
-    x, where = seen.kept.x[score], dict(cutoff=found.outliers.cutoff, layer=found.outliers.layer)
-    labels = _head_labels(seen)
-    where["labels"] = labels if labels is None else labels[score]
-    after = {k: remedies.see(model, x, found.outliers.layer) for k, model in ({name: seen.model} | tried).items()}
-    rows = {k: remedies.means(remedies.effect(after[name], each, x, **where)) for k, each in after.items()}
-    norm_maps = {k: each.norms[:SHOWN].unflatten(1, seen.mask.shape[1:]) for k, each in after.items()}
-    table = pd.DataFrame.from_dict(rows, orient="index")
-    real = table.drop(index=[RANDOM, f"{name}+ttr0"])  # the two controls
-    best, first = remedies.best(real), table.iloc[0]
-    at, control = table.loc[best], table.loc[RANDOM]
+    table, best = tried.table, remedies.best(tried.shares)
+    first, at, control = table.iloc[0], table.loc[best], table.loc[remedies.RANDOM]
     numbers = {f"best_{column}": at[column] for column in table} | {"outliers_before": first.outliers}
-    numbers |= {"random_neurons_outliers": control.outliers, "neurons": len(neurons)}
-    titled = {f"Remedies on {len(score)} images that no neuron was chosen on": table}
+    numbers |= {"random_neurons_outliers": control.outliers, "neurons": len(tried.found.neurons)}
+    titled = {f"Remedies on {len(sample) - len(sample) // 2} images on which nothing was chosen": table}
+    norm_maps = {k: norms[:SHOWN].unflatten(1, seen.mask.shape[1:]) for k, norms in tried.norms.items()}
     if at.outliers > mend.MENDED * first.outliers:
         text = f"Nothing tried helps: the best, {best}, leaves {at.outliers:.2%} outliers of {first.outliers:.2%}."
         text += f" {advice}"
@@ -344,15 +366,7 @@ def helps(seen: Look) -> Answer:
         f"{best} leaves {at.outliers:.2%} of the patch tokens outliers of {first.outliers:.2%}, as many random neurons "
         f"{control.outliers:.2%}; {cost}. Test-time registers: `vitreg mend {name} --save FILE`. {advice}"
     )
-    return Answer(best.removeprefix(name), text, numbers, titled, norm_maps)
-
-
-def _remedied(model, neurons: mend.Neurons, seed: int = 0) -> dict:
-    """{name: model} of the remedies that need no training, and of the control: as many random neurons, 4 registers."""
-    noise, widths = torch.Generator().manual_seed(seed), [linear.in_features for linear in model.anatomy.mlp_out]
-    anything = [(block, int(torch.randint(widths[block], (1,), generator=noise))) for block, _ in neurons]
-    made = [mend.with_empty_tokens(model, 4), *(mend.with_test_time_registers(model, n, neurons) for n in DOSES)]
-    return {m.label: m for m in made} | {RANDOM: mend.with_test_time_registers(model, 4, sorted(set(anything)))}
+    return Answer(best.removeprefix(name).lstrip(", "), text, numbers, titled, norm_maps)
 
 
 ASKED = (any_there, kind, held, hurt, helps)

@@ -18,6 +18,7 @@ import itertools
 import json
 import math
 import re
+from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,11 +27,12 @@ import torch
 import torch.nn.functional as F
 
 from .. import plots
-from ..base import UserError, results, write_atomically
+from ..base import UserError, results, write_atomically, written
 from ..data import images as image_sets
 from ..measure import detection
 from ..model import names, zoo
 from ..model.model import Model
+from ..plots.style import bare, draw_box
 from ..train import telemetry
 from . import report
 from .answers import ASKED, Answer, any_there
@@ -111,42 +113,19 @@ def _numbers(text: str) -> list[int]:
     return [int(digits) for digits in re.findall(r"\d+", text)]
 
 
-def over_time(diagnoses: list[Diagnosis]):
-    """A DataFrame, one row a checkpoint: the quantities of Figure 4(b) after the last block, and the answer.
-
-    step: the last number in a checkpoint's name where that grows from one to the next, else its place in the order.
-    """
-    import pandas as pd
-
-    steps = [(_numbers(Path(each.model.name.partition("#")[0]).stem) or [0])[-1] for each in diagnoses]
-    grows = all(a < b for a, b in itertools.pairwise(steps))
-    rows = []
-    for place, each in enumerate(diagnoses):
-        last = telemetry.table(each.seen.observed.seen).iloc[-1]
-        ratio = last["q1"] / last["q0.5"]
-        row = {"step": steps[place] if grows else place, "largest_norm": last["q1"], "largest_over_median": ratio}
-        row |= {"share_above_3_medians": last.outlier_share, "outlier_share": each.seen.shares.mean().item()}
-        rows.append(row | {"answer": each.answers[0].answer})
-    return pd.DataFrame(rows, index=[each.seen.name.rpartition("/")[2] for each in diagnoses])
+def _checkpoint(each: Diagnosis) -> dict:
+    """A row of "over_time": the quantities of Figure 4(b) after the last block, and the answer."""
+    last = telemetry.table(each.seen.observed.seen).iloc[-1]
+    ratio = last["q1"] / last["q0.5"]
+    row = {"of": each.seen.name.rpartition("/")[2], "largest_norm": last["q1"], "largest_over_median": ratio}
+    row |= {"share_above_3_medians": last.outlier_share, "outlier_share": each.seen.shares.mean().item()}
+    return row | {"answer": each.answers[0].answer}
 
 
-def made(diagnoses: list[Diagnosis], time: bool = False) -> dict:
-    """The report as JSON holds it: for every model five questions with answer, sentence, numbers and tables.
-
-    A number that was not measured is null. The controls are reported in the same form.
-    """
-    first = diagnoses[0].seen.kept
-    images = {"source": first.source, "number": len(diagnoses[0].seen.shares), "left_out": first.left_out}
-    content = {
-        "report": 1,
-        "made_by": f"vitreg {importlib.metadata.version('vitreg')}",
-        "date": datetime.date.today().isoformat(),
-        "images": images,
-        "models": [_model(each) for each in diagnoses],
-        "controls": [] if time else [_model(each) for each in controls()],
-        "over_time": _rows(over_time(diagnoses)) if time else [],
-    }
-    return _plain(content)
+def _steps(names: list[str]) -> list[int]:
+    """The last number in each checkpoint's name where that grows from one to the next, else its place in the order."""
+    steps = [(_numbers(Path(name.partition("#")[0]).stem) or [0])[-1] for name in names]
+    return steps if all(a < b for a, b in itertools.pairwise(steps)) else list(range(len(steps)))
 
 
 def _model(each: Diagnosis) -> dict:
@@ -178,24 +157,61 @@ def _plain(value):
 
 
 def write(
-    diagnoses: list[Diagnosis], folder: Path | None = None, time: bool = False, source: str = ""
+    diagnoses: Iterable[Diagnosis], folder: Path | None = None, time: bool = False, source: str = ""
 ) -> tuple[Path, Path]:
     """Write the page and the report; their paths, named by model, images and date. Nothing is overwritten.
 
-    folder: results/diagnose by default. source: what the images are called in the name. time: the models are
-    checkpoints of one training, in order.
+    Of several models the numbers go into a table beside them too (.parquet, see `_tidy`). `diagnoses` may come one
+    after another, from a generator: none is kept. folder: results/diagnose by default. source: what the images are
+    called in the name. time: the models are checkpoints of one training, in order.
+
+    The report holds for every model five questions with answer, sentence, numbers and tables; a number that was not
+    measured is null. The controls are reported in the same form.
     """
-    folder = folder or results() / "diagnose"
-    first, others = _safe(diagnoses[0].seen.name), len(diagnoses) - 1
-    images = _safe(source or diagnoses[0].seen.kept.source.partition(",")[0])
-    stem = f"{first}{f'-and-{others}-more' if others else ''}_{images}_{datetime.date.today().isoformat()}"
-    content = made(diagnoses, time)
-    pictures: dict = {number: {} if time else _figures(each) for number, each in enumerate(diagnoses)}
-    pictures[""] = {"Norms and outliers over the checkpoints": _png(_over_time(over_time(diagnoses)))} if time else {}
-    path = _unused(folder, stem)
+    models, pictures, rows = [], {"": {}}, []
+    for number, each in enumerate(diagnoses):
+        if not models:
+            kept, count = each.seen.kept, len(each.seen.shares)
+        models.append(_model(each))
+        pictures[number] = {} if time else _figures(each)
+        rows += [_checkpoint(each)] if time else []
+    steps = _steps([model["name"] for model in models])
+    rows = [{"of": row.pop("of"), "step": step} | row for step, row in zip(steps, rows, strict=False)]
+    if time:
+        pictures[""] = {"Norms and outliers over the checkpoints": _png(_over_time(rows))}
+    content = {
+        "report": 1,
+        "made_by": f"vitreg {importlib.metadata.version('vitreg')}",
+        "date": datetime.date.today().isoformat(),
+        "images": {"source": kept.source, "number": count, "left_out": kept.left_out},
+        "models": models,
+        "controls": [] if time else [_model(each) for each in controls()],
+        "over_time": rows,
+    }
+    content, others = _plain(content), len(models) - 1
+    stem = f"{_safe(models[0]['label'])}{f'-and-{others}-more' if others else ''}"
+    stem += f"_{_safe(source or kept.source.partition(',')[0])}_{content['date']}"
+    path = _unused(folder or results() / "diagnose", stem)
     write_atomically(path, report.page("diagnose", report=content, pictures=pictures).encode())
     write_atomically(path.with_suffix(".json"), json.dumps(content, indent=1, ensure_ascii=False).encode())
+    if others:
+        with written(path.with_suffix(".parquet")) as temporary:
+            _tidy(content).to_parquet(temporary)
     return path, path.with_suffix(".json")
+
+
+def _tidy(content: dict):
+    """A DataFrame with a row for each model, question and measure; value is NaN where nothing was measured."""
+    import pandas as pd
+
+    rows = [
+        {"model": model["label"], "sha256": model["sha256"], "images": content["images"]["source"]}
+        | {"question": question, "answer": asked["answer"], "measure": name, "value": value}
+        for model in content["models"]
+        for question, asked in model["questions"].items()
+        for name, value in asked["numbers"].items()
+    ]
+    return pd.DataFrame(rows).astype({"value": "float64"})
 
 
 def _safe(name: str) -> str:
@@ -228,9 +244,10 @@ def _figures(each: Diagnosis) -> dict[str, dict[str, bytes]]:
             for name, (_, mask, of_cls) in on_images.items()
             if of_cls is not None and mask.any()
         ]
+        figures["hurt"] = {"Boxes of object discovery (LOST)": _boxes(pixels, each.answers[3].maps)}
         if attended:
             title = "Attention of cls, in even shares, and the same with outliers left out"
-            figures["hurt"] = {title: plots.sheet(pixels, attended, plots.ATTENTION, "even shares")}
+            figures["hurt"][title] = plots.sheet(pixels, attended, plots.ATTENTION, "even shares")
         if remedied := each.answers[4].maps:
             rings = {name: norms > found.outliers.cutoff for name, norms in remedied.items()}
             picture = plots.sheet(pixels, [remedied], plots.NORMS, "L2 norm", rings=rings)
@@ -314,8 +331,24 @@ def _held(everyone: dict[str, Diagnosis]) -> dict:
 
 
 @plots.styled
-def _over_time(table):
+def _boxes(pixels: torch.Tensor, boxes: dict[str, torch.Tensor]):
+    """The shown images with a box of each kind (images, 4) in pixels."""
+    figure, axes = plots.plt.subplots(1, len(pixels), squeeze=False, figsize=(2.2 * len(pixels), 2.6))
+    for i, axis in enumerate(axes[0]):
+        axis.imshow(plots.picture(pixels[i]))
+        bare(axis)
+        for (name, each), colour, dashes in zip(boxes.items(), plots.PALETTE, ("-", "--"), strict=False):
+            draw_box(axis, each[i], edgecolor=colour, linestyle=dashes, linewidth=2, label=name)
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=len(boxes))
+    return figure
+
+
+@plots.styled
+def _over_time(rows: list[dict]):
     """Figure 4(b) of one's own training: largest norm, and share of outliers, by checkpoint."""
+    import pandas as pd
+
+    table = pd.DataFrame(rows)
     figure, (norms, shares) = plots.plt.subplots(1, 2, figsize=(8.4, 2.9))
     norms.plot(table.step, table.largest_over_median, marker="o", ms=3)
     norms.set(ylabel="largest norm / median", xlabel="checkpoint", yscale="log")

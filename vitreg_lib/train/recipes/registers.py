@@ -35,7 +35,6 @@ from torch import nn
 from ...base import UserError, unknown
 from ...data import images as sources
 from ...data import scenes
-from ...hooks.anatomy import dissect
 from ...hooks.capture import evaluating, hooks
 from ...model import added, mend, remedies, zoo
 from ...model.grow import with_registers
@@ -60,7 +59,6 @@ DEFAULTS = {
 STARTS, TEACHERS, FREE = ("outliers", "random"), ("ttr", "shift", "self"), ("all", "first", "registers")
 TEACHERS_REGISTERS = 4  # of the teacher "ttr", whatever the student gets
 SEARCHED = 32  # training photos on which outliers and neurons are looked for
-VIEWS, REACH = 10, 3  # of the teacher "shift": views, the first untouched; by how many patches others shift at most
 CROP = (0.5, 1.0)  # share of a photo's area that a training crop takes
 REPORTED = ("rocket", "coffee", "astronaut", "retina")  # of the shipped photos: kept for the report
 FEWEST = 4  # photos in a folder
@@ -94,7 +92,7 @@ class Taught(nn.Module):
     @torch.no_grad()
     def wanted(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """(patch tokens before the final norm, logits or pooled features) for images, by the teacher."""
-        return shift_average(self.teacher, x) if self.kind == "shift" else patches_and_answers(self.teacher, x)
+        return (remedies.shift_average if self.kind == "shift" else remedies.patches_and_answers)(self.teacher, x)
 
 
 def build(config) -> nn.Module:
@@ -127,7 +125,7 @@ def loss(module, config, step, device):
     x = _training_images(config, module.source.model, step, device)
     with torch.autocast(torch.device(device).type, enabled=False):  # bfloat16 would blur distances of a few per cent
         wanted, wanted_answers = module.wanted(x)
-        tokens, answers = patches_and_answers(module.student, x)
+        tokens, answers = remedies.patches_and_answers(module.student, x)
     apart = distance(tokens.float(), wanted.float())
     if getattr(module.student, "num_classes", 0) > 0:
         logs = [a.float().log_softmax(-1) for a in (answers, wanted_answers)]
@@ -205,46 +203,6 @@ def _teacher(config, source: Source) -> nn.Module:
             f"tokens outliers, of {found.share_before:.2%}; take --teacher shift"
         )
     return added.add_registers(model.module, found.neurons, TEACHERS_REGISTERS)
-
-
-def patches_and_answers(module: nn.Module, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(patch tokens after the last block (images, patches, dim), what the model gives) of one forward pass."""
-    anatomy, kept = dissect(module), []
-    with hooks((anatomy.blocks[-1].register_forward_hook, lambda block, inputs, output: kept.append(output))):
-        answers = module(x)
-    return kept[0][:, anatomy.num_prefix_tokens :], answers
-
-
-def shift_average(module: nn.Module, x: torch.Tensor, views: int = VIEWS) -> tuple[torch.Tensor, torch.Tensor]:
-    """`patches_and_answers`, the tokens a mean over views: shifted by whole patches, and every second one flipped.
-
-    Each token is moved back to the patch that it shows; the border is mirrored, and what it shows does not count. The
-    first view is the image itself, which alone gives the answers. Shifts are drawn from torch's random state.
-    """
-    anatomy = dissect(module)
-    rows, cols = anatomy.grid(x)
-    height, width = anatomy.patch_size
-    tokens, answers = patches_and_answers(module, x)
-    total, count = tokens.float().unflatten(1, (rows, cols)).clone(), torch.ones(rows, cols, 1, device=x.device)
-    reach = min(REACH, rows - 1, cols - 1)
-    around = F.pad(x, (reach * width, reach * width, reach * height, reach * height), mode="reflect")
-    for view in range(1, views):
-        down, right = torch.randint(-reach, reach + 1, (2,)).tolist()
-        top, left = (reach + down) * height, (reach + right) * width
-        shifted = around[..., top : top + x.shape[2], left : left + x.shape[3]]
-        seen, _ = patches_and_answers(module, shifted.flip(3) if view % 2 else shifted)
-        seen = seen.float().unflatten(1, (rows, cols))
-        seen = seen.flip(2) if view % 2 else seen
-        # the patch at (r, c) of the view shows (r + down, c + right) of the image
-        to_rows, to_cols = _overlap(rows, down), _overlap(cols, right)
-        from_rows, from_cols = _overlap(rows, -down), _overlap(cols, -right)
-        total[:, to_rows, to_cols] += seen[:, from_rows, from_cols]
-        count[to_rows, to_cols] += 1
-    return (total / count).flatten(1, 2), answers
-
-
-def _overlap(length: int, shift: int) -> slice:
-    return slice(max(0, shift), length + min(0, shift))
 
 
 # the model before, and photos
