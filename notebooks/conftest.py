@@ -24,6 +24,7 @@ def pytest_collectstart(collector):
         collector.skip_compare += ("text/html", "stderr")
 
 
+@pytest.hookimpl(trylast=True)  # after pytest's own, which a failure here would keep from tidying up
 def pytest_runtest_teardown(item, nextitem):
     if nextitem is not None and nextitem.path == item.path:
         return

@@ -90,6 +90,9 @@ def test_a_live_training_may_end_otherwise_on_another_processor(folder):
     compare.write(before)
     assert compare.differences(before) == []
     assert compare.differences(kept(made(share=0.30, verdict=True)) | {"item": "train_clip"}) == []
+    percent = [kept(made(share=share, verdict="undecided")) | {"item": "train_mae"} for share in (39.4, 43.8, 50.0)]
+    compare.write(percent[0])
+    assert [len(compare.differences(each)) for each in percent] == [0, 0, 1]
     assert len(compare.differences(kept(made(share=0.37, verdict=False)) | {"item": "train_clip"})) == 1
     compare.write(kept(made(verdict=False)) | {"item": "train_clip"})
     assert compare.differences(kept(made(verdict=True)) | {"item": "train_clip"}) == [

@@ -20,9 +20,9 @@ MACHINE_UNITS = ("s", "% of s", "% of MiB")  # units of what a clock or an alloc
 SPREAD = re.compile(r"\b(sd|std)\b")  # in names: of a few draws or splits, which says little by itself
 ROUNDING = 1e-4  # numbers below it may be nothing else, and are told apart by no more than the tolerance of it
 FEW = 5  # differences that are shown where not all are asked for
-# Of the range drawn in a panel. Rounding on another processor moves what is only computed by far less; where a probe
-# is trained it may turn one test image of the 96 or more that these notebooks use, which moves a point by about two
-# per cent of a panel that spans fifty points. A line that a reader would call another one moves by more.
+# Of the range drawn in a panel, from zero on a linear axis. Rounding on another processor moves what is only computed
+# by far less; where a probe is trained it may turn a test image of the 64 or more that these notebooks use, which moves
+# a point by about two per cent. A line that a reader would call another one moves by more.
 TOLERANCE = 0.05
 WORDS = ("title", "xlabel", "ylabel", "scales", "ticks", "texts")
 
@@ -55,10 +55,10 @@ def differences(record: dict) -> list[str]:
         return [f"nothing is recorded; make refresh NOTEBOOKS={record['item']} writes it"]
     now, before = digest(record), json.loads(path(record["item"]).read_text())
     # A hundred steps of training make another model of other rounding: with AVX2 kernels instead of AVX-512 the CLIP
-    # notebook's best attribute went from 25 to 30 %. So shares count within ten points, and a claim that is undecided
-    # on one side says nothing against the other.
+    # notebook's best attribute went from 25 to 30 %. So shares count within ten points and other numbers within a
+    # quarter, and a claim that is undecided on one side says nothing against the other.
     live = record["item"].startswith("train_")
-    lines = _numbers(now["measured"], before["measured"], 2.0 if live else ROUNDING)
+    lines = _numbers(now["measured"], before["measured"], live)
     judged = [dict(side["verdicts"]) for side in (now, before)]
     for claim in judged[1] | judged[0]:
         new, old = (verdicts.get(claim, "absent") for verdicts in judged)
@@ -93,26 +93,23 @@ def show(item: str, parameters: dict, every: bool = False) -> None:
         print(verdict(runs.read(item, parameters), every))
 
 
-def close(now: float | None, before: float | None, scale: float) -> bool:
-    """Whether two numbers agree: within the tolerance that figures have, of the largest number of that name.
+def close(now: float | None, before: float | None, scale: float, live: bool = False) -> bool:
+    """Whether two numbers agree: within the tolerance that figures have, of `scale`, the largest number of that name.
 
     One rule for all: of shares it forgives a few images of a hundred (a probe trained on another processor, an end of a
     bootstrap interval), of differences near zero what is small beside the others; a block or a neuron more is noticed.
     """
     if now is None or before is None:
         return now is before
-    return abs(now - before) <= TOLERANCE * scale
+    return abs(now - before) <= ((0.1 if scale <= 1 else scale / 4) if live else TOLERANCE * scale)
 
 
-def _numbers(now: list, before: list, least: float = ROUNDING) -> list[str]:
-    """Differences of measured numbers, matched by name and model; names may hold numbers, which may differ a little.
-
-    least: the smallest number that the tolerance is a share of.
-    """
+def _numbers(now: list, before: list, live: bool = False) -> list[str]:
+    """Differences of measured numbers, matched by name and model; names may hold numbers, which may differ a little."""
     new, old = _by_name(now), _by_name(before)
     scales = {}
     for (name, _), rows in old.items():
-        scales[name] = max([scales.get(name, least), *(abs(v) for *_, v in rows if v is not None)])
+        scales[name] = max([scales.get(name, ROUNDING), *(abs(v) for *_, v in rows if v is not None)])
     lines = []
     for key in dict.fromkeys([*old, *new]):
         rows, recorded = new.get(key, []), old.get(key, [])
@@ -123,7 +120,7 @@ def _numbers(now: list, before: list, least: float = ROUNDING) -> list[str]:
         for (name, model, value), (name_before, _, value_before) in zip(rows, recorded, strict=True):
             if not same_text(name, name_before):
                 lines.append(f"measured '{name}' for {model}, recorded '{name_before}'")
-            elif not close(value, value_before, scales[key[0]]):
+            elif not close(value, value_before, scales[key[0]], live):
                 lines.append(f"{_named(name, model)} is {_text(value)}, recorded {_text(value_before)}")
     return lines
 
@@ -167,7 +164,7 @@ def _items(value) -> list:
 
 
 def compare(now: list[dict], before: list[dict], tolerance: float = TOLERANCE) -> list[str]:
-    """What differs between two summaries of a figure, one line each; tolerance is a share of the panel's range."""
+    """What differs between two summaries of a figure, one line each; tolerance: a share of the panel's range."""
     if len(now) != len(before):
         return [f"panels: {len(now)}, recorded {len(before)}"]
     lines = []
@@ -205,7 +202,10 @@ def _panel_differences(now: dict, before: dict, tolerance: float) -> list[str]:
     kinds = [[artist["kind"] for artist in panel["drawn"]] for panel in (now, before)]
     if kinds[0] != kinds[1]:
         return [*lines, f"draws {_counted(kinds[0])}; recorded {_counted(kinds[1])}"]
-    spans = {key: extent([artist[key][:2] for artist in before["drawn"] if key in artist]) for key in ("x", "y")}
+    ends = {key: [artist[key][:2] for artist in before["drawn"] if key in artist] for key in ("x", "y")}
+    if "log" not in before.get("scales", ""):
+        ends["y"].append([0, 0])  # a share that hardly changes is compared as the number beside the figure is
+    spans = {key: extent(each) for key, each in ends.items()}
     for number, (new, old) in enumerate(zip(now["drawn"], before["drawn"], strict=True), 1):
         place = f"{old['kind']} {kinds[1][:number].count(old['kind'])}"
         if not same_text(new.get("label", ""), old.get("label", ""), tolerance):
