@@ -255,8 +255,7 @@ def mend(
         print("but moving them removes few of the outliers: this model is not mended this way\n")
     print(f"what the remedies do and cost on the {len(pictures) - half} other images, the simplest first:")
     print(tried.table.round(3).to_string())
-    kept = [name for name in tried.shares.index if name == tried.shares.index[0] or names.split(name)[1]]
-    best = remedies.best(tried.shares[kept])
+    best = remedies.best(tried.shares)
     print(f"fewest outliers on the first {half}, by the simplest means: {best}")
     if save:
         kind, number = (kind, number) if kind else names.split(best)[1:]

@@ -6,13 +6,37 @@ so it works alike for registers that were trained and for those added at test ti
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import matplotlib
 import matplotlib.pyplot as plt
 import torch
 from matplotlib.figure import Figure
 
-from vitreg_lib.hooks.capture import entering
+from vitreg_lib.hooks.capture import evaluating, hooks
 from vitreg_lib.plots.style import PALETTE, styled
+
+
+def entering(model, images: torch.Tensor, edit: Callable | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    """(tokens that enter the first block, tokens that leave the last), each (images, tokens, dim), of a `zoo.Model`.
+
+    `edit` takes the entering tokens and returns what enters instead.
+    """
+    tokens = {}
+
+    def before(block, args, kwargs):
+        tokens["in"] = args[0] if edit is None else edit(args[0].clone())
+        return (tokens["in"], *args[1:]), kwargs
+
+    def after(block, inputs, output):
+        tokens["out"] = output
+
+    anatomy = model.anatomy
+    blocks = anatomy.blocks
+    first = (blocks[0].register_forward_pre_hook, before, {"with_kwargs": True})
+    with evaluating(model.module), hooks(first, (blocks[-1].register_forward_hook, after, {"prepend": True})):
+        anatomy.forward(getattr(images, "x", images).to(model.weights))
+    return tokens["in"].cpu(), tokens["out"].cpu()
 
 
 def flow(model, images: torch.Tensor) -> dict[str, int]:

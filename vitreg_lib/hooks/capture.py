@@ -22,7 +22,6 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Callable
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 
@@ -392,25 +391,3 @@ def _join(empty: Capture, parts: list[dict]) -> Capture:
             value = torch.cat([part[site] for part in parts])
         setattr(empty, site, value)
     return empty
-
-
-def entering(model, images: torch.Tensor, edit: Callable | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-    """(tokens that enter the first block, tokens that leave the last), each (images, tokens, dim), of a `zoo.Model`.
-
-    `edit` takes the entering tokens and returns what enters instead.
-    """
-    tokens = {}
-
-    def before(block, args, kwargs):
-        tokens["in"] = args[0] if edit is None else edit(args[0].clone())
-        return (tokens["in"], *args[1:]), kwargs
-
-    def after(block, inputs, output):
-        tokens["out"] = output
-
-    anatomy = model.anatomy
-    blocks = anatomy.blocks
-    first = (blocks[0].register_forward_pre_hook, before, {"with_kwargs": True})
-    with evaluating(model.module), hooks(first, (blocks[-1].register_forward_hook, after, {"prepend": True})):
-        anatomy.forward(getattr(images, "x", images).to(model.weights))
-    return tokens["in"].cpu(), tokens["out"].cpu()

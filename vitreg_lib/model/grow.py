@@ -9,7 +9,7 @@ from torch import nn
 
 from ..base import UserError, line
 from ..hooks.anatomy import dissect
-from .saved import of_timm
+from .saved import build, of_timm
 
 
 def with_registers(module: nn.Module, tokens: torch.Tensor) -> nn.Module:
@@ -38,21 +38,12 @@ def with_registers(module: nn.Module, tokens: torch.Tensor) -> nn.Module:
 
 def _fresh(module: nn.Module, registers: int) -> nn.Module:
     """A fresh model of the same kind with so many registers, which carries what builds it again."""
-    import timm
-    from timm.models.vision_transformer import VisionTransformer
-
     if hasattr(module, "vit_arguments"):  # a mini ViT
         arguments = {**module.vit_arguments, "reg_tokens": registers, "img_size": module.patch_embed.img_size}
-        new = VisionTransformer(**arguments)
-        new.vit_arguments = arguments
-        return new
+        return build("", "vit", arguments)
     parameters = inspect.signature(type(module).__init__).parameters
     name = next((n for n in ("reg_tokens", "num_reg_tokens") if n in parameters), None)
     cfg = getattr(module, "pretrained_cfg", None) or {}
     if name is None or not cfg.get("architecture"):
         raise UserError(f"timm has no registers for {type(module).__name__}: ViTs and Evas of timm's can get them")
-    told = of_timm(module, **{name: registers})
-    options = dict(num_classes=told["num_classes"], pretrained_cfg_overlay=told["pretrained_cfg"])
-    new = timm.create_model(told["architecture"], **options, **told["model_args"])
-    new.timm_config = told
-    return new
+    return build(cfg["architecture"], "timm", of_timm(module, **{name: registers}))

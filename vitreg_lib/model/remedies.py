@@ -28,7 +28,7 @@ from .model import Model
 BETTER = 0.01  # shares of outliers that differ by less than this part of the first share are taken for equal
 MEANS = ("outliers", "attention_on_outliers", "attention_on_registers", "answers_kl", "same_answer", "features_apart")
 DOSES = (0, 1, 4, 8)  # registers at test time; 0 silences the neurons and adds none
-RANDOM = "random neurons"  # a control
+RANDOM, REMOVED = "random neurons", "a direction removed"  # a control; a remedy that no file can hold
 VIEWS, REACH = 10, 3  # of `shift_average`: views, the first untouched; by how many patches others shift at most
 SHIFTED = f"mean of {VIEWS} shifted views"
 
@@ -129,9 +129,10 @@ def trial(
 ) -> Trial:
     """The `Trial` of a model on normalised images, of `counts` registers at test time and `empty` tokens of zeros.
 
-    cutoff: see `mend.find`. labels: (images,) for the columns of right answers. Two rows are controls, of which none is
-    chosen: +ttr0, which only silences neurons, and as many random neurons as were found. The mean over shifted views
-    costs ten forward passes an image and mends the patch tokens alone; it is scored beside the others and not chosen.
+    cutoff: see `mend.find`. labels: (images,) for the columns of right answers. Four rows are scored and never chosen.
+    Two are controls: +ttr0, which only silences neurons, and as many random neurons as were found. Two are remedies
+    that no file can hold: `without_direction`, and the mean over shifted views (`shift_average`), which costs ten
+    forward passes an image and mends the patch tokens alone.
     """
     import pandas as pd
 
@@ -152,7 +153,7 @@ def trial(
     shares[own] = mend.share_above(model.module, x[first], found.layer, found.cutoff)
     for name, remedied in _remedied(model, x[first], found, counts, empty):
         score(name, see(remedied, x[second], found.layer))
-        if name not in (RANDOM, f"{own}+ttr0"):
+        if name not in (RANDOM, REMOVED, f"{own}+ttr0"):
             shares[name] = mend.share_above(remedied.module, x[first], found.layer, found.cutoff)
     score(SHIFTED, _shifted(model, x[second], before, found.layer))
     return Trial(found, pd.Series(shares), pd.DataFrame.from_dict(rows, orient="index"), norms)
@@ -176,7 +177,7 @@ def _remedied(model: Model, x, found: mend.Found, counts, empty: int, seed: int 
         made = mend.with_test_time_registers(model, count, found.neurons)
         yield made.label, made
     if found.onset + 1 < model.anatomy.depth:
-        yield f"{model.label or model.name}, a direction removed", without_direction(model, x, found.onset)
+        yield REMOVED, without_direction(model, x, found.onset)
     noise, widths = torch.Generator().manual_seed(seed), [linear.in_features for linear in model.anatomy.mlp_out]
     drawn = {(block, int(torch.randint(widths[block], (1,), generator=noise))) for block, _ in found.neurons}
     yield RANDOM, mend.with_test_time_registers(model, 4, sorted(drawn))

@@ -91,7 +91,7 @@ def read(name: str, path: Path, image_size: int | None = None) -> Model | None:
     told, facts, config = (json.loads(metadata.get(key, "{}")) for key in (kind, "facts", "config"))
     tensors = {k: v.float() if v.is_floating_point() else v for k, v in tensors.items()}
     said, tensors = added.of_state(tensors)
-    module = _build(name, kind, told, image_size)
+    module = build(name, kind, told, image_size)
     fill(name, module, tensors, convert=kind == "timm")
     if kind == "vit":
         model = _mini(name, module, config, image_size)
@@ -172,7 +172,8 @@ def _onnx(program, x: torch.Tensor, path: Path) -> list[torch.Tensor]:
     return [torch.from_numpy(session.run(None, {name: part.float().cpu().numpy()})[0]) for part in (x[:1], x)]
 
 
-def _build(name: str, kind: str, told, image_size: int | None) -> nn.Module:
+def build(name: str, kind: str, told, image_size: int | None = None) -> nn.Module:
+    """A fresh module, from what `how_built` says of one: one of `KINDS` and its value. `name` is for errors."""
     if kind == "vit":
         from timm.models.vision_transformer import VisionTransformer
 

@@ -206,8 +206,10 @@ def _file(name: str, image_size: int | None, which: str) -> Model:
 
 
 def _in_timm(name, path, architecture: str, options: dict, tensors, image_size: int | None) -> Model:
+    import timm
+
     known = architecture.partition(".")[0]
-    if not timm_knows(known):
+    if not timm.is_model(known):
         raise UserError(
             f"{name}: the file does not say its architecture, and no usual one is like it: write {name}#ARCH with a "
             "name of timm's"
@@ -215,10 +217,3 @@ def _in_timm(name, path, architecture: str, options: dict, tensors, image_size: 
     module = create(architecture, image_size, pretrained=False, **options)
     fill(name, module, tensors)
     return with_config(name, module, file_sha256(path), image_size)
-
-
-def timm_knows(architecture: str) -> bool:
-    """Whether timm has an architecture of that name."""
-    import timm
-
-    return timm.is_model(architecture)

@@ -366,7 +366,7 @@ def helps(seen: Look) -> Answer:
         f"{best} leaves {at.outliers:.2%} of the patch tokens outliers of {first.outliers:.2%}, as many random neurons "
         f"{control.outliers:.2%}; {cost}. Test-time registers: `vitreg mend {name} --save FILE`. {advice}"
     )
-    return Answer(best.removeprefix(name).lstrip(", "), text, numbers, titled, norm_maps)
+    return Answer(best.removeprefix(name), text, numbers, titled, norm_maps)
 
 
 ASKED = (any_there, kind, held, hurt, helps)
