@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fig05
+import pytest
 import tab05
 import torch
 
@@ -121,6 +122,8 @@ def test_across_registers_compares_the_same_places():
     change = tab05.register_changes(table, {"a-reg4": "a", "elsewhere": "a"})
     assert list(change.index) == ["a-reg4"] and change.without["a-reg4"] == "a" and change.readable["a-reg4"]
     assert change.points["a-reg4"] == 0 and abs(change.l2_ratio["a-reg4"] - 1) < 1e-3
+    right = table.loc[("a", "shared", "own")].accuracy.mean()
+    assert change.margin["a-reg4"] == pytest.approx(min(2, 2 * right / 0.663))
     moved = tab05.register_changes(table, {"a-reg4": "a"}, "places")
     assert moved.points["a-reg4"] > 20 and moved.l2_ratio["a-reg4"] < 0.5
 
@@ -135,7 +138,9 @@ def test_a_worse_model_is_seen_and_noise_is_not_readable():
     assert change.points < -10 and change.l2_ratio > 2
     blind = {name: torch.randn(40, 16, 19, generator=torch.Generator().manual_seed(2)) for name in masks}
     table = tab05.across_registers(blind, everywhere, masks, pairs, 400, folds=(0, 1))
-    assert not tab05.register_changes(table, pairs).readable["a+ttr4"]
+    change = tab05.register_changes(table, pairs).loc["a+ttr4"]
+    right = table.loc[("a", "shared", "own")].accuracy.mean()
+    assert not change.readable and change.margin == pytest.approx(2 * right / 0.663) and change.margin < 1
 
 
 def test_same_masks_are_fitted_once_with_the_same_result():

@@ -34,21 +34,22 @@ import tables_tasks  # noqa: E402
 
 PHOTOS = 10
 TRAIN, TEST, DRAWS = 160, 100, 2  # labelled photos of each set, tokens of a kind from each
-OPTIONS = dict(classification="caltech101-small", dense="camvid-small", depths="", n_train=240, n_test=160)  # of scores
+SCORES = dict(classification="caltech101-small", dense="camvid-small", depths="", n_train=240, n_test=160)
+DEPTHS = SCORES | dict(depths="scenes")  # DeiT-Ti has no artifacts on scenes
 CALTECH, BOTH = ("caltech101-small",), ("caltech101-small", "cifar10-small")
 # what a file holds besides: all late blocks, LOST's maps, scores of tasks; labelled sets, and which tokens of them
 OUTLIERS, REGISTERS = ("cls", "normal", "outlier", "matched"), ("cls", "normal", "registers")
 MODELS = {
-    "deit-ti": dict(late=True, lost=True, scores=True, sets=CALTECH, tokens=OUTLIERS),
-    "deit-ti-trained-reg1": dict(scores=True, sets=CALTECH, tokens=REGISTERS),
-    "deit-ti-trained-reg2": dict(scores=True),
-    "deit-ti-trained-reg4": dict(late=True, lost=True, scores=True),
-    "deit-ti-trained-reg8": dict(scores=True),
-    "deit-ti-trained-reg16": dict(scores=True),
+    "deit-ti": dict(late=True, lost=True, scores=SCORES, sets=CALTECH, tokens=OUTLIERS),
+    "deit-ti-trained-reg1": dict(scores=SCORES, sets=CALTECH, tokens=REGISTERS),
+    "deit-ti-trained-reg2": dict(scores=SCORES),
+    "deit-ti-trained-reg4": dict(late=True, lost=True, scores=SCORES),
+    "deit-ti-trained-reg8": dict(scores=SCORES),
+    "deit-ti-trained-reg16": dict(scores=SCORES),
     "deit-ti+ttr4": {},
     "deit-ti+empty4": {},
-    "vit-ti": dict(late=True, lost=True, sets=BOTH, tokens=OUTLIERS),
-    "vit-ti-trained-reg4": dict(late=True, lost=True),
+    "vit-ti": dict(late=True, lost=True, scores=DEPTHS, sets=BOTH, tokens=OUTLIERS),
+    "vit-ti-trained-reg4": dict(late=True, lost=True, scores=DEPTHS),
     "vit-ti+ttr4": dict(late=True),
     "dinov2-s": {},
 }
@@ -60,7 +61,7 @@ def main(names: list[str]) -> None:
         write(name, **MODELS[name])
 
 
-def write(name: str, late=False, lost=False, scores=False, sets=(), tokens=()) -> None:
+def write(name: str, late=False, lost=False, scores=None, sets=(), tokens=()) -> None:
     """Measure one model into its file."""
     model = zoo.load(name, "cpu")
     pictures = images.load("photos", model, PHOTOS)
@@ -70,9 +71,12 @@ def write(name: str, late=False, lost=False, scores=False, sets=(), tokens=()) -
         scored, more["lost"] = on_boxes(model)
         tensors |= scored
     if scores:
-        found = tab02.scores(model, **OPTIONS)
-        tensors |= {f"scores.{task}": parts.to(torch.int32) for task, parts in found.parts.items()}
-        more["scores"] = found.sources
+        found = tab02.scores(model, **scores)
+        tensors |= {
+            f"scores.{task}": parts.to(torch.float32 if task == "rmse" else torch.int32)
+            for task, parts in found.parts.items()
+        }
+        more |= {"scores": found.sources, "scored_artifacts": found.artifacts}
     if sets:
         more["sets"] = {}
         for problem in tables_tasks.load(" ".join(sets), TRAIN, TEST):

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from vitreg_lib.base import DATA, UserError
 from vitreg_lib.data.scenes import SHAPES
+from vitreg_lib.measure import detection
 from vitreg_lib.plots.style import PALETTE, PAPER, styled
 from vitreg_lib.probes import linear
 from vitreg_lib.probes.linear import held_out
@@ -44,12 +45,14 @@ CLAIMS = {
 class Scores:
     """What each test image adds to each score, by task: (seeds, images, parts) float64; and what the images are.
 
+    artifacts: by task, whether the model has artifacts on its images, of training and test, by `vr.detect`.
     accuracy: 1 where right; miou: intersection and union of every class, (…, 2 * classes), in pixels; rmse: that of the
     image, NaN without a valid pixel. `values` makes the scores of them.
     """
 
     parts: dict[str, Tensor] = field(default_factory=dict)
     sources: dict[str, str] = field(default_factory=dict)
+    artifacts: dict[str, bool] = field(default_factory=dict)
 
     def values(self) -> dict[str, Tensor]:
         """{task: (seeds,)}: accuracy and mIoU from 0 to 1, RMSE in the unit of the depths."""
@@ -93,7 +96,7 @@ def scores(
 
     if model.replayed:
         kept = {t: model.kept(f"scores.{t}").double() for t in TASKS if f"scores.{t}" in model.tensors}
-        return Scores(kept, {task: model.measured["scores"][task] for task in kept})
+        return Scores(kept, model.measured["scores"], model.measured.get("scored_artifacts", {}))
     found, cache = Scores(), {}
     work = [(t, s) for t, s in zip(TASKS, (classification, dense, depths), strict=True) if s]
     if not work:
@@ -103,6 +106,7 @@ def scores(
             _load(task, source, split, model, n, seed, cache) for split, n in (("train", n_train), ("test", n_test))
         ]
         found.sources[task] = parts[1].title
+        found.artifacts[task] = detection.judge(detection.join([part.observed for part in parts])).has_artifacts
         found.parts[task] = torch.stack([_SCORED[task](*_drawn(parts, s), s, steps, bins, stride) for s in seeds])
     return found
 
@@ -112,6 +116,7 @@ class _Part:
     """Features of the images of one split, on the CPU: cls (n, dim) or None, patches (n, patches, dim), the truth."""
 
     title: str
+    observed: detection.Observed
     cls: Tensor | None
     patches: Tensor
     grid: tuple[int, int]
@@ -120,7 +125,7 @@ class _Part:
 
     def take(self, rows: Tensor) -> _Part:
         cls = None if self.cls is None else self.cls[rows]
-        return _Part(self.title, cls, self.patches[rows], self.grid, self.truth[rows], self.most)
+        return _Part(self.title, self.observed, cls, self.patches[rows], self.grid, self.truth[rows], self.most)
 
 
 def _drawn(parts: list[_Part], seed: int) -> tuple[_Part, _Part]:
@@ -154,9 +159,10 @@ def _load(task: str, source: str, split: str, model, n: int, seed: int, cache: d
 
 
 def _features(model, x: Tensor):
-    """(cls or None, patches, grid) after the final LayerNorm."""
-    seen = model.capture(x, "final", layers=-1)
-    return seen.final[:, 0] if seen.has_cls else None, seen.patches(seen.final), seen.grid
+    """What artifacts are judged by; then (cls or None, patches, grid) after the final LayerNorm."""
+    observed, seen = zip(*(detection.observe_batch(model, part, ("final",)) for part in x.split(64)), strict=True)
+    cls = torch.cat([each.final[:, 0] for each in seen]) if seen[0].has_cls else None
+    return detection.join(list(observed)), cls, torch.cat([each.patches(each.final) for each in seen]), seen[0].grid
 
 
 def _class_scores(train: _Part, test: _Part, seed: int, steps, bins, stride) -> Tensor:

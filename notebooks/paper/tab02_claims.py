@@ -36,15 +36,16 @@ def measure(run, models, table, change, asked) -> None:
         run.measure(f"zero-shot accuracy, {question}", row.accuracy, name, paper=paper)
 
 
-def of_table2(models, table, change, hits: dict, having, sources: dict) -> Iterator[tuple]:
+def of_table2(models, table, change, hits: dict, having: dict, found: dict) -> Iterator[tuple]:
     """Arguments of `Run.claim`: C085 to C094, then ours on registers added at test time and on fresh weights.
 
-    table of `tab02.table`, change of `tab02.changes`, hits of `tab02_zeroshot.evaluate`; having: labels of models with
-    artifacts; sources: {label: {task: images}}. Scores of a family are those of all its pairs that can be judged.
+    table of `tab02.table`, change of `tab02.changes`, hits of `tab02_zeroshot.evaluate`; having: {task or "zeroshot":
+    labels of the models with artifacts on its images}; found: {label: `tab02.Scores`}. Scores of a family are those of
+    all its pairs that can be judged.
     """
-    base = pairs(models)
+    base, sources = pairs(models), {name: each.sources for name, each in found.items()}
     for (family, task), claim in tab02.CLAIMS.items():
-        judged, missing = cured(models, having, family)
+        judged, missing = cured(models, having[task], family)
         answers = {
             n: tab02.judge(change.loc[n, task], task, tab02.TOLERANCE[task])
             for n in judged
@@ -58,7 +59,7 @@ def of_table2(models, table, change, hits: dict, having, sources: dict) -> Itera
     for name, task in (key for key in change.index if key[0] in pairs(models, "test time")):
         text = f"registers added to {base[name]} at test time do not worsen its {task}"
         holds, measured = tab02.judge(change.loc[name, task], task, tab02.TOLERANCE[task])
-        yield f"ours-{name}-{task}", holds if base[name] in having else None, measured, text, "none"
+        yield f"ours-{name}-{task}", holds if base[name] in having[task] else None, measured, text, "none"
     for name in (m.label for m in models if m.role == "random control"):
         for task in (t for t in tab02.TASKS if t in table):
             sign = -1 if task in tab02.LOWER_IS_BETTER else 1
@@ -77,4 +78,4 @@ def of_table2(models, table, change, hits: dict, having, sources: dict) -> Itera
         return
     points, low, high = tab02_zeroshot.change(hits, base[name], name)
     text = f"{name}: {points:+.1f} points ({low:+.1f} to {high:+.1f}), mean of the questions"
-    yield "C094", within(low, high, 0.5) if base[name] in having else None, text
+    yield "C094", within(low, high, 0.5) if base[name] in having["zeroshot"] else None, text
