@@ -216,6 +216,7 @@ def test_a_random_model_goes_through_and_comes_out_as_timms(name, photos, tmp_pa
     )
     x = torch.randn(2, 3, SIZES[name], SIZES[name])
     torch.testing.assert_close(ours.module(x), plain.eval()(x))
+    assert result["parameters"] == sum(p.numel() for p in plain.parameters())  # its teacher is not counted
     assert ours.anatomy.num_registers == 2 and ours.mean == zoo.load(name, "cpu").mean
     assert {"outliers", "outliers_before", "attention_on_registers", "features_apart"} <= result.keys()
     assert ("answers_kl" in result) == (ours.module.num_classes > 0)  # this Eva has no classes

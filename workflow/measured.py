@@ -104,7 +104,8 @@ def on_boxes(model) -> tuple[dict[str, torch.Tensor], dict]:
     tensors = {"hits": torch.stack(list(hits.values()))}
     if model.registers:
         tensors["objects"] = fig09.object_mass(model, pictures, fig09.box_masks(truth, pictures.x.shape[-2:]))
-    return tensors, {"table": table.reset_index().to_dict("list"), "of": ["coco", pictures.source]}
+    plain = {name: [each.value, each.low, each.high] for name, each in tab03.plain(pictures, truth).items()}
+    return tensors, {"table": table.reset_index().to_dict("list"), "of": ["coco", pictures.source], "plain": plain}
 
 
 def labelled(model, problem, tokens) -> tuple[dict[str, torch.Tensor], dict]:

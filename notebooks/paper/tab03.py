@@ -1,11 +1,15 @@
-"""Table 3: the verdicts on object discovery."""
+"""Table 3: LOST and the boxes that know nothing of the image, their figure, the verdicts."""
 
 from __future__ import annotations
 
 import pandas as pd
+import torch
+from matplotlib.figure import Figure
 from verdicts import WORDS, above, cured, every, within
 
+from vitreg_lib import plots
 from vitreg_lib.measure import objects, pairs
+from vitreg_lib.plots.style import PAPER
 
 NEEDS = "needs {} with and without registers and artifacts, on {}"
 SETS = ("VOC 2007", "VOC 2012", "COCO 20k")  # claims C095 to C103, by family
@@ -21,6 +25,31 @@ def discover(model, pictures, truth: list, biases, normalize: bool = True):
     seen = model.capture(pictures, ("k", "v"), layers=-1)
     features = {kind: objects.features(seen, kind[0]) for kind in ("keys", "values")}
     return objects.sweep(features, seen.grid, truth, model.anatomy.patch_size[0], biases, normalize=normalize)
+
+
+def plain(pictures, truth: list) -> dict[str, objects.CorLoc]:
+    """{name: `CorLoc`} of two boxes that know nothing of the image."""
+    sizes = torch.tensor([pictures.x.shape[-2:]] * len(pictures))
+    boxes = {
+        "whole image": objects.centred_boxes(sizes, 1.0),
+        "centred box, half the area": objects.centred_boxes(sizes),
+    }
+    return {name: objects.corloc(guess, truth) for name, guess in boxes.items()}
+
+
+def draw(table: pd.DataFrame, lines: dict[str, dict[str, float]]) -> Figure:
+    """CorLoc (%) of every model and setting; over each model's column the baselines on its own images.
+
+    table: as `plots.scores` takes it. lines: {label: {baseline: %}}.
+    """
+    figure = plots.scores(table, "CorLoc (%)", {})
+    (axis,) = figure.axes
+    for place, values in enumerate(lines.values()):
+        for style, (name, value) in zip(("--", ":"), values.items(), strict=True):
+            axis.hlines(value, place - 0.45, place + 0.45, PAPER, style, lw=1.2, label=None if place else name)
+    figure.legends[0].remove()
+    figure.legend(*axis.get_legend_handles_labels(), loc="outside upper center", ncols=3)
+    return figure
 
 
 def where(run, model, pictures) -> tuple[str, str]:

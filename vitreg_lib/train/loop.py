@@ -313,7 +313,7 @@ def _finish(folder: Path, run: Run, recipe, config: TrainConfig, device, began: 
         **measured,
         "steps": config.steps,
         "images": config.steps * config.batch_size,
-        "parameters": sum(p.numel() for p in whole.parameters()),
+        "parameters": measured.get("parameters", sum(p.numel() for p in whole.parameters())),
         "seconds_of_last_session": round(time.perf_counter() - began),
     }
     settings = {"config": json.dumps(asdict(config))}

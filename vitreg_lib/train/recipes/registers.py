@@ -158,7 +158,8 @@ def evaluate(module, config, device) -> dict[str, float]:
     finally:
         model.module.to("cpu")
     known = effects.dropna(axis=1, how="all")
-    return {name: float(known[name].mean()) for name in sorted(known)} | {"photos_of_report": len(effects)}
+    counts = {"photos_of_report": len(effects), "parameters": sum(p.numel() for p in module.student.parameters())}
+    return {name: float(known[name].mean()) for name in sorted(known)} | counts  # the teacher is not part of the result
 
 
 # the student and its teacher
