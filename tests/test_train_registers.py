@@ -483,6 +483,16 @@ class TestTable:
         added = [cell for cell in drawn.missing(fewer) if cell not in drawn.missing(rows)]
         assert added == [dict(arm="photos", model="vit-ti", photos=50, seed=s) for s in (0, 1, 2)]
 
+    def test_bars_at_a_glance_lie_where_the_verdicts_say(self):
+        rows = drawn.table()
+        wanted = {claim[0]: claim[1] for claim in drawn.claims(rows)}
+        limits = {"outliers": (10, 10, 10), "attention": (20, 20, 20), "right": (2, 4, 4)}
+        for axis, (asked, most) in zip(drawn.glance(rows).axes, limits.items(), strict=False):
+            for bar, model, limit in zip(axis.containers, ("deit-ti", "vit-ti", "vit-ti-faster"), most, strict=True):
+                low, high = bar.lines[2][0].get_segments()[0][:, 0]
+                said = True if high <= limit + 1e-6 else False if low > limit + 1e-6 else "undecided"
+                assert said == wanted[f"ours-{asked}-{model}"], (asked, model, low, high)
+
     def test_a_claim_is_judged_by_its_interval(self):
         values = pd.Series([-1.0, -2.0, -3.0] * 20)
         assert drawn.bounded(values) is True and drawn.bounded(-values) is False

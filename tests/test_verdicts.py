@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import fig02
 import fig16
 import fig18
+import pandas as pd
 import pytest
 import tab03
 import torch
@@ -89,6 +90,15 @@ def test_object_discovery_is_judged_on_the_papers_set_with_its_features_and_marg
     assert here["C095"][0] is None and here["C104"][0] is None  # one pair cannot show what is claimed of all
     assert judged({"a"}, "coco", few)["C097"][0] is False and judged({"a"}, "coco", few)["C104"][0] == "undecided"
     assert judged(set(), "coco")["C097"][0] is None and judged({"a"}, "scenes")["C097"][0] is None
+
+
+def test_each_column_of_object_discovery_has_the_baselines_of_its_own_images():
+    index = pd.MultiIndex.from_product([["a", "b"], ["keys, bias 0"]])
+    table = pd.DataFrame({"value": [10.0, 20.0], "low": [5.0, 15.0], "high": [15.0, 25.0]}, index=index)
+    lines = {"a": {"whole image": 36.0, "centred": 42.0}, "b": {"whole image": 0.0, "centred": 12.0}}
+    (axis,) = tab03.draw(table, lines).axes
+    drawn = {tuple(part.get_segments()[0].flatten().round(2)) for part in axis.collections}
+    assert {(-0.45, 36, 0.45, 36), (-0.45, 42, 0.45, 42), (0.55, 0, 1.45, 0), (0.55, 12, 1.45, 12)} <= drawn
 
 
 def test_copies_are_recognised():

@@ -232,6 +232,61 @@ def controls(rows: pd.DataFrame, registers: int = 4) -> pd.DataFrame:
     return means(found)
 
 
+def answers(rows: pd.DataFrame) -> pd.DataFrame:
+    """`means` by model, weight of the answers in the loss, steps: 4 registers, one seed, cells that ran."""
+    mine = rows[rows.arm == "answers"]
+    cells = mine[["model", "answer_weight", "steps"]].drop_duplicates().astype({"model": str})
+    chosen = sorted(cells.itertuples(index=False, name=None))
+    return means(
+        {
+            f"{m}, weight {w:g}, {n} steps": photos(rows, "answers", model=m, answer_weight=w, steps=n)
+            for m, w, n in chosen
+        }
+    )
+
+
+@styled
+def glance(rows: pd.DataFrame, registers: int = 4) -> Figure:
+    """What must hold, one dot a question: what is left of outliers and attention, right answers lost; bars and limits.
+
+    Green where the whole interval over photos is on the side asked for (shaded), red where it is on the other.
+    """
+    fast = photos(rows, "steps", model="vit-ti", steps=100, learning_rate=1e-4)
+    parts = {m: photos(rows, "doses", model=m, registers=registers) for m in MODELS} | {"vit-ti, rate 0.0001": fast}
+    without = {m: photos(rows, "doses", model=m, registers=0) for m in MODELS}
+    kept = {name: ("outliers", part, 1 / 3, False) for name, part in without.items()}
+    panels = {
+        "outliers left\n(% of before)": {name: ("outliers", part, 0.1, True) for name, part in parts.items()},
+        "attention left on their\nplaces (% of before)": {
+            name: ("attention_on_outliers", part, 0.2, True) for name, part in parts.items()
+        },
+        "right answers lost\n(of 100)": {
+            name: ("right", part, RIGHT_LOST[name.split(",")[0]], True) for name, part in parts.items()
+        },
+        "outliers left without\nregisters (% of before)": kept,
+    }
+    figure, axes = plt.subplots(1, len(panels), figsize=(9.4, 2.3), sharey=True)
+    for axis, (label, questions) in zip(axes, panels.items(), strict=True):
+        for y, (measure, part, limit, most) in enumerate(questions.values()):
+            before, after = part[f"{measure}_before"], part[measure]
+            lost = measure == "right"
+            base = 1.0 if lost else before.mean()
+            value, low, high = (v / base for v in described(before - after if lost else after))
+            if not lost:  # the interval of the difference that is judged, so that bar and verdict agree
+                _, low, high = (100 * limit + v / base for v in described(after - limit * before))
+            good, bad = (high <= 100 * limit, low > 100 * limit) if most else (low >= 100 * limit, high < 100 * limit)
+            colour = PALETTE[2] if good else PALETTE[1] if bad else PAPER
+            axis.errorbar(value, y, xerr=[[value - low], [high - value]], fmt="o", ms=5, capsize=3, color=colour)
+            ends = (-1e3, 100 * limit) if most else (100 * limit, 1e3)
+            axis.fill_betweenx([y - 0.4, y + 0.4], *ends, color=PALETTE[2], alpha=0.15, lw=0)
+            axis.text(100 * limit, y - 0.42, f"{100 * limit:.0f}", fontsize=7, ha="center", va="bottom", color=PAPER)
+        most_left = max(line.get_xdata().max() for line in axis.lines)
+        axis.set(xlabel=label, xlim=(-10 if label.startswith("right") else 0, max(12, 1.2 * most_left)))
+    axes[0].set_yticks(range(len(parts)), list(parts))
+    axes[0].set_ylim(len(parts) - 0.4, -0.7)
+    return figure
+
+
 def bounded(difference: pd.Series) -> bool | str:
     """True where the interval of a mean over photos is below 0, False where it is above, else "undecided"."""
     _, low, high = described(difference)
