@@ -62,7 +62,7 @@ def test_views_are_what_capture_and_maps_give(store, registers, layer, heads, qu
     torch.testing.assert_close(view.attention, wanted / wanted.mean(), atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(view.norms.flatten(), seen.patch_norms[0, layer])
     patches = seen.patches(seen.tokens[layer])
-    parts = maps.principal_components(patches, 3, per_image=True, grid=seen.grid).scores
+    parts = maps.principal_components(patches, 3, per_image=True, grid=seen.grid)
     torch.testing.assert_close(view.components.flatten(0, 1), parts[0], atol=1e-3, rtol=1e-3)
     torch.testing.assert_close(view.similarity.flatten(), maps.neighbour_similarity(patches, seen.grid)[0])
     torch.testing.assert_close(view.seen.set_norms[layer], every.patch_norms[:, layer].flatten())

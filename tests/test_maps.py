@@ -3,6 +3,8 @@
 import math
 
 import fig09
+import fig16
+import map_scores
 import numpy as np
 import pytest
 import torch
@@ -43,18 +45,18 @@ CONSTANT = torch.full((6, 8), 0.1)  # 0.1 is not exact in binary: the mean round
 
 # name -> scores by hand of constant, one peak, checkerboard, ring, on 6 x 8
 BY_HAND = {
-    "entropy": (m.entropy, [math.log(48), 0, math.log(24), math.log(24)]),
+    "entropy": (map_scores.entropy, [math.log(48), 0, math.log(24), math.log(24)]),
     "normalised entropy": (
-        lambda x, grid=None: m.entropy(x, grid, normalised=True),
+        lambda x: map_scores.entropy(x, normalised=True),
         [1, 0, math.log(24) / math.log(48), math.log(24) / math.log(48)],
     ),
-    "support_area": (m.support_area, [39 / 48, 1 / 48, 20 / 48, 20 / 48]),  # 38.4 and 19.2 patches, rounded up
-    "border_share": (m.border_share, [24 / 48, 0, 12 / 24, 1]),
-    "half_share": (m.half_share, [0.5, 1, 0.5, 0.5]),
-    "peak_ratio": (m.peak_ratio, [1, math.inf, 2, 2]),  # medians 0.1, 0, 0.5, 0.5
-    "kurtosis": (m.kurtosis, [math.nan, (1 - 3 * (1 / 48) * (47 / 48)) / ((1 / 48) * (47 / 48)) - 3, -2, -2]),
-    "total_variation": (m.total_variation, [0, 4 / 82 / math.sqrt(47 / 48**2), 2, 20 / 82 / 0.5]),
-    "moran_i": (m.moran_i, [math.nan, None, -1, 1 - 2 * 20 / 82]),  # 82 pairs, 20 of them across the ring
+    "support_area": (fig16.support_area, [39 / 48, 1 / 48, 20 / 48, 20 / 48]),  # 38.4 and 19.2 patches, rounded up
+    "border_share": (fig16.border_share, [24 / 48, 0, 12 / 24, 1]),
+    "upper_share": (fig16.upper_share, [0.5, 1, 0.5, 0.5]),
+    "peak_ratio": (map_scores.peak_ratio, [1, math.inf, 2, 2]),  # medians 0.1, 0, 0.5, 0.5
+    "kurtosis": (map_scores.kurtosis, [math.nan, (1 - 3 * (1 / 48) * (47 / 48)) / ((1 / 48) * (47 / 48)) - 3, -2, -2]),
+    "total_variation": (map_scores.total_variation, [0, 4 / 82 / math.sqrt(47 / 48**2), 2, 20 / 82 / 0.5]),
+    "moran_i": (map_scores.moran_i, [math.nan, None, -1, 1 - 2 * 20 / 82]),  # 82 pairs, 20 of them across the ring
 }
 
 
@@ -67,8 +69,6 @@ def test_scores_by_hand(name):
     for value, by_hand in zip(found.tolist(), expected, strict=True):
         if by_hand is not None:
             assert value == pytest.approx(by_hand, rel=1e-5, abs=1e-6, nan_ok=True), (found, expected)
-    flat = score(maps.flatten(-2), grid=(6, 8))
-    torch.testing.assert_close(flat, found, equal_nan=True)
 
 
 @pytest.mark.parametrize("name", BY_HAND)
@@ -89,14 +89,14 @@ def test_kurtosis_equals_scipy():
 
     maps = normal(5, 7, 9).double() ** 3
     expected = torch.from_numpy(kurtosis(maps.flatten(-2).numpy(), axis=-1))
-    torch.testing.assert_close(m.kurtosis(maps), expected)
+    torch.testing.assert_close(map_scores.kurtosis(maps), expected)
 
 
 def test_entropy_equals_scipy():
     from scipy.stats import entropy
 
     maps = random_map(5, 7, 9).double()
-    torch.testing.assert_close(m.entropy(maps), torch.from_numpy(entropy(maps.flatten(-2).numpy(), axis=-1)))
+    torch.testing.assert_close(map_scores.entropy(maps), torch.from_numpy(entropy(maps.flatten(-2).numpy(), axis=-1)))
 
 
 def slow_neighbours(rows, cols, i):
@@ -124,8 +124,8 @@ def test_neighbourhood_scores_equal_slow_loops(rows, cols, seed):
         for i, near in enumerate(neighbours)
     ]
     variation = variation / x.std(correction=0)
-    torch.testing.assert_close(m.total_variation(x, (rows, cols)), variation, equal_nan=True)
-    torch.testing.assert_close(m.moran_i(x, (rows, cols)), moran, equal_nan=True)
+    torch.testing.assert_close(map_scores.total_variation(x.view(rows, cols)), variation, equal_nan=True)
+    torch.testing.assert_close(map_scores.moran_i(x.view(rows, cols)), moran, equal_nan=True)
     torch.testing.assert_close(m.neighbour_similarity(tokens, (rows, cols)), torch.stack(similarity), equal_nan=True)
 
 
@@ -144,49 +144,42 @@ def test_neighbours_do_not_wrap_round_the_edge():
 def test_moran_is_high_for_a_ramp_and_about_zero_for_noise():
     ramp = torch.arange(14.0).expand(14, 14)
     noise = normal(4000, 14, 14)
-    assert m.moran_i(ramp) > 0.9
-    assert m.moran_i(noise).mean().item() == pytest.approx(-1 / 195, abs=0.003)
+    assert map_scores.moran_i(ramp) > 0.9
+    assert map_scores.moran_i(noise).mean().item() == pytest.approx(-1 / 195, abs=0.003)
 
 
 @pytest.mark.parametrize("value", [1.0, 0.1, 1e-4])
-def test_support_of_a_constant_map_is_the_mass(value):
+def test_support_of_a_constant_map_is_the_mass(monkeypatch, value):
     constant = torch.full((10, 10), value)
     for percent in range(1, 101):  # rounding must not add a patch
-        assert m.support_area(constant, mass=percent / 100).item() == pytest.approx(percent / 100)
+        monkeypatch.setattr(fig16, "MASS", percent / 100)
+        assert fig16.support_area(constant).item() == pytest.approx(percent / 100)
 
 
-def test_halves_and_middle_lines():
+def test_a_middle_row_counts_half_to_each_side():
     line = torch.zeros(5, 4)
-    line[2] = 1  # the middle row of five counts half to each side
-    assert m.half_share(line) == 0.5 and m.half_share(line, half="lower") == 0.5
-    corner = one_peak(5, 4, at=(0, 3))
-    found = {half: m.half_share(corner, half=half).item() for half in ("upper", "lower", "left", "right")}
-    assert found == {"upper": 1, "lower": 0, "left": 0, "right": 1}
-    with pytest.raises(ValueError, match="unknown half 'top'"):
-        m.half_share(corner, half="top")
+    line[2] = 1
+    assert fig16.upper_share(line) == 0.5
+    assert fig16.upper_share(one_peak(5, 4, at=(0, 3))) == 1 and fig16.upper_share(one_peak(5, 4, at=(4, 0))) == 0
 
 
-def test_border_of_two_rings_and_of_everything():
-    constant = torch.ones(6, 8)
-    assert m.border_share(constant, width=2).item() == pytest.approx(1 - 2 * 4 / 48)
-    assert m.border_share(constant, width=3) == 1 and m.border_share(constant, width=9) == 1
+def test_everything_is_border_where_there_is_no_inside():
+    assert fig16.border_share(torch.ones(2, 8)) == 1 and fig16.border_share(torch.ones(1, 8)) == 1
 
 
 def test_attention_on_outliers():
     attn = torch.tensor([[0.2, 0.1], [0.1, 0.1]])  # half of the row's attention is on cls and registers
     is_outlier = torch.tensor([[True, False], [False, False]])
     assert m.attention_on(attn, is_outlier).item() == pytest.approx(0.4)
-    assert m.attention_on(attn, is_outlier, renormalise=False).item() == pytest.approx(0.2)
-    assert m.attention_lift(attn, is_outlier).item() == pytest.approx(1.6)
     heads = attn.expand(3, 5, 2, 2)  # (images, heads, rows, cols) with a mask for each image
     assert m.attention_on(heads, is_outlier.expand(3, 1, 2, 2)).shape == (3, 5)
     assert m.attention_on(attn, ~is_outlier).item() == pytest.approx(0.6)
-    assert m.attention_lift(attn, is_outlier & False).isnan()
     assert m.attention_on(torch.zeros(2, 2), is_outlier).isnan()
 
 
 @pytest.mark.parametrize(
-    "score", [m.entropy, m.support_area, m.border_share, m.half_share, lambda x: m.attention_on(x, x > 0)]
+    "score",
+    [map_scores.entropy, fig16.support_area, fig16.border_share, fig16.upper_share, lambda x: m.attention_on(x, x > 0)],
 )
 def test_negative_mass_is_refused(score):
     with pytest.raises(ValueError, match="cannot be negative, smallest value -1"):
@@ -194,17 +187,13 @@ def test_negative_mass_is_refused(score):
 
 
 def test_shapes_that_do_not_fit_are_refused():
-    with pytest.raises(ValueError, match="give grid="):
-        m.entropy(torch.ones(16))
-    with pytest.raises(ValueError, match=r"17 values on a grid of \(4, 4\)"):
-        m.entropy(torch.ones(17), grid=(4, 4))
-    with pytest.raises(ValueError, match="mass 1.2 out of range"):
-        m.support_area(torch.ones(4, 4), mass=1.2)
+    with pytest.raises(ValueError, match=r"a map of shape \(16,\): expected"):
+        map_scores.entropy(torch.ones(16))
 
 
 def test_top_overlap_by_hand():
     a = torch.arange(12.0).reshape(3, 4)
-    same, opposite = m.top_overlap(a, 2 * a + 1, k=3), m.top_overlap(a, -a, k=3)
+    same, opposite = map_scores.top_overlap(a, 2 * a + 1, k=3), map_scores.top_overlap(a, -a, k=3)
     assert same.overlap == 1 and opposite.overlap == 0 and same.chance == 0.25
     assert same.p_value.item() == pytest.approx(1 / math.comb(12, 3))  # one triple of 220
     assert opposite.p_value.item() == pytest.approx(1)
@@ -218,7 +207,7 @@ def test_top_overlap_p_is_the_permutation_p():
     a, b = random_map(3, 4, 5, seed=1), random_map(3, 4, 5, seed=2)
     b[1] = b[1] + a[1]
     k = torch.tensor([4, 7, 10])
-    found = m.top_overlap(a, b, k)
+    found = map_scores.top_overlap(a, b, k)
     common = (found.overlap * k).round().long()
     exact = hypergeom.sf(common.numpy() - 1, 20, k.numpy(), k.numpy())
     torch.testing.assert_close(found.p_value, torch.from_numpy(exact))
@@ -232,21 +221,20 @@ def test_top_overlap_p_is_the_permutation_p():
 
 def test_top_overlap_edges():
     a = random_map(2, 3, 3)
-    none = m.top_overlap(a, a, k=0)
+    none = map_scores.top_overlap(a, a, k=0)
     assert none.overlap.isnan().all() and none.chance.isnan().all() and none.pooled_p == 1
-    assert (m.top_overlap(a, a, k=9).overlap == 1).all() and m.top_overlap(a, a, k=9).pooled_p.item() == pytest.approx(
-        1
-    )
+    every = map_scores.top_overlap(a, a, k=9)
+    assert (every.overlap == 1).all() and every.pooled_p.item() == pytest.approx(1)
     with pytest.raises(ValueError, match="k from 10 to 10 out of range for 9 patches"):
-        m.top_overlap(a, a, k=10)
-    assert m.top_overlap(torch.ones(3, 3), torch.ones(3, 3), k=4).overlap == 1  # ties by position
+        map_scores.top_overlap(a, a, k=10)
+    assert map_scores.top_overlap(torch.ones(3, 3), torch.ones(3, 3), k=4).overlap == 1  # ties by position
 
 
 def test_many_maps_pool_to_a_tiny_p():
     norms = random_map(50, 14, 14, seed=3)
     attn = norms + 0.5 * random_map(50, 14, 14, seed=4)
-    assert m.top_overlap(attn, norms, k=4).pooled_p < 1e-20
-    unrelated = m.top_overlap(random_map(50, 14, 14, seed=5), norms, k=4).pooled_p
+    assert map_scores.top_overlap(attn, norms, k=4).pooled_p < 1e-20
+    unrelated = map_scores.top_overlap(random_map(50, 14, 14, seed=5), norms, k=4).pooled_p
     assert 0.001 < unrelated < 0.999
 
 
@@ -264,24 +252,20 @@ def test_off_diagonal_mean():
 
 
 @pytest.mark.parametrize("shape", [(3, 40, 7), (2, 9, 30)], ids=["tall", "wide"])
-@pytest.mark.parametrize("whiten", [True, False])
-def test_principal_components_equal_scikit_learns(shape, whiten):
+def test_principal_components_equal_scikit_learns(shape):
     from sklearn.decomposition import PCA
 
     tokens = normal(*shape).double() * torch.logspace(0, -1, shape[-1], dtype=torch.float64) + 3
-    found = m.principal_components(tokens, n=3, whiten=whiten, clip=None)
-    reference = PCA(3, whiten=whiten, svd_solver="full").fit(tokens.flatten(0, 1).numpy())
+    found = m.principal_components(tokens, n=3, clip=None)
+    reference = PCA(3, whiten=True, svd_solver="full").fit(tokens.flatten(0, 1).numpy())
     expected = torch.from_numpy(reference.transform(tokens.flatten(0, 1).numpy())).reshape(*shape[:-1], 3)
+    # our sign: the largest loading is positive
     axes = torch.from_numpy(reference.components_)
-    sign = (found.axes * axes).sum(-1).sign()  # scikit-learn's sign convention is another
-    torch.testing.assert_close(found.axes, axes * sign[:, None])
-    torch.testing.assert_close(found.scores, expected * sign)
-    torch.testing.assert_close(found.variance_share, torch.from_numpy(reference.explained_variance_ratio_))
+    expected = expected * axes.gather(1, axes.abs().argmax(1, keepdim=True))[:, 0].sign()
+    torch.testing.assert_close(found, expected)
+    together = m.principal_components(tokens, n=3, clip=None, per_image=True)
     for i in range(shape[0]):  # per image: each on its own
-        alone = m.principal_components(tokens[i], n=3, whiten=whiten, clip=None)
-        together = m.principal_components(tokens, n=3, whiten=whiten, clip=None, per_image=True)
-        torch.testing.assert_close(together.scores[i], alone.scores)
-        torch.testing.assert_close(together.axes[i], alone.axes)
+        torch.testing.assert_close(together[i], m.principal_components(tokens[i], n=3, clip=None))
 
 
 @pytest.mark.parametrize("per_image", [True, False])
@@ -293,41 +277,32 @@ def test_components_never_flip(per_image):
     tokens[..., 0] += 20 * inside.flatten()
     for flipped in (tokens, -tokens):
         found = m.principal_components(flipped, n=2, grid=grid, per_image=per_image)
-        centre = found.scores.unflatten(-2, grid)[:, 1:-1, 2:-2]
+        centre = found.unflatten(-2, grid)[:, 1:-1, 2:-2]
         assert (centre.mean((1, 2)) if per_image else centre.mean((0, 1, 2))).min() > 0
-    first, second = (m.principal_components(x, n=2, grid=grid, per_image=per_image).scores for x in (tokens, -tokens))
+    first, second = (m.principal_components(x, n=2, grid=grid, per_image=per_image) for x in (tokens, -tokens))
     torch.testing.assert_close(first, second)
 
 
-def test_without_a_grid_the_largest_loading_is_positive():
-    axes = m.principal_components(normal(50, 6), n=4).axes
-    assert (axes.gather(1, axes.abs().argmax(1, keepdim=True)) > 0).all()
-    # a map that says nothing about the centre falls back to the loading
+def test_a_map_that_says_nothing_about_the_centre_falls_back_to_the_loading():
     tokens = normal(16, 3)
     tokens = torch.cat([tokens, -tokens]).reshape(2, 16, 3)
-    torch.testing.assert_close(
-        m.principal_components(tokens, n=2, grid=(4, 4)).axes, m.principal_components(tokens, n=2).axes
-    )
+    torch.testing.assert_close(m.principal_components(tokens, n=2, grid=(4, 4)), m.principal_components(tokens, n=2))
 
 
-def test_clipping_and_the_share_beyond_sigma():
+def test_scores_are_clipped_in_standard_deviations():
     tokens = normal(1000, 4, seed=1) * 0.1
     tokens[:10, 0] = 100.0  # a spike of 1 %: about 9.9 standard deviations
     unclipped = m.principal_components(tokens, n=2, clip=None)
-    assert m.beyond_sigma(unclipped.scores)[0].item() == pytest.approx(0.01)
-    assert unclipped.scores.std(0)[0].item() == pytest.approx(1, abs=1e-4)
-    whitened = m.principal_components(tokens, n=2).scores
-    assert whitened.abs().max() == 3
-    plain = m.principal_components(tokens, n=2, whiten=False).scores
-    std = m.principal_components(tokens, n=2, whiten=False, clip=None).scores.std(0)
-    torch.testing.assert_close(plain.abs().amax(0)[0], 3 * std[0])
+    assert (unclipped.abs() > 3).float().mean(0)[0].item() == pytest.approx(0.01)
+    assert unclipped.std(0)[0].item() == pytest.approx(1, abs=1e-4)
+    torch.testing.assert_close(m.principal_components(tokens, n=2), unclipped.clamp(-3, 3))
 
 
 def test_tokens_without_variance_give_zero_scores():
     found = m.principal_components(torch.ones(2, 9, 4), n=2, grid=(3, 3))
-    assert not found.scores.any() and found.variance_share.isnan().all()
+    assert not found.any()
     rank_one = torch.arange(9.0)[:, None] * torch.ones(4)
-    assert not m.principal_components(rank_one, n=2).scores[:, 1].any()
+    assert not m.principal_components(rank_one, n=2)[:, 1].any()
 
 
 def test_too_many_components_or_a_wrong_grid_are_refused():
@@ -344,5 +319,5 @@ def test_inputs_are_left_as_they_were():
         score(maps)
     m.principal_components(tokens, n=2, grid=(5, 5))
     m.neighbour_similarity(tokens, (5, 5))
-    m.top_overlap(maps, maps, k=2)
+    map_scores.top_overlap(maps, maps, k=2)
     assert torch.equal(maps, before[0]) and torch.equal(tokens, before[1])

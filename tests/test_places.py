@@ -5,13 +5,15 @@ from __future__ import annotations
 import fig06
 import fig09
 import fig10_fig11
+import map_scores
+import paired
 import pytest
 import test_time_registers
 import torch
 import where_artifacts_sit
 
 from vitreg_lib.data import images as image_sets
-from vitreg_lib.measure import attention, pairs, places
+from vitreg_lib.measure import places
 from vitreg_lib.model import mend, mini
 from vitreg_lib.model.model import Model
 from workflow import plant
@@ -71,9 +73,9 @@ def test_exchanging_contents_twice_gives_the_image_back():
 
 def test_sign_test_leaves_equal_pairs_out_and_tells_which_is_lower():
     without = torch.tensor([3.0, 3.0, 3.0, 3.0, 3.0, 3.0])
-    share, p = pairs.sign_test(without, torch.tensor([1.0, 1.0, 1.0, 1.0, 1.0, 3.0]))
+    share, p = paired.sign_test(without, torch.tensor([1.0, 1.0, 1.0, 1.0, 1.0, 3.0]))
     assert share == 1 and abs(p - 0.5**5) < 1e-12
-    assert pairs.sign_test(without, without)[1] == 1
+    assert paired.sign_test(without, without)[1] == 1
 
 
 def test_judging_names_pairs_by_kind():
@@ -81,10 +83,10 @@ def test_judging_names_pairs_by_kind():
     origins = {"m": "none", "m with four": "trained", "m mended": "test time", "not scored": "trained"}
     bases = {name: "" if name == "m" else "m" for name in origins}
     models = [Model(n, None, "", label=n, base=bases[n], registers_from=origin) for n, origin in origins.items()]
-    table = pairs.compare(scores, models)
+    table = paired.compare(scores, models)
     assert list(table.index) == ["m with four", "m mended"] and set(table.without) == {"m"}
-    assert pairs.judge(table, "trained")[0] is True and pairs.judge(table, "test time")[0] is False
-    assert pairs.judge(pairs.compare({"m": scores["m"]}, models), "trained")[0] is None
+    assert paired.judge(table, "trained")[0] is True and paired.judge(table, "test time")[0] is False
+    assert paired.judge(paired.compare({"m": scores["m"]}, models), "trained")[0] is None
 
 
 def test_a_pair_is_judged_where_the_model_without_registers_has_artifacts():
@@ -92,11 +94,11 @@ def test_a_pair_is_judged_where_the_model_without_registers_has_artifacts():
     models = [Model(name, None, "", label=name) for name in ("m", "n")]
     models += [Model(f"{b} with", None, "", label=f"{b} with", base=b, registers_from="trained") for b in ("m", "n")]
     scores = {"m": torch.zeros(20), "m with": noise, "n": torch.zeros(20), "n with": noise - 2}
-    table = pairs.compare(scores, models)
-    assert pairs.judge(table, having=["m"])[0] == "undecided"
-    assert pairs.judge(table, having=["n"])[0] is True
-    assert pairs.judge(table, having=["m", "n"])[0] == "undecided"
-    verdict, measured = pairs.judge(table, having=[])
+    table = paired.compare(scores, models)
+    assert paired.judge(table, having=["m"])[0] == "undecided"
+    assert paired.judge(table, having=["n"])[0] is True
+    assert paired.judge(table, having=["m", "n"])[0] == "undecided"
+    verdict, measured = paired.judge(table, having=[])
     assert verdict is None and measured.startswith("without registers no model of a pair has artifacts")
 
 
@@ -139,7 +141,7 @@ def test_registers_on_different_objects_are_told_from_registers_alike(pictures):
 
 
 def test_background_patches_touch_no_object(pictures):
-    free = attention.background(pictures, (12, 12))
+    free = map_scores.background(pictures, (12, 12))
     big = free.repeat_interleave(8, 1).repeat_interleave(8, 2)
     assert (pictures.scenes.instances[big] == 0).all() and 0 < free.float().mean() < 1
 

@@ -13,7 +13,7 @@ import pandas as pd
 import torch
 from matplotlib.figure import Figure
 
-from vitreg_lib.measure import maps, objects
+from vitreg_lib.measure import objects
 from vitreg_lib.model import mend
 from vitreg_lib.model.mend import Neurons, _mean_activations, _pixels, handful
 from vitreg_lib.plots.style import PALETTE, PAPER, styled
@@ -60,7 +60,7 @@ def measure(model, images, is_outlier: torch.Tensor, found: mend.Found, labels=N
     seen = model.capture(images, ("norms", "attention", "k"), layers=layers, queries=[0])
     at = seen.layers.index(found.layer)
     of_cls = seen.patches(seen.attention[layers[-1]][:, :, 0].mean(1))
-    on_outliers = maps.attention_on(of_cls, is_outlier, seen.grid, renormalise=False).mean().item()
+    on_outliers = (of_cls * is_outlier).sum(1).mean().item()
     result = {
         "outlier_share": (seen.patch_norms[:, at] > found.cutoff).float().mean().item(),
         "largest_patch_norm": seen.patch_norms[:, at].max().item(),

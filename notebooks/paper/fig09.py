@@ -6,13 +6,13 @@ import math
 
 import matplotlib.pyplot as plt
 import torch
+from map_scores import centred
 from matplotlib.figure import Figure
 from torch.nn.functional import interpolate
 from verdicts import COPIES, above, copies, registered
 
 from vitreg_lib.data import sets
 from vitreg_lib.measure import attention
-from vitreg_lib.measure.maps import Grid, _centred, _flat
 from vitreg_lib.measure.pairs import interval
 from vitreg_lib.plots.maps import COMPONENT
 from vitreg_lib.plots.style import styled
@@ -90,9 +90,9 @@ def object_spread(mass: torch.Tensor, seed: int = 0, shuffles: int = 200):
     return found, sum(shuffled) / shuffles, p
 
 
-def pairwise_correlation(maps: torch.Tensor, grid: Grid | None = None) -> torch.Tensor:
+def pairwise_correlation(maps: torch.Tensor) -> torch.Tensor:
     """Pearson correlation between each two of K maps, (..., K, rows, cols) -> (..., K, K) (Fig. 9, claim C033)."""
-    return _gram(_centred(_flat(maps, grid)))
+    return _gram(centred(maps))
 
 
 def off_diagonal_mean(matrix: torch.Tensor) -> torch.Tensor:

@@ -6,6 +6,7 @@ import dataclasses
 
 import matplotlib.pyplot as plt
 import numpy as np
+import paired
 import torch
 from matplotlib.figure import Figure
 from verdicts import above, cured, every
@@ -101,13 +102,13 @@ def signed(axis, values: torch.Tensor) -> None:
 def claims(models, compared, roughness: dict, having):
     """Arguments of `Run.claim`: C045 to C047 on pairs trained without and with registers, ours on added registers.
 
-    compared: `pairs.compare` of the roughness (images,) of each model's score; having: labels of models with artifacts.
+    compared: `paired.compare` of the roughness (images,) of each model's score; having: labels of those with artifacts.
     """
     base, drops = pairs.pairs(models), {}
     for claim, family in (("C045", "deit3"), ("C046", "dinov2"), ("", "clip")):
         judged, missing = cured(models, having, family)
         if claim:
-            yield claim, *(pairs.judge(compared.loc[list(judged)], having=having) if judged else (None, missing))
+            yield claim, *(paired.judge(compared.loc[list(judged)], having=having) if judged else (None, missing))
         if judged:
             name, without = next(iter(judged.items()))
             drop = roughness[without] - roughness[name]
@@ -121,7 +122,7 @@ def claims(models, compared, roughness: dict, having):
         yield "C047", None, "needs a pair of OpenCLIP and another whose models without registers have artifacts"
     for name in (m.label for m in models if m.label in base and m.registers_from == "test time"):
         text = f"registers added at test time smooth the score of {base[name]}"
-        yield f"ours-{name}", *pairs.judge(compared.loc[[name]], "test time", having), text, "none"
+        yield f"ours-{name}", *paired.judge(compared.loc[[name]], "test time", having), text, "none"
 
 
 def _smaller(one: torch.Tensor, other: torch.Tensor) -> bool | str:

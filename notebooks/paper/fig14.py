@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import paired
 import pandas as pd
 import torch
 import torch.nn.functional as F
@@ -136,8 +137,8 @@ def claims(models, spots: dict, through: dict, having, profile: str):
     missing = f"no CLIP model with artifacts in profile {profile}"
     for claim, kind in (("C048", "keys"), ("C049", "queries")):
         if with_registers:
-            compared = pairs.compare({n: count[n][kind] for n in (clip, with_registers)}, models)
-            yield claim, *pairs.judge(compared, having=having)
+            compared = paired.compare({n: count[n][kind] for n in (clip, with_registers)}, models)
+            yield claim, *paired.judge(compared, having=having)
         else:
             yield claim, None, f"no CLIP model trained without and with registers in profile {profile}"
     yield "C050", *(_fewest(count[clip], clip) if clip in having else (None, missing))

@@ -2,28 +2,54 @@
 
 from __future__ import annotations
 
+import math
+
 import matplotlib.pyplot as plt
 import torch
+from map_scores import entropy
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from verdicts import above, copies, registered
 
-from vitreg_lib.measure import maps
+from vitreg_lib.measure.maps import mass
 from vitreg_lib.measure.pairs import interval
 from vitreg_lib.plots.maps import draw_map
 from vitreg_lib.plots.style import NORMS, bare, styled, wrapped
 
+MASS = 0.8  # of a map: how large an area holds it says how local the map is
 LEAST = 0.01  # a leaning of less than one point of the attention does not count
+
+
+def border_share(maps: torch.Tensor) -> torch.Tensor:
+    """Share of mass on the outermost ring of maps (..., rows, cols), 0 to 1, (...)."""
+    x = mass(maps).view(maps.shape)
+    return 1 - x[..., 1:-1, 1:-1].sum((-1, -2)) / x.sum((-1, -2))
+
+
+def upper_share(maps: torch.Tensor) -> torch.Tensor:
+    """Share of mass in the upper half of maps (..., rows, cols), 0 to 1, (...); a middle row counts half."""
+    rows = mass(maps).view(maps.shape).sum(-1)
+    place = torch.arange(rows.shape[-1], device=rows.device) - (rows.shape[-1] - 1) / 2
+    return (rows * (0.5 - 0.5 * place.sign())).sum(-1) / rows.sum(-1)
+
+
+def support_area(maps: torch.Tensor) -> torch.Tensor:
+    """Smallest share of patches that together hold 80 % of the map, in (0, 1], (...): small is local."""
+    x = mass(maps)
+    held = x.double().sort(-1, descending=True).values.cumsum(-1)
+    total = held[..., -1:]
+    needed = 1 + (held < total * MASS * (1 - 1e-9)).sum(-1)  # the slack keeps rounding from adding a patch
+    return torch.where(total[..., 0] > 0, needed / x.shape[-1], math.nan).to(x.dtype)
 
 
 def scores(average: dict[str, torch.Tensor]) -> dict[str, dict[str, float]]:
     """{token: border, upper_half, area_of_80_percent, entropy} of average maps {token: (rows, cols)}."""
     measures = {
-        "border": maps.border_share,
-        "upper_half": maps.half_share,
-        "area_of_80_percent": maps.support_area,
-        "entropy": lambda one: maps.entropy(one, normalised=True),
+        "border": border_share,
+        "upper_half": upper_share,
+        "area_of_80_percent": support_area,
+        "entropy": lambda one: entropy(one, normalised=True),
     }
     return {token: {name: f(one).item() for name, f in measures.items()} for token, one in average.items()}
 
@@ -51,9 +77,9 @@ def entropy_gap(attention: torch.Tensor, local: int, draws: int = 200, seed: int
     weights = torch.stack([row.bincount(minlength=len(flat)) for row in drawn]).double() / len(flat)
     weights = torch.cat([torch.full((1, len(flat)), 1 / len(flat)).double(), weights])
     average = torch.einsum("di,itp->dtp", weights, flat)
-    entropy = maps.entropy(average, grid=(1, average.shape[-1]), normalised=True)
-    wide = entropy[:, [i for i in range(entropy.shape[1]) if i != local % entropy.shape[1]]]
-    gap = wide.amin(1) - entropy[:, local]
+    of_each = entropy(average.unflatten(-1, attention.shape[2:]), normalised=True)
+    wide = of_each[:, [i for i in range(of_each.shape[1]) if i != local % of_each.shape[1]]]
+    gap = wide.amin(1) - of_each[:, local]
     low, high = gap[1:].quantile(torch.tensor([0.025, 0.975]).double()).tolist()
     return gap[0].item(), low, high
 
@@ -75,7 +101,7 @@ def claims(models, attention: dict, names: dict, pairs: dict[str, str], having, 
     for model in models:
         if model.role == "mended":
             picked = [i for i, token in enumerate(names[model.label]) if token.startswith("register")]
-            spread = maps.border_share(attention[model.label][:, picked].mean(0)).std().item() if len(picked) > 1 else 0
+            spread = border_share(attention[model.label][:, picked].mean(0)).std().item() if len(picked) > 1 else 0
             measured = f"outer ring: standard deviation {spread:.0e} between registers"
             text = f"the added registers of {model.label} are copies and have the same map"
             yield f"ours-{model.label}", spread < 1e-3, measured, text, "none"
@@ -83,7 +109,7 @@ def claims(models, attention: dict, names: dict, pairs: dict[str, str], having, 
 
 def _of_registers(name: str, attention: torch.Tensor, tokens: list[str]):
     registers = [i for i, token in enumerate(tokens) if token.startswith("register")]
-    border, upper = maps.border_share(attention), maps.half_share(attention)
+    border, upper = border_share(attention), upper_share(attention)
     # without a cls token the registers are compared with the mean of all registers
     other = border[:, [tokens.index("cls")]] if "cls" in tokens else border[:, registers].mean(1, keepdim=True)
     which, gap, low, high = leaning(border[:, registers], other.expand(-1, len(registers)))

@@ -18,7 +18,7 @@ def colours(model, images, layer: int = -1) -> torch.Tensor:
     else:
         seen = model.capture(images, "tokens", layers=layer)
         tokens = seen.patches(seen.tokens[seen.layers[0]])
-        scores = maps.principal_components(tokens, 3, per_image=True, grid=seen.grid).scores.unflatten(1, seen.grid)
+        scores = maps.principal_components(tokens, 3, per_image=True, grid=seen.grid).unflatten(1, seen.grid)
     return (scores / 6 + 0.5).permute(0, 3, 1, 2)
 
 

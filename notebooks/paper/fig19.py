@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
+import paired
 import pandas as pd
-
-from vitreg_lib.measure import pairs
 
 
 def claims(models, on_places: dict, having):
@@ -12,12 +11,12 @@ def claims(models, on_places: dict, having):
 
     on_places: share of cls attention (images,) at the places of the outliers of the model without registers, by label.
     """
-    compared = pairs.compare(on_places, models)
-    yield "C062", *pairs.judge(compared, "trained", having)
+    compared = paired.compare(on_places, models)
+    yield "C062", *paired.judge(compared, "trained", having)
     text = "registers added at test time lower the attention on the places of outliers"
-    yield "ours-on-outliers", *pairs.judge(compared, "test time", having), text, "none"
+    yield "ours-on-outliers", *paired.judge(compared, "test time", having), text, "none"
 
 
 def by_image(models, on_places: dict) -> pd.DataFrame:
-    """The paired comparison of `pairs.compare`, short: the medians of the shares, and the share of images with less."""
-    return pairs.compare(on_places, models)[["without", "median_without", "median_with", "share_lower"]]
+    """`paired.compare`, short: the medians of the shares, and the share of images with less."""
+    return paired.compare(on_places, models)[["without", "median_without", "median_with", "share_lower"]]

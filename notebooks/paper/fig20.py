@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import paired
 import torch
+from map_scores import moran_i
 
-from vitreg_lib.measure import maps, pairs
+from vitreg_lib.measure import maps
 
 
 def first_component(tokens: torch.Tensor, grid: tuple[int, int], clip: float | None = None) -> torch.Tensor:
     """(images, rows, cols) whitened scores of the first principal component of tokens (images, patches, dim)."""
-    return maps.principal_components(tokens, 1, clip=clip, grid=grid).scores[..., 0].unflatten(1, grid)
+    return maps.principal_components(tokens, 1, clip=clip, grid=grid)[..., 0].unflatten(1, grid)
 
 
 def components(model, images, layer: int = -1, clip: float | None = None) -> list[torch.Tensor]:
@@ -27,14 +29,14 @@ def claims(models, component: dict, after: dict, truths: dict, having):
     By label: component and after, `first_component` before and after the final LayerNorm; truths, masks or None.
     """
     beyond, behind = ({n: (v.abs() > 3).float().mean((1, 2)) for n, v in each.items()} for each in (component, after))
-    rough = {name: -maps.moran_i(values) for name, values in component.items()}  # the lower the smoother
-    yield "C063", *pairs.judge(pairs.compare(beyond, models), "trained", having)
+    rough = {name: -moran_i(values) for name, values in component.items()}  # the lower the smoother
+    yield "C063", *paired.judge(paired.compare(beyond, models), "trained", having)
     text = "registers added at test time leave fewer patches beyond 3 σ"
-    yield "ours-beyond", *pairs.judge(pairs.compare(beyond, models), "test time", having), text, "none"
+    yield "ours-beyond", *paired.judge(paired.compare(beyond, models), "test time", having), text, "none"
     text = "the same after the final LayerNorm"
-    yield "ours-after-norm", *pairs.judge(pairs.compare(behind, models), "test time", having), text, "none"
+    yield "ours-after-norm", *paired.judge(paired.compare(behind, models), "test time", having), text, "none"
     text = "with added registers neighbours are more alike (minus Moran's I falls)"
-    yield "ours-smooth", *pairs.judge(pairs.compare(rough, models), "test time", having), text, "none"
+    yield "ours-smooth", *paired.judge(paired.compare(rough, models), "test time", having), text, "none"
     for name, truth in truths.items():
         if truth is not None and truth.any():
             values = component[name].flatten(1).abs()

@@ -24,7 +24,7 @@ def summary(found: dict, overlap: dict) -> pd.DataFrame:
 def claims(models, found: dict, overlap: dict, pairs: dict[str, str], truths: dict, having):
     """Arguments of `Run.claim`: C064 and C065, ours on registers added at test time, then the controls.
 
-    By label: found, `Outliers`; overlap, `maps.top_overlap` of attention and norms; truths, masks or None. having:
+    By label: found, `Outliers`; overlap, `top_overlap` of attention and norms; truths, masks or None. having:
     labels of the models with artifacts.
     """
     table = summary(found, overlap)

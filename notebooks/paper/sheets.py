@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import torch
+
 from vitreg_lib import plots
 from vitreg_lib.measure.pairs import pairs as of_models
 
@@ -20,10 +22,23 @@ def draw(run, models, shown: dict, n: int = 4, name: str = "figure", alone: bool
             continue
         examples, maps = run.examples(group[0], n), {label: shown[label] for label in labels}
         together = {label: base for label, base in pairs.items() if label in maps and base in maps}
-        groups = [{label: each} for label, each in maps.items()] if alone else plots.by_pair(maps, together)
+        groups = [{label: each} for label, each in maps.items()] if alone else by_pair(maps, together)
         figure = plots.sheet(examples.pixels, groups, **style)
         roles = [m.label + (f" ({m.role})" if m.is_control else "") for m in group if m.label in maps]
         text = f"{run.item}, profile {run.profile}: {', '.join(roles)}; {examples.source}"
         source = examples.source.split(",")[0].split()[0]
         run.save(plots.caption(figure, text), f"{name}-{source}" if saved else name)
         saved = True
+
+
+def by_pair(maps: dict[str, torch.Tensor], pairs: dict[str, str]) -> list[dict[str, torch.Tensor]]:
+    """Groups for `plots.sheet`: each model together with the same with registers.
+
+    pairs: {model with registers: the same model without}, as `pairs.pairs` gives it.
+    """
+    groups: dict[str, dict] = {name: {name: maps[name]} for name in maps if name not in pairs}
+    for name, without in pairs.items():
+        while without in pairs:  # registers added to a model that has its own
+            without = pairs[without]
+        groups[without][name] = maps[name]
+    return list(groups.values())

@@ -12,10 +12,8 @@ less: the rest goes to cls and registers, and `budget` says how much.
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 
 from ..hooks.capture import Capture
-from . import maps as numbers
 
 
 def maps(
@@ -91,46 +89,6 @@ def budget(captured: Capture, is_outlier: torch.Tensor | None = None, layer: int
 def relative(attn_maps: torch.Tensor) -> torch.Tensor:
     """Maps (..., rows, cols) as a multiple of even attention over the patches: 1 everywhere would be uniform."""
     return attn_maps / attn_maps.mean((-2, -1), keepdim=True)
-
-
-def background(images, grid: tuple[int, int]) -> torch.Tensor | None:
-    """(n, rows, cols) bool: patches that no object touches, known for scenes; None for photos."""
-    if images.scenes is None:
-        return None
-    on_object = (images.scenes.instances > 0).float()[:, None]
-    return F.adaptive_max_pool2d(on_object, tuple(grid))[:, 0] == 0
-
-
-def score_table(
-    attn: dict[str, torch.Tensor],
-    is_outlier: dict[str, torch.Tensor] | None = None,
-    where: dict[str, torch.Tensor | None] | None = None,
-):
-    """Scores of maps {model: (images, rows, cols)}, a DataFrame with a row a model (definitions in `maps`).
-
-    peak_ratio: largest / median, the median over images; peaky_images: share with a patch above 10 times the median,
-    among the patches of `where` (bool, as `background` gives; None or absent: anywhere);
-    kurtosis, entropy (of at most 1) and total_variation: means; attention_on_outliers: mean share of the patches' mass
-    that falls on `is_outlier` (images, rows, cols), 0 where there is none.
-    """
-    import pandas as pd
-
-    rows = {}
-    for name, values in attn.items():
-        peaks = numbers.peak_ratio(values)
-        inside = (where or {}).get(name)
-        high = values > 10 * numbers.median(values.flatten(1))[:, None, None]
-        peaky = high.flatten(1).any(1) if inside is None else (high & inside).flatten(1).any(1)
-        rows[name] = {
-            "peak_ratio": numbers.median(peaks).item(),
-            "peaky_images": peaky.float().mean().item(),
-            "kurtosis": numbers.kurtosis(values).mean().item(),
-            "entropy": numbers.entropy(values, normalised=True).mean().item(),
-            "total_variation": numbers.total_variation(values).mean().item(),
-        }
-        if is_outlier is not None:
-            rows[name]["attention_on_outliers"] = numbers.attention_on(values, is_outlier[name]).mean().item()
-    return pd.DataFrame.from_dict(rows, orient="index")
 
 
 def on_grid(captured: Capture, tokens: torch.Tensor) -> torch.Tensor:

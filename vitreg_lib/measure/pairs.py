@@ -1,16 +1,9 @@
-"""Without against with registers on the same images: intervals, paired scores and verdicts (Fig. 1, 19 to 21).
-
-A pair is a model with registers and the same without, its `base`. A score is one number an image, the lower the
-cleaner.
-"""
+"""Pairs of a model with registers and the same without, its `base`; and the interval of a mean over images."""
 
 from __future__ import annotations
 
 import torch
 
-from .maps import median
-
-MISSING = {"trained": "trained with", "test time": "added"}  # registers, in words
 TRAINED = ("trained", "fine-tuned")  # from the start, or into a finished model
 
 
@@ -20,18 +13,6 @@ def interval(values: torch.Tensor, draws: int = 2000, seed: int = 0) -> tuple[fl
     drawn = torch.randint(len(values), (draws, len(values)), generator=torch.Generator().manual_seed(seed))
     low, high = values[drawn].mean(1).quantile(torch.tensor([0.025, 0.975]).double()).tolist()
     return low, high
-
-
-def sign_test(without: torch.Tensor, with_registers: torch.Tensor) -> tuple[float, float]:
-    """Share of images (0 to 1) whose score is lower with registers, and the one-sided p-value of the paired sign test.
-
-    Scores (images,) of the same images by both models; equal pairs are left out. (NaN, 1) where none is left.
-    """
-    from scipy.stats import binomtest
-
-    unequal = without.isfinite() & with_registers.isfinite() & (without != with_registers)
-    lower, n = int((with_registers < without)[unequal].sum()), int(unequal.sum())
-    return (lower / n, float(binomtest(lower, n, 0.5, alternative="greater").pvalue)) if n else (float("nan"), 1.0)
 
 
 def pairs(models, registers_from: str = "") -> dict[str, str]:
@@ -45,46 +26,3 @@ def pairs(models, registers_from: str = "") -> dict[str, str]:
     labels |= {name: model.label for model in models for name in (model.name, model.label)}
     having = [m for m in models if m.base and m.base in labels and (registers_from == "" or m.registers_from in kinds)]
     return {model.label: labels[model.base] for model in having}
-
-
-def compare(scores: dict[str, torch.Tensor], models):
-    """The pairs among models on their scores {label: (images,)}: a DataFrame, one row a model with registers.
-
-    Columns: without (the other's label), median_without, median_with, share_lower (of images), p (sign test that the
-    score is lower with registers), p_higher (that it is higher) and registers_from. Models without scores are left out.
-    """
-    import pandas as pd
-
-    rows, source = {}, {model.label: model.registers_from for model in models}
-    for name, plain in pairs([model for model in models if model.label in scores]).items():
-        share, p = sign_test(scores[plain], scores[name])
-        without, with_registers = (median(s[~s.isnan()]).item() for s in (scores[plain], scores[name]))
-        medians = {"median_without": without, "median_with": with_registers}
-        p_higher = sign_test(scores[name], scores[plain])[1]
-        rows[name] = {"without": plain, **medians, "share_lower": share, "p": p, "p_higher": p_higher}
-        rows[name]["registers_from"] = source[name]
-    columns = ["without", "median_without", "median_with", "share_lower", "p", "p_higher", "registers_from"]
-    return pd.DataFrame.from_dict(rows, orient="index", columns=columns)
-
-
-def judge(compared, registers_from: str = "trained", having=None, level: float = 0.05) -> tuple[bool | str | None, str]:
-    """(verdict, what was measured) over the pairs of one kind, for `run.claim`.
-
-    compared: from `compare`. registers_from: "trained" (from the start, or into a finished model) or "test time".
-    having: labels of the models that have artifacts. Other pairs are not judged, since
-    registers have nothing to remove there; None judges all. Holds where the score is lower with registers in every
-    judged pair (p below `level`), fails where it is higher in one, else "undecided"; None where no pair is judged.
-    """
-    kinds = TRAINED if registers_from == "trained" else (registers_from,)
-    chosen = compared[compared.registers_from.isin(kinds)]
-    if not len(chosen):
-        return None, f"no pair of this kind ({MISSING.get(registers_from, registers_from)} registers) in this profile"
-    text = "; ".join(
-        f"{name}: {row.median_without:.3g} to {row.median_with:.3g}, "
-        + (f"lower in {row.share_lower:.0%} of the images (p {row.p:.1g})" if row.share_lower >= 0 else "no difference")
-        for name, row in chosen.iterrows()
-    )
-    judged = chosen if having is None else chosen[chosen["without"].isin(list(having))]
-    if not len(judged):
-        return None, f"without registers no model of a pair has artifacts ({text})"
-    return (bool((judged.p < level).all()) or (False if (judged.p_higher < level).any() else "undecided")), text

@@ -1,6 +1,6 @@
 """Figures in one visual style, from tensors or data frames to an unsaved matplotlib Figure."""
 
-from .maps import COMPONENT, bars, by_pair, grids, query_view, sheet
+from .maps import COMPONENT, bars, grids, query_view, sheet
 from .norms import histograms, norm_maps, norms_by_layer, token_kinds, training
 from .scores import dots, scores
 from .style import ATTENTION, NORMS, PALETTE, PAPER, caption, picture, plt, styled
@@ -12,7 +12,6 @@ __all__ = [
     "PALETTE",
     "PAPER",
     "bars",
-    "by_pair",
     "caption",
     "dots",
     "grids",

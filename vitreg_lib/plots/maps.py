@@ -157,19 +157,6 @@ def query_view(pixels: torch.Tensor, attention: torch.Tensor, norms: torch.Tenso
     return figure
 
 
-def by_pair(maps: dict[str, torch.Tensor], pairs: dict[str, str]) -> list[dict[str, torch.Tensor]]:
-    """Groups for `sheet`: each model together with the same with registers.
-
-    pairs: {model with registers: the same model without}, as `pairs.pairs` gives it.
-    """
-    groups: dict[str, dict] = {name: {name: maps[name]} for name in maps if name not in pairs}
-    for name, without in pairs.items():
-        while without in pairs:  # registers added to a model that has its own
-            without = pairs[without]
-        groups[without][name] = maps[name]
-    return list(groups.values())
-
-
 @styled
 def grids(maps: dict[str, torch.Tensor], label: str, cmap: str = NORMS, shared: bool = True, low=None) -> Figure:
     """One heat map (rows, cols) a name, side by side, and below it the profiles of its columns and of its rows.

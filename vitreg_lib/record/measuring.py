@@ -25,10 +25,10 @@ def measure(model: Model, images, last: bool = False) -> dict:
     tensors = {"norms": observed.seen.norms, "thumbnails": thumbnails(images.x)}
     before, after = (seen.patches(tokens) for tokens in (seen.tokens[blocks[-1]], seen.final))
     options = dict(clip=None, grid=seen.grid)
-    each = maps.principal_components(before, 3, per_image=True, **options).scores
+    each = maps.principal_components(before, 3, per_image=True, **options)
     tensors["components"] = each.unflatten(1, seen.grid)
     for name, tokens in (("component", before), ("component_after", after)):
-        tensors[name] = maps.principal_components(tokens, 1, **options).scores[..., 0].unflatten(1, seen.grid)
+        tensors[name] = maps.principal_components(tokens, 1, **options)[..., 0].unflatten(1, seen.grid)
     tensors |= {f"by_patches.{i}": observed.by_patches[i] for i in blocks}
     return tensors | {f"attention.{i}": at for i, at in seen.attention.items()}
 

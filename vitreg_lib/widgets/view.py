@@ -156,7 +156,7 @@ def _of_tokens(seen: Seen, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
         unknown = torch.full((*grid, 3), torch.nan)
         return (seen.components if layer == seen.depth - 1 else unknown), unknown[..., 0]
     patches = capture.patches(capture.tokens[layer])
-    scores = maps.principal_components(patches, 3, per_image=True, grid=grid).scores[0]
+    scores = maps.principal_components(patches, 3, per_image=True, grid=grid)[0]
     return scores.unflatten(0, grid), maps.neighbour_similarity(patches.float(), grid)[0].unflatten(0, grid)
 
 
