@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 
+import feature_cache as features
 import pytest
 import tables
 import tables_tasks
@@ -19,7 +20,6 @@ from vitreg_lib.base import ROOT
 from vitreg_lib.data import images
 from vitreg_lib.model import mini
 from vitreg_lib.model.model import Model
-from vitreg_lib.probes import cache as features
 from vitreg_lib.probes import local
 
 
@@ -151,7 +151,7 @@ def test_a_cache_that_is_not_whole_is_computed_anew(model, source, cache, damage
 
 KILLED = """
 import time, torch
-from vitreg_lib.probes import cache as features
+import feature_cache as features
 from datasets import Dataset
 
 def extract(batch, rows):
@@ -167,7 +167,9 @@ features.mapped(Dataset.from_dict({"row": list(range(128))}), extract, {"model":
 def test_killed_on_the_way_nothing_is_taken_for_whole(cache):
     from datasets import Dataset
 
-    process = subprocess.Popen([sys.executable, "-c", KILLED], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, "-c", KILLED], cwd=ROOT / "notebooks" / "paper", stdout=subprocess.PIPE, text=True
+    )
     for _ in range(3):
         assert process.stdout.readline()
     time.sleep(0.2)

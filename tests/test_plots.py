@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fig03
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
@@ -61,7 +62,7 @@ def test_a_sheet_is_below_a_thousand_pixels_wide_and_draws_every_map(counts):
 def test_rings_lie_on_the_patches_above_the_cutoff():
     norms = torch.ones(2, 5, 6)
     norms[0, 1, 4] = norms[1, 3, 0] = 9.0
-    figure = plots.norm_maps(torch.rand(2, 3, 20, 24), {"model": norms}, {"model": 5.0})
+    figure = fig03.norm_maps(torch.rand(2, 3, 20, 24), {"model": norms}, {"model": 5.0})
     rings = [c for axis in figure.axes for c in axis.collections if isinstance(c, PatchCollection)]
     centres = [tuple(path.get_extents().get_points().mean(0)) for ring in rings for path in ring.get_paths()]
     np.testing.assert_allclose(centres, [(4, 1), (0, 3)], atol=1e-6)

@@ -38,7 +38,6 @@ SHORT = {  # what `vr.NAME` stands for: a function (module:name) or a module
     "planted": "model.planted",
     "linear": "probes.linear",
     "local": "probes.local",
-    "cache": "probes.cache",
     "telemetry": "train.telemetry",
     "plots": "plots",
     "widgets": "widgets",

@@ -27,7 +27,7 @@ def claims(models, output: dict, table, is_outlier: dict, truths: dict):
     """Arguments of `Run.claim`: C007 to C010 on the first trained model with artifacts, C011, then the controls.
 
     By label: output, patch norms (images, patches); is_outlier and truths, bool of the same shape (None where the truth
-    is not known). table: `detection.table`.
+    is not known). table: `verdicts.table`.
     """
     having = set(table.index[table.cutoff.notna()])
     model = specimen(models, having)
@@ -164,7 +164,7 @@ def cutoff_slider(images, maps: dict[str, torch.Tensor]):
 
     def draw(model, times):
         norms, cutoff = maps[model], times * maps[model].median().item()
-        figure = plots.norm_maps(images.pixels, {model: norms}, {model: cutoff})
+        figure = norm_maps(images.pixels, {model: norms}, {model: cutoff})
         share = (norms > cutoff).float().mean().item()
         figure.suptitle(f"cutoff {times:g} × median = {cutoff:.3g}: {share:.2%} of these tokens above", fontsize=9)
         return figure
@@ -174,3 +174,18 @@ def cutoff_slider(images, maps: dict[str, torch.Tensor]):
         model=("Dropdown", {"value": max(most, key=most.get), "options": list(maps)}),
         times=("FloatSlider", {"value": 3.0, "min": 0.5, "max": 10.0, "step": 0.1}),
     )
+
+
+def norm_maps(pixels: torch.Tensor, maps: dict[str, torch.Tensor], cutoffs: dict[str, float]) -> Figure:
+    """Figure 3, left: images and, for each model, its norm map (images, rows, cols) with outliers ringed."""
+    groups = [{name: norms[:4].cpu()} for name, norms in maps.items()]
+    rings = {name: norms[:4].cpu() > cutoffs[name] for name, norms in maps.items()}
+    style = dict(cmap=plots.NORMS, scale="group", label="L2 norm", limits=(0, None))
+    return plots.sheet(pixels[:4], groups, rings=rings, cutoffs=cutoffs, **style)
+
+
+def before_and_after_norm(before: dict[str, torch.Tensor], after: dict[str, torch.Tensor]):
+    """Largest norm / median norm before and after the final LayerNorm: a DataFrame, one row a model."""
+    sides = {"before": before, "after": after}
+    ratios = {side: {k: (v.max() / v.median()).item() for k, v in norms.items()} for side, norms in sides.items()}
+    return pd.DataFrame(ratios)

@@ -1,9 +1,11 @@
-"""Figure 7: its verdicts."""
+"""Figure 7: its verdicts, and the histogram with a block to choose."""
 
 from __future__ import annotations
 
+import torch
 from verdicts import WORDS, exists, of_family
 
+from vitreg_lib import plots, widgets
 from vitreg_lib.measure import outliers
 
 NO_OUTLIERS = 0.001  # of the patch tokens: below this share a model with registers has none
@@ -38,3 +40,15 @@ def claims(models, found: dict, pairs: dict[str, str], truths: dict, having, pro
             score = outliers.score(found[name].mask.flatten(1), truth)
             text = f"the tail of {name} is found where it was put, and nowhere else"
             yield f"control-{name}", score["f1"] >= 0.95, f"F1 {score['f1']:.3f}", text, "none"
+
+
+def layer_histogram(norms: dict[str, torch.Tensor]):
+    """The histogram of one block's patch norms for each model, norms (images, layers, patches). The block slides."""
+    deepest = max(values.shape[1] for values in norms.values()) - 1
+
+    def draw(layer):
+        at = {name: values[:, min(layer, values.shape[1] - 1)] for name, values in norms.items()}
+        cutoffs = {name: outliers.cutoff(values) for name, values in at.items()}
+        return plots.histograms(at, cutoffs, paper=f"block {layer}", columns=4)
+
+    return widgets.interact(draw, layer=("IntSlider", {"value": deepest, "min": 0, "max": deepest}))

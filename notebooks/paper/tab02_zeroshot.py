@@ -18,7 +18,7 @@ from vitreg_lib.data.scenes import ATTRIBUTES, targets
 from vitreg_lib.measure import pairs
 from vitreg_lib.model import zoo
 from vitreg_lib.model.text import TEMPLATES, load_text, tokenizer
-from vitreg_lib.probes.zeroshot import class_embeddings, predict
+from vitreg_lib.probes.zeroshot import class_embeddings
 
 
 def evaluate(models, load):
@@ -115,3 +115,19 @@ def questions(pictures, labels: Tensor | None = None) -> list[Question]:
     from open_clip import IMAGENET_CLASSNAMES, OPENAI_IMAGENET_TEMPLATES
 
     return [Question("ImageNet", tuple(IMAGENET_CLASSNAMES), tuple(OPENAI_IMAGENET_TEMPLATES), labels)]
+
+
+def predict(images: Tensor, classes: Tensor) -> Tensor:
+    """(images,) the class of the largest cosine, of equal ones the first; both (n, dim), of any length.
+
+    Raises ValueError for other shapes and for embeddings that are not finite.
+    """
+    if images.ndim != 2 or classes.ndim != 2 or images.shape[1] != classes.shape[1]:
+        raise ValueError(
+            f"images {tuple(images.shape)} and classes {tuple(classes.shape)} do not share a space: is the head of the "
+            "image tower the projection that was trained with this text tower?"
+        )
+    for name, x in (("images", images), ("classes", classes)):
+        if not torch.isfinite(x).all():
+            raise ValueError(f"embeddings of {name} hold NaN or infinite values")
+    return (normalize(images.float(), dim=1) @ normalize(classes.float(), dim=1).T).argmax(1)

@@ -20,14 +20,13 @@ from dataclasses import dataclass, field
 
 import tables_sgd
 import torch
+from feature_cache import Features, described, fingerprint, mapped, source_sha256
 from tables_tasks import Problem, Source, Task
 from torch import Tensor
 
 from vitreg_lib.base import UserError, cache, write_atomically
 from vitreg_lib.measure import detection, outliers, pairs
 from vitreg_lib.probes import _lbfgs, linear
-from vitreg_lib.probes import cache as features
-from vitreg_lib.probes.cache import Features, described, mapped
 from vitreg_lib.probes.linear import held_out
 
 EXACT = 200_000  # training images up to which the optimum is computed; beyond, SGD comes near it
@@ -178,21 +177,21 @@ def _about(problem, parts: list, strengths, seed: int) -> dict:
         "labels": hashlib.sha256(json.dumps(labels).encode()).hexdigest(),
         "options": [list(strengths), seed],
         "code": [hashlib.sha256(inspect.getsource(f).encode()).hexdigest() for f in _COMPUTE]
-        + [features.source_sha256(linear.__file__, _lbfgs.__file__, tables_sgd.__file__)],
+        + [source_sha256(linear.__file__, _lbfgs.__file__, tables_sgd.__file__)],
     }
 
 
 def remembered(about: dict, compute):
     """The result of `compute()` (anything that JSON holds), kept under the fingerprint of `about`."""
-    path = cache() / f"{features.fingerprint(about)}.result.json"
+    path = cache() / f"{fingerprint(about)}.result.json"
     try:
         stored = json.loads(path.read_text())
-        if stored["sha256"] == features.fingerprint({"about": about, "result": stored["result"]}):
+        if stored["sha256"] == fingerprint({"about": about, "result": stored["result"]}):
             return stored["result"]
     except (OSError, ValueError, KeyError):
         pass  # not there, or damaged: computed below
     result = json.loads(json.dumps(compute()))
-    sha256 = features.fingerprint({"about": about, "result": result})
+    sha256 = fingerprint({"about": about, "result": result})
     write_atomically(path, json.dumps({"about": about, "result": result, "sha256": sha256}).encode())
     return result
 
@@ -413,7 +412,7 @@ def cutoff_of(model, source, progress: bool = False) -> float:
             return float("inf")
         return answer.outliers.cutoff if answer.outliers.layer == last else outliers.cutoff(observed.norms[:, last])
 
-    code = features.source_sha256(detection.__file__, outliers.__file__)
+    code = source_sha256(detection.__file__, outliers.__file__)
     return remembered(described(model, source.digest, n) | {"kind": "cutoff", "rule": code}, found)
 
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 import dataclasses
 import math
 
+import pandas as pd
 import torch
 from scipy.stats import binomtest, t
 
@@ -146,3 +147,20 @@ def over_folds(values) -> tuple[float, float, float]:
         return float(values.mean()), float("nan"), float("nan")
     half = float(t.ppf(0.975, len(values) - 1) * values.std() / len(values) ** 0.5)
     return float(values.mean()), float(values.mean()) - half, float(values.mean()) + half
+
+
+def table(detections: dict[str, detection.Detection]):
+    """A DataFrame with the numbers of records, one row a model; what needs outliers is empty where there are none."""
+    rows = {}
+    for name, each in detections.items():
+        norms, cut = each.outliers.norms, each.outliers.cutoff
+        rows[name] = {
+            "cutoff": cut if cut < math.inf else None,
+            "outlier_share": each.share[0],
+            "norm_ratio": each.norm_ratio,
+            "onset_layer": each.onset,
+            "median_norm": norms.median().item(),
+            "largest_norm": norms.max().item(),
+            "support": each.support,
+        }
+    return pd.DataFrame.from_dict(rows, orient="index").astype({"onset_layer": "Int64"})

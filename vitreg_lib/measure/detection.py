@@ -136,25 +136,6 @@ def detect(model, images, progress: bool = False) -> Detection:
     return judge(observe(model, images, progress), model.label)
 
 
-def table(detections: dict[str, Detection]):
-    """A DataFrame with the numbers of records, one row a model; what needs outliers is empty where there are none."""
-    import pandas as pd
-
-    rows = {}
-    for name, each in detections.items():
-        norms, cut = each.outliers.norms, each.outliers.cutoff
-        rows[name] = {
-            "cutoff": cut if cut < math.inf else None,
-            "outlier_share": each.share[0],
-            "norm_ratio": each.norm_ratio,
-            "onset_layer": each.onset,
-            "median_norm": norms.median().item(),
-            "largest_norm": norms.max().item(),
-            "support": each.support,
-        }
-    return pd.DataFrame.from_dict(rows, orient="index").astype({"onset_layer": "Int64"})
-
-
 def observe(model, images, progress: bool = False, batch_size: int = 32) -> Observed:
     """The `Observed` of a `Model` on images, in batches; attention rows are kept for cls and `QUERIES` patches only."""
     if hasattr(model, "observed"):  # measured before, and read from a file

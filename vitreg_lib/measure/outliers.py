@@ -185,12 +185,3 @@ def summary(norms: dict[str, torch.Tensor], cutoffs: dict[str, float] | None = N
             "largest_norm": output.max().item(),
         }
     return pd.DataFrame.from_dict(rows, orient="index").astype({"onset_layer": "Int64"})
-
-
-def before_and_after_norm(before: dict[str, torch.Tensor], after: dict[str, torch.Tensor]):
-    """Largest norm / median norm before and after the final LayerNorm: a DataFrame, one row a model."""
-    import pandas as pd
-
-    sides = {"before": before, "after": after}
-    ratios = {side: {k: (v.max() / v.median()).item() for k, v in norms.items()} for side, norms in sides.items()}
-    return pd.DataFrame(ratios)

@@ -1,7 +1,7 @@
 """Figures in one visual style, from tensors or data frames to an unsaved matplotlib Figure."""
 
 from .maps import COMPONENT, bars, grids, query_view, sheet
-from .norms import histograms, norm_maps, norms_by_layer, token_kinds, training
+from .norms import histograms, norms_by_layer, token_kinds, training
 from .scores import dots, scores
 from .style import ATTENTION, NORMS, PALETTE, PAPER, caption, picture, plt, styled
 
@@ -16,7 +16,6 @@ __all__ = [
     "dots",
     "grids",
     "histograms",
-    "norm_maps",
     "norms_by_layer",
     "picture",
     "plt",

@@ -9,16 +9,7 @@ import pandas as pd
 import torch
 from matplotlib.figure import Figure
 
-from .maps import sheet
-from .style import NORMS, PALETTE, PAPER, plain_log, styled
-
-
-def norm_maps(pixels: torch.Tensor, maps: dict[str, torch.Tensor], cutoffs: dict[str, float]) -> Figure:
-    """Figure 3, left: images and, for each model, its norm map (images, rows, cols) with outliers ringed."""
-    groups = [{name: norms[:4].cpu()} for name, norms in maps.items()]
-    rings = {name: norms[:4].cpu() > cutoffs[name] for name, norms in maps.items()}
-    style = dict(cmap=NORMS, scale="group", label="L2 norm", limits=(0, None))
-    return sheet(pixels[:4], groups, rings=rings, cutoffs=cutoffs, **style)
+from .style import PALETTE, PAPER, plain_log, styled
 
 
 @styled

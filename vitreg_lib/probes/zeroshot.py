@@ -1,7 +1,7 @@
 """Zero-shot classification by a pair of image and text tower (Table 2b): the class whose prompts are nearest.
 
-A class is the mean of the embeddings of its prompts, each of length one, made of length one again; an image's class is
-that of the largest cosine (Radford et al. 2021; open_clip does the same). Nothing is trained.
+A class is the mean of the embeddings of its prompts, each of length one, made of length one again (Radford
+et al. 2021; open_clip does the same). Nothing is trained.
 """
 
 import torch
@@ -27,19 +27,3 @@ def class_embeddings(encode_text, tokenize, classes, templates, batch_size: int 
         bad = int((~torch.isfinite(embedded).all(1)).nonzero()[0])
         raise ValueError(f"the embedding of the prompt {texts[bad]!r} holds NaN or infinite values")
     return normalize(normalize(embedded, dim=1).unflatten(0, (len(classes), -1)).mean(1), dim=1)
-
-
-def predict(images: Tensor, classes: Tensor) -> Tensor:
-    """(images,) the class of the largest cosine, of equal ones the first; both (n, dim), of any length.
-
-    Raises ValueError for other shapes and for embeddings that are not finite.
-    """
-    if images.ndim != 2 or classes.ndim != 2 or images.shape[1] != classes.shape[1]:
-        raise ValueError(
-            f"images {tuple(images.shape)} and classes {tuple(classes.shape)} do not share a space: is the head of the "
-            "image tower the projection that was trained with this text tower?"
-        )
-    for name, x in (("images", images), ("classes", classes)):
-        if not torch.isfinite(x).all():
-            raise ValueError(f"embeddings of {name} hold NaN or infinite values")
-    return (normalize(images.float(), dim=1) @ normalize(classes.float(), dim=1).T).argmax(1)

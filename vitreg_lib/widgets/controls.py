@@ -6,8 +6,6 @@ widget's own state is not kept in an executed notebook.
 
 from __future__ import annotations
 
-import torch
-
 from .. import plots
 from ..base import in_batch
 
@@ -44,20 +42,6 @@ def interact(draw, **controls):
         widget.observe(update, "value")
     update()
     return ipywidgets.VBox([ipywidgets.HBox(list(made.values())), output])
-
-
-def layer_histogram(norms: dict[str, torch.Tensor]):
-    """The histogram of one block's patch norms for each model, norms (images, layers, patches). The block slides."""
-    from ..measure import outliers
-
-    deepest = max(values.shape[1] for values in norms.values()) - 1
-
-    def draw(layer):
-        at = {name: values[:, min(layer, values.shape[1] - 1)] for name, values in norms.items()}
-        cutoffs = {name: outliers.cutoff(values) for name, values in at.items()}
-        return plots.histograms(at, cutoffs, paper=f"block {layer}", columns=4)
-
-    return interact(draw, layer=("IntSlider", {"value": deepest, "min": 0, "max": deepest}))
 
 
 def token_kinds(captures: dict):

@@ -14,9 +14,7 @@ from pathlib import Path
 import pandas as pd
 import torch
 
-from ..base import in_batch, results
-
-SHORT = 12  # steps of `train` in batch (VITREG_BATCH): papermill and tests show that it runs, not what is learnt
+from ..base import in_batch
 
 
 @dataclass
@@ -28,19 +26,6 @@ class Watched:
     log: pd.DataFrame
     result: dict
     model: object
-
-
-def train(model: str = "planted", registers: int = 4, steps: int = 25, seed: int = 0, every: int = 5) -> Watched:
-    """Train registers into a model; the picture below the cell is drawn anew every `every` steps.
-
-    In batch no more than `SHORT` steps are made, in a folder that is then gone.
-    """
-    folder = results() / "workshop" / f"{model}-reg{registers}-{steps}-seed{seed}"
-    if in_batch():
-        print(f"in batch: {min(steps, SHORT)} of {steps} steps")
-        folder, steps = "", min(steps, SHORT)
-    options = dict(model=model, registers=registers, steps=steps, seed=seed, eval_images=32, workers=0)
-    return watch(folder, every, recipe="registers", **options)
 
 
 def watch(folder: str | Path = "", every: int = 20, **options) -> Watched:

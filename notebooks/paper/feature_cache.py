@@ -17,9 +17,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from datasets import Dataset
+from datasets.utils import logging
 
-from ..base import cache, write_atomically
-from ..hooks.capture import SITES, WHOLE, Capture
+from vitreg_lib.base import cache, write_atomically
+from vitreg_lib.hooks import anatomy, capture
+from vitreg_lib.hooks.capture import SITES, WHOLE, Capture
+from vitreg_lib.probes import local
 
 
 @dataclass
@@ -50,8 +54,6 @@ class Features:
 
 def captured(model, images, keep=("norms",), layers=None, progress: bool = False) -> Capture:
     """`model.capture` of an `Images` set, kept on disk: the same `Capture`, for sites without queries."""
-    from datasets import Dataset
-
     keep = (keep,) if isinstance(keep, str) else tuple(keep)
     sites = [site for site in SITES if site != "attention"]
     if bad := [site for site in keep if site not in sites]:
@@ -92,8 +94,6 @@ def mapped(rows, extract, about: dict, progress: bool = False) -> Features:
 
     extract(batch of columns, row numbers (batch,)) gives {name: (batch, …)} of float32 or bool.
     """
-    from datasets import Dataset
-
     key, folder = fingerprint(about), cache()
     path, beside = folder / f"{key}.arrow", folder / f"{key}.json"
     shapes: dict[str, list[int]] = {}
@@ -144,9 +144,6 @@ def _file_sha256(path: Path) -> str:
 
 def _code() -> str:
     """sha256 of the modules that compute features: another version computes its own."""
-    from ..hooks import anatomy, capture
-    from . import local
-
     return source_sha256(__file__, anatomy.__file__, capture.__file__, local.__file__)
 
 
@@ -158,8 +155,6 @@ def source_sha256(*files: str) -> str:
 @contextmanager
 def _bars(on: bool):
     """`datasets`' progress bars on or off for a while."""
-    from datasets.utils import logging
-
     before = logging.is_progress_bar_enabled()
     (logging.enable_progress_bar if on else logging.disable_progress_bar)()
     try:
