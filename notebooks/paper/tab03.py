@@ -9,7 +9,7 @@ from verdicts import WORDS, above, cured, every, within
 
 from vitreg_lib import plots
 from vitreg_lib.measure import objects, pairs
-from vitreg_lib.plots.style import PAPER
+from vitreg_lib.plots.style import PAPER, styled
 
 NEEDS = "needs {} with and without registers and artifacts, on {}"
 SETS = ("VOC 2007", "VOC 2012", "COCO 20k")  # claims C095 to C103, by family
@@ -37,6 +37,7 @@ def plain(pictures, truth: list) -> dict[str, objects.CorLoc]:
     return {name: objects.corloc(guess, truth) for name, guess in boxes.items()}
 
 
+@styled
 def draw(table: pd.DataFrame, lines: dict[str, dict[str, float]]) -> Figure:
     """CorLoc (%) of every model and setting; over each model's column the baselines on its own images.
 
