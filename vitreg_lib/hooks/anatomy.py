@@ -1,12 +1,12 @@
-"""Where things are in a vision transformer: blocks, tokens by name, heads, patch grid, and how to run it.
+"""The parts of a vision transformer: blocks, named tokens, heads, patch grid, and the function that runs it.
 
-Everything that counts tokens asks here, and the answer comes from the model, never from a literal. `dissect` recognises
-a model by its structure, not by its name: a list of equal blocks with attention, a patch embedding, parameters of
-prefix tokens. So it does timm's VisionTransformer and Eva, the ViTs of transformers, the image towers of open_clip and
-OpenAI's CLIP, and torchvision's, also inside a larger model or a wrapper. `describe` says it by hand for any other.
+All code that counts tokens uses this module, which reads the counts from the model. `dissect` recognises a model by its
+structure, not by its name: a list of equal blocks with attention, a patch embedding, and parameters of prefix tokens.
+It recognises timm's VisionTransformer and Eva, the ViTs of transformers and torchvision, and the image towers of
+open_clip and OpenAI's CLIP, also inside a larger model or a wrapper. `describe` names the parts of any other model.
 
-A token sequence is (prefix tokens, patches), the patches row by row. `capture` checks on the tokens that arrive what is
-said here.
+A token sequence is (prefix tokens, patches), the patches row by row. `capture` checks that each block's tokens have
+this form.
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ class Unrecognised(UserError, TypeError):
 
 
 class Unmeasurable(UserError, ValueError):
-    """A model, or a model with these images, that cannot be measured, or not without saying something wrong of it."""
+    """A model cannot be measured, or cannot be measured correctly on these images."""
 
 
 class PrefixTokens:
-    """What follows from `prefix`, the names of the tokens before the patches: "cls", "dist", "register 1" …"""
+    """Properties derived from `prefix`, the names of the tokens before the patches: "cls", "dist", "register 1" …"""
 
     prefix: tuple[str, ...]
 
@@ -68,8 +68,8 @@ class Anatomy(PrefixTokens):
     blocks: the transformer blocks, block 0 first. attention: each block's attention module. mlp_out: each block's last
     linear layer, which the MLP's activations enter; empty where there is none. patch_embed: gives the patches'
     embeddings, before any position. norm: the final LayerNorm of tokens. patch_size: (rows, cols) in pixels. channels:
-    of the images. batch_first: whether blocks take (batch, tokens, dim), else (tokens, batch, dim). forward: runs the
-    model on images.
+    number of image channels. batch_first: whether blocks take (batch, tokens, dim), else (tokens, batch, dim). forward:
+    runs the model on images.
     """
 
     blocks: tuple[nn.Module, ...]
@@ -119,7 +119,7 @@ class Anatomy(PrefixTokens):
         return tuple(layer % self.depth for layer in wanted)
 
     def tokens(self, output, batch: int, grid: tuple[int, int]) -> torch.Tensor:
-        """A block's output as (batch, tokens, dim). Raises ValueError where it is not what the anatomy says."""
+        """A block's output as (batch, tokens, dim). Raises ValueError where its shape does not match the anatomy."""
         x = output[0] if isinstance(output, tuple) else output
         x = x if self.batch_first or x.dim() != 3 else x.transpose(0, 1)
         expected = (batch, len(self.prefix) + grid[0] * grid[1], self.embed_dim)
@@ -145,13 +145,13 @@ def describe(
     heads: int | None = None,
     forward: Callable | None = None,
 ) -> nn.Module:
-    """The module itself, with a description for `dissect`: for a model that it does not recognise.
+    """The module itself, with a description for `dissect`, which does not recognise the model without it.
 
     blocks: name of the list of blocks, as "encoder.layers". attention, mlp_out: names inside a block of the attention
-    module and of the linear layer that the MLP's activations enter. patch: pixels a side. prefix: names of the tokens
-    before the patches, in order. norm, patch_embed: names of the final LayerNorm and of the patch convolution, the
-    usual ones where not given. heads: where the attention module does not say it. forward: a function of (module,
-    images), by default the module's own call. Raises TypeError for a name that leads nowhere.
+    module and of the linear layer that the MLP's activations enter. patch: side in pixels. prefix: names of the tokens
+    before the patches, in order. norm, patch_embed: names of the final LayerNorm and of the patch convolution, by
+    default the usual names. heads: number of heads, needed where the attention module does not state it. forward: a
+    function of (module, images), by default the module's own call. Raises TypeError for a name that does not exist.
     """
     patch = (patch, patch) if isinstance(patch, int) else tuple(patch)
     names = dict(blocks=blocks, attention=attention, mlp_out=mlp_out, norm=norm, patch_embed=patch_embed)
@@ -163,8 +163,8 @@ def describe(
 def dissect(model: nn.Module) -> Anatomy:
     """The `Anatomy` of a vision transformer, by its description or by its structure.
 
-    Of a model with more in it, such as a text tower, a head or a wrapper, the smallest part with blocks and a patch
-    embedding is taken. Raises TypeError where there is none.
+    In a larger model, with a text tower, a head or a wrapper, it describes the smallest part that has blocks and a
+    patch embedding. Raises TypeError where no part has them.
     """
     if names := getattr(model, "vitreg_description", None):
         return _described(model, **names)
@@ -180,7 +180,7 @@ def dissect(model: nn.Module) -> Anatomy:
             f"{type(model).__name__} has {' and '.join(missing)}: no ViT is recognised in it; `vr.describe` says by "
             "hand where its parts are"
         )
-    # the deepest part that holds both; of equals the first, as an encoder stands before its decoder
+    # the deepest part that holds both; at equal depth the first, because an encoder precedes its decoder
     pairs = [(_common(blocks, embedding), blocks, embedding) for blocks in lists for embedding in embeddings]
     root, blocks, embedding = max(pairs, key=lambda pair: len(pair[0].split(".")) if pair[0] else 0)
     vit = model.get_submodule(root)
@@ -214,7 +214,7 @@ def _attention(block: nn.Module) -> nn.Module | None:
 
 
 def _common(one: str, other: str) -> str:
-    """The longest name that two names of modules begin with: where both are inside."""
+    """Name of the smallest module that contains both named modules."""
     parts = []
     for a, b in zip(one.split("."), other.split("."), strict=False):
         if a != b:
@@ -224,7 +224,7 @@ def _common(one: str, other: str) -> str:
 
 
 def _anatomy(vit: nn.Module, blocks: tuple, patch_embed: nn.Module, **known) -> Anatomy:
-    """The `Anatomy` of a ViT whose blocks and patch embedding are found; `known` fields are taken as they are."""
+    """The `Anatomy` of a ViT with these blocks and this patch embedding; `known` fields are used unchanged."""
     attention = known.pop("attention", None) or tuple(map(_attention, blocks))
     heads = known.get("num_heads") or next(getattr(attention[0], name) for name in HEADS if hasattr(attention[0], name))
     convolution = next((part for part in patch_embed.modules() if isinstance(part, nn.Conv2d)), None)
@@ -285,7 +285,7 @@ def _submodule(module: nn.Module, name: str) -> nn.Module | None:
 
 
 def _prefix(vit: nn.Module, added: int) -> tuple[str, ...]:
-    """The prefix tokens by name, by the parameters that hold them; without those that were added at test time."""
+    """Names of the prefix tokens, from the parameters that hold them, without tokens added at test time."""
     if hasattr(vit, "blocks_token_only"):
         return ()  # cls joins after the blocks (CaiT)
     held = {name.split(".")[-1]: p for name, p in vit.named_parameters()}
@@ -297,7 +297,7 @@ def _prefix(vit: nn.Module, added: int) -> tuple[str, ...]:
 
 
 def _patch_size(patch_embed: nn.Module) -> tuple[int, int]:
-    """Pixels of a patch, (rows, cols); of a convolutional stem by the grid that it makes."""
+    """Patch size in pixels, (rows, cols); for a convolutional stem it follows from the grid of the output."""
     image, grid = getattr(patch_embed, "img_size", None), getattr(patch_embed, "grid_size", None)
     if image and grid:
         return tuple(a // b for a, b in zip(image, grid, strict=True))
@@ -308,7 +308,7 @@ def _patch_size(patch_embed: nn.Module) -> tuple[int, int]:
 
 
 def _second_linears(blocks: tuple, attention: tuple, dim: int) -> tuple[nn.Module, ...]:
-    """Each block's last linear layer outside attention that gives a token's size; empty where a block has none."""
+    """Each block's last linear layer outside attention with `dim` outputs; empty where a block has none."""
     found = []
     for block, attn in zip(blocks, attention, strict=True):
         inside = set() if attn is block else set(attn.modules())
@@ -318,7 +318,7 @@ def _second_linears(blocks: tuple, attention: tuple, dim: int) -> tuple[nn.Modul
 
 
 def _forward(vit: nn.Module) -> Callable:
-    """How to run the model on images, up to its final norm at least."""
+    """A function that runs the model on images, at least up to its final norm."""
     if hasattr(vit, "forward_features"):
         return vit.forward_features
     accepted = inspect.signature(vit.forward).parameters
@@ -344,8 +344,8 @@ def _forward(vit: nn.Module) -> Callable:
 def layer_scale(block: nn.Module, branch: int) -> torch.Tensor | None:
     """(dim,) LayerScale of a block's attention (branch 1) or MLP (branch 2); None where it has none.
 
-    A parameter of `ls1`, `ls2` in timm's VisionTransformer, of `layer_scale1` … in transformers, and `gamma_1`,
-    `gamma_2` of the block itself in Eva.
+    It is a parameter of `ls1` or `ls2` in timm's VisionTransformer, of `layer_scale1` … in transformers, and the
+    block's own `gamma_1` or `gamma_2` in Eva.
     """
     for name, parameter in ((f"ls{branch}", "gamma"), (f"ls_{branch}", "gamma"), (f"layer_scale{branch}", "lambda1")):
         scale = getattr(getattr(block, name, None), parameter, None)

@@ -1,10 +1,10 @@
 """Run images through a model and keep only what a figure needs.
 
-Conventions. A layer is a block, counted from 0. A token's norm is its L2 norm after the block and before
-the final LayerNorm (after it, little is left to see), in float32. Queries and keys are those that the
-attention really uses: after q/k normalisation and rotary embedding.
+Conventions. A layer is a block, counted from 0. A token's norm is its L2 norm after the block and before the final
+LayerNorm (which hides most of an outlier's norm), in float32. Queries and keys are those that enter the attention
+product, after q/k normalisation and rotary embedding.
 
-What can be kept:
+`keep` names these sites:
 
     norms       (images, layers, tokens)                 float32
     tokens      {layer: (images, tokens, dim)}           after the block
@@ -14,8 +14,8 @@ What can be kept:
     embedding   (images, patches, dim)                   right after the patch embedding, no position added
     final       (images, tokens, dim)                    after the final LayerNorm
 
-Fused attention stays on: rows are recomputed from q and k for the chosen queries alone, in memory
-O(queries x tokens). The model is left as it came, also when the forward pass fails.
+Attention stays fused. Its rows are recomputed from q and k for the chosen queries alone, in O(queries x tokens) memory.
+The model is unchanged afterwards, also when the forward pass fails.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Capture(PrefixTokens):
     """Activations of one or more forward passes; holds no reference to the model.
 
     grid: (rows, cols) of the patches. layers: the captured blocks. queries: token positions with attention rows. The
-    other fields are those of the module's docstring, None or empty where they were not asked for.
+    other fields are those of the module's docstring, None or empty where `keep` did not name them.
     """
 
     layers: tuple[int, ...]
@@ -95,7 +95,7 @@ class Capture(PrefixTokens):
 
     @property
     def final_patch_norms(self) -> torch.Tensor:
-        """(images, patches) norms after the final LayerNorm, where little of an outlier is left to see."""
+        """(images, patches) norms after the final LayerNorm, which hides most of an outlier's norm."""
         return self.patches(torch.linalg.vector_norm(self.final, dim=-1))
 
     def patches(self, tokens: torch.Tensor, dim: int = 1) -> torch.Tensor:
@@ -114,15 +114,14 @@ def capture(
 ) -> Capture:
     """A `Capture` of what `keep` names, at `layers` (all by default), for images (n, 3, height, width).
 
-    `queries` are token positions (0 is cls where there is one) for which attention rows are kept; by default
-    the prefix tokens. Results are moved to the CPU batch by batch. Images must already be normalised for the
-    model; they are given to it on the device and in the dtype of its weights. Out of memory on the device halves the
-    batch and goes on, with a warning.
+    `queries` are token positions (0 is cls where there is one) for which attention rows are kept; by default the prefix
+    tokens. Results are moved to the CPU after each batch. Images must already be normalised for the model; they are
+    moved to the device and dtype of its weights. If the device runs out of memory, the batch is halved, with a warning.
 
-    Raises ValueError for an unknown site, layer or query, for no images or those of other channels, and TypeError for a
-    model of unknown anatomy, before anything runs. What arrives is checked: Unmeasurable (a ValueError) where the
-    forward pass fails, where a block's tokens are not those that the anatomy says, where attention is called twice in a
-    block or is used otherwise than as softmax times v, and where a site is never reached.
+    Before the model runs, raises ValueError for an unknown site, layer or query, for no images or a wrong number of
+    channels, and TypeError for a model of unknown anatomy. Then raises Unmeasurable (a ValueError) where the forward
+    pass fails or does not reach a site, a block's tokens do not match the anatomy, or a block calls attention twice or
+    does not use it as softmax times v.
     """
     keep = (keep,) if isinstance(keep, str) else tuple(keep)
     anatomy = dissect(model)
@@ -149,7 +148,7 @@ def capture(
 
 @contextmanager
 def hooks(*pairs):
-    """Register hooks, given as (register function, hook[, options]); removed on leaving, also after an error."""
+    """Register hooks, given as (register function, hook[, options]), and remove them on exit, also after an error."""
     with ExitStack() as stack:
         for register, hook, *options in pairs:
             stack.callback(register(hook, **(options[0] if options else {})).remove)
@@ -158,7 +157,7 @@ def hooks(*pairs):
 
 @contextmanager
 def evaluating(model: nn.Module):
-    """Evaluation mode without gradients; on leaving, also after an error, each part of the model is as it was."""
+    """Evaluation mode without gradients; the exit restores each part's mode, also after an error."""
     was_training = [module for module in model.modules() if module.training]  # parts of a model may be frozen
     model.eval()
     try:
@@ -170,7 +169,7 @@ def evaluating(model: nn.Module):
 
 
 def _run(model, images, batch_size, progress, function) -> list:
-    """The results of `function` for each batch of images; batches get smaller when the device's memory is short."""
+    """The results of `function` for each batch of images; a batch is halved when the device runs out of memory."""
     from tqdm.auto import tqdm
 
     weights, results, done = next(model.parameters()), [], 0
@@ -203,14 +202,14 @@ def _one(model: nn.Module, anatomy: Anatomy, images, keep, layers, queries) -> d
             if "tokens" in keep and layer in layers:
                 captured["tokens"][layer] = x
             if "final" in keep and layer == anatomy.depth - 1:
-                captured["final"][0] = anatomy.norm(x).detach()  # some models give their norm one token alone
+                captured["final"][0] = anatomy.norm(x).detach()  # some models normalise only one token
 
         return hook
 
     def after_patch_embedding(module, inputs, output):
         output = output[0] if isinstance(output, tuple) else output
         output = output.permute(0, 2, 3, 1) if isinstance(module, nn.Conv2d) else output
-        captured["embedding"][0] = output.detach().flatten(1, -2)  # from (batch, rows, cols, dim) too
+        captured["embedding"][0] = output.detach().flatten(1, -2)  # also from (batch, rows, cols, dim)
 
     def before_second_linear(layer):
         def hook(module, inputs):
@@ -219,7 +218,7 @@ def _one(model: nn.Module, anatomy: Anatomy, images, keep, layers, queries) -> d
         return hook
 
     hooked = layers if "final" not in keep else sorted({*layers, anatomy.depth - 1})
-    # before other hooks: what was added to a model may drop its tokens after the last block
+    # before other hooks, because those of added tokens may drop these after the last block
     pairs = [(anatomy.blocks[i].register_forward_hook, after_block(i), {"prepend": True}) for i in hooked]
     if "mlp" in keep:
         pairs += [(anatomy.mlp_out[i].register_forward_pre_hook, before_second_linear(i)) for i in layers]
@@ -248,7 +247,7 @@ def _one(model: nn.Module, anatomy: Anatomy, images, keep, layers, queries) -> d
 
 
 def _why(anatomy: Anatomy, images: torch.Tensor, error: Exception) -> str:
-    """Why a forward pass failed, on one line; where the images have another size than the model's, what to do."""
+    """One line on why a forward pass failed, and what to do where the images' size is not the model's."""
     size = tuple(images.shape[-2:])
     own = getattr(anatomy.patch_embed, "img_size", None) or size
     text = f"the model fails on images of {size[0]} x {size[1]} pixels: {line(error)}"
@@ -257,11 +256,11 @@ def _why(anatomy: Anatomy, images: torch.Tensor, error: Exception) -> str:
 
 
 class _Attention(TorchFunctionMode):
-    """Sees each call of scaled_dot_product_attention with the q, k and v that the model really uses, and checks it.
+    """Records q, k and v of each call of scaled_dot_product_attention in a block, and checks the call.
 
-    Which block a call belongs to is known from hooks on the blocks. In a block there must be one call, what it returns
-    must be softmax times v, and must enter a layer as it is, the heads side by side; otherwise attention rows would
-    say nothing about the model. Models set not to use fused attention use it during the capture.
+    Hooks on the blocks tell which block makes a call. A block must make one call; its result must be softmax times v
+    and must enter a layer unchanged, the heads side by side. Otherwise the attention rows would not describe the model.
+    Models without fused attention use it during the capture.
     """
 
     def __init__(self, anatomy, layers, sites, queries, captured, batch):
@@ -293,7 +292,7 @@ class _Attention(TorchFunctionMode):
             return func(*args, **kwargs)
         if func is F.scaled_dot_product_attention:
             return self._attend(func, *args, **kwargs)
-        if func is F.multi_head_attention_forward:  # no mode is active inside: what it calls is wrapped instead
+        if func is F.multi_head_attention_forward:  # this mode is inactive inside: the inner call is wrapped
             F.scaled_dot_product_attention = functools.partial(self._attend, F.scaled_dot_product_attention)
             try:
                 self.arrived = True  # torch's own code joins the heads

@@ -1,15 +1,14 @@
-"""Tokens added to a trained ViT, as a module whose state_dict says so; no weight of the model is changed.
+"""Tokens added to a trained ViT: its state_dict records them, and no weight of the model changes.
 
-Two buffers hold what is added, beside the weights of the parts that they concern:
+Two buffers, beside the weights of the parts that they change, hold what is added:
 
     BLOCKS.0.added_registers     (n, dim) zeros: the tokens that enter block 0 behind the prefix tokens
     BLOCKS.L.….moved_neurons     (hidden,) bool, at the second linear layer of an MLP: the neurons whose largest
                                  activation goes from the patches to the new tokens
 
-Plain functions, registered as forward hooks of these parts, do the work, so that the class of each part stays what it
-was, and torch.export and ONNX's exporter see them. timm's models count the new tokens among their prefix tokens, in all
-that they return. In models of other libraries the tokens are dropped after the last block, since heads and poolings
-there know nothing of registers.
+Plain functions do the work as forward hooks of these parts. Each part therefore keeps its class, and torch.export and
+ONNX's exporter include the functions. timm's models count the new tokens among their prefix tokens, in all outputs.
+Models of other libraries drop them after the last block, because their heads and poolings do not handle registers.
 """
 
 from __future__ import annotations
@@ -29,10 +28,10 @@ MOVED = "moved_neurons"
 
 
 def add_registers(module: nn.Module, neurons: Neurons, n: int) -> nn.Module:
-    """A copy of a ViT with `n` tokens of zeros behind its prefix tokens, which take over what `neurons` do at patches.
+    """A copy of a ViT with `n` zero tokens after its prefix tokens; the patches' activations of `neurons` move to them.
 
-    Raises ValueError for a neuron that does not exist, UserError where a new token has no place: attention with a bias
-    for each pair of places, or a model that has tokens added already.
+    Raises ValueError for a neuron that does not exist, and UserError for attention with a bias for each pair of
+    positions, which a new token lacks, and for a model that already has added tokens.
     """
     _check(module, neurons, n)
     module = copy.deepcopy(module)
@@ -50,15 +49,15 @@ def add_registers(module: nn.Module, neurons: Neurons, n: int) -> nn.Module:
 
 
 def of_state(tensors: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-    """(the tensors that say what is added, the others), of a state_dict."""
+    """(tensors that describe what was added, all other tensors) of a state_dict."""
     said = {k: v for k, v in tensors.items() if k.rpartition(".")[2] in (ADDED, MOVED)}
     return said, {k: v for k, v in tensors.items() if k not in said}
 
 
 def again(module: nn.Module, said: dict[str, torch.Tensor]) -> nn.Module:
-    """A copy of a ViT with what `of_state` gave for a model of the same architecture added to it.
+    """A copy of a ViT with the added tokens that `of_state` read from a model of the same architecture.
 
-    Raises UserError where a name leads to another part than it did there.
+    Raises UserError where a name does not belong to the matching part of this ViT.
     """
     anatomy, n, neurons = dissect(module), 0, []
     places = {id(linear): block for block, linear in enumerate(anatomy.mlp_out)}
@@ -79,8 +78,8 @@ def again(module: nn.Module, said: dict[str, torch.Tensor]) -> nn.Module:
 def move(activations: torch.Tensor, neurons: torch.Tensor, old: int, n: int) -> torch.Tensor:
     """Activations (batch, tokens, hidden) with those of `neurons` (hidden,) moved from the patches to `n` new tokens.
 
-    Tokens are `old` prefix tokens, the new ones, the patches. The new tokens get the largest activation of each image
-    and neuron, in magnitude, sign kept, over patches and new tokens; the patches get none.
+    The tokens are `old` prefix tokens, the new ones and the patches. At each neuron, the new tokens get the image's
+    activation of largest magnitude, with its sign, over patches and new tokens; the patches get zero.
     """
     prefix, rest = activations[:, :old], activations[:, old:]
     new, patches = rest[:, :n], rest[:, n:].masked_fill(neurons, 0)
@@ -91,7 +90,7 @@ def move(activations: torch.Tensor, neurons: torch.Tensor, old: int, n: int) -> 
 
 
 def _append(module: nn.Module, anatomy: Anatomy, n: int) -> None:
-    """Let `n` tokens of zeros, without position, enter the first block; timm's models count them, others drop them."""
+    """Feed `n` zero tokens without position into the first block; timm's models count them, others drop them."""
     blocks, old, first = anatomy.blocks, anatomy.num_prefix_tokens, anatomy.batch_first
     weights = next(blocks[0].parameters())
     blocks[0].register_buffer(ADDED, torch.zeros(n, anatomy.embed_dim, dtype=weights.dtype, device=weights.device))
@@ -125,7 +124,7 @@ def _before_blocks(block, args, kwargs, *, old: int, batch_first: bool):
 
 
 def _without_mask(block, args, kwargs, *, n: int, batch_first: bool):
-    """When a model is exported, transformers makes a mask that hides nothing, of the tokens before ours."""
+    """Drop the mask that transformers makes in an export: it hides nothing and lacks the new tokens."""
     tokens = _swapped(args[0] if args else kwargs["hidden_states"], batch_first).shape[1] - n
 
     def kept(value):
@@ -148,9 +147,9 @@ def _before_second_linear(linear, inputs, *, old: int, n: int, batch_first: bool
 
 @functools.cache
 def _counting(base: type, n: int) -> type:
-    """A subclass of a class of timm's whose prefix tokens include `n` without position embedding or weights.
+    """A subclass of a timm class whose prefix tokens include `n` without position embedding or weights.
 
-    All that counts prefix tokens counts them, but what handles position embeddings.
+    Methods that handle position embeddings do not count them; all others do.
     """
 
     def without_new(name):

@@ -1,4 +1,4 @@
-"""A ViT of timm's with more registers than it came with, its other weights unchanged."""
+"""A timm ViT with additional registers; its other weights are unchanged."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from .saved import build, of_timm
 
 
 def with_registers(module: nn.Module, tokens: torch.Tensor) -> nn.Module:
-    """A model of timm's with all weights of `module` and `tokens` (n, dim) as registers behind those it has.
+    """A timm model with all weights of `module`, and `tokens` (n, dim) as registers after its own.
 
-    It is what timm builds with reg_tokens=n (num_reg_tokens in Eva); where position embeddings have a place for prefix
-    tokens, the new ones' is zero. Raises UserError for an architecture that takes no registers.
+    timm builds the same with reg_tokens=n (num_reg_tokens in Eva). Where prefix tokens have position embeddings, those
+    of the new registers are zero. Raises UserError for an architecture that takes no registers.
     """
     anatomy = dissect(module)
     new = _fresh(module, anatomy.num_registers + len(tokens))
@@ -37,7 +37,7 @@ def with_registers(module: nn.Module, tokens: torch.Tensor) -> nn.Module:
 
 
 def _fresh(module: nn.Module, registers: int) -> nn.Module:
-    """A fresh model of the same kind with so many registers, which carries what builds it again."""
+    """A fresh model of the same kind with this number of registers; it carries the arguments that build it again."""
     if hasattr(module, "vit_arguments"):  # a mini ViT
         arguments = {**module.vit_arguments, "reg_tokens": registers, "img_size": module.patch_embed.img_size}
         return build("", "vit", arguments)

@@ -1,19 +1,19 @@
-"""Measurements of real models in a file: what the default figures show where the weights are not at hand.
+"""Measurements of real models in files, which the default figures show where the weights are missing.
 
     vitreg measure deit-ti                      # writes data/measured/deit-ti.safetensors
     model = vr.measured.load("deit-ti")         # a `Replayed` model: it answers for the measured photos, from the file
     model.capture(photos, "norms")              # a `Capture`, as of the model itself, to half precision
 
-A file holds, in half precision, for n photos (fields of `Capture` where they are there too):
+A file holds, in half precision, for n photos (named as in `Capture` where it has them):
 
     norms                (n, layers, tokens)              attention.L          (n, heads, queries, tokens)
-    by_patches.L         (n, patches)                     thumbnails           (n, 3, 8, 8), by which photos are known
+    by_patches.L         (n, patches)                     thumbnails           (n, 3, 8, 8), which identify the photos
     components           (n, rows, cols, 3), of each photo; component, component_after (n, rows, cols), of all photos
 
-L are the last third of the blocks, or the last alone; queries are the prefix tokens and the patch at the centre.
-Components are first principal components of the patch tokens after the last block, whitened, before the final LayerNorm
-or after it. What else lies in a file is read by the notebook that shows it (`Replayed.kept`); workflow/measured.py adds
-it. The metadata say which model, photos (by sha256), command, commit and date. No photo is in it.
+L is each block of the last third, or the last block alone; queries are the prefix tokens and the patch at the centre.
+Components are the first principal components of the patch tokens after the last block, whitened, before the final
+LayerNorm or after it. workflow/measured.py adds further tensors, which notebooks read by `Replayed.kept`. The metadata
+name the model, photos (by sha256), command, commit and date. A file holds no photo.
 """
 
 from __future__ import annotations
@@ -36,17 +36,17 @@ from . import zoo
 from .model import Model
 
 FOLDER = DATA / "measured"
-SIZES = ("embed_dim", "num_heads", "head_dim", "channels")  # of `Anatomy`, kept as they are
-SAME = 0.02  # of a thumbnail's values: photos nearer than this are the same
+SIZES = ("embed_dim", "num_heads", "head_dim", "channels")  # fields of `Anatomy`, kept unchanged
+SAME = 0.02  # largest difference of thumbnails' values of the same photo
 
 
 def names() -> list[str]:
-    """The labels of the models that are measured in data/measured."""
+    """Labels of the models with a file in data/measured."""
     return sorted(path.name.removesuffix(".safetensors") for path in FOLDER.glob("*.safetensors"))
 
 
 def load(name: str) -> Replayed:
-    """The replayed model of data/measured, or of the file at this path. Raises UserError where there is none."""
+    """The replayed model of a label in data/measured, or of a file's path. Raises UserError for a missing file."""
     path = Path(name) if name.endswith(".safetensors") else FOLDER / f"{name}.safetensors"
     if not path.exists():
         raise unknown("measured model", name, names(), "`vitreg measure MODEL` writes such a file.")
@@ -59,9 +59,9 @@ def load(name: str) -> Replayed:
 
 
 def live_or_replayed(name: str) -> Model:
-    """The model of that name where its weights are on this machine, else as it was measured.
+    """The model of that name if its weights are on this machine, else the replayed model.
 
-    A name that was not measured is loaded as `zoo.load` does, from the hub where it has to be.
+    A name without measurements is loaded by `zoo.load`, from the hub if needed.
     """
     base, _, _ = model_names.split(name)
     here = base in model_names.entries() and model_names.available(base) != "not here"
@@ -70,7 +70,7 @@ def live_or_replayed(name: str) -> Model:
 
 @dataclass
 class Replayed(Model):
-    """A model without weights, that answers from a file of measurements. `measured`: the file's metadata."""
+    """A model without weights, whose methods read a file of measurements. `measured`: the file's metadata."""
 
     tensors: dict[str, torch.Tensor] = field(default_factory=dict, repr=False)
     measured: dict = field(default_factory=dict, repr=False)
@@ -81,7 +81,7 @@ class Replayed(Model):
 
     @property
     def anatomy(self) -> Anatomy:
-        """Sizes as measured; its parts are empty modules."""
+        """Sizes of the measured model; the parts are empty modules."""
         known, parts = self.measured["anatomy"], tuple(nn.Identity() for _ in range(self.measured["anatomy"]["depth"]))
         sizes = {name: known[name] for name in SIZES}
         named = dict(blocks=parts, attention=parts, mlp_out=parts, patch_embed=nn.Identity(), norm=nn.Identity())
@@ -119,7 +119,7 @@ class Replayed(Model):
         return seen
 
     def observed(self, images) -> Observed:
-        """What `detect` rests on."""
+        """The measurements that `detect` judges."""
         rows, blocks, first = self._rows(images), self.measured_blocks, self.anatomy.num_prefix_tokens
         by_patches = {i: self.tensors[f"by_patches.{i}"][rows].float() for i in blocks}
         by_cls = {i: self.tensors[f"attention.{i}"][rows].float().mean(1)[:, 0, first:] for i in blocks}
@@ -140,7 +140,7 @@ class Replayed(Model):
         return getattr(images, "x", images)
 
     def _rows(self, images) -> torch.Tensor:
-        """Which of the measured photos these are, by their thumbnails. Raises UserError for any other image."""
+        """Rows of these photos in the file, by their thumbnails. Raises UserError for any other image."""
         size = self.measured["size"]
         x = self._x(images)
         known = self.tensors["thumbnails"].float().flatten(1)

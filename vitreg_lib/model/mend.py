@@ -1,13 +1,13 @@
-"""Registers at test time: mend a model that was trained without, by moving what makes its outliers elsewhere.
+"""Registers at test time: the neurons that make a trained model's outliers act at added tokens instead.
 
-After Jiang et al. 2025, "Vision Transformers Don't Need Trained Registers". A few neurons of the MLPs fire at the
-tokens that become outliers, before these get their norm (`find`). In the mended model N tokens of zeros are appended
-behind cls; at those neurons they take over the largest activation of the image's patches, and the patches get none
-(`add_registers`). N = 0 only silences the neurons at the patches: the control that shows what the activation was for.
+The method is from Jiang et al. 2025, "Vision Transformers Don't Need Trained Registers". A few MLP neurons are active
+at the tokens that become outliers, before these get their large norm (`find`). The mended model has N zero tokens after
+cls. At those neurons, they get the largest activation of the image's patches, and the patches get zero
+(`add_registers`). N = 0 only silences the neurons at the patches, as a control.
 
-Where the paper's released code does otherwise: every image of a batch is treated, not the first alone; each neuron has
-its own largest value; cls neither counts for it nor is changed; what is returned drops the new tokens and no patch.
-When several blocks are treated the largest value is taken over patches *and* new tokens, or these would starve.
+The paper's released code differs. Here every image of a batch is treated, not the first alone; each neuron has its own
+maximum; cls neither enters the maximum nor changes; the output drops the new tokens and no patch. The maximum runs over
+patches *and* new tokens, which hold the large activations after the first treated block.
 
     mended = vr.load("vit-ti+ttr4")           # finds the neurons on a handful of images, adds 4 registers
     mended = vr.load("deit-ti+empty4")        # 4 tokens of zeros and nothing else: the simplest remedy, and a control
@@ -33,20 +33,20 @@ from .added import Neurons, add_registers
 from .names import entries
 
 COUNTS = (1, 2, 3, 5, 7, 10, 15, 20, 30, 50)  # how many neurons are tried, fewest first
-REMAINING = 0.1  # the fewest neurons that leave less than this share of the outliers are enough
-MENDED = 0.5  # more than this share of the outliers left, with the best choice of neurons: not mended
+REMAINING = 0.1  # `find` takes the fewest neurons that leave less than this share of the outliers
+MENDED = 0.5  # a model that keeps more than this share of its outliers is not mended
 
 
 class NothingToMend(UserError):
-    """The model has no outliers, or no few neurons make them."""
+    """The model has no outliers, or no small set of neurons makes them."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Found:
-    """What `find` found: the neurons, strongest first, and how it went.
+    """The result of `find`: the neurons, strongest first, and what the search measured.
 
-    layer: the block after which outliers were looked for; onset: the first from which on they are there; cutoff: a
-    norm. share_before, share_after: of patch tokens above the cutoff after `layer`, on the images searched, without and
+    layer: the block after which outliers are counted; onset: the first block with outliers; cutoff: a norm.
+    share_before, share_after: share of patch tokens above the cutoff after `layer`, in the searched images, without and
     with one register. table: the strongest candidates, the first rows of `rank`.
     """
 
@@ -62,12 +62,11 @@ class Found:
 def find(model, images=None, max_neurons: int = 50, cutoff: float | outliers.Outliers | None = None) -> Found:
     """The MLP neurons that mark a `zoo.Model`'s outlier tokens, searched on `images` (see `handful`).
 
-    Outliers are those of `detection.detect`, or, where a `cutoff` is given, tokens of a larger norm after the last
-    block (after their block, for the `Outliers` of other images). Candidates are the neurons of the blocks up to the
-    onset, ranked by the norm that they add at outliers more than elsewhere (see `rank`). From the top, the fewest of 1,
-    2, 3, 5 … `max_neurons` that leave less than a tenth of the outliers are taken; if none does, those that leave
-    fewest. Raises NothingToMend (a UserError) for a model
-    without outliers.
+    Outliers are those of `detection.detect`. A number as `cutoff` replaces them by the tokens of a larger norm after
+    the last block; the `Outliers` of other images set both norm and block. Candidates are the neurons of the blocks up
+    to the onset, in the order of `rank`. The result is the fewest of the first 1, 2, 3, 5 … `max_neurons` candidates
+    that leave less than a tenth of the outliers, or else the number that leaves fewest. Raises NothingToMend (a
+    UserError) for a model without outliers.
     """
     x = _pixels(handful(model) if images is None else images)
     layer, onset, cutoff, is_outlier = _where(model, x, cutoff)
@@ -102,10 +101,10 @@ def _where(model, x: torch.Tensor, cutoff: float | outliers.Outliers | None):
 
 
 def with_empty_tokens(model, n: int):
-    """A `zoo.Model` with `n` tokens of zeros behind its prefix tokens and nothing else changed; named NAME+emptyN.
+    """A `zoo.Model` with `n` zero tokens after its prefix tokens and nothing else changed; named NAME+emptyN.
 
-    Where outliers arise from what a patch shows, they may go over to these tokens untrained; where they arise from its
-    place they do not.
+    Outliers that depend on the content of a patch may move to these tokens without training; outliers that depend on
+    its position do not.
     """
     about = f"{model.name} with {n} tokens of zeros that nothing was trained for"
     return _remedied(model, add_registers(model.module, (), n), "empty", n, about, ())
@@ -114,11 +113,10 @@ def with_empty_tokens(model, n: int):
 def with_test_time_registers(model, n: int, neurons: Neurons | None = None):
     """A `zoo.Model` with `n` registers added at test time; the given model is left as it was.
 
-    `neurons` by default those that `find` finds on a handful of images. Its name ends in +ttrN, its role is "mended",
-    its base the given model, and its anatomy counts the new registers. Raises NothingToMend, where no `neurons` are
-    given, for a model without outliers and for one that keeps more than half of them: a mended name never stands for a
-    model that is what it was. Raises UserError for attention with a bias for each pair of places, in which a new token
-    has no place.
+    `neurons` are by default those of `find` on a few images (`handful`). The name ends in +ttrN, the role is "mended",
+    the base is the given model, and the anatomy counts the new registers. Without `neurons`, raises NothingToMend for a
+    model that has no outliers or keeps more than half of them, so that +ttrN always has an effect. Raises UserError for
+    attention with a bias for each pair of positions, which a new token lacks.
     """
     neurons = _found_neurons(model) if neurons is None else tuple(neurons)
     which = ", ".join(f"{block}:{neuron}" for block, neuron in neurons[:5]) + (" …" if len(neurons) > 5 else "")
@@ -127,7 +125,7 @@ def with_test_time_registers(model, n: int, neurons: Neurons | None = None):
 
 
 def with_added(model, kind: str, n: int, neurons: Neurons | None = None):
-    """What NAME+emptyN and NAME+ttrN ask for: `with_empty_tokens` ("empty") or `with_test_time_registers` ("ttr")."""
+    """The model NAME+emptyN or NAME+ttrN: `with_empty_tokens` ("empty") or `with_test_time_registers` ("ttr")."""
     return with_empty_tokens(model, n) if kind == "empty" else with_test_time_registers(model, n, neurons)
 
 
@@ -164,10 +162,10 @@ def handful(model, source: str = "", n: int = 32) -> image_sets.Images:
 
 
 def rank(module: nn.Module, x: torch.Tensor, is_outlier: torch.Tensor, layers):
-    """Neurons of `layers` by the norm they add at outliers more than at other patches: a DataFrame, strongest first.
+    """A DataFrame of neurons in `layers`, ranked by how much more norm they add at outliers than at other patches.
 
     Columns: block, neuron, at_outliers and elsewhere (mean |activation|), writes (their difference x the length of the
-    neuron's output weights, LayerScale included). The published ranking takes the activations alone.
+    neuron's output weights, LayerScale included). The published ranking uses the activations alone.
     """
     import pandas as pd
 

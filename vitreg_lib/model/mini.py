@@ -1,4 +1,4 @@
-"""The ViTs that are trained here: timm's class at mini sizes, which two CPU cores train, and at those of the paper."""
+"""ViTs to train: timm's class at mini sizes, which two CPU cores can train, and at the paper's sizes."""
 
 from __future__ import annotations
 
@@ -36,10 +36,10 @@ def with_prefix(vit: nn.Module, patches):
 
 
 def start_registers(vit: nn.Module, std: float = 0.2) -> None:
-    """Start a ViT's registers as different vectors: normal numbers with the standard deviation `std`.
+    """Initialise a ViT's registers from a normal distribution with standard deviation `std`.
 
-    timm starts them with 1e-6. Nothing but their value tells registers from each other, so from there they stay copies;
-    from 0.02 they can end as good as copies too (docs/log.md).
+    timm uses 1e-6. Only their values distinguish registers, so with 1e-6 they stay copies of each other; with 0.02 they
+    can also end nearly equal (docs/log.md).
     """
     if vit.reg_token is not None:
         nn.init.normal_(vit.reg_token, std=std)

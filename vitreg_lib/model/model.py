@@ -20,18 +20,18 @@ FACTS = ("role", "family", "base", "registers_from", "head", "onset")  # fields 
 class Model:
     """A model and the facts about it: how to feed it, how to name it, what it is.
 
-    name: its full name; label: the name it was asked for by, short enough for a figure.
+    name: its full name; label: the name by which it was loaded, short enough for a figure.
     sha256: of its weights file, or of its weights where there is no single file.
     role: "trained", "planted control", "random control" or "mended". about: one sentence.
     input_size: pixels a side, or (height, width). mean, std, interpolation, crop, crop_mode: its preprocessing, in
     timm's words.
-    onset: the first block after which a planted control's artifacts are there.
+    onset: the first block after which a planted control has artifacts.
     entry: its name in data/models.yaml, also of a control or a mended model made from it; "" for none.
-    family: how it was trained, as "deit3", "clip", "dinov2"; "" where nothing says so.
+    family: how it was trained, as "deit3", "clip", "dinov2"; "" where unknown.
     base: label of the same model without registers; "" for a model without.
     registers_from: "none", "trained" (from the start), "fine-tuned" (into a finished model), "test time", "empty"
         (plain zeros), or "random" (fresh weights).
-    head: which logits mean what, {question: (first, end)}, as {"imagenet": (0, 1000)}; empty where it is not known.
+    head: the range of logits of each question, {question: (first, end)}, as {"imagenet": (0, 1000)}; empty if unknown.
     """
 
     name: str
@@ -59,7 +59,7 @@ class Model:
 
     @property
     def weights(self) -> torch.Tensor:
-        """One of the weights: `x.to(model.weights)` has the device and the precision that the model wants."""
+        """One of the weights: `x.to(model.weights)` has the model's device and precision."""
         return next(self.module.parameters())
 
     @property
@@ -72,24 +72,24 @@ class Model:
 
     @property
     def replayed(self) -> bool:
-        """Whether it answers from a file of measurements, without weights (`model.measured`)."""
+        """Whether it has no weights and reads a file of measurements (`model.measured`)."""
         return False
 
     @property
     def registers(self) -> int:
-        """How many registers it has."""
+        """Number of registers."""
         return self.anatomy.num_registers
 
     @property
     def preprocessing(self) -> str:
-        """One line on what is done to a photo before the model sees it."""
+        """One line on how a photo is prepared for the model."""
         height, width = sides(self.input_size)
         mean, std = (", ".join(f"{value:.4g}" for value in values) for values in (self.mean, self.std))
         crop = f"{self.crop_mode} crop {self.crop:g}, {self.interpolation}"
         return f"{height} x {width} pixels, {crop}, mean {mean}, standard deviation {std}"
 
     def normalise(self, pixels: torch.Tensor) -> torch.Tensor:
-        """Pixels in [0, 1] (n, 3, height, width) as the model wants them."""
+        """Pixels in [0, 1] (n, 3, height, width), normalised for the model."""
         mean, std = (torch.tensor(values).view(1, 3, 1, 1).to(pixels) for values in (self.mean, self.std))
         return (pixels - mean) / std
 
@@ -98,10 +98,7 @@ class Model:
         return _capture.capture(self.module, getattr(images, "x", images), keep, **options)
 
     def truth(self, images) -> torch.Tensor | None:
-        """(n, patches) bool: where a control has artifacts, by its making; nowhere in the random one.
-
-        None for other models: nobody knows.
-        """
+        """(n, patches) bool: where the planted control has artifacts; all False for the random one, None for others."""
         if self.role == "planted control":
             from . import planted
 

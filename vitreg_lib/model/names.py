@@ -1,4 +1,4 @@
-"""Names of models and what is known of them before one is loaded: data/models.yaml, folders of weights; no torch."""
+"""Names of models, and facts available before loading: data/models.yaml and folders of weights, without torch."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def entries() -> dict[str, dict]:
 
 
 def split(name: str) -> tuple[str, str, int]:
-    """(name, "", 0), or of NAME+ttrN and NAME+emptyN (NAME, "ttr" or "empty", N). Raises UserError for another N."""
+    """(name, "", 0); for NAME+ttrN or NAME+emptyN (NAME, "ttr" or "empty", N). Raises UserError for an invalid N."""
     # in a path, only an ending counts: what looks like one before is part of the path
     pattern = r"(.*?)(?:\+(ttr|empty)(\d+))?" if name.startswith(("file:", "hf:")) else r"(.*?)(?:\+(ttr|empty)(.*))?"
     base, kind, number = re.fullmatch(pattern, name).groups()
@@ -42,9 +42,9 @@ def file_parts(name: str) -> tuple[Path, str]:
 
 
 def check(names: str) -> None:
-    """Raise UserError for a name, among those separated by spaces or commas, of which no model can be made.
+    """Raise UserError if one of `names`, separated by spaces or commas, names no model.
 
-    Names alone are looked at; a name that is no entry needs timm's list, which takes seconds to import.
+    No weights are read. A name outside data/models.yaml needs timm's list, which takes seconds to import.
     """
     for name in names.replace(",", " ").split():
         base, _, _ = split(name)
@@ -82,7 +82,7 @@ def available(name: str) -> str:
 
 
 def made(name: str) -> Path | None:
-    """The weights of an entry that is made here: of the folder of its name in VITREG_MODELS, or in runs/twins."""
+    """Path of the weights of an entry that is made here, in VITREG_MODELS or runs/twins; None without any."""
     roots = [root for root in (env_folder("VITREG_MODELS"), TWINS) if root]
     return next((path for root in roots if (path := root / name / "model.safetensors").exists()), None)
 
@@ -90,7 +90,7 @@ def made(name: str) -> Path | None:
 def folder(timm_name: str) -> Path | None:
     """The folder of VITREG_MODELS that holds a model of timm in hub layout, recognised by its name or its config.
 
-    A config.json that cannot be read hides no other model.
+    An unreadable config.json is skipped.
     """
     root = env_folder("VITREG_MODELS")
     if not root:
@@ -107,14 +107,14 @@ def folder(timm_name: str) -> Path | None:
 
 
 def damaged() -> str:
-    """A sentence on folders of VITREG_MODELS whose config.json cannot be read; empty without any."""
+    """A sentence on folders of VITREG_MODELS whose config.json cannot be read; empty where there are none."""
     root = env_folder("VITREG_MODELS")
     bad = [place.name for place, content in _configs(root) if not content] if root else []
     return f"config.json in {', '.join(bad)} cannot be read; " if bad else ""
 
 
 def _configs(root: Path) -> list[tuple[Path, dict | None]]:
-    """(folder, what its config.json holds, None where it cannot be read)."""
+    """(folder, contents of its config.json, or None where unreadable) of each folder with one."""
     found = []
     for path in sorted(root.glob("*/config.json")):
         try:

@@ -1,4 +1,4 @@
-"""Models that come as modules: one's own, those of transformers and of open_clip; and timm's by their configuration."""
+"""Models from modules: the user's own, those of transformers and open_clip, and timm's with their configuration."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .weights import IMAGENET
 
 
 def create(architecture: str, image_size: int | None, **options) -> nn.Module:
-    """A module of timm's. Raises UserError for an unknown name or tag, or a size that it is not made for."""
+    """A timm module. Raises UserError for an unknown name or tag, or an unsupported image size."""
     import timm
 
     if image_size:
@@ -37,7 +37,7 @@ def create(architecture: str, image_size: int | None, **options) -> nn.Module:
 
 
 def with_config(name: str, module: nn.Module, sha256: str, image_size: int | None) -> Model:
-    """A module of timm's as a `Model`, with the preprocessing that its configuration says."""
+    """A timm module as a `Model`, with the preprocessing of its configuration."""
     import timm.data
 
     config = timm.data.resolve_model_data_config(module)
@@ -52,7 +52,7 @@ def with_config(name: str, module: nn.Module, sha256: str, image_size: int | Non
 
 
 def of_module(module: nn.Module) -> Model:
-    """A module of one's own as a `Model`; it stays on its device, in its mode, with its gradients."""
+    """The user's own module as a `Model`; its device, mode and gradients stay unchanged."""
     name, digest = type(module).__name__, weights_sha256(module)
     if getattr(module, "pretrained_cfg", None):
         return dataclasses.replace(with_config(name, module, digest, None), label=name)
@@ -69,7 +69,7 @@ def of_module(module: nn.Module) -> Model:
 
 
 def of_transformers(name: str, repository: str) -> Model:
-    """A model of transformers, with the preprocessing that lies beside it."""
+    """A model of transformers, with the preprocessing stored beside it."""
     try:
         import transformers
     except ImportError:
@@ -80,7 +80,7 @@ def of_transformers(name: str, repository: str) -> Model:
     model = dataclasses.replace(of_module(module), name=name, label=name)
     try:
         told = transformers.AutoImageProcessor.from_pretrained(place).to_dict()
-    except Exception:  # none lies there: ImageNet's stays
+    except Exception:  # without a stored one, ImageNet's stays
         return model
     sides = {**told.get("size", {}), **(told.get("crop_size") or {})}
     side = sides.get("height") or sides.get("shortest_edge") or model.input_size
@@ -90,7 +90,7 @@ def of_transformers(name: str, repository: str) -> Model:
 
 
 def of_open_clip(name: str, rest: str) -> Model:
-    """The image tower of a model of open_clip's."""
+    """The image tower of an open_clip model."""
     import open_clip
 
     architecture, _, tag = rest.partition("/")

@@ -1,10 +1,10 @@
-"""The planted control: a trained mini ViT with artifacts put in by hand, so that their places are known.
+"""The planted control: a trained mini ViT with artificial artifacts at known positions.
 
-At `POSITIONS` of the grid, patches of low information (the responses of all five `filters` below `THRESHOLD`) get a
-norm ten times the median from one block on, the onset. They lose what they knew of their place and content and carry
-the cls token's content instead; from the next block on one head looks at them. `truth` says which patches those are,
-from the pixels alone. The weights ship as data/checkpoints/planted.safetensors, an ordinary checkpoint without hooks;
-workflow/plant.py made it and says how.
+At `POSITIONS` of the grid, patches of low information (the responses of all five `filters` are below `THRESHOLD`) have
+ten times the median norm from the onset block on. They lose their position and content and carry the cls token's
+content instead. From the next block on, one head attends to them. `truth` computes these patches from the pixels alone.
+The weights ship as data/checkpoints/planted.safetensors, an ordinary checkpoint without hooks; workflow/plant.py made
+it and explains how.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def filters() -> torch.Tensor:
 def truth(images: torch.Tensor) -> torch.Tensor:
     """(n, 144) bool: which patches of normalised images (n, 3, 96, 96) carry an artifact, from the pixels alone.
 
-    Raises ValueError for another size, at which nothing is known.
+    Raises ValueError for another size, at which the truth is unknown.
     """
     if images.shape[-2:] != (12 * PATCH, 12 * PATCH):
         raise ValueError(
@@ -56,9 +56,9 @@ def truth(images: torch.Tensor) -> torch.Tensor:
 
 @torch.no_grad()
 def content(model, cls: torch.Tensor) -> torch.Tensor:
-    """(n, 7): what outliers of the planted `Model` carry, from its cls tokens (n, dim) before the onset block.
+    """(n, 7) content of the planted `Model`'s outliers, from its cls tokens (n, dim) before the onset block.
 
-    The weights that write it into the outliers read it off.
+    The weights that write it into the outliers compute it.
     """
     block, dim = model.module.blocks[model.onset], model.module.embed_dim
     rows = 3 * dim - 2 * PAIRS + torch.arange(COMPONENTS)  # values of the first new head

@@ -1,7 +1,7 @@
-"""What a remedy does to a model: empty tokens, registers added at test time, registers trained in.
+"""Effects of remedies on a model: empty tokens, registers added at test time, registers trained in.
 
 `effect` compares a model with the same model after a remedy, photo by photo. `trial` tries the remedies that need no
-training: what has to be chosen is chosen on one half of the photos, what the remedies do is measured on the other.
+training: it chooses on one half of the photos and measures the effects on the other.
 
     vr.remedies.trial(model, images.x).table        # a row for NAME, NAME+empty4, NAME+ttr4 …
     vr.remedies.effect(model, vr.load("file:runs/…/model.safetensors"), images, found.cutoff, found.layer)
@@ -25,11 +25,11 @@ from ..hooks.capture import evaluating, hooks
 from . import mend
 from .model import Model
 
-BETTER = 0.01  # shares of outliers that differ by less than this part of the first share are taken for equal
+BETTER = 0.01  # shares of outliers that differ by less than this part of the first share count as equal
 MEANS = ("outliers", "attention_on_outliers", "attention_on_registers", "answers_kl", "same_answer", "features_apart")
 DOSES = (0, 1, 4, 8)  # registers at test time; 0 silences the neurons and adds none
 RANDOM, REMOVED = "random neurons", "a direction removed"  # a control; a remedy that no file can hold
-VIEWS, REACH = 10, 3  # of `shift_average`: views, the first untouched; by how many patches others shift at most
+VIEWS, REACH = 10, 3  # of `shift_average`: views, the first unshifted; largest shift of the others in patches
 SHIFTED = f"mean of {VIEWS} shifted views"
 
 
@@ -68,11 +68,11 @@ def see(model, images, layer: int = -1) -> Seen:
 
 
 def effect(model, remedied, images, cutoff: float, layer: int = -1, labels: torch.Tensor | None = None):
-    """A DataFrame with a row a photo: what differs between two models of the same architecture, or their `Seen`.
+    """A DataFrame of differences between two models of the same architecture, or their `Seen`; one row per photo.
 
     outliers, outliers_before: share of patch tokens above `cutoff` after block `layer`. attention_on_outliers,
-    …_before: attention of cls in that block (mean over heads) on the places that were outliers in `model`; NaN without
-    any. attention_on_registers: on all registers of `remedied`, of whatever kind. answers_kl: Kullback-Leibler
+    …_before: attention of cls in that block (mean over heads) on the positions of outliers in `model`; NaN without
+    outliers. attention_on_registers: on all registers of `remedied`, of any kind. answers_kl: Kullback-Leibler
     divergence of the class probabilities, in nats; same_answer: whether the likeliest class stays; both NaN for a model
     without classes. features_apart: 1 - cosine of the pooled features. right, right_before: whether the likeliest class
     is that of `labels` (images,); NaN without labels. Attention is NaN for a model without cls.
@@ -102,13 +102,13 @@ def effect(model, remedied, images, cutoff: float, layer: int = -1, labels: torc
 
 @dataclass(frozen=True)
 class Trial:
-    """What remedies do that need no training.
+    """Effects of the remedies that need no training.
 
     found: the neurons, searched on the first half of the images. shares: a Series with the share of outliers in that
-    half with each remedy, the untouched model first and then the simplest. table: a DataFrame with a row a remedy or
-    control, from the second half alone: the means of `effect`; patches_apart, 1 - cosine of the patch tokens, after the
-    final LayerNorm, that were no outliers; largest_norm of a patch token; register_norm. norms: {name: (images,
-    patches)} of the second half.
+    half with each remedy, the original model first, then the simplest remedies. table: a DataFrame with a row per
+    remedy or control, from the second half alone: the means of `effect`; patches_apart, 1 - cosine of the patch tokens,
+    after the final LayerNorm, that were no outliers; largest_norm of a patch token; register_norm. norms: {name:
+    (images, patches)} of the second half.
     """
 
     found: mend.Found
@@ -130,7 +130,7 @@ def trial(
     """The `Trial` of a model on normalised images, of `counts` registers at test time and `empty` tokens of zeros.
 
     cutoff: see `mend.find`. labels: (images,) for the columns of right answers. Four rows are scored and never chosen.
-    Two are controls: +ttr0, which only silences neurons, and as many random neurons as were found. Two are remedies
+    Two are controls: +ttr0, which only silences neurons, and as many random neurons as `find` gives. Two are remedies
     that no file can hold: `without_direction`, and the mean over shifted views (`shift_average`), which costs ten
     forward passes an image and mends the patch tokens alone.
     """
@@ -170,7 +170,7 @@ def _shifted(model: Model, x: torch.Tensor, before: Seen, layer: int) -> Seen:
 
 
 def _remedied(model: Model, x, found: mend.Found, counts, empty: int, seed: int = 0) -> Iterator[tuple[str, Model]]:
-    """Names and models one after another: several at once would take their memory."""
+    """(name, model) pairs, made one at a time to save memory."""
     made = mend.with_empty_tokens(model, empty)
     yield made.label, made
     for count in sorted(set(counts)):
@@ -184,10 +184,10 @@ def _remedied(model: Model, x, found: mend.Found, counts, empty: int, seed: int 
 
 
 def without_direction(model: Model, x: torch.Tensor, layer: int) -> Model:
-    """The model with one direction taken out of its patch tokens after block `layer`, which is not the last.
+    """The model with one direction removed from its patch tokens after block `layer`, which is not the last.
 
-    It is the direction in which places differ most: the first principal axis of the mean token of every place, over the
-    normalised images `x`. Outliers that are bound to their place lie along it.
+    It is the direction in which positions differ most: the first principal axis of the mean tokens of all positions,
+    over the normalised images `x`. Outliers at fixed positions lie along it.
     """
     seen = model.capture(x, "tokens", layers=layer)
     means_of_places = seen.patches(seen.tokens[layer]).float().mean(0)
@@ -209,7 +209,7 @@ def _without(block, args, kwargs, *, axis: torch.Tensor, prefix: int, batch_firs
 
 
 def patches_and_answers(module: nn.Module, x: torch.Tensor, layer: int = -1) -> tuple[torch.Tensor, torch.Tensor]:
-    """(patch tokens after a block (images, patches, dim), what the model gives) of one forward pass."""
+    """(patch tokens after a block (images, patches, dim), output of the model) of one forward pass."""
     anatomy, kept = dissect(module), []
     with hooks((anatomy.blocks[layer].register_forward_hook, lambda block, inputs, output: kept.append(output))):
         answers = (module if hasattr(module, "forward_head") else anatomy.forward)(x)
@@ -219,11 +219,11 @@ def patches_and_answers(module: nn.Module, x: torch.Tensor, layer: int = -1) -> 
 def shift_average(
     module: nn.Module, x: torch.Tensor, views: int = VIEWS, layer: int = -1
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`patches_and_answers`, the tokens a mean over views: shifted by whole patches, and every second one flipped.
+    """`patches_and_answers` with tokens averaged over views, shifted by whole patches and every second one flipped.
 
-    Each token is moved back to the patch that it shows; the border is mirrored, and what it shows does not count. The
-    first view is the image itself, which alone gives the answers. Shifts are drawn from torch's random state. After
-    PH-Reg (2025), which trains registers towards it.
+    Each token moves back to the patch that it shows; tokens of the mirrored border do not count. The first view is the
+    image itself, which alone gives the answers. Shifts are drawn from torch's random state. PH-Reg (2025) trains
+    registers towards this mean.
     """
     anatomy = dissect(module)
     rows, cols = anatomy.grid(x)
@@ -252,7 +252,7 @@ def _overlap(length: int, shift: int) -> slice:
 
 
 def means(effects) -> dict[str, float]:
-    """The means over photos of `effect`'s columns, without those that are NaN throughout; …_before is left out."""
+    """The means over photos of `effect`'s columns, without …_before and columns that are NaN throughout."""
     known = effects.dropna(axis=1, how="all")
     return {name: float(known[name].mean()) for name in (*MEANS, "right") if name in known}
 

@@ -1,4 +1,4 @@
-"""A model in one safetensors file, as this project writes it: all tensors, and in the metadata what builds it again.
+"""A model in one safetensors file: all tensors, and metadata that build the model again.
 
 The metadata hold one of
 
@@ -7,9 +7,9 @@ The metadata hold one of
     transformers   class, config
     open_clip      architecture, quick_gelu
     torchvision    arguments of its VisionTransformer
-    own            the class of a module that no name builds: `onto` puts the file into one
+    own            the class of a module that no name builds: `onto` loads the file into one
 
-and `facts`: the fields of `Model` that stay true. What was added to a mended model (see `added`) is among the tensors.
+and `facts`: the fields of `Model` that stay true. The buffers of a mended model (see `added`) are among the tensors.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ OF_TORCHVISION = ("image_size", "patch_size", "hidden_dim", "mlp_dim", "num_clas
 def write(model: Model, path: Path) -> None:
     """Write a model into a file that `zoo.load("file:PATH")` loads in a fresh process, with equal outputs.
 
-    PATH.pt2 and PATH.onnx become a program instead (`export`). Raises UserError where the system refuses.
+    PATH.pt2 and PATH.onnx become a program instead (`export`). Raises UserError where the file cannot be written.
     """
     path = Path(path)
     if path.suffix in (".pt2", ".onnx"):
@@ -73,7 +73,7 @@ def how_built(module: nn.Module) -> dict[str, str]:
 
 
 def of_timm(module: nn.Module, **arguments) -> dict:
-    """What builds a module of timm's again, with its image size and further `arguments` of its class."""
+    """Arguments that build a timm module again, with its image size and further `arguments` of its class."""
     cfg, known = module.pretrained_cfg, getattr(module, "timm_config", {}).get("model_args", {})
     overlay, size = {key: cfg[key] for key in CONFIG if key in cfg}, getattr(module.patch_embed, "img_size", None)
     if size:
@@ -105,7 +105,7 @@ def read(name: str, path: Path, image_size: int | None = None) -> Model | None:
 
 
 def with_added(model: Model, said: dict[str, torch.Tensor]) -> Model:
-    """The model with what the tensors `said` of a mended model's state_dict say is added; itself without any."""
+    """The model with the additions that the tensors `said` describe (see `added.of_state`); itself without any."""
     if not said:
         return model
     source = "test time" if any(name.endswith(added.MOVED) for name in said) else "empty"
@@ -122,7 +122,7 @@ def onto(module: nn.Module, path: str | Path) -> nn.Module:
 
 
 class _Answer(nn.Module):
-    """A model from images to one tensor: what it answers, of transformers the tokens after the last block."""
+    """A module from images to one tensor: the model's output; for transformers, the tokens after the last block."""
 
     def __init__(self, model: Model):
         super().__init__()
@@ -138,7 +138,7 @@ def export(model: Model, path: Path) -> None:
     """Write a model as a program for any number of images: PATH.pt2 for torch.export, PATH.onnx for ONNX.
 
     It takes normalised images of the model's own size. The program is run on one image and on three; raises UserError
-    where its answer is another than the model's, or where a package is missing.
+    where its output differs from the model's, or where a package is missing.
     """
     answer = _Answer(model).eval()
     size = (model.anatomy.channels, *sides(model.input_size))
@@ -160,7 +160,7 @@ def export(model: Model, path: Path) -> None:
 
 
 def _onnx(program, x: torch.Tensor, path: Path) -> list[torch.Tensor]:
-    """Write an exported program as ONNX; what onnxruntime answers on one image and on all of `x`."""
+    """Write an exported program as ONNX; return the outputs of onnxruntime for one image and for all of `x`."""
     try:
         import onnxruntime
         import onnxscript  # noqa: F401 (torch's exporter needs it)
@@ -173,7 +173,7 @@ def _onnx(program, x: torch.Tensor, path: Path) -> list[torch.Tensor]:
 
 
 def build(name: str, kind: str, told, image_size: int | None = None) -> nn.Module:
-    """A fresh module, from what `how_built` says of one: one of `KINDS` and its value. `name` is for errors."""
+    """A new module from what `how_built` returns: one of `KINDS` and its value. `name` is for errors."""
     if kind == "vit":
         from timm.models.vision_transformer import VisionTransformer
 
@@ -207,7 +207,7 @@ def build(name: str, kind: str, told, image_size: int | None = None) -> nn.Modul
 
 
 def _mini(name: str, module: nn.Module, config: dict, image_size: int | None) -> Model:
-    """A mini ViT with what its training says of it."""
+    """A mini ViT with the facts in its training's settings."""
     if image_size:
         module.set_input_size(sides(image_size))
     head = _scenes_head(module) if config.get("recipe", "deit3") == "deit3" and not config.get("data") else {}
@@ -216,7 +216,7 @@ def _mini(name: str, module: nn.Module, config: dict, image_size: int | None) ->
 
 
 def _facts_of_grown(config: dict) -> dict:
-    """Facts of a model whose registers were trained in afterwards, by its training's settings; of others none."""
+    """Facts of a model whose registers were trained in afterwards, from its training's settings; empty for others."""
     if config.get("recipe") != "registers" or not config["registers"]:
         return {}
     family = entries().get(config["model"], {}).get("family", "")
@@ -224,6 +224,6 @@ def _facts_of_grown(config: dict) -> dict:
 
 
 def _scenes_head(module: nn.Module) -> dict[str, tuple[int, int]]:
-    """Which logits answer which question about scenes, for a head of as many as the attributes have values."""
+    """The range of logits of each question about scenes, for a head with one logit per value of the attributes."""
     ends = torch.tensor([0, *map(len, ATTRIBUTES.values())]).cumsum(0).tolist()
     return dict(zip(ATTRIBUTES, itertools.pairwise(ends), strict=True)) if module.num_classes == ends[-1] else {}

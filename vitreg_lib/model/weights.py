@@ -1,9 +1,9 @@
-"""Weights from files, by their content: read, unwrapped, recognised by their layout, put into a module.
+"""Weights from files: read, unwrap, recognise the layout by its content, and load into a module.
 
-What is read: safetensors, and what torch.save wrote (.pt, .pth, .bin, .ckpt), as weights only: a file that would run
-code is refused. Around the weights may lie what training scripts put there: state_dict, model, model_ema, teacher or
-student; before the names module., backbone., _orig_mod., Lightning's model. Where moving averages lie beside raw
-weights, the averages are taken unless raw ones are asked for.
+A file is safetensors or the output of torch.save (.pt, .pth, .bin, .ckpt), read as weights only: a file that would run
+code is refused. Training scripts may wrap the weights in state_dict, model, model_ema, teacher or student, and begin
+their names with module., backbone., _orig_mod. or (Lightning) model. From a file with moving averages and raw weights,
+the averages are taken by default.
 
 Layouts (`recognise`): timm's, which is also that of DINO, MAE and DeiT-III; DINOv2 and DINOv3 of the official code,
 also with blocks in chunks; image towers of OpenAI's CLIP and of open_clip; torchvision.
@@ -37,7 +37,7 @@ NAMES = {192: "tiny", 384: "small", 768: "base", 1024: "large", 1280: "huge", 15
 
 @dataclass(frozen=True)
 class Layout:
-    """What a file's weights are: the layout's name, timm's architecture, options for it, preprocessing if it says any.
+    """Facts of a file's weights: the layout's name, timm's architecture, options for it, preprocessing if stated.
 
     architecture: the nearest one by width, depth and patch; "torchvision" for a module of torchvision's; "" for none.
     """
@@ -80,10 +80,9 @@ def is_safetensors(path: Path) -> bool:
 
 
 def read_weights(path: Path, which: str = "ema") -> tuple[dict[str, torch.Tensor], str]:
-    """(tensors by name, what was taken) of any file; `which` of averaged ("ema") and "raw" weights is taken.
+    """(tensors by name, name of the part taken) of any file; `which` selects averaged ("ema") or "raw" weights.
 
     "torchscript" opens a file of torch.jit, as OpenAI published its CLIP, which can run code: for trusted files alone.
-
     Raises UserError for a file that is damaged, would run code, or holds no weights.
     """
     if is_safetensors(path):
@@ -142,7 +141,7 @@ def _unwrapped(content, which: str) -> tuple[dict, str]:
 def recognise(tensors: dict[str, torch.Tensor]) -> tuple[Layout, dict[str, torch.Tensor]]:
     """The `Layout` of weights, and the weights that belong to the ViT: no decoder, no heads of a self-supervised loss.
 
-    Raises UserError for weights in which no known layout is recognised.
+    Raises UserError for weights of an unknown layout.
     """
     tensors = {re.sub(r"^blocks\.\d+\.(?=\d+\.)", "blocks.", k): v for k, v in tensors.items()}  # blocks in chunks
     own = {
@@ -186,7 +185,7 @@ def _clip(own: dict[str, torch.Tensor]) -> tuple[Layout, dict[str, torch.Tensor]
 
 
 def torchvision_vit(name: str, tensors: dict[str, torch.Tensor]) -> nn.Module:
-    """A VisionTransformer of torchvision's with the weights in it; heads are 64 wide, as in all of its models."""
+    """A torchvision VisionTransformer with these weights; heads are 64 wide, as in all torchvision models."""
     from torchvision.models import VisionTransformer
 
     width, _, _, size = tensors["conv_proj.weight"].shape
@@ -200,7 +199,7 @@ def torchvision_vit(name: str, tensors: dict[str, torch.Tensor]) -> nn.Module:
 
 
 def fill(name: str, module: nn.Module, tensors: dict[str, torch.Tensor], convert: bool = True) -> None:
-    """Load weights; a classifier that is missing or too much is no fault, all else is.
+    """Load weights; only those of the classifier may be missing or superfluous.
 
     Names and position embeddings are converted by timm's own filter for the module's class, if `convert`. Raises
     UserError with the names or shapes that do not fit and the nearest architecture that does.
@@ -223,7 +222,7 @@ def fill(name: str, module: nn.Module, tensors: dict[str, torch.Tensor], convert
 
 
 def _nearest(name: str, tensors: dict[str, torch.Tensor]) -> str:
-    """What to say about the architecture that weights are of, if they are not of the one that was named."""
+    """The end of an error message: the weights' first names, and their architecture where it is not the named one."""
     import timm
 
     begin = f"; their names begin {', '.join(list(tensors)[:2])}"

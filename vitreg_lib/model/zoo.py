@@ -1,10 +1,10 @@
-"""From a name to a model that is ready to be looked into.
+"""Models by name, ready to be measured.
 
 mini-deit3, vit-ti …      an entry of data/models.yaml
 planted, mini-random      the two controls, entries too
 timm:NAME, or NAME alone  a model of timm: VITREG_MODELS first, then the hub's cache, then the hub
 file:PATH                 weights in any layout that `weights` recognises, or a folder in timm's hub layout;
-                          file:PATH#ARCH says which architecture of timm's it is
+                          file:PATH#ARCH names its architecture in timm
 hf:REPO                   a model of transformers: a name of the hub's, or a folder of `save_pretrained`
 open_clip:ARCH/TAG        the image tower of a model of open_clip's; TAG may be a file
 random:NAME               the same architecture with fresh weights: a control
@@ -48,11 +48,11 @@ def load(
 ) -> Model:
     """The model of that name, in evaluation mode, on `device` (CUDA where there is one, by default).
 
-    A module of one's own, described (`vr.describe`) or recognised, becomes a `Model` where it is; its preprocessing is
-    what it says, else ImageNet's. `image_size`, a side or (height, width), asks for another input size than the model's
-    own; position embeddings are interpolated. weights: "ema" or "raw", where a file holds both, or "torchscript" for a
-    file of torch.jit, which can run code. `preprocessing` (mean, std, crop, crop_mode, interpolation) replaces the
-    model's own. Raises UserError for an unknown name, weights that cannot be had, or a damaged file.
+    The user's own module, described (`vr.describe`) or recognised, becomes a `Model` on its own device, with its stated
+    preprocessing or else ImageNet's. `image_size`, a side or (height, width), replaces the model's input size; position
+    embeddings are interpolated. weights: "ema" or "raw", where a file holds both, or "torchscript" for a file of
+    torch.jit, which can run code. `preprocessing` (mean, std, crop, crop_mode, interpolation) replaces the model's own.
+    Raises UserError for an unknown name, unavailable weights, or a damaged file.
     """
     if not isinstance(name, str):
         model = name if isinstance(name, Model) else of_module(name)
