@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from vitreg_lib.base import NOTEBOOKS  # noqa: E402
+from vitreg_lib.base import NOTEBOOKS, commit  # noqa: E402
 from vitreg_lib.data import images, sets  # noqa: E402
 from vitreg_lib.measure import objects  # noqa: E402
 from vitreg_lib.model import measured, zoo  # noqa: E402
@@ -57,15 +57,16 @@ MODELS = {
 
 def main(names: list[str]) -> None:
     """Measure the models of these names, all if there is none."""
+    state = commit()  # before the first file is written, which git sees as a change
     for name in names or MODELS:
-        write(name, **MODELS[name])
+        write(name, state, **MODELS[name])
 
 
-def write(name: str, late=False, lost=False, scores=None, sets=(), tokens=()) -> None:
+def write(name: str, state: str, late=False, lost=False, scores=None, sets=(), tokens=()) -> None:
     """Measure one model into its file."""
     model = zoo.load(name, "cpu")
     pictures = images.load("photos", model, PHOTOS)
-    tensors, more = measuring.measure(model, pictures, last=not late), {}
+    tensors, more = measuring.measure(model, pictures, last=not late), {"commit": state}
     if lost:
         tensors |= discovery(model, pictures)
         scored, more["lost"] = on_boxes(model)
@@ -73,8 +74,7 @@ def write(name: str, late=False, lost=False, scores=None, sets=(), tokens=()) ->
     if scores:
         found = tab02.scores(model, **scores)
         tensors |= {
-            f"scores.{task}": parts.to(torch.float32 if task == "rmse" else torch.int32)
-            for task, parts in found.parts.items()
+            f"scores.{task}": parts if task == "rmse" else parts.to(torch.int32) for task, parts in found.parts.items()
         }
         more |= {"scores": found.sources, "scored_artifacts": found.artifacts}
     if sets:

@@ -48,7 +48,7 @@ def write(model: Model, images, tensors: dict, path: Path, command: str, **more)
     sizes = {name: getattr(anatomy, name) for name in ("prefix", "depth", "patch_size", *SIZES)}
     source = images.source.split(",")[0]
     metadata = dict(model=facts, anatomy=sizes, source=source, size=images.x.shape[-1], photos=_hashes(images))
-    metadata |= dict(command=command, commit=commit(), date=datetime.date.today().isoformat(), **more)
+    metadata |= dict(command=command, commit=commit(), date=datetime.date.today().isoformat()) | more
     metadata["queries"] = queries(model, images)
     path.parent.mkdir(parents=True, exist_ok=True)
     with written(path) as temporary:
