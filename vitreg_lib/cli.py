@@ -39,7 +39,7 @@ Crop = Annotated[float | None, typer.Option("--crop", min=0.1, max=1, help="shar
 
 
 def _loaded(name: str, weights: str, size, **preprocessing):
-    """The model of that name, in the way that the options ask for."""
+    """The model of that name, loaded with these options."""
     from .model import zoo
 
     size = size and (size if size[0] != size[1] else size[0])
@@ -48,7 +48,7 @@ def _loaded(name: str, weights: str, size, **preprocessing):
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run a command; 0, or another exit code after one clear line on stderr (a traceback with --debug)."""
+    """Run a command; return 0, or another exit code after one line on stderr (a traceback with --debug)."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in given
     try:
@@ -77,7 +77,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _joined(arguments: list[str]) -> list[str]:
-    """Arguments with `-p NAME VALUE` as `-p NAME=VALUE`, which options of one value can take; without --debug."""
+    """Arguments with `-p NAME VALUE` rewritten as `-p NAME=VALUE`, an option of one value; without --debug."""
     rest, joined = iter(a for a in arguments if a != "--debug"), []
     for argument in rest:
         joined.append(argument)
@@ -327,7 +327,7 @@ def batch(
 
 
 def _workflow(module: str):
-    """A module of the folder workflow/, which runs the notebooks and comes with them in the repository."""
+    """A module of the folder workflow/, which is in the repository and runs the notebooks."""
     _need_repository(f"workflow/{module}.py")
     if (folder := str(ROOT / "workflow")) not in sys.path:
         sys.path.append(folder)

@@ -1,7 +1,6 @@
-"""Figures of maps: attention, norms and components on the patches; where outliers sit; what registers cost and do.
+"""Figures of maps: attention, norms and components on the patches; positions of outliers; cost and effect of registers.
 
-As in `plots`: tensors or data frames in, a matplotlib Figure out, unsaved, in the same style. Maps are drawn one square
-a patch, never smoothed: an artifact is one patch wide.
+Each patch is one square of a map, never smoothed, because an artifact is one patch wide.
 """
 
 from __future__ import annotations
@@ -35,13 +34,13 @@ def sheet(
     gamma: float = 1.0,
     cell: float = 1.5,
 ) -> Figure:
-    """Images down, models across: the image, then a map of each model; models in one group (a pair) stand together.
+    """Images down, models across: the image, then a map of each model; models of one group (a pair) are adjacent.
 
     pixels: (n, 3, h, w), or None for no images. groups: {name: (n, rows, cols) or (n, 3, rows, cols) colours}; four
-    maps or the maps of one group stand side by side, further groups below. `scale`: what shares one colour scale:
+    maps or the maps of one group are side by side, further groups below. `scale`: the maps that share a colour scale:
     "group", all maps of a group; "image", those of one image in a group; "each", none, as in the paper. `limits`: ends
-    of every scale, where given. A flat map is grey. rings: {name: (n, rows, cols) bool}, patches that are ringed;
-    cutoffs: {name: value}, a line in the colour bar. gamma below 1 shows small values. cmap: one, or one a group.
+    of every scale. A flat map is grey. rings: {name: (n, rows, cols) bool}, patches to ring; cutoffs: {name: value}, a
+    line in the colour bar. gamma below 1 shows small values. cmap: one, or one per group.
     """
     colours = [cmap] * len(groups) if isinstance(cmap, str) else cmap
     bands = _bands(list(zip(groups, colours, strict=True)))
@@ -82,12 +81,12 @@ def _bands(groups: list[tuple], across: int = 4) -> list[list[tuple]]:
 
 
 def _places(figure, band: list[tuple], pixels, count: int, most: int):
-    """(group, colour map, axes (images, maps)) of each group of a band; the images stand in the first column."""
+    """(group, colour map, axes (images, maps)) of each group of a band; the first column shows the images."""
     first = int(pixels is not None)
     widths = [1.0] * first
     for group, _ in band:
         widths += [0.12] * bool(widths) + [1.0] * len(group)
-    widths += [1.0] * (most - sum(len(group) for group, _ in band))  # cells are of one size in all bands
+    widths += [1.0] * (most - sum(len(group) for group, _ in band))  # all bands have cells of one size
     axes = figure.subplots(count, len(widths), squeeze=False, width_ratios=widths)
     for axis in axes.flat:
         axis.axis("off")
@@ -116,7 +115,7 @@ def _norms(group: dict[str, torch.Tensor], scale: str, limits: tuple, gamma: flo
 
 
 def _bar(figure, axes, cmap: str, norm, label: str, scale: str | None):
-    """The colour bar below a group: numbers of `norm`, or least and largest where maps have scales of their own."""
+    """The colour bar below a group: numbers of `norm`, or "least" and "largest" where each map has its own scale."""
     shown = ScalarMappable(PowerNorm(norm.gamma, 0, 1) if scale else norm, cmap)
     bar = figure.colorbar(shown, ax=axes.ravel().tolist(), location="bottom", aspect=16 * axes.shape[1], pad=0.02)
     bar.ax.xaxis.set_major_locator(MaxNLocator(min(4, 1 + axes.shape[1])))
@@ -128,7 +127,7 @@ def _bar(figure, axes, cmap: str, norm, label: str, scale: str | None):
 
 
 def draw_map(axis, values: torch.Tensor, cmap: str, norm=None) -> None:
-    """One map (rows, cols), a square a patch, or colours (3, rows, cols); a flat map is grey."""
+    """One map (rows, cols), one square per patch, or colours (3, rows, cols); a flat map is grey."""
     if values.ndim == 3:
         axis.imshow(picture(values), interpolation="nearest")
         return
@@ -159,10 +158,10 @@ def query_view(pixels: torch.Tensor, attention: torch.Tensor, norms: torch.Tenso
 
 @styled
 def grids(maps: dict[str, torch.Tensor], label: str, cmap: str = NORMS, shared: bool = True, low=None) -> Figure:
-    """One heat map (rows, cols) a name, side by side, and below it the profiles of its columns and of its rows.
+    """One heat map (rows, cols) per name, side by side, above the profiles of its columns and of its rows.
 
-    One colour scale for all where `shared`, from `low` (by default the least value). Maps of zeros are not drawn: a
-    line says whose they are.
+    One colour scale for all where `shared`, from `low` (by default the least value). Maps of zeros are not drawn; a
+    line of text names them.
     """
     drawn = {name: values.cpu() for name, values in maps.items() if values.any()} or dict(list(maps.items())[:1])
     size = (2.6 * len(drawn) + 1.2, 3.9)
@@ -190,7 +189,7 @@ def grids(maps: dict[str, torch.Tensor], label: str, cmap: str = NORMS, shared: 
 
 @styled
 def bars(table: pd.DataFrame, label: str, line: float | None = None, line_label: str = "") -> Figure:
-    """Grouped bars: one group a row of `table`, one colour a column."""
+    """Grouped bars: one group per row of `table`, one colour per column."""
     figure, axis = plt.subplots(figsize=(max(3.6, 0.3 * table.size + 0.6 * len(table) + 1.4), 2.9))
     width = 0.8 / len(table.columns)
     for number, column in enumerate(table.columns):

@@ -62,7 +62,7 @@ def quantile_levels(table: pd.DataFrame) -> dict[float, np.ndarray]:
 
 @styled
 def norms_by_layer(tables: dict[str, pd.DataFrame], onsets: dict[str, int]) -> Figure:
-    """Figure 4(a): quantiles of patch norms after each block, one panel a model; tables as `telemetry.table`."""
+    """Figure 4(a): quantiles of patch norms after each block, one panel per model; tables as `telemetry.table`."""
     figure, axes = plt.subplots(1, len(tables), figsize=(2.6 * len(tables) + 0.4, 2.9), squeeze=False)
     for axis, (name, table) in zip(axes[0], tables.items(), strict=True):
         bands(axis, table.layer, quantile_levels(table), PALETTE[0])
@@ -80,9 +80,9 @@ def norms_by_layer(tables: dict[str, pd.DataFrame], onsets: dict[str, int]) -> F
 
 @styled
 def training(log: pd.DataFrame, telemetry: pd.DataFrame, steps: int, title: str = "") -> Figure:
-    """A training of `steps` as far as it has come: loss, the recipe's own numbers, norms by step and by block.
+    """The progress of a training of `steps`: loss, the recipe's own numbers, norms by step and by block.
 
-    log: one row a step, columns `step`, `loss` and the recipe's numbers; telemetry: rows of `telemetry.measure`.
+    log: one row per step, columns `step`, `loss` and the recipe's numbers; telemetry: rows of `telemetry.measure`.
     """
     figure, ((loss, numbers), (by_step, by_block)) = plt.subplots(2, 2, figsize=(8.4, 5.2))
     smooth = log.set_index("step").ewm(span=15).mean()
@@ -95,7 +95,7 @@ def training(log: pd.DataFrame, telemetry: pd.DataFrame, steps: int, title: str 
     if names:
         numbers.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=len(names))
         if smooth[names].min().min() > 0 and smooth[names].max().max() > 20 * smooth[names].max().min():
-            numbers.set_yscale("log")  # else the smaller would be a line along the bottom
+            numbers.set_yscale("log")  # else the smaller numbers would lie along the bottom
             plain_log(numbers.yaxis)
     numbers.set(xlabel="step", ylabel="on the batch", xlim=(0, steps))
 
@@ -118,10 +118,10 @@ def training(log: pd.DataFrame, telemetry: pd.DataFrame, steps: int, title: str 
 
 @styled
 def token_kinds(tables: dict[str, dict[str, torch.Tensor]]) -> Figure:
-    """Figure 15: norms of patches, cls and each register; one panel a model, one violin a kind of token.
+    """Figure 15: norms of patches, cls and each register; one panel per model, one violin per kind of token.
 
-    tables: {model: {kind: norms}}. Each violin ends at the least and largest norm, a line marks its median; a kind
-    whose norm is the same in every image is a line.
+    tables: {model: {kind: norms}}. Each violin ends at the least and largest norm; a line marks its median. A kind with
+    equal norms in all images is a line.
     """
     import seaborn as sns
 

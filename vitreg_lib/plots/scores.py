@@ -11,14 +11,14 @@ from .style import PALETTE, PAPER, styled, wrapped
 
 
 def dots(axis, table, value: str, place: str, kind: str, styles: dict[str, tuple], **options) -> None:
-    """Draw dots with their intervals: one a row of `table`, at its `place`, dodged by its `kind`.
+    """Draw one dot with its interval per row of `table`, at its `place`, dodged by its `kind`.
 
-    table: DataFrame with columns `value`, low, high, `place` and `kind`; where low and high are NaN the dot has no
+    table: DataFrame with columns `value`, low, high, `place` and `kind`; a dot with NaN as low and high has no
     interval. styles: {kind: (colour, marker)}. options: of seaborn's `pointplot`; orient="h" puts places on the y axis.
     """
     import seaborn as sns
 
-    # seaborn takes an interval from samples: of low, value and high the median is the value and the range the interval
+    # seaborn computes the interval from samples: low, value and high have the median `value` and the range (low, high)
     ends = table.melt([place, kind], [value, "low", "high"], var_name="end", value_name="_score")
     across = options.pop("orient", "v") == "v"
     options = {"dodge": 0.16 * (len(styles) - 1), "linestyle": "none", "markersize": 4.5, "legend": False} | options
@@ -42,7 +42,7 @@ def dots(axis, table, value: str, place: str, kind: str, styles: dict[str, tuple
 
 @styled
 def scores(table, label: str, lines: dict[str, float]) -> Figure:
-    """Scores with intervals: a group of dots a model, a colour for each setting; `lines` are baselines with a name.
+    """Scores with intervals: one group of dots per model, one colour per setting; `lines` are named baselines.
 
     table: DataFrame indexed by (model, setting) with columns value, low, high.
     """

@@ -14,8 +14,8 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Circle, Rectangle
 from matplotlib.patheffects import withStroke
 
-# The backend is chosen here: chosen inside `rc_context`, a notebook's would lose its "interactive" when the context
-# ends, and every figure of the notebook but the first would stay unseen.
+# The backend is set here. Set inside `rc_context`, a notebook's would lose its interactive mode when the context ends,
+# and the notebook would show only its first figure.
 plt.switch_backend(matplotlib.get_backend())
 
 NORMS = "viridis"  # colour map of norms
@@ -63,27 +63,27 @@ def caption(figure: Figure, text: str) -> Figure:
 
 
 def picture(pixels: torch.Tensor) -> np.ndarray:
-    """(3, height, width) pixels in [0, 1] as matplotlib wants them."""
+    """(3, height, width) pixels in [0, 1] in the layout of matplotlib."""
     return pixels.clamp(0, 1).permute(1, 2, 0).cpu().numpy()
 
 
 def bare(axis) -> None:
-    """Take ticks, grid and frame away, for a picture."""
+    """Remove ticks, grid and frame, for a picture."""
     axis.set(xticks=[], yticks=[])
     axis.grid(False)
     axis.spines[:].set_visible(False)
 
 
 def ring(axis, mask: torch.Tensor, radius: float = 0.62) -> None:
-    """Ring the patches of a mask (rows, cols) on a map: white with a dark outline, to be seen on any colour."""
+    """Ring the patches of a mask (rows, cols) on a map: white with a dark outline, visible on any colour."""
     circles = [Circle((col, row), radius) for row, col in mask.nonzero().tolist()]
     outline = [withStroke(linewidth=3, foreground="black")]
     style = dict(facecolor="none", edgecolor="white", linewidth=1.3, path_effects=outline, clip_on=False)
-    axis.add_collection(PatchCollection(circles, **style), autolim=False)  # rings at the border shrink no map
+    axis.add_collection(PatchCollection(circles, **style), autolim=False)  # else border rings would shrink the map
 
 
 def draw_box(axis, box: torch.Tensor, **style) -> Rectangle:
-    """Draw a box (left, top, right, bottom) given in pixels; a picture counts pixels from their centres."""
+    """Draw a box (left, top, right, bottom) given in pixels; picture coordinates refer to the centres of pixels."""
     left, top, right, bottom = (float(edge) - 0.5 for edge in box)
     return axis.add_patch(Rectangle((left, top), right - left, bottom - top, fill=False, **style))
 
@@ -101,7 +101,7 @@ def wrapped(name: str) -> str:
 def plain_log(axis, most: int = 8) -> None:
     """Ticks of a log axis as plain numbers: 1, 2 and 5 times powers of ten, or the powers alone if `most` are exceeded.
 
-    Called after the data are drawn, since the number of ticks depends on the range of the axis.
+    Call it after drawing the data, because the number of ticks depends on the range of the axis.
     """
     low, high = axis.get_view_interval()
     few = 3 * np.log10(high / low) > most

@@ -1,7 +1,7 @@
-"""Five questions about the artifacts of a model, each answered by a sentence, its numbers and tables.
+"""Five questions about the artifacts of a model, each answered by a sentence, numbers and tables.
 
-`ASKED` are the questions in order; each takes a `Look`. Those that presuppose artifacts are asked only where there are
-some.
+`ASKED` are the questions in order; each takes a `Look`. Questions that presuppose artifacts are asked only for models
+that have some.
 """
 
 from __future__ import annotations
@@ -22,17 +22,16 @@ from ..model import mend, remedies
 from ..probes import local
 from .look import BATCH, SHOWN, Look
 
-PER_CLASS = 5  # images of a class, for five parts of which each is the test once
-TOKENS = 4000  # that a local probe is trained on
-COPIES = 0.99  # cosine from which on two registers are one
+PER_CLASS = 5  # images of a class, for five-fold cross-validation
+TOKENS = 4000  # for training a local probe
+COPIES = 0.99  # from this cosine on, two registers count as copies
 SINK = 10.0  # even shares of the attention of other patches
 
 
 @dataclass
 class Answer:
-    """answer, in a word or two; sentence, with the number behind it; numbers, None where not measured;
-    tables: DataFrames by title. maps: what is drawn of the shown images, by name: (images, rows, cols), or boxes
-    (images, 4) in pixels."""
+    """answer, in a word or two; sentence, with its number; numbers, None where not measured; tables: DataFrames by
+    title. maps of the shown images, by name: (images, rows, cols), or boxes (images, 4) in pixels."""
 
     answer: str
     sentence: str
@@ -66,7 +65,7 @@ def _not_asked(found: detection.Detection) -> Answer:
 
 @asks("Are there any?", presupposes=False)
 def any_there(seen: Look) -> Answer:
-    """By the detector, with the share of outliers in all images."""
+    """Whether there are artifacts: by the detector, with the share of outliers in all images."""
     found, norms = seen.detection, seen.detection.outliers.norms
     numbers = dict(images=len(seen.shares), images_judged=found.images, images_needed=found.images_needed)
     numbers |= dict(blocks=seen.model.anatomy.depth, median_norm=norms.median().item(), largest_norm=norms.max().item())
@@ -94,7 +93,7 @@ def any_there(seen: Look) -> Answer:
 
 @asks("What kind are they?", presupposes=False)
 def kind(seen: Look) -> Answer:
-    """Of place or of content; and, of any model, what else looks like them: sinks, copies among registers."""
+    """Whether artifacts depend on place or content; for any model, also attention sinks and equal registers."""
     found, numbers, tables, parts = seen.detection, {}, {}, []
     if found.has_artifacts:
         parts = _parted(seen, numbers, tables)
@@ -106,7 +105,7 @@ def kind(seen: Look) -> Answer:
 
 
 def _parted(seen: Look, numbers: dict, tables: dict) -> list[str]:
-    """Sentences on what foretells where outliers are, and on where they go when place and content part company."""
+    """Sentences on what predicts outliers, and on whether they follow place or content when these are separated."""
     found, x = seen.detection, seen.kept.x[seen.sample]
     numbers["explained_by_place"] = found.place
     parts = [f"{found.kind[0].upper()}{found.kind[1:]}: place explains {found.place:.0%} of where the outliers are."]
@@ -125,7 +124,7 @@ def _parted(seen: Look, numbers: dict, tables: dict) -> list[str]:
 
 
 def _sinks(seen: Look, numbers: dict) -> str:
-    """A sentence on the patches that others look at, apart from those of large norm."""
+    """A sentence on patches of normal norm that receive much attention from others."""
     received = seen.observed.received(seen.detection.outliers.layer).get("patches")
     if received is None:
         return ""
@@ -153,7 +152,7 @@ def _registers(seen: Look, numbers: dict) -> str:
 
 @asks("What do they hold?")
 def held(seen: Look) -> Answer:
-    """The class of the image, by one token; pixels and place of their own patch, by probes."""
+    """What outliers hold: the class of the image, by one token; pixels and place of their own patch, by probes."""
     numbers, tables, parts = {}, {}, []
     answer = _classified(seen, numbers, tables, parts)
     try:
@@ -230,7 +229,7 @@ def _classified(seen: Look, numbers: dict, tables: dict, parts: list[str]) -> st
 
 
 def _right(features: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-    """(images,) bool: whether logistic regression on the other four fifths names the class."""
+    """(images,) bool: whether logistic regression on the other four fifths predicts the class."""
     from sklearn.linear_model import LogisticRegression
     from sklearn.model_selection import StratifiedKFold, cross_val_predict
     from sklearn.pipeline import make_pipeline
@@ -244,7 +243,7 @@ def _right(features: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
 
 @asks("Do they hurt?")
 def hurt(seen: Look) -> Answer:
-    """By attention of cls, and by smoothness and object discovery with outliers left out and not."""
+    """Whether artifacts hurt: by attention of cls, and by smoothness and object discovery with and without outliers."""
     found, numbers, parts = seen.detection, {}, []
     of_cls, mask = seen.observed.received(found.outliers.layer).get("cls"), found.outliers.mask.flatten(1)
     if of_cls is not None:
@@ -295,7 +294,7 @@ def hurt(seen: Look) -> Answer:
 
 
 def _pooling(seen: Look) -> torch.Tensor | None:
-    """(kept images, patches) attention of timm's pooling head, as SigLIP has it, mean over heads; None without one."""
+    """(kept images, patches) attention of timm's pooling head (SigLIP), mean over heads; None without one."""
     module, rows = seen.model.module, []
     pool = getattr(module, "attn_pool", None)
     if type(pool).__name__ != "AttentionPoolLatent":
@@ -314,7 +313,7 @@ def _pooling(seen: Look) -> torch.Tensor | None:
 
 
 def boxes(seen: Look) -> dict[str, torch.Tensor]:
-    """LOST's boxes (images, 4), in patches, of the sample: by "all patches", and with "outliers left out".
+    """LOST's boxes (images, 4), in patches, for the sample: with "all patches", and with "outliers left out".
 
     moved: (images,) whether the two overlap by less than one half; seed_on_outlier: whether LOST starts on an outlier.
     """

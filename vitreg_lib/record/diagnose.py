@@ -4,8 +4,8 @@
     vitreg diagnose file:weights.pth --images folder/of/photos --labels
     vitreg diagnose file:runs/mine --over-time          # a folder of checkpoints: Figure 4(b) of one's own training
 
-`diagnose` asks the five questions of `answers`; `write` makes a page and a report in JSON of one model or several. The
-same questions to two controls whose truth is known, the planted and the random mini ViT, stand beside every answer.
+`diagnose` asks the five questions of `answers`; `write` makes a page and a JSON report for one model or several. Beside
+each answer are those for two controls with known truth, the planted and the random mini ViT.
 """
 
 from __future__ import annotations
@@ -39,13 +39,13 @@ from .answers import ASKED, Answer, any_there
 from .look import Look, look
 
 CONTROLS = ("planted", "mini-random")
-SCENES = 64  # that the controls are asked about
+SCENES = 64  # for the controls
 SUFFIXES = set(".safetensors .pt .pth .bin .ckpt".split())
 
 
 @dataclass
 class Diagnosis:
-    """The answers to the five questions (the first alone for a run over time), and what they rest on."""
+    """The answers to the five questions (the first alone for a run over time), and their measurements."""
 
     model: Model
     seen: Look
@@ -53,12 +53,12 @@ class Diagnosis:
 
     @property
     def name(self) -> str:
-        """Short enough for a figure, and nothing in it that a figure takes for a formula."""
+        """A name short enough for a figure, without characters that a figure reads as a formula."""
         return self.seen.name.rpartition("/")[2][-32:].replace("$", r"\$")
 
     @property
     def verdict(self) -> str:
-        """The sentences of all answers, a line each."""
+        """The sentences of all answers, one per line."""
         return "\n".join(f"{ask.question} {each.sentence}" for ask, each in zip(ASKED, self.answers, strict=False))
 
     @property
@@ -72,7 +72,7 @@ def diagnose(
 ) -> Diagnosis:
     """The `Diagnosis` of a model (`Model`, module or name) on an `Images` set or up to `n` images of a source.
 
-    labelled: sub-folders are classes, where no labels.csv names them. briefly: only whether there are artifacts.
+    labelled: sub-folders are classes, unless labels.csv names them. briefly: ask only whether there are artifacts.
     Raises UserError where `labelled` finds no labels.
     """
     from tqdm.auto import tqdm
@@ -94,7 +94,7 @@ def diagnose(
 
 @functools.cache
 def controls() -> list[Diagnosis]:
-    """The diagnoses of two models whose truth is known: artifacts planted by hand, and fresh weights."""
+    """The diagnoses of two models with known truth: artifacts planted by hand, and fresh weights."""
     return [diagnose(zoo.load(name, "cpu"), "scenes", SCENES) for name in CONTROLS]
 
 
@@ -123,7 +123,7 @@ def _checkpoint(each: Diagnosis) -> dict:
 
 
 def _steps(names: list[str]) -> list[int]:
-    """The last number in each checkpoint's name where that grows from one to the next, else its place in the order."""
+    """The last number in each checkpoint's name if these increase, else its number in the order."""
     steps = [(_numbers(Path(name.partition("#")[0]).stem) or [0])[-1] for name in names]
     return steps if all(a < b for a, b in itertools.pairwise(steps)) else list(range(len(steps)))
 
@@ -147,7 +147,7 @@ def _rows(table) -> list[dict]:
 
 
 def _plain(value):
-    """Numbers, text, lists and dicts alone; None for what is not finite."""
+    """A value as numbers, text, lists and dicts; None replaces numbers that are not finite."""
     if isinstance(value, dict):
         return {str(key): _plain(each) for key, each in value.items()}
     if isinstance(value, (list, tuple)):
@@ -161,12 +161,12 @@ def write(
 ) -> tuple[Path, Path]:
     """Write the page and the report; their paths, named by model, images and date. Nothing is overwritten.
 
-    Of several models the numbers go into a table beside them too (.parquet, see `_tidy`). `diagnoses` may come one
-    after another, from a generator: none is kept. folder: results/diagnose by default. source: what the images are
-    called in the name. time: the models are checkpoints of one training, in order.
+    For several models it also writes the numbers as a table (.parquet, see `_tidy`). `diagnoses` may be a generator;
+    none is kept. folder: results/diagnose by default. source: name of the images in the file names. time: the models
+    are checkpoints of one training, in order.
 
-    The report holds for every model five questions with answer, sentence, numbers and tables; a number that was not
-    measured is null. The controls are reported in the same form.
+    For every model and control, the report holds five questions with answer, sentence, numbers and tables; a number
+    that was not measured is null.
     """
     models, pictures, rows = [], {"": {}}, []
     for number, each in enumerate(diagnoses):
@@ -219,7 +219,7 @@ def _safe(name: str) -> str:
 
 
 def _unused(folder: Path, stem: str) -> Path:
-    """An HTML file of that stem, or stem-2, stem-3 …, that was not there; it is now, so that nobody else takes it."""
+    """A new HTML file of that stem, or stem-2, stem-3 …, created at once to reserve the name."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for name in itertools.chain([stem], (f"{stem}-{i}" for i in itertools.count(2))):
@@ -231,7 +231,7 @@ def _unused(folder: Path, stem: str) -> Path:
 
 
 def _figures(each: Diagnosis) -> dict[str, dict[str, bytes]]:
-    """{question: {title: PNG}}: the user's own images, and the same measurement of the controls beside it."""
+    """{question: {title: PNG}}: the user's images, and the same measurements of the controls."""
     everyone = {each.name: each} | {f"{control.name}, control": control for control in controls()}
     found, seen = each.seen.detection, each.seen
     pixels, on_images = seen.kept.pixels[seen.shown], _on_images(each)
@@ -258,7 +258,7 @@ def _figures(each: Diagnosis) -> dict[str, dict[str, bytes]]:
 def _on_images(each: Diagnosis) -> dict[str, tuple]:
     """{model or control: (norms, outliers, attention of cls or None)} on the shown images, each (images, rows, cols).
 
-    The controls see the same images at their own size. Nothing is an outlier where there are no artifacts.
+    The controls get the same images at their own size. Without artifacts, no patch is an outlier.
     """
     seen, rows = each.seen, each.seen.rows[each.seen.shown]
     observed = {each.name: (seen, seen.observed, rows)}
@@ -299,7 +299,7 @@ def _norms(pixels: torch.Tensor, on_images: dict, everyone: dict[str, Diagnosis]
 
 
 def _places(everyone: dict[str, Diagnosis]) -> dict:
-    """How often each place holds an outlier, and what outliers follow in the interventions."""
+    """Share of outliers at each place, and whether outliers follow place or content in the interventions."""
     shares = {name: 100 * one.seen.detection.outliers.mask.float().mean(0) for name, one in everyone.items()}
     figures = {"How often a place holds an outlier": plots.grids(shares, "images (%)", shared=False, low=0.0)}
     for name, one in everyone.items():
@@ -311,7 +311,7 @@ def _places(everyone: dict[str, Diagnosis]) -> dict:
 
 
 def _held(everyone: dict[str, Diagnosis]) -> dict:
-    """Bars of what outliers hold, the model's beside the controls'."""
+    """Bars of what outliers hold, for the model and the controls."""
     import pandas as pd
 
     titles = {

@@ -1,7 +1,7 @@
-"""What a matplotlib figure draws, as numbers and words, kept in records to compare two runs of a notebook.
+"""The content of a matplotlib figure as numbers and words, kept in records to compare two runs of a notebook.
 
-Each visible panel is an entry with its labels and, for each line, bar, picture …, a few statistics of its coordinates
-or values, rounded to a thousandth of the range drawn in the panel. `workflow/compare.py` compares two such summaries.
+Each visible panel has an entry with its labels and, for each line, bar, picture …, statistics of its coordinates or
+values, rounded to a thousandth of the range drawn in the panel. `workflow/compare.py` compares two such summaries.
 """
 
 from __future__ import annotations
@@ -11,13 +11,13 @@ import warnings
 
 import numpy as np
 
-THIS_MACHINE = "this machine"  # gid of what shows the time or memory that something took
+THIS_MACHINE = "this machine"  # gid of artists that show measured time or memory
 PARTS = 8  # of a sequence; a picture has 4 x 4
 PHOTO = 32  # pixels; a picture with a longer side is a photo
 
 
 def summary(figure) -> list[dict]:
-    """One entry a visible panel of a matplotlib figure, with insets and colour bars; JSON can hold it."""
+    """One entry per visible panel of a matplotlib figure, with insets and colour bars, ready for JSON."""
     axes = [a for axis in figure.axes for a in (axis, *axis.child_axes) if axis.get_visible() and a.get_visible()]
     axes = [axis for axis in axes if axis.get_gid() != THIS_MACHINE]
     return [_panel(axis) for axis in dict.fromkeys(axes)]
@@ -50,7 +50,7 @@ def _line(line) -> dict | None:
 
 
 def _patches(axis) -> list[dict | None]:
-    """Bars that were drawn together, and each other patch by itself, all by their boxes."""
+    """One entry for bars drawn together and one for each other patch, all by their boxes."""
     together = [list(c.patches) for c in axis.containers if hasattr(c, "patches") and c.patches]
     grouped = {id(patch) for bars in together for patch in bars}
     drawn = []
@@ -58,7 +58,7 @@ def _patches(axis) -> list[dict | None]:
         boxes = [patch.get_path().get_extents(patch.get_patch_transform()) for patch in group]
         corners = np.array([box.p0 for box in boxes] + [box.p1 for box in boxes])
         if id(group[0]) in grouped and axis.get_yscale() == "log":
-            corners[:, 1] += 1  # bars stand on zero, which a log axis does not have
+            corners[:, 1] += 1  # bars start at zero, which a log axis does not have
         label = next((c.get_label() for c in axis.containers if group[0] in c), group[0].get_label())
         drawn.append(_artist(group[0], "bars" if id(group[0]) in grouped else "shape", corners, len(group), label))
     return drawn
@@ -110,7 +110,7 @@ def _image(image) -> dict | None:
 def _statistics(values: np.ndarray, span: float) -> list[float]:
     """[least, largest, mean, means of parts, of a photo also their middles], empty when no value is finite.
 
-    (n,) is taken in 8 parts, (rows, cols) in 4 x 4.
+    (n,) is divided into 8 parts, (rows, cols) into 4 x 4.
     """
     if not np.isfinite(values).any():
         return []
@@ -119,7 +119,7 @@ def _statistics(values: np.ndarray, span: float) -> list[float]:
     else:
         parts = np.array_split(values, min(PARTS, len(values)))
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # a part may be empty of finite values
+        warnings.simplefilter("ignore")  # a part may have no finite value
         means = [np.nanmean(part) for part in parts]
     if values.ndim == 2 and max(values.shape) > PHOTO:
         means += [part[part.shape[0] // 2, part.shape[1] // 2] for part in parts]
@@ -142,7 +142,7 @@ def _ends(values: np.ndarray) -> list[float]:
 
 
 def extent(ends: list[list[float]]) -> float:
-    """The range of several [least, largest]; of a single value its size, 1 where there is none."""
+    """The range of several [least, largest]; for a single value its magnitude; 1 without values."""
     flat = [v for pair in ends for v in pair[:2]]
     if not flat:
         return 1.0
@@ -156,7 +156,7 @@ def _rounded(value: float, span: float) -> float:
 
 
 def statistic_name(number: int) -> str:
-    """What the numbers of `_statistics` are called."""
+    """The name of a number of `_statistics`."""
     if number < 3:
         return ("least", "largest", "mean")[number]
     return f"mean (part {number - 2}) of" if number < 19 else f"middle (part {number - 18}) of"

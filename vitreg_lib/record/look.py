@@ -1,7 +1,7 @@
-"""One pass over images of any number: what the questions about a model's artifacts need, and no more.
+"""One pass over any number of images, which keeps what the questions about a model's artifacts need.
 
-Memory does not grow with the number of images beyond `JUDGED`: norms and attention are kept of so many, tokens and
-pixels of fewer, and of every other image the share of outliers alone.
+Memory does not grow with the number of images beyond `JUDGED`: norms and attention are kept for these, tokens and
+pixels for fewer, and only the share of outliers for other images.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 from ..data import images as image_sets
 from ..measure import detection
 
-JUDGED = 500  # images that the verdict rests on; outliers are counted in all of them
+JUDGED = 500  # images for the verdict; outliers are counted in all images
 VALUES = 2**25  # kept of tokens, and of pixels: 221 images for a ViT-B/16
 WORK = 3e11  # weights x tokens x images that one pass of an intervention may take: 16 images for a ViT-B/16
 BATCH = 16
@@ -23,11 +23,11 @@ SHOWN = 4  # images in a picture
 
 @dataclass
 class Look:
-    """What one pass over the images kept.
+    """The results of one pass over the images.
 
     observed, detection: of the judged images. shares: (n,) share of outliers in every image. kept: `Images`, spread
-    evenly over the judged ones, with their tokens after the final LayerNorm (images, tokens, dim), `rows`: which of
-    the judged images they are. labels: (images,) their classes, or None. costly: how many of them interventions take.
+    evenly over the judged ones, with their tokens after the final LayerNorm (images, tokens, dim) and their `rows`
+    among the judged images. labels: (images,) their classes, or None. costly: number of them for interventions.
     """
 
     model: object
@@ -46,12 +46,12 @@ class Look:
 
     @property
     def sample(self) -> torch.Tensor:
-        """Rows of `kept`, evenly spread, for what costs several forward passes."""
+        """Rows of `kept`, evenly spread, for work that takes several forward passes."""
         return _spread(len(self.kept), self.costly)
 
     @property
     def shown(self) -> torch.Tensor:
-        """Rows of `kept` that pictures show, none of those on which neurons are searched."""
+        """Rows of `kept` for pictures; the search for neurons does not use these images."""
         return self.sample[len(self.sample) // 2 :][:SHOWN]
 
     @property
@@ -63,7 +63,7 @@ class Look:
 def look(model, source, n: int, labelled: bool = False, seed: int = 0, progress=None) -> Look:
     """The `Look` of a `Model` at an `Images` set, or at up to `n` images of a source that `images.stream` knows.
 
-    labelled: sub-folders are classes, where no labels.csv names them. progress: called with the number of images done.
+    labelled: sub-folders are classes, unless labels.csv names them. progress: called with the number of images done.
     """
     n = image_sets.number(source, n) if isinstance(source, str) else len(source)
     judged, progress = min(n, JUDGED), progress or (lambda done: None)

@@ -1,4 +1,4 @@
-"""`vitreg measure MODEL`: what a file of measurements holds (`model.measured` reads it) is measured and written."""
+"""`vitreg measure MODEL`: measure a model and write the file that `model.measured` reads."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def queries(model: Model, images) -> list[int]:
 
 
 def write(model: Model, images, tensors: dict, path: Path, command: str, **more) -> Path:
-    """Write a file of measurements in half precision with its metadata, and `more` of them; its path."""
+    """Write a file of measurements in half precision with its metadata, including `more`; return its path."""
     tensors = {name: t.half().contiguous() if t.is_floating_point() else t for name, t in tensors.items()}
     anatomy = model.anatomy
     facts = {f.name: getattr(model, f.name) for f in dataclasses.fields(Model) if f.name != "module"}
@@ -63,6 +63,6 @@ def _hashes(images) -> dict[str, str]:
     source = "photos" if images.source.startswith("photos") else images.source.split(",")[0]
     try:
         paths = {path.stem: path for path in image_sets.find(source)[0]}
-    except UserError:  # a folder that was given by its path: its name alone does not find it
+    except UserError:  # the name alone does not locate a folder that was given by its path
         return dict.fromkeys(images.names, "")
     return {name: file_sha256(paths[name]) for name in images.names if name in paths}

@@ -1,4 +1,4 @@
-"""Verdicts and figures of finished items: in the terminal, or all of a profile on one page."""
+"""Verdicts and figures of finished items, in the terminal or on one page for a profile."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from . import verdicts
 
 
 def show(item: str, parameters: dict) -> None:
-    """Print the verdicts of a finished item and where its figures and notebook are."""
+    """Print the verdicts of a finished item and the paths of its figures and notebook."""
     from rich.console import Console
     from rich.table import Table
 
@@ -38,7 +38,7 @@ def show(item: str, parameters: dict) -> None:
 def write(profile: str) -> Path:
     """Write results/<profile>/report.html, self-contained except for links to the notebooks beside it; its path.
 
-    A damaged record is named on the page. Raises UserError where nothing was made yet.
+    A damaged record is named on the page. Raises UserError where there is no result yet.
     """
     place = results() / profile
     made, damaged = [], []
@@ -60,8 +60,8 @@ def write(profile: str) -> Path:
 
 
 def _entry(folder: Path, made: dict) -> dict:
-    """What the page shows of one record: its folder, what of its parameters differs from the defaults, when it was
-    made, the executed notebook, and its numbers beside the paper's."""
+    """The page's content for one record: its folder, parameters other than the defaults, date, executed notebook, and
+    numbers beside the paper's."""
     item, given = made["item"], made.get("parameters", {})
     try:
         declared = record.declared_parameters(item)
@@ -79,7 +79,7 @@ def _entry(folder: Path, made: dict) -> dict:
 
 
 def page(name: str, **values) -> str:
-    """A self-contained page of HTML from record/pages/NAME.html, which stands on pages/base.html."""
+    """A self-contained HTML page from record/pages/NAME.html, which extends pages/base.html."""
     return _templates().get_template(f"{name}.html").render(values)
 
 
@@ -99,6 +99,6 @@ def _templates():
 
 
 def data_url(picture: bytes | Path) -> str:
-    """A PNG, as bytes or as a file, as an address that a page can carry inside."""
+    """A PNG, from bytes or a file, as a data URL to embed in a page."""
     content = picture if isinstance(picture, bytes) else picture.read_bytes()
     return f"data:image/png;base64,{base64.b64encode(content).decode()}"

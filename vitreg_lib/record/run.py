@@ -1,7 +1,7 @@
-"""What a notebook is given and what it leaves behind: parameters, measurements, claims, figures.
+"""Input and output of a notebook: parameters, measurements, claims, figures.
 
-A notebook's parameters are the plain literals of its cell tagged `parameters`; their names and types are all that is
-allowed, for papermill, for `vitreg run` and for hand. `start` refuses others before anything is computed.
+A notebook's parameters are the plain literals of its cell tagged `parameters`; papermill, `vitreg run` and edits by
+hand may set no other names or types. `start` refuses them before any computation.
 
     run = vr.start("fig04", globals())
     run.measure("outlier_share", 0.021, model=model.name, paper=0.0237)
@@ -9,7 +9,7 @@ allowed, for papermill, for `vitreg run` and for hand. `start` refuses others be
     run.save(figure)
     run.claims()                          # shows the verdicts and writes record.json
 
-Results go to results/<profile>/<item>/, with parameters other than the default to results/<profile>/<item>--<hash>/.
+With default parameters, results go to results/<profile>/<item>/, else to results/<profile>/<item>--<hash>/.
 """
 
 from __future__ import annotations
@@ -50,8 +50,8 @@ PROFILES = ("mini", "small", "large", "paper")
 def start(item: str, namespace: dict) -> Run:
     """The `Run` of a notebook, from the notebook's own `globals()`.
 
-    Raises UserError for parameters that the notebook does not declare (a cell injected by papermill may hold some),
-    for a value of another type than its default, and for an unknown profile; the nearest valid name is given.
+    Raises UserError for parameters that the notebook does not declare (papermill may inject some), for a value of
+    another type than its default, and for an unknown profile; the message gives the nearest valid name.
     """
     declared = declared_parameters(item)
     injected = _injected(namespace.get("In", []))
@@ -60,7 +60,7 @@ def start(item: str, namespace: dict) -> Run:
 
 
 def check_parameters(item: str, given: dict) -> dict:
-    """All parameters of an item, defaults filled in, after checking `given` against what its notebook declares.
+    """All parameters of an item, with defaults, after checking `given` against its notebook's declarations.
 
     Raises UserError for a name that is not declared, a value that does not fit, an unknown profile or model.
     """
@@ -129,7 +129,7 @@ def folder(item: str, parameters: dict) -> Path:
 
 
 def _assigned(source: str) -> dict:
-    """Names assigned plain literals in a cell."""
+    """{name: value} of the plain literals assigned in a cell."""
     assigned = {}
     for node in ast.parse(source).body:
         target = node.targets[0] if isinstance(node, ast.Assign) else getattr(node, "target", None)
@@ -143,7 +143,7 @@ def _assigned(source: str) -> dict:
 
 
 def _injected(cells: list[str]) -> dict:
-    """What the cell that papermill injects assigns; only this can hold names that the notebook does not declare."""
+    """Assignments of the cell that papermill injects; no other cell can hold undeclared names."""
     assigned = {}
     for source in cells:
         if source.startswith("# Parameters"):
@@ -173,14 +173,14 @@ class Run:
         self.folder = env_folder("VITREG_MAKING") or folder(item, parameters)
         self.models, self.not_here, self._measured, self._claims = [], [], [], []
         self._features, self._drawn = {}, {}
-        self.progress = not in_batch()  # bars are for people, not for committed outputs
+        self.progress = not in_batch()  # no bars in committed outputs
         self._began = time.perf_counter()
         print(f"{item}: {self.title}. Profile {self.profile}: {self.settings.get('models', '')}".rstrip(": "))
 
     def load(self, names: str | None = None) -> list:
         """The loaded models of this run, or of `names`, separated by spaces; one that is not reachable is left out.
 
-        It is an error in the profile mini, and where the models were given by hand.
+        An unreachable model is an error in the profile mini, and where the models were given by hand.
         """
         loaded = []
         wanted = (names or self.settings["models"]).replace(",", " ").split()
@@ -203,45 +203,45 @@ class Run:
         return loaded
 
     def _model(self, name: str):
-        """A model by name; in the profile mini, where its weights are not at hand, as it was measured before."""
+        """A model by name; in the profile mini, replayed if its weights are missing."""
         from ..model import measured, zoo
 
         if self.profile != "mini":
             return zoo.load(name)
         made = "made_by" in model_names.entries().get(model_names.split(name)[0], {})
-        # weights that are made here differ a little from machine to machine: this profile shows the measured ones
+        # weights that are made here differ a little between machines, so this profile replays measurements
         model = measured.load(name) if made and name in measured.names() else measured.live_or_replayed(name)
         if model.replayed:
             print(f"{name}: {model.name}, measured {model.measured['date']}, replayed")
         return model
 
     def source(self, model) -> str:
-        """The name of the images for `model`: the run's; in profile mini scenes only for models trained on them."""
+        """The name of the images for `model`: the run's, but in profile mini scenes only for models trained on them."""
         own = model_names.entries().get(model.entry, {})
         if self.profile == "mini" and self.settings["images"] == "scenes":
             return own.get("looks_at", "photos" if model.replayed or "timm" in own else "scenes")
         return self.settings["images"]
 
     def by_source(self, models: list) -> list[list]:
-        """The models in groups that get the same images, in order: pictures of one group can share a figure."""
+        """The models in groups of the same images, in order; pictures of one group can share a figure."""
         groups = {}
         for model in models:
             groups.setdefault(self.source(model), []).append(model)
         return list(groups.values())
 
     def images(self, model, n: int | None = None):
-        """The run's images as `model` sees them: of its `source`, `n_images` of them, drawn by `seed`."""
+        """The run's images, prepared for `model`: `n_images` of its `source`, drawn by `seed`."""
         from ..data import images
 
         source = self.source(model)
         if source == "imagenet" and not images.named_folder("imagenet"):
-            source = "photos"  # what ships with the packages, where no folder of photos was given
+            source = "photos"  # these ship with the packages, and replace a missing folder of photos
         return images.load(source, model, n or self.settings["n_images"], self.parameters.get("seed", 0))
 
     def examples(self, model, n: int = 4):
-        """A few images to look at: the first of the run's own, or photos that may be shown anywhere.
+        """A few images to show: the first of the run's own, or photos that may be published.
 
-        Scenes, textures and a folder named by its path are shown; instead of other sets of photos the shipped ones.
+        Scenes, textures and folders named by a path are shown; the shipped photos replace other sets of photos.
         """
         from ..data import images
 
@@ -251,11 +251,11 @@ class Run:
         return images.load(source, model, n, self.parameters.get("seed", 0))
 
     def measure(self, name: str, value, model: str = "", unit: str = "", paper=None, features: str = "") -> None:
-        """Put one number into the record (null where there is none, as for the cutoff of one mode).
+        """Put one number into the record; null if it does not exist, such as the cutoff of one mode.
 
-        `model` is a model's label or name, recorded as its full name; what follows ", " (a condition) is kept. `paper`
-        is the paper's own value for its own model, shown beside it. `features`: fingerprints of the cached features it
-        was computed from, which `trace` describes.
+        `model` is a model's label or name, recorded as its full name; a condition after ", " is kept. `paper`: the
+        paper's value for its own model, shown beside it. `features`: fingerprints of the cached features from which it
+        was computed, described by `trace`.
         """
         label, comma, condition = model.partition(", ")
         model = {m.label: m.name for m in self.models}.get(label, label) + comma + condition
@@ -274,8 +274,8 @@ class Run:
     def measure_table(self, table, paper: dict | None = None, name: str = "{column}") -> None:
         """`measure` every cell of a DataFrame whose index is models' labels; empty cells are recorded as null.
 
-        Where the index has further levels, `name` says what a number is called by their names, as
-        "{column}, {feature}, bias {bias:g}"; paper: {what it is called: the paper's value}.
+        With further index levels, `name` builds a number's name from theirs, as "{column}, {feature}, bias {bias:g}";
+        paper: {name: the paper's value}.
         """
         import pandas as pd
 
@@ -288,7 +288,7 @@ class Run:
                 self.measure(called, value, label, paper=(paper or {}).get(called))
 
     def caption(self, images=None) -> str:
-        """A line for below a figure: the models by their labels, the images, and whether a profile chose them."""
+        """A caption for a figure: the labels of the models, the images, and whether a profile chose them."""
         by_hand = [name for name in ("models", "images") if self.parameters.get(name)]
         chosen = f"{' and '.join(by_hand)} chosen by hand" if by_hand else f"profile {self.profile}"
         models = ", ".join(m.label + (f" ({m.role})" if m.is_control else "") for m in self.models)
@@ -321,7 +321,7 @@ class Run:
         )
 
     def save(self, figure, name: str = "figure") -> None:
-        """Write a matplotlib figure as SVG and PNG into the run's folder, and what it draws into the record.
+        """Write a matplotlib figure as SVG and PNG into the run's folder, and a summary of it into the record.
 
         It stays open for the notebook to show.
         """
@@ -333,14 +333,14 @@ class Run:
         self._drawn[name] = drawn.summary(figure)
 
     def claims(self, judged=()):
-        """The verdicts as a table, after those of `judged`, arguments of `claim`; writes record.json."""
+        """All verdicts as a table, including those on `judged` (arguments of `claim`); writes record.json."""
         for arguments in judged:
             self.claim(*arguments)
         self.write()
         return Verdicts(self._claims)
 
     def write(self) -> Path:
-        """Write record.json, whole or not at all."""
+        """Write record.json atomically."""
         record = {
             "item": self.item,
             "title": self.title,
@@ -363,7 +363,7 @@ class Run:
 
 
 def environment() -> dict:
-    """Commit of the code, versions and machine, without anything private."""
+    """Commit of the code, versions and machine, without private data."""
     import torch
 
     packages = {name: version(name) for name in ("torch", "timm", "numpy", "datasets")}

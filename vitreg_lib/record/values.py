@@ -1,4 +1,4 @@
-"""What a parameter of a notebook may be: taken where the meaning is clear, refused in one line before anything runs."""
+"""Values of notebook parameters: converted where the meaning is clear, else refused before anything runs."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 from ..base import UserError
 
-COUNTS = ("n_", "steps", "rounds", "batch_size", "grid_in", "grid_out")  # starts of names of which 0 makes no sense
+COUNTS = ("n_", "steps", "rounds", "batch_size", "grid_in", "grid_out")  # prefixes of names for which 0 makes no sense
 
 
 def taken(name: str, default, value):
@@ -52,7 +52,7 @@ def literal(text: str):
 
 
 def resolved(name: str, value):
-    """A value whose paths (images, a table, `file:` models) are absolute, since the kernel runs in another folder."""
+    """A value with absolute paths (images, a table, `file:` models), because the kernel runs in another folder."""
     if name in ("images", "table") and value and Path(str(value)).expanduser().exists():
         return str(Path(value).expanduser().resolve())
     if name == "models" and isinstance(value, str) and "file:" in value:

@@ -24,7 +24,7 @@ def reported_claims() -> dict[str, dict]:
 
 
 def tally(claims: list[dict]) -> dict[str, dict[str, int]]:
-    """{"paper", "ours": {verdict: how many}} of a record's claims: those of the paper and this collection's own."""
+    """{"paper", "ours": {verdict: how many}} of a record's claims: the paper's and this collection's own."""
     counts = {side: dict.fromkeys(VERDICTS, 0) for side in ("paper", "ours")}
     for claim in claims:
         counts["paper" if claim["id"] in reported_claims() else "ours"][claim["verdict"]] += 1

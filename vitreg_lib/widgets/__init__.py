@@ -1,4 +1,4 @@
-"""Interactive parts of notebooks; executed by papermill or in batch, each shows its default state as a picture."""
+"""Interactive parts of notebooks; in papermill or batch runs, each shows a picture of its default state."""
 
 from .controls import attention_rows, explore, interact, token_kinds
 from .live import watch

@@ -1,7 +1,7 @@
 """The clickable panels of one model: an anywidget whose whole state is the view that it draws.
 
-The page side is canvas.js. It answers with messages: {kind: "query", query: [row, col] or null for cls},
-{kind: "cutoff", value: norm or null for the rule} and {kind: "upload", name} with the file's bytes.
+The page side is canvas.js. It sends messages: {kind: "query", query: [row, col] or null for cls}, {kind: "cutoff",
+value: norm or null for the rule} and {kind: "upload", name} with the file's bytes.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class PatchCanvas(anywidget.AnyWidget):
 def message(view: View, scales: dict[str, tuple[float, float]], component: int, serial: int) -> dict:
     """A `View` as canvas.js draws it: plain values, maps as bytes of float32, pictures as bytes of RGB.
 
-    `serial` tells one view from the next; the page shows it once it has drawn.
+    `serial` numbers the views; the page shows it after it has drawn the view.
     """
     one = component - 1
     components = _floats(view.components[..., one]) if component else _rgb(view.components.nan_to_num() / 6 + 0.5)

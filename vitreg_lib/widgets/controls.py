@@ -1,7 +1,7 @@
 """Controls of ipywidgets around the functions of `plots`.
 
-Run by papermill, nbval or nbconvert (VITREG_BATCH is set), each shows the picture of its default state instead: a
-widget's own state is not kept in an executed notebook.
+In papermill, nbval or nbconvert (VITREG_BATCH is set), each shows a picture of its default state instead, because an
+executed notebook does not keep a widget's state.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def interact(draw, **controls):
     output = ipywidgets.Output()
 
     def update(change=None):
-        with output:  # an error of `draw` is shown here too: elsewhere JupyterLab would hide it in its log
+        with output:  # shows errors of `draw` too, which JupyterLab would hide in its log
             output.clear_output(wait=True)
             figure = draw(**{name: widget.value for name, widget in made.items()})
             plt.close(figure)
@@ -45,7 +45,7 @@ def interact(draw, **controls):
 
 
 def token_kinds(captures: dict):
-    """Norms of patches, cls and each register, for captures of all layers by model. The block slides."""
+    """Norms of patches, cls and each register, for captures of all layers by model; a slider selects the block."""
     deepest = max(len(capture.layers) for capture in captures.values()) - 1
 
     def draw(layer):
@@ -55,9 +55,9 @@ def token_kinds(captures: dict):
 
 
 def attention_rows(model, images):
-    """Attention of one query token at any block and head, on one image: maps and the shares of where it goes.
+    """Attention of one query token at any block and head, on one image: maps, and the shares of its targets.
 
-    Queries are the prefix tokens and the patch at the centre; of a replayed model, what was measured.
+    Queries are the prefix tokens and the patch at the centre; for a replayed model, the measured queries.
     """
     from ..measure import attention
 
@@ -100,15 +100,15 @@ def explore(
 ):
     """The explorer: one image through one or two models, with layer, heads, query token and cutoff to choose.
 
-    models: one or two names separated by a space, or loaded models in a list (a single one by itself). A model without
-    its weights on this machine is replayed where it was measured (`model.measured`), on the photos. images:
-    photos, scenes, or the path of a folder or an image; image: which of it, from 0. layer: a block, negative from the
-    end. heads: numbers as "0 3" or (0, 3), none for the mean of all. query: "cls", "register 2" or "patch (row, col)".
-    cutoffs: norms above which a patch is an outlier, one a model, as "150 rule"; empty: by the default rule.
-    shared: one colour scale for both models. component: 1 to 3, or 0 for the first three as colours.
+    models: one or two names separated by a space, or a loaded model, or a list of them. A model whose weights are not
+    on this machine is replayed on the photos if it was measured (`model.measured`). images: photos, scenes, or the path
+    of a folder or an image; image: its number, from 0. layer: a block, negative from the end. heads: numbers as "0 3"
+    or (0, 3), empty for the mean of all. query: "cls", "register 2" or "patch (row, col)". cutoffs: norms above which a
+    patch is an outlier, one per model, as "150 rule"; empty: the default rule. shared: one colour scale for both
+    models. component: 1 to 3, or 0 for the first three as colours.
 
-    Returns a `page.Explorer`: `.state`, `.views` (numbers and maps), `.static()` (a figure).
-    Raises UserError for what the models do not have, before anything is shown.
+    Returns a `page.Explorer`: `.state`, `.views` (numbers and maps), `.static()` (a figure). Before it shows anything,
+    raises UserError for a layer, head or query that no model has.
     """
     from .page import Explorer
     from .state import State, Store, parse_cutoffs, parse_heads

@@ -1,7 +1,7 @@
-"""Train in a notebook and watch loss, the recipe's own numbers and the tokens' norms while it learns.
+"""Train in a notebook with a live picture of the loss, the recipe's numbers and the tokens' norms.
 
-The loop is the collection's own (`train.loop`). Its state lies in a folder, so a cell that was stopped goes on where it
-was when it is run again, and a finished run is shown at once.
+The loop is `train.loop`, which keeps its state in a folder. A stopped cell therefore resumes when it is run again, and
+a finished run is shown at once.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from ..base import in_batch
 
 @dataclass
 class Watched:
-    """A training that has ended. telemetry: rows of `train.telemetry`; log: loss and the recipe's numbers, one row a
-    step; result: what `train.loop` returns; model: the trained backbone, as `vr.load` gives it."""
+    """A finished training. telemetry: rows of `train.telemetry`; log: loss and the recipe's numbers, one row per step;
+    result: that of `train.loop`; model: the trained backbone, as `vr.load` gives it."""
 
     telemetry: pd.DataFrame
     log: pd.DataFrame
@@ -29,10 +29,10 @@ class Watched:
 
 
 def watch(folder: str | Path = "", every: int = 20, **options) -> Watched:
-    """Train as `vitreg train` does, with a live picture; in batch (VITREG_BATCH) only the last one is drawn.
+    """Train as `vitreg train` does, with a live picture; in batch (VITREG_BATCH) only the last picture is drawn.
 
-    folder: where the run's state is kept; empty: a temporary one. options: fields of `TrainConfig`, `recipe` among
-    them, over the recipe's own defaults. Raises what `train.loop.train` raises.
+    folder: for the run's state; empty: a temporary one. options: fields of `TrainConfig`, including `recipe`, which
+    replace the recipe's defaults. Raises the errors of `train.loop.train`.
     """
     from ..model import zoo
     from ..train import loop
@@ -55,7 +55,7 @@ def watch(folder: str | Path = "", every: int = 20, **options) -> Watched:
 
 
 class _Picture:
-    """The figure below a cell, drawn anew in its place from what the loop has saved last."""
+    """The figure below a cell, redrawn from the last state that the loop saved."""
 
     def __init__(self, folder: Path, config):
         self.folder, self.config, self.handle = folder, config, None

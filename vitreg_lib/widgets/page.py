@@ -1,4 +1,4 @@
-"""The explorer's page: controls of ipywidgets, one `PatchCanvas` a model, all drawn from `view.look`."""
+"""The explorer's page: controls of ipywidgets and one `PatchCanvas` per model, all drawn from `view.look`."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from ..base import UserError, in_batch, results, shown, write_atomically
 from .state import State, Store, fitting
 from .view import View, commands, look, scales
 
-MEASURED = "photos"  # the images that `model.measured` has measurements of
+MEASURED = "photos"  # the images of the measurements in `model.measured`
 
 
 class Explorer:
-    """The explorer of `widgets.explore`. A notebook shows the page, a batch run its picture.
+    """The explorer of `widgets.explore`. A notebook shows the page; a batch run shows its picture.
 
-    state: what is chosen; views: what is shown, a `View` a model; `choose(layer=3)` changes the state as the controls
-    do; `static()` is the page as a matplotlib Figure; `commands` repeat it in batch.
+    state: the choices; views: one `View` per model; `choose(layer=3)` changes the state as the controls do; `static()`
+    is the page as a matplotlib Figure; `commands` repeat the views in batch.
     """
 
     def __init__(self, state: State, store: Store):
@@ -32,7 +32,7 @@ class Explorer:
             self.page = Page(self)
 
     def choose(self, **changes) -> None:
-        """Change the state and show its views; for what the models do not have, UserError, and all stays as it was."""
+        """Change the state and show its views. Raises UserError, without a change, for what the models do not have."""
         state = replace(self.state, **changes)
         self.views = look(state, self.store)
         self.state = state
@@ -41,11 +41,11 @@ class Explorer:
 
     @property
     def commands(self) -> str:
-        """Shell commands that repeat in batch what is shown."""
+        """Shell commands that repeat the views in batch."""
         return commands(self.state, self.views)
 
     def static(self):
-        """The page as it is now, as a matplotlib Figure: for export to HTML or PDF, and to be saved."""
+        """The current page as a matplotlib Figure, for export to HTML or PDF and for `save`."""
         import matplotlib.pyplot as plt
 
         from . import still
@@ -55,7 +55,7 @@ class Explorer:
         return figure
 
     def save(self) -> list[Path]:
-        """Write the page as PNG and SVG under results/explorer/, named by what it shows."""
+        """Write the page as PNG and SVG under results/explorer/, named by its content."""
         view = self.views[0]
         words = "-".join([*self.state.models, view.seen.image_name, f"block {view.layer}", view.query])
         stem = "".join(c if c.isalnum() or c in "+-" else "_" for c in words) + f"-{_digest(repr(self.state).encode())}"
@@ -79,9 +79,9 @@ class Explorer:
 
 
 def keep_upload(name: str, content: bytes) -> Path:
-    """Write an uploaded image under results/uploads/, in a folder of its own, so that a batch run finds it again.
+    """Write an uploaded image under results/uploads/, in its own folder, so that a batch run can read it.
 
-    Raises UserError for what is no image.
+    Raises UserError for a file that is no image.
     """
     from ..data import images
 
@@ -103,7 +103,7 @@ class Page:
     """The controls and canvases of one `Explorer`; `box` is what a notebook shows."""
 
     def __init__(self, owner: Explorer):
-        if "google.colab" in sys.modules:  # Colab shows widgets of other makers on request only
+        if "google.colab" in sys.modules:  # Colab shows custom widgets on request only
             from google.colab import output
 
             output.enable_custom_widget_manager()
@@ -172,7 +172,7 @@ class Page:
             canvas.on_msg(lambda _, content, buffers, place=place: self._asked(place, content, buffers))
 
     def attempt(self, **changes) -> None:
-        """`choose`, with what the models lack taken back to the default and errors shown on the page."""
+        """`choose`, with defaults for what the models lack; errors are shown on the page."""
         if self.quiet or not changes:
             return
         try:
@@ -188,14 +188,14 @@ class Page:
             self.show()
 
     def busy(self, message: str) -> None:
-        """Show a spinner with a message; the next view takes it away."""
+        """Show a spinner with a message until the next view."""
         self.status.value = f'<span class="vr-spin"></span><span role="status">{html.escape(message)}</span>'
 
     def _refuse(self, error: Exception) -> None:
         self.status.value = f'<span class="vr-error" role="alert">{html.escape(str(error))}</span>'
 
     def show(self) -> None:
-        """Bring controls and canvases to the owner's state."""
+        """Set controls and canvases to the owner's state."""
         from .canvas import message
 
         views, state = self.owner.views, self.owner.state
@@ -204,7 +204,7 @@ class Page:
             self._set_controls(state, views)
         finally:
             self.quiet = False
-        self.command.layout.display = "none"  # commands are those of the view that was copied
+        self.command.layout.display = "none"  # the shown commands belong to an earlier view
         self.serial += 1
         for canvas, view, ranges in zip(self.canvases, views, scales(views, state.shared), strict=False):
             canvas.view = message(view, ranges, state.component, self.serial)
@@ -228,7 +228,7 @@ class Page:
         self._set_heads(max(view.seen.num_heads for view in views), state.heads)
 
     def _allow(self, views: list[View]) -> None:
-        """Disable, and say why, what would change nothing, since no model shown was measured for it."""
+        """Disable controls for which no shown model has measurements, and give the reason."""
         measured = [view.label for view in views if view.seen.measured]
         were = "was" if len(measured) == 1 else "were"
         images = f"{' and '.join(measured)} {were} measured on the photos alone" if measured else ""
@@ -274,7 +274,7 @@ class Page:
             self.attempt(heads=tuple(sorted(heads)))
 
     def _asked(self, place: int, content: dict, buffers: list) -> None:
-        """A message of a canvas."""
+        """Handle the message of a canvas."""
         views = self.owner.views
         if place >= len(views):
             return
@@ -334,9 +334,9 @@ def _tip(head: int) -> str:
 
 
 def _models(chosen: tuple[str, ...]) -> list[tuple[str, str]]:
-    """(what is shown, name) of models: real ones that were measured, then what else has its weights on this machine.
+    """(label, name) of models: measured real models first, then others with weights on this machine.
 
-    Those without registers come also with four added at test time.
+    Models without registers are also listed with four registers added at test time.
     """
     from ..model import measured, zoo
 

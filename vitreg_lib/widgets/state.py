@@ -1,9 +1,9 @@
-"""What can be chosen in the explorer, and the captures that its answers are computed from.
+"""The choices in the explorer, and the captures from which its views are computed.
 
-A `State` is everything that can be chosen on the page: the same state gives the same views, so a test can compare the
-page with the library, and a batch run (`vitreg run explorer -p …`) repeats what was chosen by hand. A `Store` keeps
-tokens, queries and keys of one image at all blocks, so that another layer, head or query needs no forward pass. Of a
-model without its weights it keeps what was measured (`model.measured`).
+A `State` holds all choices on the page. The same state gives the same views, so a test can compare the page with the
+library, and a batch run (`vitreg run explorer -p …`) repeats choices made by hand. A `Store` keeps tokens, queries and
+keys of one image at all blocks, so that another layer, head or query needs no forward pass. For a model without weights
+it keeps the measurements (`model.measured`).
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ KEPT_BYTES = 64 << 20  # of captures
 
 @dataclass(frozen=True)
 class State:
-    """What was chosen; a `View` of each model follows from it.
+    """The choices; they determine a `View` of each model.
 
-    models: one or two names. images: a source of `data.images.load`; image: which of it, from 0. layer: a block,
-    negative from the end; the last one of a model with fewer blocks. heads: none for all; several are averaged.
-    query: "cls", "register 2" (from 1) or "patch (row, col)" on the first model's grid. cutoffs: by model, None or
-    absent for the one by rule. shared: one colour scale for both models. component: 1 to 3, 0 for the three as colours.
+    models: one or two names. images: a source of `data.images.load`; image: its number, from 0. layer: a block,
+    negative from the end; a model with fewer blocks shows its last. heads: empty for all; several are averaged. query:
+    "cls", "register 2" (from 1) or "patch (row, col)" on the first model's grid. cutoffs: by model, None or absent for
+    the rule. shared: one colour scale for both models. component: 1 to 3, 0 for the three as colours.
     """
 
     models: tuple[str, ...] = ("deit-ti",)
@@ -47,12 +47,11 @@ class State:
 
 @dataclass(frozen=True)
 class Seen:
-    """One image through one model, all blocks kept.
-
-    capture: norms, tokens, q and k of the image; norms and the measured attention of a replayed model. set_norms:
-    (layers, patches of all images of the source). found: what the detector says of these. pixels: (3, height, width) in
-    [0, 1]. truth: (layers, rows, cols) bool where a control has artifacts, else None. measured: the date on which a
-    replayed model was measured, else "". components: (rows, cols, 3) of its last block.
+    """One image through one model, with all blocks. capture: norms, tokens, q and k of the image; norms and the
+    measured attention of a replayed model. set_norms: (layers, patches of all images of the source). found: the
+    `Detection` on these. pixels: (3, height, width) in [0, 1]. truth: (layers, rows, cols) bool where a control has
+    artifacts, or None. measured: the date on which a replayed model was measured, else "". components: (rows, cols, 3)
+    after its last block.
     """
 
     label: str
@@ -89,17 +88,17 @@ class Seen:
 
     @property
     def queries(self) -> list[str]:
-        """What a replayed model can be asked, in words; a live one is asked any patch too."""
+        """Names of the measured queries of a replayed model; a live model also takes any patch."""
         return query_names(self.capture, self.capture.queries or range(self.capture.num_prefix_tokens))
 
     def cutoff(self, layer: int) -> float:
-        """The detector's cutoff after its block; after others as many medians. Infinite where it sees no artifacts."""
+        """The detector's cutoff after its block, the same multiple of the median after others; infinite without any."""
         outliers = self.found.outliers
         return outliers.cutoff / self.set_norms[outliers.layer].median().item() * self.set_norms[layer].median().item()
 
 
 def fitting(state: State, seen: list[Seen]) -> State:
-    """The state with layer, heads and query at their defaults where none of its models has them.
+    """The state with defaults for a layer, heads or query that none of its models has.
 
     seen: of the state's models.
     """
@@ -141,7 +140,7 @@ def query_not_measured(query: str, seen: Seen) -> str:
 
 
 def parse_query(query: str) -> tuple[str, tuple[int, ...]]:
-    """("cls", ()), ("register", (2,)) or ("patch", (row, col)). Raises UserError for any other text."""
+    """("cls", ()), ("register", (2,)) or ("patch", (row, col)). Raises UserError for other text."""
     match = re.fullmatch(r"(cls)|(register) ?([1-9]\d*)|(patch) ?\( ?(\d+), ?(\d+) ?\)", query.strip())
     if not match:
         raise UserError(f'query {query!r}: write "cls", "register 1" or "patch (row, col)", rows and columns from 0')
@@ -150,7 +149,7 @@ def parse_query(query: str) -> tuple[str, tuple[int, ...]]:
 
 
 def parse_heads(heads: str | int | tuple[int, ...] | list[int]) -> tuple[int, ...]:
-    """Heads from "0 3", 2 or (0, 3); none for "" and "mean". Raises UserError for what is no head."""
+    """Heads from "0 3", 2 or (0, 3); empty for "" and "mean". Raises UserError for other text."""
     heads = (heads,) if isinstance(heads, int) else heads
     words = heads.replace("mean", "").replace(",", " ").split() if isinstance(heads, str) else [str(h) for h in heads]
     if wrong := [word for word in words if not word.isdigit()]:
@@ -167,10 +166,10 @@ def parse_cutoffs(cutoffs: str) -> tuple[float | None, ...]:
 
 
 class Store:
-    """Models, images and captures that were needed last, so that a change of the state is answered at once.
+    """The most recently used models, images and captures, so that a change of the state needs little work.
 
-    `busy` is called with a message before anything that takes longer. At most four models, four image sets and
-    `KEPT_BYTES` of captures are kept.
+    `busy` is called with a message before slow work. At most four models, four image sets and `KEPT_BYTES` of captures
+    are kept.
     """
 
     def __init__(self, busy: Callable[[str], None] = lambda message: None):
@@ -178,12 +177,12 @@ class Store:
         self._models, self._sets, self._seen = OrderedDict(), OrderedDict(), OrderedDict()
 
     def add(self, model) -> str:
-        """Keep a loaded model and return the name by which a state calls it."""
+        """Keep a loaded model and return its name in a state."""
         self._models[model.label] = model
         return model.label
 
     def model(self, name: str):
-        """The model of that name; as it was measured where its weights are not on this machine."""
+        """The model of that name; replayed if its weights are not on this machine."""
         from ..model import measured, zoo
 
         def make():
@@ -206,7 +205,7 @@ class Store:
         return _kept(self._sets, (name, source), make, 4)
 
     def seen(self, name: str, source: str, image: int) -> Seen:
-        """One image through one model, all blocks kept. Raises UserError where there is no such image."""
+        """One image through one model, with all blocks. Raises UserError where there is no such image."""
         kept = _kept(self._seen, (name, source, image), lambda: self._see(name, source, image), 64)
         while len(self._seen) > 2 and sum(one.bytes for one in self._seen.values()) > KEPT_BYTES:
             self._seen.popitem(last=False)
@@ -240,9 +239,9 @@ class Store:
 
 
 def _kept(kept: OrderedDict, key, make: Callable, most: int):
-    """`kept[key]`, made where it is missing; the one used longest ago goes when there are too many."""
+    """`kept[key]`, made where it is missing; beyond `most` entries, the least recently used is dropped."""
     if key not in kept:
-        value = make()  # first, so that nothing is kept of what fails
+        value = make()  # first, so that a failure keeps nothing
         kept[key] = value
         while len(kept) > most:
             kept.popitem(last=False)

@@ -18,7 +18,7 @@ OUTLIER = PALETTE[5]
 
 @styled
 def explorer(views: list[View], shared: bool = True, component: int = 0) -> Figure:
-    """Image, attention, norms, components, neighbour similarity and the histogram of norms, a row a model.
+    """Image, attention, norms, components, neighbour similarity and the histogram of norms, one row per model.
 
     Outliers are ringed on image and norm map; a cross marks the query where it is a patch. `shared`: one colour scale
     for both models. `component`: 1 to 3, or 0 for the three as red, green and blue.
@@ -98,7 +98,7 @@ def _histogram(axis, view: View) -> None:
 
 
 def _square(axis, row: int, col: int, height: float = 1.0, width: float = 1.0) -> None:
-    """A ring round one patch; heights and widths in units of the picture."""
+    """A frame round one patch; heights and widths in units of the picture."""
     offset = 0.5
     place = (col * width - offset, row * height - offset)
     for line, colour in ((2.6, "black"), (1.4, OUTLIER)):

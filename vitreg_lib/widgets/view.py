@@ -1,4 +1,4 @@
-"""What the explorer shows, without its face: from a `State` to numbers and maps, one `View` a model.
+"""The content of the explorer, without its page: numbers and maps of a `State`, one `View` per model.
 
 store = Store()
 views = look(State(models=("mini-deit3", "mini-deit3-reg4"), layer=5, query="patch (3, 4)"), store)
@@ -22,12 +22,12 @@ BINS = 48
 
 @dataclass(frozen=True)
 class View:
-    """What is shown of one model. Maps are (rows, cols) float32 on the CPU.
+    """The numbers and maps of one model. Maps are (rows, cols) float32 on the CPU.
 
     attention_share: of the query, over all its attention. norms: L2 after the block. components: (rows, cols, 3), in
     standard deviations. similarity: mean cosine to the 2 to 4 neighbours. cutoff: infinite where the rule gives none.
-    budget: where the query's attention goes. edges (BINS + 1,), counts and set_counts (BINS,): histogram of norms, as
-    shares of patches, of this image and of all images of the source. notes: where this model cannot follow the state.
+    budget: shares of the query's attention. edges (BINS + 1,), counts and set_counts (BINS,): histogram of norms, as
+    shares of patches, of this image and of all images of the source. notes: how this model departs from the state.
     missing: {"attention", "components" or "similarity": why it was not measured}, of a replayed model; the map is NaN.
     """
 
@@ -76,12 +76,12 @@ class View:
 
     @property
     def truth(self) -> torch.Tensor | None:
-        """(rows, cols) where a control has artifacts after this block; None where nothing is known."""
+        """(rows, cols) where a control has artifacts after this block; None where unknown."""
         return None if self.seen.truth is None else self.seen.truth[self.layer]
 
     @property
     def outlier_share(self) -> float:
-        """Of the image's patches, 0 to 1."""
+        """Share of outliers among the image's patches, 0 to 1."""
         return self.is_outlier.float().mean().item()
 
     @property
@@ -111,7 +111,7 @@ def look(state: State, store: Store) -> list[View]:
 
 
 def view(state: State, seen: Seen, place: int, grid: tuple[int, int]) -> View:
-    """The `View` of one model; `place` is its place in the state, `grid` that on which the state's patch is named."""
+    """The `View` of one model; `place` is its number in the state; the state's patch refers to `grid`."""
     capture = seen.capture
     layer, heads, token, notes = _resolve(state, seen, grid)
     row = seen.row(layer, token)
@@ -161,7 +161,7 @@ def _of_tokens(seen: Seen, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _missing(seen: Seen, layer: int, attention: bool, query: str) -> dict[str, str]:
-    """What was not measured of a replayed model, with the reason; empty for a live one."""
+    """{missing map: reason} of a replayed model; empty for a live one."""
     if not seen.measured:
         return {}
     missing = {"similarity": "neighbour similarity was not measured"}
@@ -176,7 +176,7 @@ def _missing(seen: Seen, layer: int, attention: bool, query: str) -> dict[str, s
 
 
 def _resolve(state: State, seen: Seen, grid: tuple[int, int]) -> tuple[int, tuple[int, ...], int, list[str]]:
-    """(layer, heads, query token) of a state in one model, and notes where it has none such and others are shown."""
+    """(layer, heads, query token, notes) of a state in one model; notes name substitutes for what it lacks."""
     notes, layer = [], min(state.layer, seen.depth - 1)
     if layer != state.layer:
         notes.append(f"has {seen.depth} blocks: the last one is shown")
@@ -188,9 +188,9 @@ def _resolve(state: State, seen: Seen, grid: tuple[int, int]) -> tuple[int, tupl
 
 
 def query_token(query: str, capture: Capture, grid: tuple[int, int]) -> tuple[int, str]:
-    """Token position of a query in a model, and a note where the model has no such token and another stands for it.
+    """Token position of a query in a model, and a note where another token replaces one that the model lacks.
 
-    A patch on a `grid` other than the model's own is the one at the same place of the image.
+    For a patch on a `grid` other than the model's own, it is the patch at the same place in the image.
     """
     kind, numbers = parse_query(query)
     if kind == "patch":
@@ -209,7 +209,7 @@ def query_token(query: str, capture: Capture, grid: tuple[int, int]) -> tuple[in
 def scales(views: list[View], shared: bool) -> list[dict[str, tuple[float, float]]]:
     """Least and largest value of the colour scale of each map, by model and name; one for all models where `shared`.
 
-    A map that is flat except for rounding gets a middle tone. What was not measured does not count.
+    A map that is flat except for rounding gets a middle tone. NaN is ignored.
     """
     result = []
     for one in views:
@@ -224,7 +224,7 @@ def scales(views: list[View], shared: bool) -> list[dict[str, tuple[float, float
 
 
 def commands(state: State, views: list[View]) -> str:
-    """Commands that repeat this view in batch, and that measure the same over many images, to be pasted in a shell."""
+    """Shell commands that repeat this view in batch, and that measure the same over many images."""
 
     def words(**values) -> str:
         return " ".join(f"-p {name} {shlex.quote(str(value))}" for name, value in values.items() if value != "")
