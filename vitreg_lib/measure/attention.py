@@ -3,10 +3,10 @@
     captured = model.capture(images, ("norms", "attention"), layers=-1)     # rows of cls and registers
     maps = vr.attention.maps(captured)                                      # (images, queries, rows, cols)
 
-`capture` keeps the rows softmax(q kᵀ/√d) of the query tokens asked for; here they are averaged over heads, cut down
-to the patches and laid out on the grid. The paper says neither layer, head nor query, except "last layer" for Fig. 19:
-the last block, the mean over heads and the cls token are the defaults. A row sums to 1 over all keys, so a map sums to
-less: the rest goes to cls and registers, and `budget` says how much.
+`capture` keeps the rows softmax(q kᵀ/√d) of the chosen query tokens. This module averages them over heads, keeps the
+patches and arranges them on the grid. The paper states neither layer, head nor query, except "last layer" for Fig. 19;
+the defaults are the last block, the mean over heads and the cls token. A row sums to 1 over all keys, so a map sums to
+less; `budget` gives the shares of cls and registers.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def head_maps(captured: Capture, layer: int = -1, query: int = 0) -> torch.Tenso
 
 
 def query_names(captured: Capture, queries: list[int] | None = None) -> list[str]:
-    """What to call each captured query: cls, register 1 …, patch (row, col)."""
+    """Name of each captured query: cls, register 1 …, patch (row, col)."""
     names = []
     for token in captured.queries if queries is None else queries:
         if token < captured.num_prefix_tokens:
@@ -55,8 +55,8 @@ def patch_token(model, images: torch.Tensor, row: int, col: int) -> int:
 def cls_or_mean(model, images, layer: int = -1, progress: bool = False):
     """A model's attention maps (images, rows, cols) and the `Capture` that holds them.
 
-    Attention of the cls token at `layer`, mean over heads. Without cls the mean over the registers' maps, and without
-    any prefix token the mean over all patches' maps.
+    The maps are the cls token's at `layer`, mean over heads. Without cls they are the mean of the registers' maps, and
+    without any prefix token the mean of all patches' maps.
     """
     x = getattr(images, "x", images)
     rows, cols = model.anatomy.grid(x)
@@ -67,7 +67,7 @@ def cls_or_mean(model, images, layer: int = -1, progress: bool = False):
 
 
 def budget(captured: Capture, is_outlier: torch.Tensor | None = None, layer: int = -1, query: int = 0):
-    """Where one query's attention goes, in shares that sum to 1: a DataFrame with a row an image.
+    """A DataFrame of shares of one query's attention, which sum to 1, with one row per image.
 
     Columns: cls, registers, outliers (where `is_outlier` (images, patches) is given) and patches, the others.
     """
@@ -87,7 +87,7 @@ def budget(captured: Capture, is_outlier: torch.Tensor | None = None, layer: int
 
 
 def relative(attn_maps: torch.Tensor) -> torch.Tensor:
-    """Maps (..., rows, cols) as a multiple of even attention over the patches: 1 everywhere would be uniform."""
+    """Maps (..., rows, cols) in multiples of even attention over the patches: a uniform map is 1 everywhere."""
     return attn_maps / attn_maps.mean((-2, -1), keepdim=True)
 
 

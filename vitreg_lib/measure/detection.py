@@ -1,20 +1,20 @@
-"""Does a model have artifacts? One answer of three, from norms and attention, with what it rests on.
+"""Does a model have artifacts? One of three answers, from norms and attention, with the measurements behind it.
 
-    detection = vr.detect(model, images)          # the only verdict of this collection on artifacts
+    detection = vr.detect(model, images)          # this collection has no other verdict on artifacts
     detection.answer                              # "artifacts", "none" or "undecided"
     detection.outliers.mask                       # (images, rows, cols), which tokens; `Outliers` of the judged block
     print(detection)                              # the answer in a sentence or two, with its numbers
 
-Three measurements are joined: the norm of a patch token, the attention that it receives from cls, and that from other
-patches. Tokens are sorted by norm × ⁴√(attention received); the root, since attention spreads four times as wide as
-norms. Artifacts are a second mode of that product (`outliers.valleys`) whose tokens are few, get at least three times
-an even share of attention, and are the tokens of largest norm, 1.5 times the median or more. Kinds of content make
-modes of norms too, but nobody looks at them more than at others; what a model looks at need not have a large norm.
-Where attention was not measured, a mode of norms counts from three times the median on, and its absence says nothing.
+The answer combines three measurements: the norm of a patch token, its attention from cls, and its attention from other
+patches. Tokens are sorted by norm × ⁴√(attention received); the root is taken because attention spreads four times as
+wide as norms. Artifacts are a second mode of that product (`outliers.valleys`) whose tokens are few, get at least three
+times an even share of attention, and have the largest norms, 1.5 times the median or more. Kinds of content also make
+modes of norms, but without more attention; tokens with much attention need not have a large norm. Without measured
+attention, a mode of norms counts from three times the median on, and its absence is no evidence.
 
-Whether an answer lasts is asked of images that it was not made from: images are drawn with replacement, the valley is
-chosen from the drawn ones and tried on those left out, 200 times (the out-of-bag bootstrap). `support` is the share of
-draws that find artifacts there. Notebook fig03 scores all of this on a panel of models.
+The out-of-bag bootstrap tests an answer on other images: 200 times, images are drawn with replacement, the valley is
+chosen on the drawn images and tested on those left out. `support` is the share of draws with artifacts there. Notebook
+fig03 scores this detector on a panel of models.
 """
 
 from __future__ import annotations
@@ -32,17 +32,17 @@ from .pairs import interval
 LIFT = 3.0  # attention received, in even shares: 5 to 20 in models with artifacts, 1 to 2.3 for kinds of content
 LARGEST = 0.9  # chance that a token of the second mode has a larger norm than another one (area under the curve)
 RATIO, APART = 1.5, 3.0  # mean norm of the second mode / median, with attention measured and without
-SURE = 0.9  # share of draws that find artifacts: from here on there are, and up to 1 - SURE there are none
+SURE = 0.9  # share of draws with artifacts: "artifacts" from here on, "none" up to 1 - SURE
 FEWEST = 5  # images for "artifacts": with fewer, even "in all of them" allows at 95 % that fewer than half have any
 FEWEST_NONE, RAREST = 10, 0.002  # for "none": images, and the share of tokens excluded at 95 % (three times 1 / tokens)
-DIP, STANDS = 0.9, 0.5  # of `valleys`: a shallow valley will do where attention says the rest
+DIP, STANDS = 0.9, 0.5  # of `valleys`: a shallow valley suffices where attention is measured too
 FAR, A_TAIL = 5.0, 20  # fewer than 20 tokens beyond five times the median are neither a mode nor a heavy tail
-QUERIES = 32  # patches whose attention is looked at
+QUERIES = 32  # patches whose attention is measured
 
 
 @dataclass(frozen=True)
 class Observed:
-    """What a detection rests on: norms after every block, and the attention that patch tokens receive.
+    """The measurements for a detection: norms after every block, and the attention that patch tokens receive.
 
     seen: a `Capture` of norms. by_cls, by_patches: {block: (images, patches)}, mean over heads, of the cls token and
     of a sample of patches, for the last third of the blocks; empty where not measured.
@@ -60,7 +60,7 @@ class Observed:
     def received(self, block: int) -> dict[str, torch.Tensor]:
         """{"cls", "patches": (images, patches)}: attention to the tokens after a block, in even shares.
 
-        That is the attention of the next block, or the block's own after the last.
+        It is the attention in the next block; after the last block, in the block itself.
         """
         known = {"cls": self.by_cls, "patches": self.by_patches}
         maps = {who: each.get(block + 1, each.get(block)) for who, each in known.items()}
@@ -69,15 +69,15 @@ class Observed:
 
 @dataclass(frozen=True)
 class Detection:
-    """The answer ("artifacts", "none", "undecided"), why, and the numbers that it rests on.
+    """The answer ("artifacts", "none", "undecided"), its reason and its numbers.
 
-    outliers: the tokens after the judged block; no token and an infinite cutoff where nothing stands out.
-    share: of the patch tokens (0 to 1), with the ends of its 95 % interval over images. support: share of the draws
-    that find artifacts in images left out; NaN for one image. images_needed: how many would do, for "undecided".
-    norm_ratio: mean outlier norm / median. lift_cls, lift_patches: attention that outliers receive, in even shares.
-    overlap: share of the outliers among as many patches of most attention. onset: the block from which on they are
-    apart. place: share (0 to 1) of what is an outlier that its place on the grid explains. These six are None where
-    there is nothing to measure.
+    outliers: the tokens after the judged block; no token and an infinite cutoff without a second mode. share: of the
+    patch tokens (0 to 1), with the ends of its 95 % interval over images. support: share of the draws with artifacts in
+    the images left out; NaN for one image. images_needed: number of images for an answer, if "undecided". norm_ratio:
+    mean outlier norm / median. lift_cls, lift_patches: attention that outliers receive, in even shares. overlap: share
+    of the outliers among as many patches of most attention. onset: the first block from which on they are separated.
+    place: share (0 to 1) of the outliers' variance that the place on the grid explains. These six are None where they
+    cannot be measured.
     """
 
     answer: str
@@ -138,7 +138,7 @@ def detect(model, images, progress: bool = False) -> Detection:
 
 def observe(model, images, progress: bool = False, batch_size: int = 32) -> Observed:
     """The `Observed` of a `Model` on images, in batches; attention rows are kept for cls and `QUERIES` patches only."""
-    if hasattr(model, "observed"):  # measured before, and read from a file
+    if hasattr(model, "observed"):  # a replayed model reads them from a file
         return model.observed(images)
     from tqdm.auto import tqdm
 
@@ -176,7 +176,7 @@ def join(parts: list[Observed]) -> Observed:
 def registers_alike(model, images) -> float | None:
     """Largest cosine between two registers after the last block, mean over images; None with fewer than two.
 
-    1 is one register twice: registers have no order, so training may leave them copies of each other.
+    1 means equal registers: they have no order, so training may leave them copies of each other.
     """
     if model.anatomy.num_registers < 2:
         return None
@@ -187,9 +187,9 @@ def registers_alike(model, images) -> float | None:
 
 
 def judge(observed: Observed, label: str = "", draws: int = 200, seed: int = 0) -> Detection:
-    """The `Detection` from what was observed. `label` names the model, which `Outliers.cutoff_from` then says.
+    """The `Detection` from observed norms and attention. `label` names the model in `Outliers.cutoff_from`.
 
-    Judged is the last block after which there are artifacts, else the last one. `seed` draws the images.
+    It judges the last block with artifacts, else the last block. `seed` is that of the bootstrap.
     """
     images, depth, _ = observed.norms.shape
     blocks = [i for i in range(depth) if _stand_out(observed, i)[0]]
@@ -225,7 +225,7 @@ def _numbers(observed: Observed, outliers: Outliers) -> dict:
 
 
 def _answer(there: bool, support: float, norms: torch.Tensor, attended: bool) -> tuple[str, str, int | None]:
-    """(answer, reason, how many images would do) for one block."""
+    """(answer, reason, number of images needed) for one block."""
     images, patches = norms.shape
     many, carry = (f"{images} images", "carry") if images != 1 else ("1 image", "carries")
     least = max(FEWEST_NONE, math.ceil(3 / RAREST / patches))
@@ -284,7 +284,7 @@ def _stand_out(observed: Observed, block: int) -> tuple[bool, int, torch.Tensor]
 
 
 def _support(observed: Observed, block: int, draws: int, seed: int) -> float:
-    """Share of draws whose valley has artifacts beyond it in the images left out; NaN for one image."""
+    """Share of draws with artifacts beyond their valley in the images left out; NaN for one image."""
     sums, _ = _binned(observed, block)
     n = len(sums)
     drawn = torch.randint(n, (draws, n), generator=torch.Generator().manual_seed(seed))

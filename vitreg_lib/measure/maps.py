@@ -3,7 +3,7 @@
 A map covers the patch tokens only (no cls, no registers): (..., rows, cols), with any leading batch, on any device;
 tokens are (..., patches, dim) with `grid=(rows, cols)`. Results drop the map's axes. Half precision is computed in
 float32, components in float64 (on Apple's MPS move the tokens to the CPU first). `measure.attention` computes attention
-maps, `plots.maps` draws maps; scores of peaks and smoothness stand with the paper's figures (`map_scores`).
+maps, `plots.maps` draws maps; `map_scores` beside the paper's figures scores peaks and smoothness.
 """
 
 import torch
@@ -24,8 +24,8 @@ def attention_on(attn_map: torch.Tensor, is_outlier: torch.Tensor) -> torch.Tens
 def neighbour_similarity(tokens: torch.Tensor, grid: Grid, valid: torch.Tensor | None = None) -> torch.Tensor:
     """Mean cosine similarity of each patch token to its 2 to 4 neighbours, (..., patches, dim) -> (..., patches).
 
-    -1 to 1; nothing wraps round an edge (Sec. 2.2, Fig. 5a). A zero token has similarity 0. valid (..., patches) bool
-    leaves tokens out; NaN for these and for a token without neighbours.
+    -1 to 1; patches at opposite edges are no neighbours (Sec. 2.2, Fig. 5a). A zero token has similarity 0. valid (...,
+    patches) bool leaves tokens out; NaN for these and for a token without neighbours.
     """
     if tokens.shape[-2] != grid[0] * grid[1]:
         raise ValueError(f"{tokens.shape[-2]} tokens on a grid of {tuple(grid)}: drop cls and registers first")
@@ -43,8 +43,8 @@ def principal_components(
     """(..., patches, n) scores of the first n principal components of patch tokens (..., patches, dim), whitened.
 
     Scores are divided by their standard deviation, as in scikit-learn's PCA with `whiten`, over the patches of all
-    images together or `per_image` (Fig. 17, 20). `clip`: scores are cut at this many standard deviations; None cuts
-    nothing. Sign: with `grid` the mean score of the central half of rows and columns is positive, so that pictures
+    images together or `per_image` (Fig. 17, 20). `clip`: scores are clipped at this number of standard deviations; None
+    clips nothing. Sign: with `grid` the mean score of the central half of rows and columns is positive, so that colours
     never flip; without, or where that mean is 0, the largest loading in absolute value is positive. Components of equal
     variance remain arbitrary. Raises ValueError where n exceeds the dimensions or the patches - 1.
     """

@@ -4,7 +4,7 @@ LOST (Simeoni et al. 2021, Sec. 3.2 [recall of its equations]) on the features f
   (1) graph a_pq = 1 if f_p . f_q >= 0, degree d_p = sum_q a_pq, seed = the patch of lowest degree;
   (2) S = the seed, and the patches among the k of lowest degree with f_q . f_seed >= 0;
   (3) mask m_q = 1 if sum over s in S of f_q . f_s >= 0; the box is that of the mask's part joined to the seed.
-The registers paper adds a hand-set bias to the Gram matrix; it does not say to which of the three lines: `bias_on`.
+The registers paper adds a hand-set bias to the Gram matrix but does not state in which of the lines: see `bias_on`.
 
 `variant="paper"` is the above, `variant="code"` the published code, which differs as `CODE_DIFFERENCES` lists (read in
 its source); a tuple of those names applies just these. Boxes are (left, top, right, bottom), ends excluded, in patches.
@@ -22,19 +22,19 @@ CODE_DIFFERENCES = {
     "strict": "all three comparisons are > 0 instead of >= 0",
     "no_self": "a patch's similarity to itself is left out of its degree",
 }
-# A third one cannot be switched on: the code breaks ties of the degree by an unstable sort. `ties` states a rule.
+# A third difference is not reproduced: the code breaks ties of the degree by an unstable sort, here `ties` decides.
 LINES = ("degree", "seed", "mask")
 IN_WORDS = {
     "corloc": "CorLoc (images)",
     "positive_share": "Gram entries ≥ 0",
     "whole_share": "box is the whole image (images)",
 }
-_GRAM_VALUES = {"cpu": 2**20, "cuda": 2**26}  # Gram entries at once: on a CPU as many as stay in its cache
+_GRAM_VALUES = {"cpu": 2**20, "cuda": 2**26}  # Gram entries at once: on a CPU as many as fit its cache
 
 
 @dataclass
 class Lost:
-    """LOST's box for each image and how it came about; maps (batch, rows, cols) only with `intermediates=True`."""
+    """LOST's box for each image, and intermediates; maps (batch, rows, cols) only with `intermediates=True`."""
 
     boxes: Tensor  # (batch, 4)
     seeds: Tensor  # (batch,) patch index
@@ -49,7 +49,7 @@ class Lost:
     component: Tensor | None = None
 
     def shares(self, grid: tuple[int, int]) -> dict[str, float]:
-        """How many boxes are trivial, as means over the images.
+        """Shares of trivial boxes, as means over the images.
 
         positive_share; tied_share: of images whose seed is not the only patch of lowest degree; whole_share: of images
         whose box is the whole grid.
@@ -79,9 +79,9 @@ def lost(
     features (batch, patches, dim) of keys, queries, values or tokens, without prefix tokens; grid (rows, cols); k: size
     of the pool of Eq. 2; bias: added to every Gram entry in the lines named by `bias_on`; normalize: L2-normalise each
     feature first; ties: among equal degrees the "lowest" or the "highest" patch index comes first; valid (batch,
-    patches) bool leaves patches out altogether, for example outliers. Components are 4-connected. Where the mask
-    misses the seed (the code raises an error there) the box is the seed's patch.
-    Raises ValueError for a grid that does not fit, an unknown option, NaN features, an image without valid patch.
+    patches) bool excludes patches, for example outliers. Components are 4-connected. Where the mask misses the seed
+    (the code raises an error there) the box is the seed's patch. Raises ValueError for a grid that does not fit, an
+    unknown option, NaN features, an image without valid patch.
     """
     rows, cols = _check(features, grid)
     strict, no_self = _differences(variant)
@@ -182,9 +182,9 @@ def component(mask: Tensor, seeds: Tensor) -> Tensor:
         labels = torch.from_numpy(label(mask.numpy(), within)[0])
         return labels == labels.flatten(1).gather(1, seeds[:, None])[:, :, None]
     part = torch.zeros_like(mask).flatten(1).scatter_(1, seeds[:, None], True).reshape(mask.shape)
-    while True:  # grown until it stands still
+    while True:  # grown until it no longer changes
         before = part
-        for _ in range(8):  # several steps for each look at the result, which makes a GPU wait
+        for _ in range(8):  # several steps for each test of the result, which makes a GPU wait
             grown = part.clone()
             grown[:, 1:] |= part[:, :-1]
             grown[:, :-1] |= part[:, 1:]
@@ -305,7 +305,7 @@ def box_iou(a: Tensor, b: Tensor) -> Tensor:
 def centred_boxes(sizes: Tensor, area: float = 0.5) -> Tensor:
     """A centred box that covers the share `area` of each image, for sizes (images, 2) = height, width; 1: all of it.
 
-    Such boxes cost nothing: the baselines to show beside every CorLoc.
+    These boxes are the trivial baselines to show beside every CorLoc.
     """
     height, width = sizes.double().unbind(1)
     margin = (1 - area**0.5) / 2

@@ -1,8 +1,8 @@
 """Which tokens are outliers: norms, cutoffs, masks.
 
-Sec. 2.1 of the paper calls a patch token an outlier when its norm at the output exceeds 150, a number picked
-from one model's histogram that "can vary across models". Here the cutoff lies in the valley of the model's own
-histogram. Whether a model has artifacts is a question to `detection`, which also looks at attention.
+Sec. 2.1 of the paper calls a patch token an outlier when its norm at the output exceeds 150, a number from one model's
+histogram that "can vary across models". Here the cutoff is the valley of the model's own histogram. `detection` decides
+whether a model has artifacts, from attention too.
 
 Norms are of patch tokens, before the final LayerNorm, in any shape.
 """
@@ -18,7 +18,7 @@ from ..hooks.capture import Capture
 
 BIN, LOWEST, BINS = 0.05, -2.5, 160  # of log(norm / median): width, lowest, number; up to 250 times the median
 DIP = 0.8  # a valley is lower than this share of the modes on both sides
-STANDS_OUT = 2.0  # by how many standard errors of a count the upper mode exceeds the valley
+STANDS_OUT = 2.0  # the upper mode exceeds the valley by this number of standard errors of a count
 MINORITY = 1 / 3  # of the tokens: a larger upper mode is a kind of content (it is that of 40 % in mini-clip)
 SEPARATED = 3.0  # times the median, for `separated_share`
 
@@ -36,8 +36,8 @@ def valleys(
     """(valley, peak), the bins (n,) between main and upper mode, and of the upper mode, of histograms (n, BINS).
 
     The main mode is the highest at or below the median. An upper mode is a bin above a valley that is lower than `dip`
-    of both modes, and exceeds it by `stands_out` standard errors of the counts; of several the one that exceeds it
-    most. Counts are smoothed by a Gaussian of 1.5 bins (8 % of the norm). -1 where there is no upper mode.
+    of both modes, and exceeds it by `stands_out` standard errors of the counts; of several, it is the one that exceeds
+    it most. Counts are smoothed by a Gaussian of 1.5 bins (8 % of the norm). -1 where there is no upper mode.
     """
     kernel = torch.exp(-0.5 * (torch.arange(-5, 6, device=counts.device) / 1.5) ** 2)
     kernel /= kernel.sum()
@@ -60,7 +60,7 @@ def valleys(
 def cutoff_valley(norms: torch.Tensor) -> float:
     """The lowest valley between the main mode of the histogram of log norms and a mode above it (`valleys`).
 
-    Infinite where there is none, or where more than a third of the tokens lie beyond: outliers are few.
+    Infinite without a valley, or where more than a third of the tokens lie beyond it, because outliers are few.
     """
     valley = valleys(histogram(norms.reshape(1, -1)))[0].item()
     cut = norms.median().item() * bin_middle(valley) if valley >= 0 else math.inf
@@ -87,8 +87,8 @@ class Outliers:
     """Which patch tokens of some images are outliers after one block, and by which cutoff.
 
     mask: (images, rows, cols) bool. norms: (images, rows, cols), of the same tokens. cutoff: tokens of a larger norm
-    are outliers; infinite where the rule sees no second population. layer: the block. cutoff_from: label of the model
-    whose norms gave the cutoff, "" where it was set by hand or the model is not named.
+    are outliers; infinite without a second mode. layer: the block. cutoff_from: label of the model whose norms gave the
+    cutoff, "" for a cutoff set by hand or an unnamed model.
     """
 
     mask: torch.Tensor
@@ -106,8 +106,8 @@ class Outliers:
 def find(seen: Capture, layer: int = -1, cut: float | Outliers | None = None, model: str = "") -> Outliers:
     """The `Outliers` of a capture with norms, after one captured block (negative: from the last captured one).
 
-    The cutoff follows from the same norms by `cutoff`, unless `cut` gives it: a number, or the outliers of
-    another model, as those of the model without registers for the one with. `model`: label of the captured model.
+    `cutoff` computes the cutoff from the same norms, unless `cut` gives it: a number, or the outliers of another model,
+    such as the one without registers. `model`: label of the captured model.
     """
     block = seen.block(layer)
     norms = seen.patch_norms[:, seen.layers.index(block)].unflatten(1, seen.grid)
@@ -121,7 +121,7 @@ def find(seen: Capture, layer: int = -1, cut: float | Outliers | None = None, mo
 
 
 def outlier_share(norms: torch.Tensor, cut: float | None = None) -> float:
-    """Share (0 to 1) of tokens above `cut`, which follows from the norms by `cutoff` if not given."""
+    """Share (0 to 1) of tokens above `cut`, by default the `cutoff` of the norms."""
     return (norms > (cutoff(norms) if cut is None else cut)).float().mean().item()
 
 
@@ -131,9 +131,9 @@ def norm_ratio(norms: torch.Tensor, is_outlier: torch.Tensor) -> float | None:
 
 
 def onset_of(norms: torch.Tensor, is_outlier: torch.Tensor, cut: float, layer: int) -> int:
-    """The block from which on at least half of the outliers of block `layer` are as far out as there, of its tokens.
+    """The first block from which on at least half of the outliers of block `layer` are above the relative cutoff.
 
-    As far out: above cut / median of block `layer`, in medians of the block. norms: (images, layers, patches).
+    The relative cutoff is cut / median of block `layer`, in medians of each block. norms: (images, layers, patches).
     """
     factor = cut / norms[:, layer].median()
     out = [(at[is_outlier] > factor * at.median()).float().mean() >= 0.5 for at in norms[:, : layer + 1].unbind(1)]
@@ -143,7 +143,7 @@ def onset_of(norms: torch.Tensor, is_outlier: torch.Tensor, cut: float, layer: i
 def place_share(is_outlier: torch.Tensor) -> float:
     """Share (0 to 1) of the variance of is_outlier (images, patches) that its place on the grid explains.
 
-    Each image is foretold by the mean of the others, so chance explains nothing. NaN for one image.
+    The prediction for each image is the mean of the others, so chance explains nothing. NaN for one image.
     """
     y = is_outlier.float()
     others = (y.sum(0) - y) / (len(y) - 1)
@@ -166,9 +166,9 @@ def score(found: torch.Tensor, truth: torch.Tensor) -> dict[str, float]:
 
 
 def summary(norms: dict[str, torch.Tensor], cutoffs: dict[str, float] | None = None):
-    """A DataFrame with cutoff, outlier_share, norm_ratio, onset_layer, median and largest norm, one row a model.
+    """A DataFrame with cutoff, outlier_share, norm_ratio, onset_layer, median and largest norm, one row per model.
 
-    norms: {model: (images, layers, patches)}; the first four but the onset are about the last layer.
+    norms: {model: (images, layers, patches)}; the first four, except the onset, describe the last layer.
     """
     import pandas as pd
 

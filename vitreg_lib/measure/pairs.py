@@ -8,7 +8,7 @@ TRAINED = ("trained", "fine-tuned")  # from the start, or into a finished model
 
 
 def interval(values: torch.Tensor, draws: int = 2000, seed: int = 0) -> tuple[float, float]:
-    """(low, high): the middle 95 % of the mean of values (images,) when the images are drawn anew, a bootstrap."""
+    """(low, high): the bootstrap's 95 % interval of the mean of values (images,), over images."""
     values = values.double().cpu()
     drawn = torch.randint(len(values), (draws, len(values)), generator=torch.Generator().manual_seed(seed))
     low, high = values[drawn].mean(1).quantile(torch.tensor([0.025, 0.975]).double()).tolist()
@@ -18,8 +18,8 @@ def interval(values: torch.Tensor, draws: int = 2000, seed: int = 0) -> tuple[fl
 def pairs(models, registers_from: str = "") -> dict[str, str]:
     """{label of a model with registers: label of the same model without}, of the pairs among models.
 
-    A pair counts by where its registers come from if `registers_from` says so: "trained" (from the start, or into a
-    finished model), "test time" …
+    `registers_from` restricts the pairs by the origin of their registers: "trained" (from the start, or into a finished
+    model), "test time" …
     """
     kinds = TRAINED if registers_from == "trained" else (registers_from,)
     labels = {model.entry: model.label for model in models if model.role == "trained"}

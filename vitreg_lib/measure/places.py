@@ -1,7 +1,7 @@
 """Do outliers follow their place or their content? Interventions on a model and its images (ours).
 
-`tests` exchanges position embeddings or contents, flips and shifts the image, blanks it, and looks where the outliers
-go. Masks are (images, rows, cols) bool; all outliers are counted by one cutoff, that of the untouched model.
+`tests` exchanges position embeddings or contents, flips, shifts or blanks the image, and measures where the outliers
+go. Masks are (images, rows, cols) bool; one cutoff, that of the original model, defines all outliers.
 """
 
 from __future__ import annotations
@@ -13,13 +13,12 @@ import torch
 
 
 def tests(model, images: torch.Tensor, cutoff: float, count: int = 4, layer: int = -1):
-    """What outliers follow when place and content part company: a DataFrame, one row a test.
+    """A DataFrame of what outliers follow when place and content are separated, one row per test.
 
-    follows_place, follows_content: the share of outliers found where their place (its position embedding), or their
-    content, has gone, where the two are not the same (NaN where they always are, as for four corners that a flip
-    exchanges); outliers: a patch's chance of being one, in the test, over that in the untouched images (for the
-    last two tests nothing has gone anywhere). `count` places that are outliers most often are exchanged with as many
-    inner places that are so least often. Raises ValueError without outliers.
+    follows_place, follows_content: share of outliers at the new position of their place (its position embedding), or of
+    their content, where the two differ (NaN if they never do, as for four corners that a flip exchanges). outliers:
+    share of outliers in the test over that in the original images (in the last two tests nothing moves). The `count`
+    places with most outliers are exchanged with as many inner places with fewest. Raises ValueError without outliers.
     """
     import pandas as pd
 

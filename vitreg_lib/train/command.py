@@ -1,7 +1,7 @@
-"""`vitreg train`: its options, which are the fields of `TrainConfig`, and what it does.
+"""`vitreg train`: the command and its options, which are the fields of `TrainConfig`.
 
-The help of a recipe is its module's docstring and its own defaults, both read from the source, so that asking for help
-needs no torch.
+The help of a recipe is its module's docstring and its own defaults, both read from the source, so that --help needs no
+torch.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ app = typer.Typer(help="Train a ViT; a run that was stopped or killed goes on as
 
 
 def train(recipe: str | None, resume: str | None = None, out: str | None = None, device: str | None = None, **options):
-    """Train, or go on with a run; prints the result. Under torchrun this process takes its part."""
+    """Train or resume a run, and print the result. Under torchrun this process computes its part."""
     import json
 
     import torch

@@ -1,7 +1,7 @@
-"""Where a training takes its images from: scenes, or the user's own (`--data FOLDER`).
+"""The images of a training: scenes, or the user's own (`--data FOLDER`).
 
-Which image comes when follows from the seed and its position in the training (see `parallel.batch_range`). Images come
-in [0, 1]; views and masks are made on the device.
+The seed and the position in the training determine each image (see `parallel.batch_range`). Images are in [0, 1]; views
+and masks are made on the device.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from ..data.scenes import HELD_OUT, MEAN, STD, targets
 from ..data.sets import read_stored, undecoded
 from . import parallel
 
-MARGIN = 8 / 7  # own images are read this much larger than the model's, 256 pixels for 224, so that crops stay sharp
+MARGIN = 8 / 7  # the user's images are read larger by this factor, 256 pixels for 224, so that crops stay sharp
 CAPTIONS = ("caption", "text", "txt")  # columns that hold a caption
 PICTURES = ("image", "jpg", "jpeg", "png", "webp")  # columns that hold an image
 HELD_OUT_EVERY = 20  # where a folder has no val/, every twentieth image is kept for evaluation
@@ -57,7 +57,7 @@ def pairs(config, step: int, device) -> tuple[torch.Tensor, list[str]]:
 
 
 def held_out(config, first: int, count: int) -> torch.Tensor:
-    """Images (n, 3, size, size) in [0, 1] that are never trained on: at most `count`, from number `first` on."""
+    """Images (n, 3, size, size) in [0, 1] outside the training set: at most `count`, from number `first` on."""
     if not config.data:
         return scenes.render(range(HELD_OUT + first, HELD_OUT + first + count), config.image_size, config.seed).pixels
     source = captioned(config.data, "val") if config.recipe == "clip" else pictures(config.data, "val")
@@ -65,17 +65,17 @@ def held_out(config, first: int, count: int) -> torch.Tensor:
 
 
 def telemetry_images(config) -> torch.Tensor:
-    """The held-out images whose norms are watched, normalised; a recipe may have its own function of this name."""
+    """The held-out images for telemetry, normalised; a recipe may have its own function of this name."""
     return (held_out(config, 0, config.telemetry_images) - MEAN) / STD
 
 
 def asking(config) -> int:
-    """How many of the images of `labelled` are queries."""
+    """Number of queries among the images of `labelled`."""
     return min(config.eval_images, len(pictures(config.data, "val"))) if config.data else config.eval_images
 
 
 def held_out_scenes(config, count: int, device="cpu") -> Iterator[tuple[torch.Tensor, dict[str, torch.Tensor]]]:
-    """(pixels in [0, 1], labels by attribute) of `count` scenes that are neither trained on nor watched, in batches."""
+    """(pixels in [0, 1], labels by attribute) of `count` scenes outside training and telemetry, in batches."""
     first = HELD_OUT + config.telemetry_images
     for index in torch.arange(first, first + count).split(256):
         batch = scenes.render(index, config.image_size, config.seed, device)
@@ -113,7 +113,7 @@ class Pictures:
         return read_stored(row[self.image]), row[self.label]
 
     def name(self, index: int) -> str:
-        """What a message calls an image: its file, or its row."""
+        """An image's name for messages: its file, or its row."""
         path = self.rows[index][self.image]["path"]
         return Path(path).name if path else f"row {index}"
 
@@ -127,7 +127,7 @@ def unlabelled(paths: list[Path]) -> Pictures:
 
 @functools.lru_cache(maxsize=4)
 def pictures(data: str, split: str) -> Pictures:
-    """A split, "train" or "val", of the labelled images in a folder, whose listing is read once.
+    """A split, "train" or "val", of the labelled images in a folder, which is listed once.
 
     Raises UserError where there are none, or where the classes of the splits differ.
     """
@@ -198,7 +198,7 @@ def _root(data: str, content: str) -> Path:
 
 
 def _part(count: int, split: str) -> list[int]:
-    """Places of "val", every twentieth, or of "train", the others."""
+    """Positions of "val", every twentieth, or of "train", the others."""
     return [i for i in range(count) if (i % HELD_OUT_EVERY == HELD_OUT_EVERY - 1) == (split == "val")]
 
 
@@ -216,7 +216,7 @@ def _read(config, source, places):
 
 
 def pairs_held_out(config) -> tuple[torch.Tensor, list[str]]:
-    """At most `eval_images` pairs of a folder that are never trained on: images in [0, 1] and captions."""
+    """At most `eval_images` pairs of a folder outside the training set: images in [0, 1] and captions."""
     source = captioned(config.data, "val")
     return _read(config, source, order(len(source), config.seed)[: config.eval_images])
 
@@ -224,8 +224,8 @@ def pairs_held_out(config) -> tuple[torch.Tensor, list[str]]:
 class Augmented(Dataset):
     """Training images by position: (pixels, label, position). Each epoch has an order of its own.
 
-    source: what has `read`, `name` and a length; the labelled images of `config.data` if not given. transform: PIL
-    image → pixels; DeiT-III's if not given.
+    source: an object with `read`, `name` and a length; by default the labelled images of `config.data`. transform: PIL
+    image → pixels; by default DeiT-III's.
     """
 
     def __init__(self, config, source=None, transform=None):
@@ -263,13 +263,13 @@ class Augmented(Dataset):
 
 
 class Stream:
-    """Batches by position, read ahead by workers in the order in which the training asks for them."""
+    """Batches by position, which workers read ahead in the order of the training."""
 
     def __init__(self, config, device: str, data: Augmented | None = None):
         self.config, self.device, self.data, self.batches = config, device, data or Augmented(config), None
 
     def batch(self, step: int):
-        """(pixels, labels) of this process's images of the step, on the device; captions as they are."""
+        """(pixels, labels) of this process's images of the step, on the device; captions stay text."""
         wanted = parallel.batch_range(self.config, step)
         batch = None if self.batches is None else next(self.batches, None)
         if batch is None or batch[2].tolist() != list(wanted):  # at the start, or where micro-batches were halved
@@ -288,7 +288,7 @@ class Stream:
             num_workers=workers,
             pin_memory=torch.device(self.device).type == "cuda",
             prefetch_factor=4 if workers else None,
-            generator=torch.Generator(),  # or starting it would draw from the training's random state
+            generator=torch.Generator(),  # else its start would draw from the training's random state
         )
 
 
@@ -311,13 +311,13 @@ def stream(config, device: str, source=None, size: int = 0) -> Stream:
 
 @functools.lru_cache(maxsize=2)
 def order(count: int, seed: int) -> torch.Tensor:
-    """A permutation of `count` places that follows from the seed."""
+    """A permutation of `count` positions, determined by the seed."""
     return torch.randperm(count, generator=torch.Generator().manual_seed(seed))
 
 
 @contextlib.contextmanager
 def seeded(seed: int, position: int):
-    """Inside, random numbers of Python, numpy and torch follow from (seed, position); after it they are as before."""
+    """A context in which (seed, position) seeds Python, numpy and torch; its exit restores their states."""
     before = random.getstate(), np.random.get_state(), torch.get_rng_state()
     mixed = (seed * 0x9E3779B97F4A7C15 + position * 0xBF58476D1CE4E5B9) % 2**64
     random.seed(mixed)

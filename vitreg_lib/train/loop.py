@@ -5,19 +5,19 @@ A recipe is a module with these functions:
     build(config) -> nn.Module                   the module that is trained
     loss(module, config, step, device) -> (loss, {name: number})
     evaluate(module, config, device) -> {name: number}
-    backbone(module) -> nn.Module                the timm ViT inside, whose norms are watched and which is kept
+    backbone(module) -> nn.Module                the timm ViT inside, which is measured and saved
 
-and, where there is need:
+and, optionally:
 
     DEFAULTS                                     other defaults of TrainConfig
-    telemetry_images(config) -> Tensor           images whose norms are watched; by default `images.telemetry_images`
-    after_step(module, config, step)             what follows an optimiser step, as a teacher does
-    companions(module) -> {name: state}          what ships beside the backbone
+    telemetry_images(config) -> Tensor           images for telemetry; by default `images.telemetry_images`
+    after_step(module, config, step)             work after an optimiser step, such as a teacher's update
+    companions(module) -> {name: state}          states saved beside the backbone
     SEPARABLE = False                            the loss compares the images of a batch with each other
 
-A batch follows from the number of its step; every process takes its part (see `parallel`). The random state is set from
-(seed, step) at every step. So a run that was killed and resumed ends with the same weights as one that was not, on a
-CPU bit for bit. A run's folder is described in `state`; at its end model.safetensors and result.json are added.
+The number of a step determines its batch; every process computes its part (see `parallel`). The random state is set
+from (seed, step) at every step. A resumed run therefore ends with the same weights as an uninterrupted one, on a CPU
+bit for bit. `state` describes the folder of a run; a finished run adds model.safetensors and result.json.
 """
 
 from __future__ import annotations
@@ -51,12 +51,12 @@ def train(
     progress: bool = True,
     on_step: Callable[[int, float], None] | None = None,
 ) -> dict:
-    """The result, as a dictionary, of training to `config.steps`, from the folder's state on where there is one.
+    """The result, as a dictionary, of training to `config.steps`, resumed from the folder's state if it has one.
 
-    The stop button, Ctrl-C and SIGTERM let the step end, save the state and raise KeyboardInterrupt, which says how to
-    go on. On other ranks than 0 nothing is written and the result is empty.
-    Raises UserError where the folder holds a run of another configuration or the state cannot be read or written, and
-    FloatingPointError when the loss is no longer finite. The last good state is kept whatever happens.
+    The stop button, Ctrl-C and SIGTERM let the step end, save the state and raise KeyboardInterrupt, whose message says
+    how to resume. Ranks other than 0 write nothing, and their result is empty. Raises UserError where the folder holds
+    a run of another configuration or the state cannot be read or written, and FloatingPointError when the loss is no
+    longer finite. The last good state is always kept.
     """
     from tqdm.auto import tqdm
 
@@ -101,7 +101,7 @@ def train(
 
 
 def configure(recipe: str, **options) -> tuple[TrainConfig, ModuleType]:
-    """The configuration of a recipe by name, `options` over its own defaults, and its module."""
+    """The configuration of a recipe by name, with `options` in place of its defaults, and its module."""
     module = recipe_of(TrainConfig(**{**options, "recipe": recipe}))
     return TrainConfig(**{**getattr(module, "DEFAULTS", {}), **options, "recipe": recipe}), module
 
@@ -140,7 +140,7 @@ def _separable(recipe) -> bool:
 def _prepare(module, recipe, config: TrainConfig, device: str) -> tuple[Run, torch.nn.Module]:
     """The run at step 0 and its loss as a module."""
     if torch.device(device).type == "cuda":
-        torch.set_float32_matmul_precision("high")  # what autocast leaves in float32 runs on tensor cores too
+        torch.set_float32_matmul_precision("high")  # operations that autocast leaves in float32 use tensor cores too
     ema = None
     if config.ema:
         from timm.utils import ModelEmaV3
@@ -188,7 +188,7 @@ def _step(run: Run, loss, recipe, config, step: int, device, asked=lambda: False
 
 
 def _note(run: Run, step: int, numbers: dict[str, float], folder: Path, on_step) -> bool:
-    """Put a step's numbers into the log; whether a process, or `on_step` by KeyboardInterrupt, asks to stop.
+    """Put a step's numbers into the log; return whether a process, or `on_step` by KeyboardInterrupt, asks to stop.
 
     Raises FloatingPointError for a loss that is not finite.
     """
@@ -209,7 +209,7 @@ def _note(run: Run, step: int, numbers: dict[str, float], folder: Path, on_step)
 
 
 def _gradients(run: Run, loss, config, step: int, device, asked) -> dict[str, float]:
-    """Put the gradients of the whole batch into the parameters, micro-batch by micro-batch; the numbers of `_step`."""
+    """Compute the gradients of the whole batch, micro-batch by micro-batch; return the numbers of `_step`."""
     run.optimizer.zero_grad(set_to_none=True)
     share = config.batch_size // parallel.world()
     total: dict[str, float] = {}
@@ -230,9 +230,9 @@ def _gradients(run: Run, loss, config, step: int, device, asked) -> dict[str, fl
 
 
 def _seed(config: TrainConfig, step: int, stream: int) -> int:
-    """Of the random state of a step; seeds, processes and micro-batches differ.
+    """Seed of the random state of a step; it differs between seeds, processes and micro-batches.
 
-    All in the lower half: the CPU's generator takes only 32 bits.
+    It fits into 32 bits, because the CPU's generator takes no more.
     """
     return (config.seed * 0x9E3779B1 + step + stream * 0x7F4A7C15) % 2**32
 
@@ -240,8 +240,8 @@ def _seed(config: TrainConfig, step: int, stream: int) -> int:
 def _fit(run: Run, loss, recipe, config: TrainConfig, device) -> None:
     """Under DDP: halve the micro-batches until one fits on every rank.
 
-    A rank that runs out of memory in a step leaves the others waiting for its gradients. So the first micro-batch is
-    tried before the training without an exchange of gradients, and all ranks halve where one of them has to.
+    A rank that runs out of memory in a step leaves the others waiting for its gradients. All ranks therefore try the
+    first micro-batch before the training, without an exchange of gradients, and halve if one of them must.
     """
     if parallel.world() == 1 or config.fsdp or not _separable(recipe):
         return
@@ -260,7 +260,8 @@ def _fit(run: Run, loss, recipe, config: TrainConfig, device) -> None:
 
 
 def _halve(run: Run, recipe, config: TrainConfig, step: int, reason: str) -> None:
-    """Twice as many micro-batches, half as large. Raises UserError where that cannot help or would change the loss."""
+    """Double the number of micro-batches, at half the size. Raises UserError where that cannot help or changes the
+    loss."""
     run.optimizer.zero_grad(set_to_none=True)
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
@@ -281,9 +282,9 @@ def _halve(run: Run, recipe, config: TrainConfig, step: int, reason: str) -> Non
 
 @contextmanager
 def _stop_button():
-    """Inside, the first SIGINT or SIGTERM is only noted, for a step must not end half-way; the second one acts.
+    """A context that only notes the first SIGINT or SIGTERM, so that a step ends completely; the second one acts.
 
-    Gives a function that says whether there was one. In other threads than the main one signals act as always.
+    It yields a function that returns whether there was one. Outside the main thread, signals act as always.
     """
     if threading.current_thread() is not threading.main_thread():
         yield lambda: False
@@ -303,7 +304,7 @@ def _stop_button():
 
 
 def _finish(folder: Path, run: Run, recipe, config: TrainConfig, device, began: float) -> dict:
-    """Measure the trained module (its moving average, if there is one) and write weights and result; the result."""
+    """Measure the trained module (its moving average, if any), write weights and result, and return the result."""
     whole = parallel.whole(run.ema.module if run.ema else run.module, recipe, config, device)
     if whole is None:
         return {}

@@ -1,10 +1,10 @@
-"""Several processes, one training: who takes which images, and how tensors of all processes meet.
+"""One training in several processes: the images of each process, and the exchange of tensors.
 
 Started by `torchrun --nproc-per-node N`, every process (rank) computes its share of each batch. At step s the global
 batch is the images [s·B, (s+1)·B); rank r of W takes the r-th of W equal parts, and micro-batch k of K (gradient
-accumulation) the k-th part of that. Gradients are averaged over ranks. So a loss that is a mean over images needs
-nothing more, and one that compares images with each other computes it from `gather`ed tensors, the same on every rank.
-Without torchrun there is one rank, and everything here is the identity.
+accumulation) the k-th part of that. Gradients are averaged over ranks. A loss that is a mean over images needs nothing
+more. A loss that compares images with each other is computed from `gather`ed tensors, equal on every rank. Without
+torchrun there is one rank, and all functions here are the identity.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch import nn
 
 from ..base import UserError, local_rank
 
-_part = (0, 1)  # which micro-batch of how many is being computed; set by `micro_batch` alone
+_part = (0, 1)  # (current micro-batch, number of micro-batches); set by `micro_batch` alone
 
 
 def rank() -> int:
@@ -28,12 +28,12 @@ def rank() -> int:
 
 
 def world() -> int:
-    """How many processes train together."""
+    """Number of processes that train together."""
     return dist.get_world_size() if _many() else 1
 
 
 def batch_range(config, step: int) -> range:
-    """Indices of the images that this process computes now: its part of the batch of `step`, of that a micro-batch.
+    """Indices of the images that this process computes now: the micro-batch of its part of the batch of `step`.
 
     Raises UserError where `config.batch_size` does not split evenly over the processes.
     """
@@ -58,7 +58,7 @@ def following(config, step: int) -> Iterator[range]:
 
 @contextlib.contextmanager
 def micro_batch(part: int, parts: int):
-    """Inside, `batch_range` gives the `part`-th of `parts` micro-batches."""
+    """A context in which `batch_range` gives the `part`-th of `parts` micro-batches."""
     global _part
     before, _part = _part, (part, parts)
     try:
@@ -70,8 +70,8 @@ def micro_batch(part: int, parts: int):
 def gather(x: torch.Tensor) -> torch.Tensor:
     """(world · n, …) from every rank's (n, …), in the order of ranks, with gradient.
 
-    The gradient that all ranks' losses send to this rank's rows is summed. Where every rank computes the same loss
-    from gathered tensors, that is W times too much, which averaging the gradients over ranks makes right again.
+    The gradient that all ranks' losses send to this rank's rows is summed. Where every rank computes the same loss from
+    gathered tensors, that is W times too much; averaging the gradients over ranks corrects it.
     """
     return _Gather.apply(x) if _many() else x
 
@@ -95,7 +95,7 @@ def all_reduce_sum(x: torch.Tensor) -> torch.Tensor:
 
 
 def start(device: str) -> str:
-    """Join the processes that torchrun started, if it did; the device of this one (`cuda` becomes `cuda:LOCAL_RANK`).
+    """Join the processes that torchrun started, if any; return this one's device (`cuda` becomes `cuda:LOCAL_RANK`).
 
     Communication is by nccl on GPUs and by gloo on CPUs.
     """
@@ -160,9 +160,9 @@ def blocks(module: nn.Module) -> list[nn.Module]:
 
 
 def compile_blocks(module: nn.Module, device: str) -> bool:
-    """Compile every block in place (their forward is where the time goes); False, with a warning, if that fails.
+    """Compile every block in place, since blocks take most of the time; return False, with a warning, if that fails.
 
-    A trial on the first block, forward and backward, shows whether this machine can.
+    A forward and backward pass of the first block tests whether this machine can compile.
     """
     modules = blocks(module)
     # blocks differ in their rate of stochastic depth alone, and are called with and without gradient
@@ -172,7 +172,7 @@ def compile_blocks(module: nn.Module, device: str) -> bool:
     dim = next(p.shape[0] for name, p in modules[0].named_parameters() if name.endswith("norm1.weight"))
     try:
         modules[0](torch.zeros(2, 8, dim, device=device, requires_grad=True)).sum().backward()
-    except Exception as error:  # whatever the compiler, the driver or the tool chain raises
+    except Exception as error:  # any error of the compiler, the driver or the tool chain
         for block in modules:
             block._compiled_call_impl = None  # what nn.Module.compile sets; it has no public inverse
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
@@ -184,15 +184,15 @@ def compile_blocks(module: nn.Module, device: str) -> bool:
 
 
 def eager(config):
-    """Inside, nothing runs compiled: hooks are called at every block, and new shapes start no compilation."""
+    """A context without compiled code: hooks are called at every block, and new shapes start no compilation."""
     return torch.compiler.set_stance("force_eager") if config.compile else contextlib.nullcontext()
 
 
 def shard(loss: nn.Module) -> None:
-    """FSDP2: parameters, gradients and optimiser state shared out over ranks, gathered block by block when needed.
+    """FSDP2: distribute parameters, gradients and optimiser state over ranks; blocks are gathered when needed.
 
-    Tested to train as without it with lamb and sgd. With muon, which works in bfloat16, it nearly does: on two CPUs the
-    loss after a step was 16.2722 instead of 16.2715.
+    With lamb and sgd, tests show the same training as without FSDP. With muon, which works in bfloat16, it differs a
+    little: on two CPUs the loss after a step was 16.2722 instead of 16.2715.
     """
     from torch.distributed.fsdp import fully_shard
 
@@ -213,7 +213,7 @@ def distribute(loss: Loss, config) -> nn.Module:
 def optimizer(module: nn.Module, config, device: str) -> torch.optim.Optimizer:
     """timm's optimiser of that name, with a fused step on a GPU where it has one.
 
-    No weight decay on vectors, and none on what a ViT inside the module names: positions, cls token, registers.
+    Vectors have no weight decay, nor do the parameters that a ViT excludes: positions, cls token, registers.
     """
     from timm.optim import create_optimizer_v2, param_groups_weight_decay
 
@@ -235,7 +235,7 @@ def optimizer(module: nn.Module, config, device: str) -> torch.optim.Optimizer:
 
 
 def without_sync(wrapped: nn.Module, last: bool):
-    """Inside, gradients are only added up; they are averaged over ranks at the last micro-batch."""
+    """A context in which gradients are only summed; at the last micro-batch they are averaged over ranks."""
     if hasattr(wrapped, "set_requires_gradient_sync"):  # FSDP2
         wrapped.set_requires_gradient_sync(last)
     elif hasattr(wrapped, "no_sync") and not last:  # DDP
@@ -261,5 +261,5 @@ def whole(module: nn.Module, recipe, config, device: str) -> nn.Module | None:
 
 
 def full(tensor: torch.Tensor) -> torch.Tensor:
-    """A tensor with all its parts: itself, or what FSDP has shared out over ranks (collective)."""
+    """The whole tensor: itself, or gathered from the ranks under FSDP (collective)."""
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor

@@ -1,12 +1,12 @@
-"""What a training run has in its folder, and how it is written so that a good state is never lost.
+"""The files in the folder of a training run, written so that a good state is never lost.
 
     config.json                 the configuration, frozen
     state.safetensors           weights, their average, optimiser, step
-    previous.safetensors        the state before it, for the case that the newest cannot be read
-    log.csv, telemetry.parquet  a row a step; a row a measured step and layer
+    previous.safetensors        the state before it, in case the newest cannot be read
+    log.csv, telemetry.parquet  a row per step; a row per measured step and layer
 
-Everything is written under a temporary name and renamed. A state carries a checksum of its tensors. It is the same
-file whether one process wrote it, DDP or FSDP, and either can go on from it.
+Everything is written under a temporary name and renamed. A state carries a checksum of its tensors. One process, DDP
+and FSDP write the same file, and each can resume from it.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ from .parallel import full
 
 @dataclass
 class Run:
-    """What a training changes.
+    """The variables of a training.
 
-    ema: the moving average of the weights, or None. accumulate: micro-batches a step, which running out of memory
-    doubles. step: optimiser steps taken. log, norms: what was noted at each step and at each measured step.
+    ema: the moving average of the weights, or None. accumulate: micro-batches per step, doubled when memory runs out.
+    step: optimiser steps taken. log, norms: rows for each step and for each measured step.
     """
 
     module: nn.Module
@@ -50,7 +50,7 @@ class Run:
 def claim(folder: Path, config: TrainConfig) -> None:
     """Make the folder and freeze the configuration in it.
 
-    Raises UserError where it holds a run of another one; how a run is computed (`config.MACHINE`) may change.
+    Raises UserError where it holds a run of another configuration; fields of `config.MACHINE` may differ.
     """
     path = folder / "config.json"
     wanted = asdict(config)
@@ -73,10 +73,10 @@ def read_config(folder: Path) -> TrainConfig:
 
 
 def load(folder: Path, run: Run) -> None:
-    """Put the folder's newest readable state into `run`; leaves it as it is where there is none.
+    """Put the folder's newest readable state into `run`; without a state, `run` is unchanged.
 
-    A state that is corrupt or cut short is named in a warning and the one before it is taken. Raises UserError when
-    none can be read.
+    A warning names a corrupt or truncated state, and the one before it is loaded. Raises UserError when none can be
+    read.
     """
     paths = [path for name in ("state", "previous") if (path := folder / f"{name}.safetensors").exists()]
     faults = []
@@ -107,9 +107,9 @@ def load(folder: Path, run: Run) -> None:
 
 
 def save(folder: Path, run: Run) -> None:
-    """Write log, telemetry and, last, the state, since what it refers to must be there. Collective under FSDP.
+    """Write log, telemetry and, last, the state, which refers to them. Collective under FSDP.
 
-    Raises UserError when it cannot be written; the last good state is then still there.
+    Raises UserError when it cannot be written; the last good state remains.
     """
     tensors = _tensors(run)
     if parallel.rank():
@@ -138,8 +138,8 @@ def save_tensors(
 
 
 def save_weights(path: Path, model: nn.Module, metadata: dict[str, str], dtype=torch.float16) -> None:
-    """A model's weights with what builds it, as the zoo loads them: a mini ViT in half precision, as it ships; another
-    model's, made from released weights, in its own."""
+    """Write a model's weights and the metadata that build it, for the zoo: a mini ViT in half precision, as it ships; a
+    model made from released weights in its own precision."""
     if hasattr(model, "timm_config"):
         return save_tensors(path, model.state_dict(), {**metadata, "timm": json.dumps(model.timm_config)})
     metadata = {**metadata, "vit": json.dumps(model.vit_arguments)}
@@ -205,7 +205,7 @@ def _fill_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, torch.T
 
 
 def _like(value: torch.Tensor, pattern: torch.Tensor) -> torch.Tensor:
-    """The value shared out over ranks as the pattern is."""
+    """The value, distributed over ranks like the pattern."""
     if not hasattr(pattern, "full_tensor"):
         return value
     from torch.distributed.tensor import distribute_tensor

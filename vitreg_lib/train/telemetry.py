@@ -1,7 +1,6 @@
-"""What the norms do while a model trains: quantiles and outlier shares of every layer at log-spaced steps and some
-evenly spaced ones.
+"""Norms during a training: quantiles and outlier shares of every layer at log-spaced and some evenly spaced steps.
 
-Figure 4(b) is drawn from this. A measurement is one capture of the same held-out images.
+Figure 4(b) shows these. A measurement is one capture of the same held-out images.
 """
 
 from __future__ import annotations
@@ -18,14 +17,14 @@ QUANTILES = (0.0, 0.01, 0.25, 0.5, 0.75, 0.99, 0.999, 1.0)
 def measured_steps(total: int, logarithmic: int = 40, even: int = 20) -> list[int]:
     """Steps from 0 to `total`, both included: `logarithmic` of them spaced evenly in the logarithm, `even` evenly.
 
-    The former see early training, where things change fast; the latter what begins late.
+    The former cover early training, with its fast changes; the latter cover late changes.
     """
     inner = torch.logspace(0, torch.tensor(float(max(total, 1))).log10().item(), logarithmic).round().long().tolist()
     return sorted({0, *inner, *(round(total * (i + 1) / even) for i in range(even)), total})
 
 
 def measure(model: torch.nn.Module, images: torch.Tensor, step: int) -> pd.DataFrame:
-    """One row a layer: step, layer, quantiles q0…q1 of patch norms, `outlier_share`, mean cls and register norms.
+    """One row per layer: step, layer, quantiles q0…q1 of patch norms, `outlier_share`, mean cls and register norms.
 
     `outlier_share` is here the share of patch tokens above three times their layer's median.
     """

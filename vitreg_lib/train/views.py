@@ -1,7 +1,7 @@
-"""Random views of images, as self-supervised training wants them: resized crops, flips, changes of light.
+"""Random views of images for self-supervised training: resized crops, flips, changes of light.
 
-Every view follows from (seed, view, index of the image) alone, by the counter-based numbers that scenes are made of. So
-it does not depend on the batch, the process or the device that an image is drawn in, and a resumed run sees the same.
+(seed, view, index of the image) alone determine a view, by the counter-based random numbers of the scenes. A view
+therefore does not depend on batch, process or device, and a resumed run gets the same views.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def crop(
     """View number `view` (n, 3, size, size) of images (n, 3, h, w) in [0, 1] with the given `index` (n,).
 
     A box of `scale` (smallest, largest) of the image's area, resized bilinearly and flipped half of the time;
-    brightness, contrast and each channel's gain change by at most 20 % (`lit`), as far as colours stay themselves.
+    brightness, contrast and each channel's gain change by at most 20 % (`lit`), so that colours stay recognisable.
     """
     u = uniform(index, 10, seed * 1009 + view + 1)
     cropped = _resize(pixels, *boxes(u, scale), size)
@@ -59,7 +59,7 @@ def boxes(u: torch.Tensor, scale: tuple[float, float]) -> tuple[torch.Tensor, to
 
 
 def light(pixels: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
-    """Brightness, contrast and gains of the channels changed by numbers u (n, 5), at most 20 % each."""
+    """Pixels with brightness, contrast and channel gains changed by numbers u (n, 5), by at most 20 % each."""
     change = 0.8 + 0.4 * u[:, :, None, None, None]
     mean = pixels.mean((1, 2, 3), keepdim=True)
     gain = torch.cat([change[:, 2], change[:, 3], change[:, 4]], 1)
