@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
@@ -236,11 +237,12 @@ with execute.locked(pathlib.Path(sys.argv[1]), "made_up"):
 """
 
 
-def test_the_second_run_of_an_item_waits_and_says_for_whom_and_a_dead_one_holds_nothing(tmp_path, capfd):
+def test_the_second_run_of_an_item_waits_and_says_for_whom_and_a_dead_one_holds_nothing(tmp_path, monkeypatch):
     folder = tmp_path / "mini" / "made_up"
     first = subprocess.Popen([sys.executable, "-c", HOLDS, str(folder)], stdout=subprocess.PIPE, text=True, cwd=ROOT)
     assert first.stdout.readline() == "locked\n"
-    entered = threading.Event()
+    entered, said = threading.Event(), io.StringIO()
+    monkeypatch.setattr(sys, "stderr", said)  # capfd loses what is written while it is read
 
     def second():
         with execute.locked(folder, "made_up"):
@@ -248,10 +250,9 @@ def test_the_second_run_of_an_item_waits_and_says_for_whom_and_a_dead_one_holds_
 
     waiting = threading.Thread(target=second)
     waiting.start()
-    told = ""
-    while "waiting for it" not in told and waiting.is_alive():
-        told += capfd.readouterr().err
-    assert f"made_up is being made by process {first.pid} since " in told
+    while "waiting for it" not in said.getvalue() and waiting.is_alive():
+        time.sleep(0.01)
+    assert f"made_up is being made by process {first.pid} since " in said.getvalue()
     assert not entered.is_set()
     first.kill()
     first.wait()
