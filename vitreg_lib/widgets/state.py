@@ -47,11 +47,12 @@ class State:
 
 @dataclass(frozen=True)
 class Seen:
-    """One image through one model, with all blocks. capture: norms, tokens, q and k of the image; norms and the
-    measured attention of a replayed model. set_norms: (layers, patches of all images of the source). found: the
-    `Detection` on these. pixels: (3, height, width) in [0, 1]. truth: (layers, rows, cols) bool where a control has
-    artifacts, or None. measured: the date on which a replayed model was measured, else "". components: (rows, cols, 3)
-    after its last block.
+    """One image through one model, with all blocks.
+
+    capture: norms, tokens, q and k of the image; norms and the measured attention of a replayed model. set_norms:
+    (layers, patches of all images of the source). found: the `Detection` on these. pixels: (3, height, width) in
+    [0, 1]. truth: (layers, rows, cols) bool where a control has artifacts, or None. measured: the date on which a
+    replayed model was measured, else "". components: (rows, cols, 3) after its last block.
     """
 
     label: str
