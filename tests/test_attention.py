@@ -62,7 +62,6 @@ def test_rows_equal_explicit_softmax(kind):
         assert gap < 1e-5, f"{kind}, block {block}: largest gap {gap:.2e}"
         on_patches = expected[..., model.num_prefix_tokens :].unflatten(-1, (rows, cols))
         assert torch.allclose(attention.maps(seen, block), on_patches.mean(1), atol=1e-5)
-        assert torch.allclose(attention.head_maps(seen, block, tokens - 1), on_patches[:, :, -1], atol=1e-5)
 
 
 def test_softmax_by_hand_on_captured_q_and_k():
@@ -94,7 +93,7 @@ def test_chosen_heads_queries_and_names():
     assert attention.query_names(seen) == ["cls", "register 1", "register 2"]
     assert attention.query_names(seen, [3 + 13]) == ["patch (1, 1)"]
     one = attention.maps(seen, 2, queries=[1], heads=[0])
-    assert torch.equal(one[:, 0], attention.head_maps(seen, 2, 1)[:, 0])
+    assert torch.equal(one[:, 0], attention.on_grid(seen, seen.attention[2][:, 0, 1]))
 
 
 @pytest.mark.parametrize(

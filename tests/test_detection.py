@@ -122,7 +122,7 @@ def test_the_planted_control_has_them_and_the_random_one_does_not(planted):
 
 def test_what_is_observed_is_the_attention_of_cls_and_of_a_sample_of_patches(planted):
     x = images.load("scenes", planted, 3).x
-    seen = detection.observe(planted, x, batch_size=2)
+    seen = detection.join([detection.observe_batch(planted, part)[0] for part in x.split(2)])
     rows = planted.capture(x, ("norms", "attention"), layers=7, queries=[0]).attention[7].mean(1)[:, 0, 1:]
     assert torch.allclose(seen.by_cls[7], rows, atol=1e-6)
     assert torch.equal(seen.norms, planted.capture(x).patch_norms)

@@ -140,19 +140,6 @@ def test_a_bias_below_every_similarity_never_gives_the_whole_image(variant):
         assert ((found.boxes[:, 2:] - found.boxes[:, :2]) == 1).all() and not found.seed_in_mask.any()
 
 
-def test_the_component_is_the_same_on_every_device():
-    """On a CPU by scipy, elsewhere by growing: here the second way on masks that pretend to lie elsewhere."""
-
-    class Elsewhere(torch.Tensor):
-        device = torch.device("meta")
-
-    mask = torch.rand(200, 7, 9, generator=torch.Generator().manual_seed(0)) < 0.6
-    seeds = torch.stack([m.flatten().nonzero()[0, 0] for m in mask])
-    grown = L.component(mask.as_subclass(Elsewhere), seeds).as_subclass(torch.Tensor)
-    assert torch.equal(grown, L.component(mask, seeds))
-    assert 0 < (grown != mask).float().mean() < 1
-
-
 def test_patches_left_out_take_no_part():
     features, grid, box = one_object()
     loud = features.clone()

@@ -262,6 +262,23 @@ def test_timms_own_functions_and_files_know_the_added_registers(name, tmp_path):
         added.again(mini.build("xxs"), {"blocks.7.mlp.fc2.moved_neurons": torch.ones(3, dtype=torch.bool)})
 
 
+def test_removed_directions_are_saved_and_loaded_by_name(tmp_path):
+    """mini-corners' outliers are bound to their place: without one direction few are left, in a file too."""
+    before, mended = zoo.load("mini-corners", "cpu"), zoo.load("mini-corners+minus1", "cpu")
+    x, cutoff = images.load("textures", before, 16, seed=3).x, vr.detect(before, mend.handful(before).x).outliers.cutoff
+    assert mended.role == "mended" and mended.registers == 0 and mended.sha256 != before.sha256
+    assert outlier_share(mended, x, cutoff) < 0.2 * outlier_share(before, x, cutoff)
+    saved.write(mended, tmp_path / "m.safetensors")
+    again = zoo.load(f"file:{tmp_path}/m.safetensors", "cpu")
+    assert again.role == "mended" and again.registers_from == "none"
+    assert "blocks.2.removed_directions" in again.module.state_dict()
+    assert torch.equal(again.capture(x).norms, mended.capture(x).norms)
+    with pytest.raises(UserError, match="mended already"):
+        mend.with_test_time_registers(again, 2, [(0, 1)])
+    with pytest.raises(UserError, match="no block follows block"):
+        mend.without_directions(before, 1, x, before.anatomy.depth - 1)
+
+
 @pytest.mark.parametrize("suffix", [".pt2", ".onnx"])
 @pytest.mark.parametrize("kind", ["mini", "eva"])
 def test_a_mended_model_is_exported_for_any_number_of_images(kind, suffix, tmp_path):

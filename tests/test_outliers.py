@@ -29,19 +29,23 @@ KINDS_OF_CONTENT = modes((20.0, 3000), (36.0, 2000))  # 40 % within a factor of 
 CONSTANT = torch.full((500,), 7.0)
 
 
+def share(norms: torch.Tensor) -> float:
+    return (norms > outliers.cutoff(norms)).float().mean().item()
+
+
 def test_one_mode_has_no_cutoff():
     assert outliers.cutoff(ONE) == math.inf
 
 
 def test_the_cutoff_lies_between_two_modes_at_ten_times():
     assert 40 < outliers.cutoff(TWO) < 150
-    assert outliers.outlier_share(TWO) == pytest.approx(0.02)
+    assert share(TWO) == pytest.approx(0.02)
 
 
 def test_the_cutoff_lies_between_modes_at_twice_the_median():
     norms = modes((20.0, 4800), (42.0, 200), spread=0.1)
     assert 26 < outliers.cutoff(norms) < 38
-    assert outliers.outlier_share(norms) == pytest.approx(0.04, abs=2e-3)
+    assert share(norms) == pytest.approx(0.04, abs=2e-3)
 
 
 def test_more_than_a_third_of_the_tokens_are_a_kind_of_content():
@@ -50,7 +54,7 @@ def test_more_than_a_third_of_the_tokens_are_a_kind_of_content():
 
 
 def test_constant_norms_have_no_outliers():
-    assert outliers.outlier_share(CONSTANT) == 0
+    assert share(CONSTANT) == 0
 
 
 def test_a_few_tokens_are_no_mode():
@@ -68,7 +72,7 @@ def test_valleys_of_many_histograms_are_those_of_each():
 @given(st.floats(1e-3, 1e3))
 def test_the_cutoff_follows_the_scale_of_the_norms(scale):
     assert outliers.cutoff(TWO * scale) == pytest.approx(outliers.cutoff(TWO) * scale, rel=0.05)
-    assert outliers.outlier_share(TWO * scale) == pytest.approx(0.02, abs=1e-3)
+    assert share(TWO * scale) == pytest.approx(0.02, abs=1e-3)
 
 
 @given(st.permutations(range(8)))
@@ -93,12 +97,6 @@ def test_shares_far_above_the_median_are_each_layers_own():
     assert outliers.separated_share(by_layer(False, True)).tolist() == [0, pytest.approx(0.02)]
 
 
-def test_norm_ratio_is_mean_outlier_over_median():
-    norms = torch.tensor([1.0, 2.0, 2.0, 30.0, 50.0])
-    assert outliers.norm_ratio(norms, norms > 10) == 20
-    assert outliers.norm_ratio(norms, norms > 100) is None
-
-
 def test_score_by_hand():
     found, truth = torch.tensor([[1, 1, 1, 0], [1, 0, 0, 1]]).bool()
     assert outliers.score(found, truth) == {"precision": pytest.approx(1 / 3), "recall": 0.5, "f1": pytest.approx(0.4)}
@@ -106,14 +104,6 @@ def test_score_by_hand():
     assert outliers.score(nothing, nothing) == {"precision": 1, "recall": 1, "f1": 1}
     assert outliers.score(found, nothing) == {"precision": 0, "recall": 1, "f1": 0}
     assert outliers.score(nothing, truth) == {"precision": 1, "recall": 0, "f1": 0}
-
-
-def test_summary_has_the_recurring_names():
-    table = outliers.summary({"two": by_layer(False, True), "one": by_layer(False, False)})
-    assert list(table.columns)[:4] == ["cutoff", "outlier_share", "norm_ratio", "onset_layer"]
-    assert table.onset_layer["two"] == 1
-    assert table.outlier_share.tolist() == [pytest.approx(0.02), 0]
-    assert table.isna().loc["one", ["norm_ratio", "onset_layer"]].all()
 
 
 def test_pairs_match_a_model_with_registers_to_the_same_without():
@@ -159,7 +149,7 @@ def test_nothing_is_found_in_the_random_control():
     model = zoo.load("mini-random", "cpu")
     pictures = images.load("scenes", model, 64)
     norms = model.capture(pictures).patch_norms
-    assert [outliers.outlier_share(at) for at in norms.unbind(1)] == [0] * model.anatomy.depth
+    assert [share(at) for at in norms.unbind(1)] == [0] * model.anatomy.depth
     assert not model.truth(pictures).any()
 
 
@@ -177,7 +167,9 @@ def test_outliers_are_those_of_the_norms_by_hand():
     assert torch.equal(found.mask, norms > outliers.cutoff(norms))
     assert (found.cutoff, found.layer, found.cutoff_from) == (outliers.cutoff(norms), 4, "a")
     assert found.share == pytest.approx(0.02)
+    assert found.norm_ratio == pytest.approx((norms[found.mask].mean() / norms.median()).item())
     by_hand = outliers.find(captured(norms), cut=20.0, model="a")
     assert (by_hand.cutoff, by_hand.cutoff_from) == (20.0, "")
     assert 0.3 < by_hand.share < 0.7
-    assert not outliers.find(captured(norms), layer=3, cut=20.0).mask.any()
+    nothing = outliers.find(captured(norms), layer=3, cut=20.0)
+    assert not nothing.mask.any() and nothing.norm_ratio is None

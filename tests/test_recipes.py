@@ -7,11 +7,12 @@ from dataclasses import replace
 
 import pandas as pd
 import pytest
+import tab02_zeroshot
 import torch
 import torch.nn.functional as F
 
 from vitreg_lib.data import scenes
-from vitreg_lib.model.text import load_text, tokenizer
+from vitreg_lib.model.text import tokenizer
 from vitreg_lib.train import loop, views
 from vitreg_lib.train.config import TrainConfig
 from vitreg_lib.train.recipes import clip, deit3, dinov2, lejepa, mae
@@ -77,7 +78,7 @@ class TestClip:
     def test_text_tower_comes_back_from_its_file(self, tmp_path):
         chosen = config("clip", steps=1, batch_size=4, telemetry_images=4)
         loop.train(chosen, clip, tmp_path, progress=False)
-        tower = load_text(tmp_path / "model.text.safetensors")
+        tower = tab02_zeroshot.load_text(tmp_path / "model.text.safetensors")
         torch.manual_seed(chosen.seed)
         module = clip.build(chosen)
         before = module.text.state_dict()

@@ -355,7 +355,7 @@ class TestRemedies:
     def test_the_table_names_the_remedy_that_does_better(self, planted):
         """The planted norm is written by neurons whatever other tokens there are: zeros do not help, moving it does."""
         tried = remedies.trial(planted, mend.handful(planted).x, counts=(4,))
-        removed, random, shifted = remedies.REMOVED, remedies.RANDOM, remedies.SHIFTED
+        removed, random, shifted = "planted+minus1", remedies.RANDOM, remedies.SHIFTED
         assert list(tried.table.index) == ["planted", "planted+empty4", "planted+ttr4", removed, random, shifted]
         assert list(tried.shares.index) == ["planted", "planted+empty4", "planted+ttr4"]
         assert tried.table.outliers["planted+empty4"] == pytest.approx(tried.table.outliers["planted"], rel=0.2)
@@ -377,7 +377,7 @@ class TestRemedies:
         model = zoo.load("mini-corners", "cpu")
         x = images.load("textures", model, 24).x
         layer = model.anatomy.depth - 2
-        removed = remedies.without_direction(model, x, layer)
+        removed = mend.without_directions(model, 1, x, layer)
         before, after = (
             capture(m.module, x, "tokens", layers=layer).tokens[layer][:, model.anatomy.num_prefix_tokens :]
             for m in (model, removed)

@@ -230,7 +230,8 @@ def mend(
 ):
     """Rid a model of its outlier tokens without training: by empty tokens, or by registers at test time.
 
-    With --save the remedy that the name asks for (NAME+ttr4, NAME+empty4) is kept, else the one that does better."""
+    With --save the remedy that the name asks for (NAME+ttr4, NAME+empty4, NAME+minus1) is kept, else the one that does
+    better. The mean over shifted views is a measurement; no file can hold it."""
     from .model import mend, names, remedies, saved
 
     counts = registers.split(",")
@@ -280,7 +281,8 @@ def models(name: Annotated[str, typer.Argument(help="all that is known of one mo
     for name, entry in entries.items():
         print(f"{name:20} {names.available(name):14} {entry.get('about', '')}")
     print(
-        "\nalso: timm:NAME, file:PATH, random:NAME, and NAME+ttrN for N registers at test time, NAME+emptyN for N zeros"
+        "\nalso: timm:NAME, file:PATH, random:NAME; NAME+ttrN for N registers at test time, NAME+emptyN for N zeros, "
+        "NAME+minusN without N directions"
     )
 
 

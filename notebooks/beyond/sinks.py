@@ -14,7 +14,7 @@ import torch
 
 from vitreg_lib.hooks.anatomy import dissect, layer_scale
 from vitreg_lib.hooks.capture import capture
-from vitreg_lib.measure.outliers import cutoff, norm_ratio, outlier_share, separated_share
+from vitreg_lib.measure.outliers import cutoff, separated_share
 
 
 def received(attention: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
@@ -77,8 +77,8 @@ def measure(model: torch.nn.Module, images: torch.Tensor, places: torch.Tensor |
         cut, attention = cutoff(norms), seen.attention[layer]
         row = {
             "layer": layer,
-            "outlier_share": outlier_share(norms, cut),
-            "norm_ratio": norm_ratio(norms, norms > cut),
+            "outlier_share": (norms > cut).float().mean().item(),
+            "norm_ratio": (norms[norms > cut].mean() / norms.median()).item(),
             "separated_share": separated_share(norms[:, None]).item(),
             "largest": (norms.max() / norms.median()).item(),
             **_most_attended(attention[..., prefix:], norms, places),
@@ -98,7 +98,7 @@ def measure(model: torch.nn.Module, images: torch.Tensor, places: torch.Tensor |
                 "spread_ratio": spread_ratio(written, places)[head].item(),
             }
         found.append(row)
-    return pd.DataFrame(found).astype({"norm_ratio": float})
+    return pd.DataFrame(found)
 
 
 def _most_attended(attention: torch.Tensor, norms: torch.Tensor, places: torch.Tensor | None) -> dict[str, float]:

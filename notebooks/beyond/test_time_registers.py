@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 
 from vitreg_lib.measure import objects
 from vitreg_lib.model import mend
-from vitreg_lib.model.mend import Neurons, _mean_activations, _pixels, handful
+from vitreg_lib.model.mend import Neurons, _pixels, handful, mean_activations
 from vitreg_lib.plots.style import PALETTE, PAPER, styled
 
 
@@ -96,7 +96,7 @@ def random_neurons(model, neurons: Neurons, images=None, seed: int = 0) -> tuple
     x = _pixels(handful(model) if images is None else images)
     blocks = sorted({block for block, _ in neurons})
     everywhere = torch.ones(len(x), math.prod(model.anatomy.grid(x)), dtype=torch.bool)
-    means = {b: m[0] for b, m in _mean_activations(model.module, x, everywhere, blocks).items()}
+    means = {b: m[0] for b, m in mean_activations(model.module, x, everywhere, blocks).items()}
     generator = torch.Generator().manual_seed(seed)
     taken, drawn = set(neurons), []
     for block, neuron in neurons:

@@ -19,7 +19,7 @@ def table(views: list[View]) -> pd.DataFrame:
         rows[one.label] = {
             "cutoff": one.cutoff,
             "outlier_share": one.outlier_share,
-            "norm_ratio": outliers.norm_ratio(one.norms, one.is_outlier),
+            "norm_ratio": (one.norms[one.is_outlier].mean() / one.norms.median()).item(),
             "attention_on_outliers": (row[one.is_outlier].sum() / row.sum()).item(),
             "attention_on_prefix_tokens": one.budget["cls"] + one.budget["registers"],
             "largest_attention": one.attention.max().item(),

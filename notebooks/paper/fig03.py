@@ -45,7 +45,7 @@ def claims(models, output: dict, table, is_outlier: dict, truths: dict):
         # the paper's 100 is two thirds of its cutoff of 150
         bulk = (norms <= row.cutoff * 100 / 150).float().mean().item()
         yield "C008", bulk > 0.9, f"{name}: {bulk:.1%} of the norms are at most two thirds of the cutoff"
-        valley = outliers.cutoff_valley(norms)
+        valley = outliers.cutoff(norms)
         text = f"a valley at {valley:.3g}" if valley < math.inf else "no valley that stands out"
         yield "C009", True if valley < math.inf else "undecided", f"{name}: {text} in the histogram of log norms"
         yield "C010", 5 <= row.norm_ratio <= 20, f"{name}: ratio {row.norm_ratio:.1f}"

@@ -6,18 +6,20 @@ open_clip; scenes are asked for each of their attributes with the sentences that
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from vitreg_lib import base
 from vitreg_lib.base import UserError
 from vitreg_lib.data.scenes import ATTRIBUTES, targets
 from vitreg_lib.measure import pairs
-from vitreg_lib.model import zoo
-from vitreg_lib.model.text import TEMPLATES, load_text, tokenizer
+from vitreg_lib.model import text, zoo
+from vitreg_lib.model.text import TEMPLATES, tokenizer
+from vitreg_lib.model.weights import read_safetensors
 from vitreg_lib.probes.zeroshot import class_embeddings
 
 
@@ -100,6 +102,15 @@ def text_tower(model):
             tower = open_clip.create_model(arch, pretrained=tag).eval()
             return tower.encode_text, open_clip.get_tokenizer(arch)
     raise UserError(f"{model.label} has no text tower here: nothing to ask it in words")
+
+
+def load_text(path) -> nn.Module:
+    """A shipped text tower, from its `.text.safetensors`."""
+    metadata, state = read_safetensors(path)
+    config, context = json.loads(metadata["config"]), len(state["positional_embedding"])
+    tower = text.text_tower(config["text_width"], config["text_layers"], config["embed_dim"], context)
+    tower.load_state_dict({name: values.float() for name, values in state.items()})
+    return tower.eval()
 
 
 def questions(pictures, labels: Tensor | None = None) -> list[Question]:

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from vitreg_lib.base import UserError, cache, write_atomically
 from vitreg_lib.measure import detection, outliers, pairs
+from vitreg_lib.model.planted import PAIRS
 from vitreg_lib.probes import _lbfgs, linear
 from vitreg_lib.probes.linear import held_out
 
@@ -355,7 +356,6 @@ def classification_tokens(
     `planted` (7), the part of cls that its outliers were made to carry.
     """
     from vitreg_lib.data.scenes import uniform
-    from vitreg_lib.model import planted
     from vitreg_lib.probes.local import matched_normal
 
     if places is not None and len(places) != len(source):
@@ -383,7 +383,7 @@ def classification_tokens(
         cls = tokens[:, 0] if seen.has_cls else patches.mean(1)  # the mean stands in where there is no cls
         found = {"cls": cls, "mean": patches.mean(1), "norms": norms, "is_outlier": mask}
         if before:
-            found["planted"] = planted.content(model, seen.tokens[before[0]][:, 0])
+            found["planted"] = planted_content(model, seen.tokens[before[0]][:, 0])
         if seen.num_registers:
             found["registers"] = tokens[:, seen.registers]
         u = uniform(rows, len(GROUPS) * draws, seed).double().view(len(rows), len(GROUPS), draws)
@@ -395,6 +395,17 @@ def classification_tokens(
         return found
 
     return mapped(source.rows, extract, about, progress)
+
+
+@torch.no_grad()
+def planted_content(model, cls: torch.Tensor) -> torch.Tensor:
+    """(n, 7) content of the planted `Model`'s outliers, from its cls tokens (n, dim) before the onset block.
+
+    The weights that write it into the outliers compute it: the first seven values of the first head that was planted.
+    """
+    block, first = model.module.blocks[model.onset], 3 * model.module.embed_dim - 2 * PAIRS
+    rows, qkv = slice(first, first + 7), block.attn.qkv
+    return torch.nn.functional.linear(block.norm1(cls.to(model.device)), qkv.weight[rows], qkv.bias[rows]).cpu()
 
 
 def cutoff_of(model, source, progress: bool = False) -> float:

@@ -149,18 +149,26 @@ def over_folds(values) -> tuple[float, float, float]:
     return float(values.mean()), float(values.mean()) - half, float(values.mean()) + half
 
 
-def table(detections: dict[str, detection.Detection]):
-    """A DataFrame with the numbers of records, one row a model; what needs outliers is empty where there are none."""
+def table(found: dict, norms: dict | None = None):
+    """A DataFrame with the numbers of records, one row a model; what needs outliers is empty where there are none.
+
+    found: {label: `Detection`}; or {label: `Outliers`}, with the norms (images, layers, patches) of all blocks.
+    """
     rows = {}
-    for name, each in detections.items():
-        norms, cut = each.outliers.norms, each.outliers.cutoff
+    for name, each in found.items():
+        own = each if norms else each.outliers
+        mask, cut, onset = own.mask.flatten(1), own.cutoff, None
+        if not norms:
+            onset = each.onset
+        elif mask.any():
+            onset = outliers.onset_of(norms[name], mask, cut, norms[name].shape[1] - 1)
         rows[name] = {
             "cutoff": cut if cut < math.inf else None,
-            "outlier_share": each.share[0],
-            "norm_ratio": each.norm_ratio,
-            "onset_layer": each.onset,
-            "median_norm": norms.median().item(),
-            "largest_norm": norms.max().item(),
-            "support": each.support,
+            "outlier_share": own.share,
+            "norm_ratio": own.norm_ratio,
+            "onset_layer": onset,
+            "median_norm": own.norms.median().item(),
+            "largest_norm": own.norms.max().item(),
         }
+        rows[name] |= {} if norms else {"support": each.support}
     return pd.DataFrame.from_dict(rows, orient="index").astype({"onset_layer": "Int64"})

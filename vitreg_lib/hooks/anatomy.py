@@ -12,6 +12,7 @@ this form.
 from __future__ import annotations
 
 import inspect
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -166,12 +167,12 @@ def dissect(model: nn.Module) -> Anatomy:
     In a larger model, with a text tower, a head or a wrapper, it describes the smallest part that has blocks and a
     patch embedding. Raises TypeError where no part has them.
     """
-    if names := getattr(model, "vitreg_description", None):
-        return _described(model, **names)
-    embeddings = [name for name, part in model.named_modules() if name.split(".")[-1] == "patch_embed"]
-    embeddings += [name for name, part in model.named_modules() if _is_naflex(part)]
-    embeddings += [name for name, part in model.named_modules() if _cuts_patches(part)]
-    lists = [name for name, part in model.named_modules() if _is_blocks(part)]
+    if named := getattr(model, "vitreg_description", None):
+        return _described(model, **named)
+    parts = list(model.named_modules())
+    embeddings = [name for name, _ in parts if name.split(".")[-1] == "patch_embed"]
+    embeddings += [name for is_one in (_is_naflex, _cuts_patches) for name, part in parts if is_one(part)]
+    lists = [name for name, part in parts if _is_blocks(part)]
     lists = [name for name in lists if not any(name.startswith(f"{other}.") for other in lists if other != name)]
     if not embeddings or not lists:
         missing = [] if lists else ["no list of equal blocks with attention"]
@@ -215,12 +216,8 @@ def _attention(block: nn.Module) -> nn.Module | None:
 
 def _common(one: str, other: str) -> str:
     """Name of the smallest module that contains both named modules."""
-    parts = []
-    for a, b in zip(one.split("."), other.split("."), strict=False):
-        if a != b:
-            break
-        parts.append(a)
-    return ".".join(parts)
+    pairs = zip(one.split("."), other.split("."), strict=False)
+    return ".".join(a for a, b in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
 
 
 def _anatomy(vit: nn.Module, blocks: tuple, patch_embed: nn.Module, **known) -> Anatomy:

@@ -127,8 +127,10 @@ def capture(
     anatomy = dissect(model)
     if unknown := [site for site in keep if site not in SITES]:
         raise ValueError(f"unknown site {unknown[0]!r}; known are {', '.join(SITES)}")
-    if len(images) == 0 or batch_size < 1:
-        raise ValueError("no images to run" if len(images) == 0 else f"batch_size {batch_size}: at least 1 is needed")
+    if not len(images):
+        raise ValueError("no images to run")
+    if batch_size < 1:
+        raise ValueError(f"batch_size {batch_size}: at least 1 is needed")
     layers = anatomy.layers(layers)
     rows, cols = anatomy.grid(images)
     num_tokens = anatomy.num_prefix_tokens + rows * cols
@@ -142,8 +144,8 @@ def capture(
             f"{type(anatomy.blocks[0]).__name__} has no linear layer after an MLP: its activations stay hidden"
         )
     parts = _run(model, images, batch_size, progress, lambda x: _one(model, anatomy, x, keep, layers, queries))
-    empty = Capture(layers, (rows, cols), anatomy.prefix, queries)
-    return _join(empty, parts)
+    whole = {site: _joined([part[site] for part in parts]) for site in keep}
+    return Capture(layers, (rows, cols), anatomy.prefix, queries, **whole)
 
 
 @contextmanager
@@ -233,15 +235,7 @@ def _one(model: nn.Module, anatomy: Anatomy, images, keep, layers, queries) -> d
             anatomy.forward(images)
         except (UserError, torch.OutOfMemoryError):
             raise
-        except (
-            ArithmeticError,
-            AssertionError,
-            AttributeError,
-            LookupError,
-            RuntimeError,
-            TypeError,
-            ValueError,
-        ) as error:
+        except Exception as error:  # a model may fail in any way
             raise Unmeasurable(_why(anatomy, images, error)) from error
     return {site: _collect(site, captured[site], layers) for site in keep}
 
@@ -265,8 +259,8 @@ class _Attention(TorchFunctionMode):
 
     def __init__(self, anatomy, layers, sites, queries, captured, batch):
         super().__init__()
-        self.anatomy, self.layers, self.sites, self.queries, self.captured = anatomy, layers, sites, queries, captured
-        self.batch = batch
+        self.anatomy, self.layers, self.sites, self.batch = anatomy, layers, sites, batch
+        self.queries, self.captured = list(queries), captured
         self.layer = self.returned = None
         self.called = self.arrived = False
         self.stack = ExitStack()
@@ -317,14 +311,9 @@ class _Attention(TorchFunctionMode):
         return hook
 
     def _enters(self, part, inputs):
-        if (
-            self.returned is not None
-            and not self.arrived
-            and inputs
-            and torch.is_tensor(x := inputs[0])
-            and x.dim() == 3
-        ):
-            self.arrived |= torch.equal(x[0], self.returned)
+        waits = self.returned is not None and not self.arrived
+        if waits and inputs and torch.is_tensor(inputs[0]) and inputs[0].dim() == 3:
+            self.arrived = torch.equal(inputs[0][0], self.returned)
 
     def _ends(self, block, inputs, output):
         if self.called and not self.arrived:
@@ -347,11 +336,9 @@ class _Attention(TorchFunctionMode):
             if site in self.sites:
                 self.captured[site][self.layer] = tensor
         if "attention" in self.sites:
-            rows, mask = query[:, :, list(self.queries)].float(), attn_mask
-            if mask is not None and mask.shape[-2] > 1:
-                mask = mask[..., list(self.queries), :]
-            rows = attention_rows(rows, key.float(), scale, mask)
-            gap = (rows[0] @ value[0].float() - output[0][:, list(self.queries)].float()).abs().max()
+            mask = attn_mask if attn_mask is None or attn_mask.shape[-2] == 1 else attn_mask[..., self.queries, :]
+            rows = attention_rows(query[:, :, self.queries].float(), key.float(), scale, mask)
+            gap = (rows[0] @ value[0].float() - output[0][:, self.queries].float()).abs().max()
             if gap > (1e-3 if output.dtype == torch.float32 else 5e-2) * value[0].abs().max().clamp_min(1e-6):
                 self._refuse(f"is not softmax times v (largest gap {gap:.1e})")
             self.captured["attention"][self.layer] = rows
@@ -369,24 +356,21 @@ def attention_rows(q: torch.Tensor, k: torch.Tensor, scale: float | None = None,
     return scores.softmax(-1)
 
 
-def _collect(site, captured, layers):
-    if site in ("embedding", "final"):
-        if not captured:
-            raise Unmeasurable(f"the forward pass did not reach the site {site!r}")
+def _collect(site, captured: dict[int, torch.Tensor], layers):
+    """What one batch gives for a site, on the CPU: one tensor, or one for each layer."""
+    single = site in ("embedding", "final")
+    if missing := [layer for layer in ((0,) if single else layers) if layer not in captured]:
+        raise Unmeasurable(
+            f"the forward pass did not reach the site {site!r}" + ("" if single else f" of block {missing[0]}")
+        )
+    if single:
         return captured[0].cpu()
-    if missing := [layer for layer in layers if layer not in captured]:
-        raise Unmeasurable(f"the forward pass did not reach the site {site!r} of block {missing[0]}")
-    if site == "norms":
-        return torch.stack([captured[layer] for layer in layers], 1).cpu()
-    return {layer: captured[layer].cpu() for layer in layers}
+    at = {layer: captured[layer] for layer in layers}
+    return torch.stack(list(at.values()), 1).cpu() if site == "norms" else {i: x.cpu() for i, x in at.items()}
 
 
-def _join(empty: Capture, parts: list[dict]) -> Capture:
-    for site in parts[0]:
-        first = parts[0][site]
-        if isinstance(first, dict):
-            value = {layer: torch.cat([part[site][layer] for part in parts]) for layer in first}
-        else:
-            value = torch.cat([part[site] for part in parts])
-        setattr(empty, site, value)
-    return empty
+def _joined(parts: list):
+    """One tensor of those of the batches, or one for each layer."""
+    if isinstance(parts[0], dict):
+        return {layer: torch.cat([part[layer] for part in parts]) for layer in parts[0]}
+    return torch.cat(parts)

@@ -27,11 +27,6 @@ def maps(
     return on_grid(captured, _rows(captured, layer, queries, heads).mean(1))
 
 
-def head_maps(captured: Capture, layer: int = -1, query: int = 0) -> torch.Tensor:
-    """(images, heads, rows, cols) attention of one query token, each head by itself (Fig. 18)."""
-    return on_grid(captured, _rows(captured, layer, [query])[:, :, 0])
-
-
 def query_names(captured: Capture, queries: list[int] | None = None) -> list[str]:
     """Name of each captured query: cls, register 1 …, patch (row, col)."""
     names = []

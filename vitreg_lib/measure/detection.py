@@ -131,21 +131,19 @@ class Detection:
         return text + "."
 
 
-def detect(model, images, progress: bool = False) -> Detection:
+def detect(model, images) -> Detection:
     """The `Detection` of a `Model` on normalised images (n, 3, height, width) or an `Images` set; one forward pass."""
-    return judge(observe(model, images, progress), model.label)
+    return judge(observe(model, images), model.label)
 
 
-def observe(model, images, progress: bool = False, batch_size: int = 32) -> Observed:
+def observe(model, images, progress: bool = False) -> Observed:
     """The `Observed` of a `Model` on images, in batches; attention rows are kept for cls and `QUERIES` patches only."""
     if hasattr(model, "observed"):  # a replayed model reads them from a file
         return model.observed(images)
     from tqdm.auto import tqdm
 
     x = getattr(images, "x", images)
-    return join(
-        [observe_batch(model, part)[0] for part in tqdm(x.split(batch_size), disable=not progress, leave=False)]
-    )
+    return join([observe_batch(model, part)[0] for part in tqdm(x.split(32), disable=not progress, leave=False)])
 
 
 def observe_batch(model, x: torch.Tensor, keep: tuple[str, ...] = ()) -> tuple[Observed, Capture]:
@@ -186,16 +184,16 @@ def registers_alike(model, images) -> float | None:
     return between.flatten(1).amax(1).mean().item()
 
 
-def judge(observed: Observed, label: str = "", draws: int = 200, seed: int = 0) -> Detection:
+def judge(observed: Observed, label: str = "", draws: int = 200) -> Detection:
     """The `Detection` from observed norms and attention. `label` names the model in `Outliers.cutoff_from`.
 
-    It judges the last block with artifacts, else the last block. `seed` is that of the bootstrap.
+    It judges the last block with artifacts, else the last block. `draws` are those of the bootstrap.
     """
     images, depth, _ = observed.norms.shape
     blocks = [i for i in range(depth) if _stand_out(observed, i)[0]]
     block = blocks[-1] if blocks else depth - 1
     there, valley, product = _stand_out(observed, block)
-    support = _support(observed, block, draws, seed)
+    support = _support(observed, block, draws)
     norms = observed.norms[:, block]
     cut = _separating(norms, product > product.median() * bin_middle(valley)) if there else math.inf
     answer, reason, needed = _answer(there, support, norms, bool(observed.received(block)))
@@ -203,14 +201,14 @@ def judge(observed: Observed, label: str = "", draws: int = 200, seed: int = 0) 
     mask = norms > cut
     outliers = Outliers(*(each.unflatten(1, observed.seen.grid) for each in (mask, norms)), cut, block, label)
     shares = mask.float().mean(1)
-    share = (shares.mean().item(), *interval(shares, seed=seed))
+    share = (shares.mean().item(), *interval(shares))
     numbers = _numbers(observed, outliers) if mask.any() else {}
     return Detection(answer, reason, outliers, share, support, images, needed, **numbers)
 
 
 def _numbers(observed: Observed, outliers: Outliers) -> dict:
     """The fields of a `Detection` that describe its outliers."""
-    mask, norms = outliers.mask.flatten(1), outliers.norms.flatten(1)
+    mask = outliers.mask.flatten(1)
     received = observed.received(outliers.layer)
     lifts = {f"lift_{who}": at[mask].mean().item() for who, at in received.items()}
     at = received.get("cls", received.get("patches"))
@@ -218,7 +216,7 @@ def _numbers(observed: Observed, outliers: Outliers) -> dict:
         rank = at.argsort(1, descending=True).argsort(1)
         lifts["overlap"] = (rank < mask.sum(1, keepdim=True))[mask].float().mean().item()
     return lifts | {
-        "norm_ratio": (norms[mask].mean() / norms.median()).item(),
+        "norm_ratio": outliers.norm_ratio,
         "onset": onset_of(observed.norms, mask, outliers.cutoff, outliers.layer),
         "place": place_share(mask) if len(mask) > 1 else None,
     }
@@ -283,11 +281,11 @@ def _stand_out(observed: Observed, block: int) -> tuple[bool, int, torch.Tensor]
     return bool(_tests(total, valley)), int(valley), product
 
 
-def _support(observed: Observed, block: int, draws: int, seed: int) -> float:
+def _support(observed: Observed, block: int, draws: int) -> float:
     """Share of draws with artifacts beyond their valley in the images left out; NaN for one image."""
     sums, _ = _binned(observed, block)
     n = len(sums)
-    drawn = torch.randint(n, (draws, n), generator=torch.Generator().manual_seed(seed))
+    drawn = torch.randint(n, (draws, n), generator=torch.Generator().manual_seed(0))
     times = torch.zeros(draws, n).scatter_add_(1, drawn, torch.ones(draws, n))
     times = times[(times == 0).any(1)]
     if not len(times):

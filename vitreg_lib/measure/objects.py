@@ -159,12 +159,12 @@ def _lost(f, valid, k, biases, strict, no_self, ties):
     return seeds, tied, share, degrees, similarity, expansion, selected, mask
 
 
-def _gram(f: Tensor, blocks: int = 4) -> Tensor:
-    """f fᵀ (batch, patches, patches); of large ones a CPU computes the upper half only and mirrors it."""
+def _gram(f: Tensor) -> Tensor:
+    """f fᵀ (batch, patches, patches); of large ones a CPU computes the upper half, in four parts, and mirrors it."""
     patches = f.shape[1]
     if f.device.type != "cpu" or patches < 400:
         return f @ f.transpose(1, 2)
-    gram, step = f.new_empty(len(f), patches, patches), -(-patches // blocks)
+    gram, step = f.new_empty(len(f), patches, patches), -(-patches // 4)
     for i in range(0, patches, step):
         rows = f[:, i : i + step] @ f[:, i:].transpose(1, 2)
         gram[:, i : i + step, i:] = rows
@@ -174,25 +174,12 @@ def _gram(f: Tensor, blocks: int = 4) -> Tensor:
 
 def component(mask: Tensor, seeds: Tensor) -> Tensor:
     """The 4-connected part of each mask (batch, rows, cols) that holds its seed, a patch index (batch,) in the mask."""
-    if mask.device.type == "cpu":
-        from scipy.ndimage import generate_binary_structure, label
+    from scipy.ndimage import generate_binary_structure, label
 
-        within = np.zeros((3, 3, 3), dtype=int)
-        within[1] = generate_binary_structure(2, 1)  # no neighbours in other images
-        labels = torch.from_numpy(label(mask.numpy(), within)[0])
-        return labels == labels.flatten(1).gather(1, seeds[:, None])[:, :, None]
-    part = torch.zeros_like(mask).flatten(1).scatter_(1, seeds[:, None], True).reshape(mask.shape)
-    while True:  # grown until it no longer changes
-        before = part
-        for _ in range(8):  # several steps for each test of the result, which makes a GPU wait
-            grown = part.clone()
-            grown[:, 1:] |= part[:, :-1]
-            grown[:, :-1] |= part[:, 1:]
-            grown[:, :, 1:] |= part[:, :, :-1]
-            grown[:, :, :-1] |= part[:, :, 1:]
-            part = grown & mask
-        if torch.equal(before, part):
-            return part
+    within = np.zeros((3, 3, 3), dtype=int)
+    within[1] = generate_binary_structure(2, 1)  # no neighbours in other images
+    labels = torch.from_numpy(label(mask.cpu().numpy(), within)[0]).to(mask.device)
+    return labels == labels.flatten(1).gather(1, seeds[:, None])[:, :, None]
 
 
 def _prepare(features: Tensor, normalize: bool) -> Tensor:

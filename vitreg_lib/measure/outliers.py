@@ -57,29 +57,23 @@ def valleys(
     return torch.where(there, middle, -1)[:, 0], torch.where(there, peak, -1)[:, 0]
 
 
-def cutoff_valley(norms: torch.Tensor) -> float:
-    """The lowest valley between the main mode of the histogram of log norms and a mode above it (`valleys`).
-
-    Infinite without a valley, or where more than a third of the tokens lie beyond it, because outliers are few.
-    """
-    valley = valleys(histogram(norms.reshape(1, -1)))[0].item()
-    cut = norms.median().item() * bin_middle(valley) if valley >= 0 else math.inf
-    return cut if (norms > cut).float().mean() <= MINORITY else math.inf
-
-
 def bin_middle(valley: float) -> float:
     """The middle of a bin of `histogram`, as a multiple of the median."""
     return math.exp(LOWEST + (valley + 0.5) * BIN)
 
 
 def cutoff(norms: torch.Tensor) -> float:
-    """The norm above which a token counts as an outlier, by the norms alone (`cutoff_valley`).
+    """The norm above which a token counts as an outlier, by the norms alone.
 
-    Raises ValueError where norms are empty or not finite.
+    It is the valley between the main mode of the histogram of log norms and a mode above it (`valleys`). Infinite
+    without a valley, or where more than a third of the tokens lie beyond it, because outliers are few. Raises
+    ValueError where norms are empty or not finite.
     """
     if norms.numel() == 0 or not norms.isfinite().all():
         raise ValueError("norms are empty or not finite: no cutoff can be chosen")
-    return cutoff_valley(norms)
+    valley = valleys(histogram(norms.reshape(1, -1)))[0].item()
+    cut = norms.median().item() * bin_middle(valley) if valley >= 0 else math.inf
+    return cut if (norms > cut).float().mean() <= MINORITY else math.inf
 
 
 @dataclass(frozen=True)
@@ -102,6 +96,11 @@ class Outliers:
         """Share (0 to 1) of the patch tokens that are outliers."""
         return self.mask.float().mean().item()
 
+    @property
+    def norm_ratio(self) -> float | None:
+        """Mean outlier norm / median patch norm; None without outliers."""
+        return (self.norms[self.mask].mean() / self.norms.median()).item() if self.mask.any() else None
+
 
 def find(seen: Capture, layer: int = -1, cut: float | Outliers | None = None, model: str = "") -> Outliers:
     """The `Outliers` of a capture with norms, after one captured block (negative: from the last captured one).
@@ -118,16 +117,6 @@ def find(seen: Capture, layer: int = -1, cut: float | Outliers | None = None, mo
     else:
         cut = cutoff(norms)
     return Outliers(norms > cut, norms, cut, block, model)
-
-
-def outlier_share(norms: torch.Tensor, cut: float | None = None) -> float:
-    """Share (0 to 1) of tokens above `cut`, by default the `cutoff` of the norms."""
-    return (norms > (cutoff(norms) if cut is None else cut)).float().mean().item()
-
-
-def norm_ratio(norms: torch.Tensor, is_outlier: torch.Tensor) -> float | None:
-    """Mean outlier norm / median patch norm; None without outliers."""
-    return (norms[is_outlier].mean() / norms.median()).item() if is_outlier.any() else None
 
 
 def onset_of(norms: torch.Tensor, is_outlier: torch.Tensor, cut: float, layer: int) -> int:
@@ -163,25 +152,3 @@ def score(found: torch.Tensor, truth: torch.Tensor) -> dict[str, float]:
     recall = hits / truth.sum().item() if truth.any() else 1.0
     f1 = 2 * precision * recall / (precision + recall) if precision + recall else 0.0
     return {"precision": precision, "recall": recall, "f1": f1}
-
-
-def summary(norms: dict[str, torch.Tensor], cutoffs: dict[str, float] | None = None):
-    """A DataFrame with cutoff, outlier_share, norm_ratio, onset_layer, median and largest norm, one row per model.
-
-    norms: {model: (images, layers, patches)}; the first four, except the onset, describe the last layer.
-    """
-    import pandas as pd
-
-    rows = {}
-    for name, values in norms.items():
-        output = values[:, -1]
-        cut = cutoffs[name] if cutoffs else cutoff(output)
-        rows[name] = {
-            "cutoff": cut,
-            "outlier_share": outlier_share(output, cut),
-            "norm_ratio": norm_ratio(output, output > cut),
-            "onset_layer": onset_of(values, output > cut, cut, values.shape[1] - 1) if (output > cut).any() else None,
-            "median_norm": output.median().item(),
-            "largest_norm": output.max().item(),
-        }
-    return pd.DataFrame.from_dict(rows, orient="index").astype({"onset_layer": "Int64"})

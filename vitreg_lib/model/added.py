@@ -1,10 +1,11 @@
-"""Tokens added to a trained ViT: its state_dict records them, and no weight of the model changes.
+"""Remedies added to a trained ViT: its state_dict records them, and no weight of the model changes.
 
-Two buffers, beside the weights of the parts that they change, hold what is added:
+Buffers, beside the weights of the parts that they change, hold what is added:
 
     BLOCKS.0.added_registers     (n, dim) zeros: the tokens that enter block 0 behind the prefix tokens
     BLOCKS.L.….moved_neurons     (hidden,) bool, at the second linear layer of an MLP: the neurons whose largest
                                  activation goes from the patches to the new tokens
+    BLOCKS.L.removed_directions  (n, dim) orthonormal: patch tokens lose their part along these before block L
 
 Plain functions do the work as forward hooks of these parts. Each part therefore keeps its class, and torch.export and
 ONNX's exporter include the functions. timm's models count the new tokens among their prefix tokens, in all outputs.
@@ -24,7 +25,7 @@ from ..base import UserError
 from ..hooks.anatomy import ADDED, Anatomy, dissect
 
 Neurons = Sequence[tuple[int, int]]  # (block, neuron)
-MOVED = "moved_neurons"
+MOVED, REMOVED = "moved_neurons", "removed_directions"
 
 
 def add_registers(module: nn.Module, neurons: Neurons, n: int) -> nn.Module:
@@ -48,9 +49,18 @@ def add_registers(module: nn.Module, neurons: Neurons, n: int) -> nn.Module:
     return module
 
 
+def remove_directions(module: nn.Module, block: int, axes: torch.Tensor) -> nn.Module:
+    """A copy of a ViT whose patch tokens lose their part along orthonormal `axes` (n, dim) before a block runs."""
+    module = copy.deepcopy(module)
+    anatomy = dissect(module)
+    anatomy.blocks[block].register_buffer(REMOVED, axes.to(next(module.parameters())))
+    _before(anatomy, block, _without_directions)
+    return module
+
+
 def of_state(tensors: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     """(tensors that describe what was added, all other tensors) of a state_dict."""
-    said = {k: v for k, v in tensors.items() if k.rpartition(".")[2] in (ADDED, MOVED)}
+    said = {k: v for k, v in tensors.items() if k.rpartition(".")[2] in (ADDED, MOVED, REMOVED)}
     return said, {k: v for k, v in tensors.items() if k not in said}
 
 
@@ -59,18 +69,22 @@ def again(module: nn.Module, said: dict[str, torch.Tensor]) -> nn.Module:
 
     Raises UserError where a name does not belong to the matching part of this ViT.
     """
-    anatomy, n, neurons = dissect(module), 0, []
-    places = {id(linear): block for block, linear in enumerate(anatomy.mlp_out)}
+    anatomy, n, neurons, removed = dissect(module), 0, [], {}
+    parts = dict(module.named_modules())
     for name, value in said.items():
-        part = name.rpartition(".")[0]
-        found = dict(module.named_modules()).get(part)
-        if name.endswith(ADDED) and found is anatomy.blocks[0]:
+        place, _, what = name.rpartition(".")
+        part = parts.get(place)
+        if what == ADDED and part is anatomy.blocks[0]:
             n = len(value)
-        elif name.endswith(MOVED) and id(found) in places:
-            neurons += [(places[id(found)], int(neuron)) for neuron in value.nonzero()]
+        elif what == MOVED and part in anatomy.mlp_out:
+            neurons += [(anatomy.mlp_out.index(part), int(neuron)) for neuron in value.nonzero()]
+        elif what == REMOVED and part in anatomy.blocks:
+            removed[anatomy.blocks.index(part)] = value
         else:
             raise UserError(f"{name} belongs to no part of this {type(module).__name__}: the file is of another model")
     module = add_registers(module, neurons, n)
+    for block, axes in removed.items():
+        module = remove_directions(module, block, axes)
     module.load_state_dict(said, strict=False)
     return module
 
@@ -94,13 +108,12 @@ def _append(module: nn.Module, anatomy: Anatomy, n: int) -> None:
     blocks, old, first = anatomy.blocks, anatomy.num_prefix_tokens, anatomy.batch_first
     weights = next(blocks[0].parameters())
     blocks[0].register_buffer(ADDED, torch.zeros(n, anatomy.embed_dim, dtype=weights.dtype, device=weights.device))
-    place = dict(old=old, batch_first=first)
-    blocks[0].register_forward_pre_hook(functools.partial(_before_blocks, **place), with_kwargs=True)
+    _before(anatomy, 0, _with_new)
     counting = [part for part in module.modules() if hasattr(part, "num_prefix_tokens") and _holds(part, blocks[0])]
     if not counting:
         for block in blocks:
             block.register_forward_pre_hook(functools.partial(_without_mask, n=n, batch_first=first), with_kwargs=True)
-        blocks[-1].register_forward_hook(functools.partial(_after_blocks, n=n, **place))
+        blocks[-1].register_forward_hook(functools.partial(_after_blocks, old=old, n=n, batch_first=first))
     for vit in counting:
         vit.__class__ = _counting(type(vit), n)
     for part in (*counting, *(attn for attn in anatomy.attention if hasattr(attn, "num_prefix_tokens"))):
@@ -115,12 +128,27 @@ def _swapped(x: torch.Tensor, batch_first: bool) -> torch.Tensor:
     return x if batch_first else x.transpose(0, 1)
 
 
-def _before_blocks(block, args, kwargs, *, old: int, batch_first: bool):
+def _before(anatomy: Anatomy, block: int, change) -> None:
+    """Let `change`, a function of (block, prefix tokens, patches), replace the tokens that enter a block."""
+    place = dict(change=change, old=anatomy.num_prefix_tokens, batch_first=anatomy.batch_first)
+    anatomy.blocks[block].register_forward_pre_hook(functools.partial(_before_block, **place), with_kwargs=True)
+
+
+def _before_block(block, args, kwargs, *, change, old: int, batch_first: bool):
     name = None if args else "hidden_states"  # how transformers names it
     x = _swapped(args[0] if args else kwargs[name], batch_first)
-    new = getattr(block, ADDED).to(x.dtype).expand(x.shape[0], -1, -1)  # len would fix the batch in an export
-    x = _swapped(torch.cat([x[:, :old], new, x[:, old:]], 1), batch_first)
+    x = _swapped(torch.cat(change(block, x[:, :old], x[:, old:]), 1), batch_first)
     return ((x, *args[1:]), kwargs) if args else (args, {**kwargs, name: x})
+
+
+def _with_new(block, prefix, patches):
+    new = getattr(block, ADDED).to(patches.dtype)
+    return prefix, new.expand(patches.shape[0], -1, -1), patches  # len would fix the batch in an export
+
+
+def _without_directions(block, prefix, patches):
+    axes = getattr(block, REMOVED).to(patches.dtype)
+    return prefix, patches - (patches @ axes.T) @ axes
 
 
 def _without_mask(block, args, kwargs, *, n: int, batch_first: bool):
@@ -179,8 +207,8 @@ def _check(module: nn.Module, neurons: Neurons, n: int) -> None:
         width = anatomy.mlp_out[block].in_features
         if not 0 <= neuron < width:
             raise ValueError(f"neuron {neuron} out of range for the {width} of block {block} (0…{width - 1})")
-    if (n or neurons) and hasattr(anatomy.blocks[0], ADDED):
-        raise UserError("this model has tokens added already: start from the model without")
+    if (n or neurons) and of_state(module.state_dict())[0]:
+        raise UserError("this model is mended already: start from the model without")
     if n and any("relative_position" in name or "rel_pos" in name for name, _ in module.named_parameters()):
         raise UserError(
             "this model's attention adds a bias for each pair of places, in which a new token has no place: registers "

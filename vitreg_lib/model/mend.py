@@ -11,6 +11,7 @@ patches *and* new tokens, which hold the large activations after the first treat
 
     mended = vr.load("vit-ti+ttr4")           # finds the neurons on a handful of images, adds 4 registers
     mended = vr.load("deit-ti+empty4")        # 4 tokens of zeros and nothing else: the simplest remedy, and a control
+    mended = vr.load("vit-ti+minus1")         # without the direction in which places differ most
     found = vr.mend.find(model, images)       # the same by hand
     mended = vr.mend.with_test_time_registers(model, 4, found.neurons)
 """
@@ -26,10 +27,10 @@ from torch import nn
 from ..base import UserError
 from ..data import images as image_sets
 from ..hooks.anatomy import Anatomy, dissect, layer_scale
-from ..hooks.capture import capture, evaluating, hooks
+from ..hooks.capture import capture
 from ..measure import outliers
 from ..measure.detection import detect
-from .added import Neurons, add_registers
+from .added import Neurons, add_registers, remove_directions
 from .names import entries
 
 COUNTS = (1, 2, 3, 5, 7, 10, 15, 20, 30, 50)  # how many neurons are tried, fewest first
@@ -124,21 +125,47 @@ def with_test_time_registers(model, n: int, neurons: Neurons | None = None):
     return _remedied(model, add_registers(model.module, neurons, n), "ttr", n, about, neurons)
 
 
+def without_directions(model, n: int = 1, images=None, layer: int | None = None):
+    """A `zoo.Model` whose patch tokens lose the `n` directions in which places differ most; named NAME+minusN.
+
+    They are the first principal axes of the places' mean tokens after block `layer`, over normalised `images`; by
+    default after the block where outliers begin, over a few images (`handful`). Outliers at fixed places lie along
+    them. Raises NothingToMend for a model without outliers, and UserError where no block follows.
+    """
+    x = _pixels(handful(model) if images is None else images)
+    layer = _where(model, x, None)[1] if layer is None else layer
+    if layer + 1 >= model.anatomy.depth:
+        raise UserError(
+            f"{model.name}: no block follows block {layer}, so that removed directions would change nothing"
+        )
+    seen = model.capture(x, "tokens", layers=layer)
+    places = seen.patches(seen.tokens[layer]).float().mean(0)
+    axes = torch.linalg.svd(places - places.mean(0), full_matrices=False)[2][:n]
+    what = f"{n} direction{'s' * (n != 1)} of the patch tokens after block {layer}, in which places differ most"
+    return _remedied(
+        model, remove_directions(model.module, layer + 1, axes), "minus", n, f"{model.name} without {what}", ()
+    )
+
+
 def with_added(model, kind: str, n: int, neurons: Neurons | None = None):
-    """The model NAME+emptyN or NAME+ttrN: `with_empty_tokens` ("empty") or `with_test_time_registers` ("ttr")."""
-    return with_empty_tokens(model, n) if kind == "empty" else with_test_time_registers(model, n, neurons)
+    """The model NAME+emptyN, NAME+minusN or NAME+ttrN: `with_empty_tokens`, `without_directions`, or by default
+    `with_test_time_registers`."""
+    if kind == "ttr":
+        return with_test_time_registers(model, n, neurons)
+    return with_empty_tokens(model, n) if kind == "empty" else without_directions(model, n)
 
 
 def _remedied(model, module: nn.Module, kind: str, n: int, about: str, neurons: Neurons):
+    what = f"{n} {sorted(neurons)}" if kind != "minus" else about  # tokens alone are the same by either name
     return dataclasses.replace(
         model,
         name=f"{model.name}+{kind}{n}",
         label=f"{model.label or model.name}+{kind}{n}",
         module=module,
-        sha256=hashlib.sha256(f"{model.sha256} {n} {sorted(neurons)}".encode()).hexdigest(),
+        sha256=hashlib.sha256(f"{model.sha256} {what}".encode()).hexdigest(),
         role="mended",
         base=model.label or model.name,
-        registers_from={"ttr": "test time", "empty": "empty"}[kind],
+        registers_from={"ttr": "test time", "empty": "empty", "minus": model.registers_from}[kind],
         about=about,
     )
 
@@ -171,34 +198,23 @@ def rank(module: nn.Module, x: torch.Tensor, is_outlier: torch.Tensor, layers):
 
     anatomy = dissect(module)
     tables = []
-    for layer, means in _mean_activations(module, x, is_outlier, layers).items():
-        writes = (means[0] - means[1]) * _output_length(anatomy, layer)
-        there, elsewhere, writes = torch.stack([*means, writes]).double().cpu().numpy()
+    for layer, means in mean_activations(module, x, is_outlier, layers).items():
+        writes = (means[0] - means[1]) * _output_length(anatomy, layer).cpu()
+        there, elsewhere, writes = torch.stack([*means, writes]).double().numpy()
         columns = {"neuron": range(len(writes)), "at_outliers": there, "elsewhere": elsewhere, "writes": writes}
         tables.append(pd.DataFrame({"block": layer, **columns}))
     return pd.concat(tables).sort_values("writes", ascending=False, kind="stable")
 
 
-def _mean_activations(module, x, is_there: torch.Tensor, layers) -> dict:
+def mean_activations(module: nn.Module, x: torch.Tensor, is_there: torch.Tensor, layers) -> dict:
     """{block: (2, hidden)}: mean |activation| at the patches where `is_there` (images, patches), and at the others."""
-    anatomy = dissect(module)
-    prefix, weights = anatomy.num_prefix_tokens, next(module.parameters())
-    sums, mask = {}, None
-
-    def hook(layer):
-        def keep(linear, inputs):
-            size = inputs[0][:, prefix:].detach().abs().float()  # (batch, patches, hidden)
-            both = torch.stack([(size * mask[..., None]).sum((0, 1)), (size * ~mask[..., None]).sum((0, 1))])
-            sums[layer] = sums.get(layer, 0) + both
-
-        return keep
-
-    pairs = [(anatomy.mlp_out[layer].register_forward_pre_hook, hook(layer)) for layer in layers]
-    with evaluating(module), hooks(*pairs):
-        for images, there in zip(x.split(16), is_there.split(16), strict=True):
-            mask = there.to(weights.device)
-            anatomy.forward(images.to(weights))
-    counts = torch.stack([is_there.sum(), (~is_there).sum()]).clamp(min=1).to(weights.device)
+    sums = dict.fromkeys(layers, 0)
+    for images, there in zip(x.split(8), is_there.split(8), strict=True):  # a batch's activations are large
+        seen = capture(module, images, "mlp", layers=tuple(layers))
+        for layer, activations in seen.mlp.items():
+            size = seen.patches(activations).abs().float()
+            sums[layer] = sums[layer] + torch.stack([size[there].sum(0), size[~there].sum(0)])
+    counts = torch.stack([is_there.sum(), (~is_there).sum()]).clamp(min=1)
     return {layer: total / counts[:, None] for layer, total in sums.items()}
 
 

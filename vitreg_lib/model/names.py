@@ -11,7 +11,7 @@ import yaml
 
 from ..base import CHECKPOINTS, DATA, ROOT, UserError, env_folder, unknown
 
-MOST_TOKENS = 64  # that can be added at test time
+MOST_TOKENS = 64  # that can be added at test time; and directions removed
 TWINS = ROOT / "runs" / "twins"  # where workflow/twins.py puts its models
 OTHERS = ("timm:", "random:", "file:", "open_clip:", "hf:")
 
@@ -23,9 +23,10 @@ def entries() -> dict[str, dict]:
 
 
 def split(name: str) -> tuple[str, str, int]:
-    """(name, "", 0); for NAME+ttrN or NAME+emptyN (NAME, "ttr" or "empty", N). Raises UserError for an invalid N."""
+    """(name, "", 0); for NAME+ttrN, +emptyN or +minusN (NAME, "ttr" …, N). Raises UserError for an invalid N."""
     # in a path, only an ending counts: what looks like one before is part of the path
-    pattern = r"(.*?)(?:\+(ttr|empty)(\d+))?" if name.startswith(("file:", "hf:")) else r"(.*?)(?:\+(ttr|empty)(.*))?"
+    number = r"\d+" if name.startswith(("file:", "hf:")) else ".*"
+    pattern = rf"(.*?)(?:\+(ttr|empty|minus)({number}))?"
     base, kind, number = re.fullmatch(pattern, name).groups()
     if kind and (not number.isdecimal() or int(number) > MOST_TOKENS):
         raise UserError(f"{name!r}: write +{kind}N with N from 0 to {MOST_TOKENS}, for instance {base}+{kind}4")

@@ -8,7 +8,7 @@ from pathlib import Path
 from torch import nn
 
 from ..base import UserError, hub, line, unknown
-from ..hooks.anatomy import ADDED
+from .added import of_state
 from .model import Model, weights_sha256
 from .names import damaged, entries
 from .weights import IMAGENET
@@ -61,8 +61,8 @@ def of_module(module: nn.Module) -> Model:
     size = next((size for size in sizes if size), 224)
     size = size if isinstance(size, int) else size[0]
     model = Model(name, module, digest, input_size=size, label=name, **IMAGENET)
-    if hasattr(model.anatomy.blocks[0], ADDED):
-        model.role, model.registers_from = "mended", "test time"
+    if of_state(module.state_dict())[0]:
+        model.role, model.registers_from = "mended", "test time" if model.registers else "none"
     else:
         model.registers_from = "trained" if model.registers else "none"
     return model

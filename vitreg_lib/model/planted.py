@@ -17,7 +17,6 @@ POSITIONS = (14, 21, 40, 67, 92, 105, 117, 130)  # of the 12 x 12 grid, row by r
 THRESHOLD = 0.2  # of a filter's response, in normalised pixels
 PATCH = 8  # pixels a side
 PAIRS = 16  # pairs of dimensions that planting adds, 32 in all: two heads of 16
-COMPONENTS = 7  # principal components of the cls token that an outlier carries
 
 
 def filters() -> torch.Tensor:
@@ -52,15 +51,3 @@ def truth(images: torch.Tensor) -> torch.Tensor:
     chosen = torch.zeros(quiet.shape[1], dtype=torch.bool, device=quiet.device)
     chosen[list(POSITIONS)] = True
     return quiet & chosen
-
-
-@torch.no_grad()
-def content(model, cls: torch.Tensor) -> torch.Tensor:
-    """(n, 7) content of the planted `Model`'s outliers, from its cls tokens (n, dim) before the onset block.
-
-    The weights that write it into the outliers compute it.
-    """
-    block, dim = model.module.blocks[model.onset], model.module.embed_dim
-    rows = 3 * dim - 2 * PAIRS + torch.arange(COMPONENTS)  # values of the first new head
-    qkv, device = block.attn.qkv, model.device
-    return torch.nn.functional.linear(block.norm1(cls.to(device)), qkv.weight[rows], qkv.bias[rows]).cpu()

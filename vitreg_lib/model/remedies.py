@@ -9,9 +9,7 @@ training: it chooses on one half of the photos and measures the effects on the o
 
 from __future__ import annotations
 
-import copy
 import dataclasses
-import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -25,10 +23,11 @@ from ..hooks.capture import evaluating, hooks
 from . import mend
 from .model import Model
 
+NAN = float("nan")
 BETTER = 0.01  # shares of outliers that differ by less than this part of the first share count as equal
 MEANS = ("outliers", "attention_on_outliers", "attention_on_registers", "answers_kl", "same_answer", "features_apart")
 DOSES = (0, 1, 4, 8)  # registers at test time; 0 silences the neurons and adds none
-RANDOM, REMOVED = "random neurons", "a direction removed"  # a control; a remedy that no file can hold
+RANDOM = "random neurons"  # a control
 VIEWS, REACH = 10, 3  # of `shift_average`: views, the first unshifted; largest shift of the others in patches
 SHIFTED = f"mean of {VIEWS} shifted views"
 
@@ -36,11 +35,11 @@ SHIFTED = f"mean of {VIEWS} shifted views"
 @dataclass(frozen=True)
 class Seen:
     """What is compared of one model: norms (images, patches) after a block and attention of cls there (images,
-    tokens), None without cls; log probabilities (images, classes), None without classes; features (images, dim);
+    tokens), NaN without cls; log probabilities (images, classes), None without classes; features (images, dim);
     patches (images, patches, dim) after the final LayerNorm; norms of registers (images, registers)."""
 
     norms: torch.Tensor
-    attention: torch.Tensor | None
+    attention: torch.Tensor
     num_prefix_tokens: int
     answers: torch.Tensor | None
     features: torch.Tensor
@@ -53,7 +52,7 @@ def see(model, images, layer: int = -1) -> Seen:
     has_cls = model.anatomy.has_cls
     keep = ("norms", "final", "attention") if has_cls else ("norms", "final")
     seen = model.capture(images, keep, layers=layer, queries=[0] if has_cls else None)
-    row = seen.attention[seen.layers[-1]][:, :, 0].mean(1).float() if has_cls else None
+    row = seen.attention[seen.layers[-1]][:, :, 0].mean(1).float() if has_cls else seen.norms[:, -1] * NAN
     features, answers = seen.final[:, 0] if has_cls else seen.patches(seen.final).mean(1), None
     if hasattr(model.module, "forward_head"):  # timm's
         with evaluating(model.module):
@@ -81,16 +80,16 @@ def effect(model, remedied, images, cutoff: float, layer: int = -1, labels: torc
 
     before, after = (m if isinstance(m, Seen) else see(m, images, layer) for m in (model, remedied))
     mask = before.norms > cutoff
-    nothing = torch.full((len(mask),), float("nan"))
+    nothing = torch.full((len(mask),), NAN)
     first, last = before.answers, after.answers
-    named = first is not None
+    named, prefix = first is not None, after.num_prefix_tokens
     known = named and labels is not None
     columns = {
         "outliers_before": mask.float().mean(1),
         "outliers": (after.norms > cutoff).float().mean(1),
         "attention_on_outliers_before": _attention_on(before, mask),
         "attention_on_outliers": _attention_on(after, mask),
-        "attention_on_registers": _attention_on_registers(after),
+        "attention_on_registers": after.attention[:, 1:prefix].sum(1) if prefix > 1 else nothing,
         "features_apart": 1 - F.cosine_similarity(before.features, after.features, dim=1),
         "answers_kl": F.kl_div(last, first, reduction="none", log_target=True).sum(1) if named else nothing,
         "same_answer": (first.argmax(1) == last.argmax(1)).float() if named else nothing,
@@ -117,45 +116,41 @@ class Trial:
     norms: dict[str, torch.Tensor]
 
 
-def halves(n: int) -> tuple[slice, slice]:
-    """Rows of `n` images to choose on, and rows to score on. Raises UserError for one image."""
-    if n < 2:
-        raise UserError("at least two images are needed: one to choose a remedy on, one to try it on")
-    return slice(n // 2), slice(n // 2, n)
-
-
 def trial(
     model: Model, x: torch.Tensor, cutoff=None, counts=DOSES, empty: int = 4, labels: torch.Tensor | None = None
 ) -> Trial:
     """The `Trial` of a model on normalised images, of `counts` registers at test time and `empty` tokens of zeros.
 
     cutoff: see `mend.find`. labels: (images,) for the columns of right answers. Four rows are scored and never chosen.
-    Two are controls: +ttr0, which only silences neurons, and as many random neurons as `find` gives. Two are remedies
-    that no file can hold: `without_direction`, and the mean over shifted views (`shift_average`), which costs ten
-    forward passes an image and mends the patch tokens alone.
+    Two are controls: +ttr0, which only silences neurons, and as many random neurons as `find` gives. Two are remedies:
+    +minus1, and the mean over shifted views (`shift_average`), which no file can hold: it costs ten forward passes an
+    image and mends the patch tokens alone.
     """
     import pandas as pd
 
-    first, second = halves(len(x))
-    found = mend.find(model, x[first], cutoff=cutoff)
-    where = dict(cutoff=found.cutoff, layer=found.layer, labels=None if labels is None else labels[second])
-    before, shares, rows, norms = see(model, x[second], found.layer), {}, {}, {}
+    if len(x) < 2:
+        raise UserError("at least two images are needed: one to choose a remedy on, one to try it on")
+    half = len(x) // 2
+    first, second = x[:half], x[half:]
+    found = mend.find(model, first, cutoff=cutoff)
+    where = dict(cutoff=found.cutoff, layer=found.layer, labels=None if labels is None else labels[half:])
+    before, shares, rows, norms = see(model, second, found.layer), {}, {}, {}
     normal = before.norms <= found.cutoff
 
     def score(name: str, after: Seen) -> None:
         apart = (1 - F.cosine_similarity(before.patches, after.patches, dim=2))[normal].mean().item()
         more = {"patches_apart": apart, "largest_norm": after.norms.max().item()}
         more["register_norm"] = after.registers.mean().item()  # NaN without any
-        rows[name], norms[name] = means(effect(before, after, x[second], **where)) | more, after.norms
+        rows[name], norms[name] = means(effect(before, after, second, **where)) | more, after.norms
 
     own = model.label or model.name
     score(own, before)
-    shares[own] = mend.share_above(model.module, x[first], found.layer, found.cutoff)
-    for name, remedied in _remedied(model, x[first], found, counts, empty):
-        score(name, see(remedied, x[second], found.layer))
-        if name not in (RANDOM, REMOVED, f"{own}+ttr0"):
-            shares[name] = mend.share_above(remedied.module, x[first], found.layer, found.cutoff)
-    score(SHIFTED, _shifted(model, x[second], before, found.layer))
+    shares[own] = mend.share_above(model.module, first, found.layer, found.cutoff)
+    for name, remedied in _remedied(model, first, found, counts, empty):
+        score(name, see(remedied, second, found.layer))
+        if name not in (RANDOM, f"{own}+minus1", f"{own}+ttr0"):
+            shares[name] = mend.share_above(remedied.module, first, found.layer, found.cutoff)
+    score(SHIFTED, _shifted(model, second, before, found.layer))
     return Trial(found, pd.Series(shares), pd.DataFrame.from_dict(rows, orient="index"), norms)
 
 
@@ -166,7 +161,7 @@ def _shifted(model: Model, x: torch.Tensor, before: Seen, layer: int) -> Seen:
         parts = [shift_average(model.module, part.to(model.weights), layer=layer)[0] for part in x.split(16)]
         final = torch.cat([model.anatomy.norm(tokens.to(model.weights)).float().cpu() for tokens in parts])
     norms = torch.linalg.vector_norm(torch.cat(parts), dim=-1).cpu()
-    return dataclasses.replace(before, norms=norms, attention=None, patches=final)
+    return dataclasses.replace(before, norms=norms, attention=before.attention * NAN, patches=final)
 
 
 def _remedied(model: Model, x, found: mend.Found, counts, empty: int, seed: int = 0) -> Iterator[tuple[str, Model]]:
@@ -177,35 +172,11 @@ def _remedied(model: Model, x, found: mend.Found, counts, empty: int, seed: int 
         made = mend.with_test_time_registers(model, count, found.neurons)
         yield made.label, made
     if found.onset + 1 < model.anatomy.depth:
-        yield REMOVED, without_direction(model, x, found.onset)
+        made = mend.without_directions(model, 1, x, found.onset)
+        yield made.label, made
     noise, widths = torch.Generator().manual_seed(seed), [linear.in_features for linear in model.anatomy.mlp_out]
     drawn = {(block, int(torch.randint(widths[block], (1,), generator=noise))) for block, _ in found.neurons}
     yield RANDOM, mend.with_test_time_registers(model, 4, sorted(drawn))
-
-
-def without_direction(model: Model, x: torch.Tensor, layer: int) -> Model:
-    """The model with one direction removed from its patch tokens after block `layer`, which is not the last.
-
-    It is the direction in which positions differ most: the first principal axis of the mean tokens of all positions,
-    over the normalised images `x`. Outliers at fixed positions lie along it.
-    """
-    seen = model.capture(x, "tokens", layers=layer)
-    means_of_places = seen.patches(seen.tokens[layer]).float().mean(0)
-    axis = torch.linalg.svd(means_of_places - means_of_places.mean(0), full_matrices=False)[2][0]
-    module = copy.deepcopy(model.module)
-    anatomy = dissect(module)
-    remove = functools.partial(_without, axis=axis, prefix=anatomy.num_prefix_tokens, batch_first=anatomy.batch_first)
-    anatomy.blocks[layer + 1].register_forward_pre_hook(remove, with_kwargs=True)
-    return dataclasses.replace(model, module=module, role="mended", base=model.label)
-
-
-def _without(block, args, kwargs, *, axis: torch.Tensor, prefix: int, batch_first: bool):
-    x = args[0] if args else kwargs["hidden_states"]
-    patches = x[:, prefix:] if batch_first else x[prefix:]
-    axis = axis.to(x)
-    patches = patches - (patches @ axis)[..., None] * axis
-    x = torch.cat([x[:, :prefix], patches], 1) if batch_first else torch.cat([x[:prefix], patches])
-    return ((x, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": x})
 
 
 def patches_and_answers(module: nn.Module, x: torch.Tensor, layer: int = -1) -> tuple[torch.Tensor, torch.Tensor]:
@@ -263,13 +234,4 @@ def best(shares) -> str:
 
 
 def _attention_on(seen: Seen, mask: torch.Tensor) -> torch.Tensor:
-    if seen.attention is None:
-        return torch.full((len(mask),), float("nan"))
-    share = (seen.attention[:, seen.num_prefix_tokens :] * mask).sum(1)
-    return share.where(mask.any(1), float("nan"))
-
-
-def _attention_on_registers(seen: Seen) -> torch.Tensor:
-    if seen.attention is None or seen.num_prefix_tokens == 1:
-        return torch.full((len(seen.norms),), float("nan"))
-    return seen.attention[:, 1 : seen.num_prefix_tokens].sum(1)
+    return (seen.attention[:, seen.num_prefix_tokens :] * mask).sum(1).where(mask.any(1), NAN)

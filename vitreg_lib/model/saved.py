@@ -108,7 +108,8 @@ def with_added(model: Model, said: dict[str, torch.Tensor]) -> Model:
     """The model with the additions that the tensors `said` describe (see `added.of_state`); itself without any."""
     if not said:
         return model
-    source = "test time" if any(name.endswith(added.MOVED) for name in said) else "empty"
+    kinds = {name.rpartition(".")[2] for name in said}
+    source = "test time" if added.MOVED in kinds else "empty" if added.ADDED in kinds else model.registers_from
     return dataclasses.replace(model, module=added.again(model.module, said), role="mended", registers_from=source)
 
 

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import functools
-import json
 
-from safetensors import safe_open
 from torch import nn
 
 TEMPLATES = {  # what a prompt looks like for each attribute; {} is its value
@@ -30,14 +28,3 @@ def tokenizer(context: int = 24):
     from open_clip.tokenizer import SimpleTokenizer
 
     return SimpleTokenizer(context_length=context)
-
-
-def load_text(path) -> nn.Module:
-    """A shipped text tower, from its `.text.safetensors`."""
-    with safe_open(path, "pt") as f:
-        config = json.loads(f.metadata()["config"])
-        state = {name: f.get_tensor(name).float() for name in f.keys()}
-    context = len(state["positional_embedding"])
-    tower = text_tower(config["text_width"], config["text_layers"], config["embed_dim"], context)
-    tower.load_state_dict(state)
-    return tower.eval()

@@ -10,6 +10,7 @@ open_clip:ARCH/TAG        the image tower of a model of open_clip's; TAG may be 
 random:NAME               the same architecture with fresh weights: a control
 NAME+ttrN                 any of them with N registers added at test time (see `mend`)
 NAME+emptyN               with N tokens of zeros and nothing else changed
+NAME+minusN               without the N directions of patch tokens in which places differ most
 """
 
 from __future__ import annotations
