@@ -52,42 +52,34 @@ def groups(is_outlier: Tensor) -> dict[str, Tensor]:
 
 
 def position_probe(
-    tokens: Tensor,
-    positions: Tensor,
-    grid: tuple[int, int],
-    groups: dict[str, Tensor],
-    image_ids: Tensor,
-    max_tokens: int = 20000,
-    seed: int = 0,
-    fold: int = 0,
+    tokens: Tensor, positions: Tensor, grid: tuple[int, int], groups: dict, image_ids: Tensor, **options
 ):
     """A DataFrame with one row for each group and fit: how well positions are read off the group's test tokens.
 
     tokens (tokens, dim), positions (tokens,) patch index by rows, image_ids (tokens,); groups {name: bool (tokens,)}
     with "normal" among them. Columns: group, fit ("normal", "all", "own"), train and test (tokens used), places
     (classes of the fit), accuracy (0 to 1), distance (mean, in grid cells, from the predicted to the true cell), chance
-    (accuracy of always naming the group's commonest training place). A fit has at most `max_tokens` training tokens,
-    drawn by `seed`; one without enough tokens gives NaN. The penalty is chosen on validation images.
+    (accuracy of always naming the group's commonest training place); NaN for a fit without enough tokens. The penalty
+    is chosen on validation images. options: max_tokens of a fit, drawn by seed; fold, as in `split_by_image`.
     Raises ValueError for lengths that differ, positions off the grid, NaN.
     """
     if len(positions) and not 0 <= int(positions.min()) <= int(positions.max()) < grid[0] * grid[1]:
         raise ValueError(f"positions must lie in 0…{grid[0] * grid[1] - 1} for grid {grid[0]}x{grid[1]}")
     positions = positions.long().to(tokens.device)
 
-    def fit(train, val):
+    def fit(scaled, train, val):
         places = positions[train].unique()  # the classes: places of training tokens
         val = val & torch.isin(positions, places)
         if len(places) < 2 or not val.any():
             return None
         number = torch.searchsorted(places, positions.clamp(max=int(places.max())))
-        x, x_val, everything = scale(tokens[train].float(), tokens[val].float(), tokens.float())
-        model = fit_logistic(x, number[train], POSITION_STRENGTHS, tol=1e-5)
-        best = select(model, x_val, number[val]).index
-        return lambda rows: places[predict(model, everything[rows], best).argmax(-1)], len(places)
+        model = fit_logistic(scaled(train), number[train], POSITION_STRENGTHS, tol=1e-5)
+        best = select(model, scaled(val), number[val]).index
+        return lambda x: places[predict(model, x, best).argmax(-1)], len(places)
 
-    def score(result, test, own_train):
+    def score(result, x, test, own_train):
         read, places = result
-        guess, true = read(test), positions[test]
+        guess, true = read(x), positions[test]
         down, right = (guess // grid[1] - true // grid[1]).double(), (guess % grid[1] - true % grid[1]).double()
         row = {"accuracy": float((guess == true).double().mean()), "places": places}
         row["distance"] = float(torch.hypot(down, right).mean())
@@ -95,19 +87,10 @@ def position_probe(
             row["chance"] = float((true == positions[own_train].mode().values).double().mean())
         return row
 
-    columns = ["accuracy", "distance", "chance", "places"]
-    return _three_fits(tokens, groups, image_ids, fit, score, columns, max_tokens, seed, fold)
+    return _three_fits(tokens, groups, image_ids, fit, score, ["accuracy", "distance", "chance", "places"], **options)
 
 
-def reconstruction_probe(
-    tokens: Tensor,
-    pixels: Tensor,
-    groups: dict[str, Tensor],
-    image_ids: Tensor,
-    max_tokens: int = 50000,
-    seed: int = 0,
-    fold: int = 0,
-):
+def reconstruction_probe(tokens: Tensor, pixels: Tensor, groups: dict[str, Tensor], image_ids: Tensor, **options):
     """A DataFrame with one row for each group and fit: the error of predicting the pixels of the group's test patches.
 
     pixels (tokens, values); the other arguments are those of `position_probe`. Columns: group, fit, train, test, l2
@@ -118,21 +101,20 @@ def reconstruction_probe(
         raise ValueError(f"there are {len(tokens)} tokens, but {len(pixels)} patches of pixels")
     pixels = pixels.flatten(1).float().to(tokens.device)
 
-    def fit(train, val):
+    def fit(scaled, train, val):
         if int(train.sum()) < 2:
             return None
-        x, x_val, everything = scale(tokens[train].float(), tokens[val].float(), tokens.float())
-        model = fit_ridge(x, pixels[train], RIDGE_STRENGTHS)
+        model, x_val = fit_ridge(scaled(train), pixels[train], RIDGE_STRENGTHS), scaled(val)
         errors = [_l2(predict(model, x_val, i) - pixels[val]) for i in range(len(model.strengths))]
         best = int(torch.tensor(errors).argmin())
-        return lambda rows: predict(model, everything[rows], best), pixels[train].mean(0)
+        return lambda x: predict(model, x, best), pixels[train].mean(0)
 
-    def score(result, test, own_train):
+    def score(result, x, test, own_train):
         redrawn, mean = result
-        l2 = _l2(redrawn(test) - pixels[test])
+        l2 = _l2(redrawn(x) - pixels[test])
         return {"l2": l2, "relative": l2 / max(_l2(mean - pixels[test]), 1e-12)}
 
-    return _three_fits(tokens, groups, image_ids, fit, score, ["l2", "relative"], max_tokens, seed, fold)
+    return _three_fits(tokens, groups, image_ids, fit, score, ["l2", "relative"], **options)
 
 
 def patch_pixels(images: Tensor, patch_size: int) -> Tensor:
@@ -142,18 +124,19 @@ def patch_pixels(images: Tensor, patch_size: int) -> Tensor:
     return torch.nn.functional.unfold(images.float(), patch_size, stride=patch_size).transpose(1, 2)
 
 
-def _three_fits(tokens, groups, image_ids, fit, score, columns, max_tokens, seed, fold):
+def _three_fits(tokens, groups, image_ids, fit, score, columns, max_tokens: int = 20000, seed: int = 0, fold: int = 0):
     """The table of a local probe: each group scored by the fits trained on normal tokens, on all, and on itself.
 
-    fit(train, val) gives a result or None when there is too little to fit; score(result, test, own_train) a dict with
-    some of `columns`. All masks are bool (tokens,). Tokens in no group take no part.
+    fit(scaled, train, val) gives a result, or None when there is too little to fit; score(result, features of the test
+    tokens, test, own_train) gives a dict with some of `columns`. All masks are bool (tokens,); scaled(mask) are the
+    features, scaled as the fit's training tokens are. Tokens in no group take no part.
     """
     import pandas as pd
 
     groups = _check_groups(tokens, groups, image_ids)
     part = split_by_image(image_ids, seed=seed, fold=fold).to(tokens.device)
     everything = torch.stack(list(groups.values())).any(0)
-    fits: list = []  # (mask, result, train): where masks are the same, one fit serves both
+    fits: list = []  # (mask, result, scaled, number of training tokens): fits on the same tokens are one
 
     def fitted(mask):
         for other, *of_other in fits:
@@ -161,16 +144,22 @@ def _three_fits(tokens, groups, image_ids, fit, score, columns, max_tokens, seed
                 return of_other
         sizes = (max_tokens, max(1, max_tokens // 4))
         train, val = (_draw(mask & (part == i), size, seed) for i, size in enumerate(sizes))
-        fits.append((mask, fit(train, val) if train.any() and val.any() else None, train))
+
+        def scaled(rows):  # a copy of some tokens at a time: all together may take most of the memory
+            return scale(tokens[train].float(), tokens[rows].float())[1]
+
+        result = fit(scaled, train, val) if train.any() and val.any() else None
+        fits.append((mask, result, scaled, int(train.sum())))
         return fits[-1][1:]
 
     rows = []
     for name, mask in groups.items():
         test = mask & (part == 2)
         for label, trained_on in (("normal", groups["normal"]), ("all", everything), ("own", mask)):
-            result, train = fitted(trained_on)
-            row = {"group": name, "fit": label, "train": int(train.sum()), "test": int(test.sum())}
-            scored = score(result, test, mask & (part == 0)) if result is not None and test.any() else {}
+            result, scaled, n_train = fitted(trained_on)
+            row = {"group": name, "fit": label, "train": n_train, "test": int(test.sum())}
+            possible = result is not None and test.any()
+            scored = score(result, scaled(test), test, mask & (part == 0)) if possible else {}
             rows.append(row | {column: scored.get(column, float("nan")) for column in columns})
     return pd.DataFrame(rows)
 

@@ -8,9 +8,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+TEXTS = 256  # encoded at once
+
 
 @torch.no_grad()
-def class_embeddings(encode_text, tokenize, classes, templates, batch_size: int = 256, device="cpu") -> Tensor:
+def class_embeddings(encode_text, tokenize, classes, templates, device="cpu") -> Tensor:
     """(classes, dim) of length one: the mean over each class's prompts, for any pair of tokenizer and text encoder.
 
     tokenize(list of str) gives token ids (n, length), encode_text(ids) embeddings (n, dim) of any length. templates:
@@ -21,7 +23,7 @@ def class_embeddings(encode_text, tokenize, classes, templates, batch_size: int 
     if not classes or not templates:
         raise ValueError(f"{len(classes)} classes and {len(templates)} templates: at least one of each is needed")
     texts = [t.format(c) if isinstance(t, str) else t(c) for c in classes for t in templates]
-    parts = [encode_text(tokenize(texts[i : i + batch_size]).to(device)) for i in range(0, len(texts), batch_size)]
+    parts = [encode_text(tokenize(texts[i : i + TEXTS]).to(device)) for i in range(0, len(texts), TEXTS)]
     embedded = torch.cat(parts).float()
     if not torch.isfinite(embedded).all():
         bad = int((~torch.isfinite(embedded).all(1)).nonzero()[0])
