@@ -8,6 +8,7 @@ import warnings
 import numpy as np
 import pytest
 import tab02_sets
+import tables_sets
 import torch
 from PIL import Image
 
@@ -49,7 +50,7 @@ def test_every_entry_says_what_a_user_needs():
     assert set(wanted) <= tables and {"Table 2a", "Table 3"} <= tables
     for name, entry in sets.entries().items():
         assert {"title", "task", "metric", "licence", "citation", "folder"} <= set(entry), name
-        assert entry["folder"]["layout"] in formats.LAYOUTS, name
+        assert entry["folder"]["layout"] in tables_sets.LAYOUTS, name
         assert "hub" in entry or "get" in entry or "small" in entry, name
         assert sets.how(name)
 
@@ -59,7 +60,7 @@ def test_imagefolder(data):
         for number, name in enumerate(("ant", "bee")):
             for i in range(3):
                 photo(data / "cifar10" / split / name / f"{i}.png", (60 * number + 10 * i, 0, 0))
-    part = sets.load("cifar10", "test")
+    part = tables_sets.load("cifar10", "test")
     assert part.data.features["label"].names == ["ant", "bee"]
     assert part.data["label"][:] == [0, 0, 0, 1, 1, 1]
     assert [red(part, i) for i in range(6)] == [0, 10, 20, 60, 70, 80]
@@ -70,7 +71,7 @@ def test_a_drawn_split_of_caltech_is_whole_and_disjoint(data):
     for name in ("BACKGROUND_Google", "ant", "bee"):
         for i in range(34):
             photo(data / "caltech101" / "101_ObjectCategories" / name / f"image_{i:04d}.jpg", (i, 0, 0))
-    parts = [sets.load("caltech101", split) for split in ("train", "test")]
+    parts = [tables_sets.load("caltech101", split) for split in ("train", "test")]
     assert [len(p) for p in parts] == [60, 8]
     files = [{r["image"]["path"] for r in p.data.cast_column("image", formats_image()).to_list()} for p in parts]
     assert not files[0] & files[1] and len(files[0] | files[1]) == 68
@@ -92,11 +93,11 @@ def test_lists_of_files_are_read_as_torchvision_reads_them(data):
         (base / "labels" / f"{split}1.txt").write_text("\n".join(names) + "\n")
         for name in names:
             photo(base / "images" / name)
-    assert sets.load("dtd").data["label"][:] == [0, 1, 1]
+    assert tables_sets.load("dtd").data["label"][:] == [0, 1, 1]
     (data / "tv" / "dtd").mkdir(parents=True)
     (data / "tv" / "dtd" / "dtd").symlink_to(base)
     theirs = tv.DTD(str(data / "tv"), split="test")
-    assert [label for _, label in theirs] == sets.load("dtd", "test").data["label"][:] == [1, 0]
+    assert [label for _, label in theirs] == tables_sets.load("dtd", "test").data["label"][:] == [1, 0]
 
     base = data / "aircraft"
     lines = {"train": ["1 707-320", "2 Cessna 172"], "val": ["3 707-320"], "test": ["4 Cessna 172", "5 707-320"]}
@@ -104,9 +105,9 @@ def test_lists_of_files_are_read_as_torchvision_reads_them(data):
         for row in rows:
             photo(base / "data" / "images" / f"{row.split()[0]}.jpg")
         (base / "data" / f"images_variant_{split}.txt").write_text("\n".join(rows))
-    part = sets.load("aircraft", "test")
+    part = tables_sets.load("aircraft", "test")
     assert part.data["label"][:] == [1, 0] and part.data.features["label"].names == ["707-320", "Cessna 172"]
-    assert sets.load("aircraft").data["label"][:] == [0, 1, 0]
+    assert tables_sets.load("aircraft").data["label"][:] == [0, 1, 0]
 
     base = data / "pets"  # breeds numbered from 1; the second word is the class
     (base / "annotations").mkdir(parents=True)
@@ -114,10 +115,10 @@ def test_lists_of_files_are_read_as_torchvision_reads_them(data):
         photo(base / "images" / f"{name}.jpg")
     (base / "annotations" / "trainval.txt").write_text("Abyssinian_1 1 1 1\nbeagle_1 10 2 1\n")
     (base / "annotations" / "test.txt").write_text("beagle_2 10 2 1\nAbyssinian_2 1 1 1\n")
-    assert sets.load("pets", "test").data["label"][:] == [1, 0]
+    assert tables_sets.load("pets", "test").data["label"][:] == [1, 0]
     (base / "annotations" / "test.txt").write_text("beagle_2 11 2 1\n")
     with pytest.raises(UserError, match="has the class '11', which annotations/trainval.txt lacks"):
-        sets.load("pets", "test")
+        tables_sets.load("pets", "test")
 
 
 def test_sun_and_places_and_food(data):
@@ -133,7 +134,7 @@ def test_sun_and_places_and_food(data):
         for number, file in enumerate(files):
             photo(data / name / path.format(number))
             (data / name / file).write_text(f"{lines.format(number)}\n{listed}\n")
-        labels = sets.load(name, "test").data["label"][:]
+        labels = tables_sets.load(name, "test").data["label"][:]
         assert labels == ([0, 1] if name == "sun397" else [1, 0]), name
     base = data / "places205"
     (base / "trainvalsplit_places205").mkdir(parents=True)
@@ -141,7 +142,7 @@ def test_sun_and_places_and_food(data):
         (base / "trainvalsplit_places205" / f"{part}_places205.csv").write_text("a/abbey/x.jpg 0\nb/bar/y.jpg 11\n")
     for file in ("a/abbey/x.jpg", "b/bar/y.jpg"):
         photo(base / "data/vision/torralba/deeplearning/images256" / file)
-    part = sets.load("places205", "test")
+    part = tables_sets.load("places205", "test")
     assert part.data["label"][:] == [0, 1] and part.data.features["label"].names == ["0", "11"]
 
 
@@ -159,8 +160,8 @@ def test_birds_cars_and_flowers(data):
         (base / f"{name}.txt").write_text("\n".join(rows))
     for row in ("001.A/a.jpg", "002.B/b.jpg", "002.B/c.jpg", "001.A/d.jpg"):
         photo(base / "images" / row)
-    assert sets.load("cub", "test").data["label"][:] == [1, 0]
-    assert sets.load("cub").data.features["label"].names == ["001.A", "002.B"]
+    assert tables_sets.load("cub", "test").data["label"][:] == [1, 0]
+    assert tables_sets.load("cub").data.features["label"].names == ["001.A", "002.B"]
 
     base = data / "cars"
     (base / "devkit").mkdir(parents=True)
@@ -168,19 +169,19 @@ def test_birds_cars_and_flowers(data):
     savemat(base / "devkit" / "cars_train_annos.mat", {"annotations": rows})
     for i in (1, 2):
         photo(base / "cars_train" / f"{i}.jpg")
-    assert sets.load("cars").data["label"][:] == [1, 0]
+    assert tables_sets.load("cars").data["label"][:] == [1, 0]
     with pytest.raises(
         UserError, match="no file cars_test_annos_withlabels.mat in cars, which holds cars_train, devkit"
     ):
-        sets.load("cars", "test")
+        tables_sets.load("cars", "test")
 
     base = data / "flowers"
     for i in range(1, 5):
         photo(base / "jpg" / f"image_{i:05d}.jpg")
     savemat(base / "imagelabels.mat", {"labels": np.array([[2, 1, 1, 2]])})
     savemat(base / "setid.mat", {"trnid": [[1]], "valid": [[2]], "tstid": [[3, 4]]})
-    assert sets.load("flowers").data["label"][:] == [1, 0]
-    assert sets.load("flowers", "test").data["label"][:] == [0, 1]
+    assert tables_sets.load("flowers").data["label"][:] == [1, 0]
+    assert tables_sets.load("flowers", "test").data["label"][:] == [0, 1]
 
 
 XML = """<annotation><filename>{}.jpg</filename><size><width>100</width><height>50</height><depth>3</depth></size>
@@ -198,7 +199,7 @@ def test_voc(data, model):
         photo(base / "JPEGImages" / f"{name}.jpg", size=(100, 50))
     (base / "Annotations/000005.xml").write_text(XML.format("000005"))
     (base / "Annotations/000007.xml").write_text("<annotation></annotation>")
-    part = sets.load("voc2007")
+    part = tables_sets.load("voc2007")
     assert sum(part.data[0]["labels"]) == 2 and part.data[0]["labels"][formats.VOC_CLASSES.index("dog")] == 1
     assert part.data[0]["difficult"] == [0, 1]
     pictures, boxes = load_boxes("voc2007", model)  # squashed from 100 x 50 to 96 x 96
@@ -207,10 +208,10 @@ def test_voc(data, model):
     assert "1 with boxes, 1 without left out" in pictures.source and len(pictures) == 1
     (base / "Annotations/000007.xml").write_text("<annotation><object>")
     with pytest.raises(UserError, match="Annotations/000007.xml in VOC2007 is no annotation of VOC"):
-        sets.load("voc2007")
+        tables_sets.load("voc2007")
     (base / "Annotations/000007.xml").unlink()
     with pytest.raises(UserError, match="no file Annotations/000007.xml in VOC2007"):
-        sets.load("voc2007")
+        tables_sets.load("voc2007")
 
 
 def test_coco(data, model):
@@ -230,13 +231,13 @@ def test_coco(data, model):
     }
     (base / "annotations/instances_train2014.json").write_text(json.dumps(table))
     (base / "coco_20k_filenames.txt").write_text("".join(f"train2014/{n}\n" for n in names[:2]))
-    part = sets.load("coco20k")
+    part = tables_sets.load("coco20k")
     assert len(part) == 2 and part.data[0]["objects"] == ["dog"] and part.data[1]["boxes"] == []
     pictures, boxes = load_boxes("coco20k", model)
     torch.testing.assert_close(boxes[0], torch.tensor([[9.6, 9.6, 57.6, 57.6]]))
     (base / "annotations/instances_train2014.json").write_text('{"images": []}')
     with pytest.raises(UserError, match="no annotation file of COCO .images, annotations, categories."):
-        sets.load("coco20k")
+        tables_sets.load("coco20k")
 
 
 def test_masks_of_ade20k(data, model):
@@ -253,7 +254,7 @@ def test_masks_of_ade20k(data, model):
     assert masks[0, 0, 0] == tab02_sets.IGNORE and masks[0, 0, -1] == 149 and masks[0, -1, -1] == 0
     (base / "annotations/validation/ADE_1.png").unlink()
     with pytest.raises(UserError, match="validation/ADE_1.png is missing in ade20k .1 of 1 files.: expected"):
-        sets.load("ade20k", "test")
+        tables_sets.load("ade20k", "test")
 
 
 def test_depth_of_nyu(data, model):
@@ -266,7 +267,7 @@ def test_depth_of_nyu(data, model):
     assert largest == 10 and depths[0, -1, 0] == 2.5 and depths[0, 0, 0] == 0
     (base / "sync_depth_00000.png").unlink()
     with pytest.raises(UserError, match="sync_depth_00000.png is missing in nyud .*: expected SCENE/rgb_N.jpg"):
-        sets.load("nyud")
+        tables_sets.load("nyud")
 
 
 def test_parquet_with_the_hubs_features(data):
@@ -280,11 +281,11 @@ def test_parquet_with_the_hubs_features(data):
     rows = {"img": pictures, "fine_label": [1, 0, 1, 0], "coarse_label": [0] * 4}
     (data / "cifar100" / "data").mkdir(parents=True)
     Dataset.from_dict(rows, features=features).to_parquet(data / "cifar100/data/test-00000-of-00001.parquet")
-    part = sets.load("cifar100", "test")
+    part = tables_sets.load("cifar100", "test")
     assert part.data.column_names == ["image", "label"] and part.data.features["label"].names == ["x", "y"]
     assert [red(part, i) for i in range(4)] == [0, 10, 20, 30]
     with pytest.raises(UserError, match="no folder train/ in cifar100"):
-        sets.load("cifar100", "train")
+        tables_sets.load("cifar100", "train")
 
 
 def test_wrong_layouts_say_what_was_expected_where(data):
@@ -292,24 +293,24 @@ def test_wrong_layouts_say_what_was_expected_where(data):
     with pytest.raises(
         UserError, match=r"no folder train/ in cifar10: expected SPLIT/CLASS/photo.jpg \(there is pictures"
     ):
-        sets.load("cifar10")
+        tables_sets.load("cifar10")
     photo(data / "cifar10" / "train" / "ant" / "a.png")
     with pytest.raises(UserError, match="cifar10 has one class only .ant."):
-        sets.load("cifar10")
+        tables_sets.load("cifar10")
     (data / "cifar10" / "train" / "bee").mkdir()
     with pytest.raises(UserError, match="class folder train/bee in cifar10 holds no image"):
-        sets.load("cifar10")
+        tables_sets.load("cifar10")
     with pytest.raises(UserError, match="camvid-small .* is not here"):
-        sets.load("camvid-small")
+        tables_sets.load("camvid-small")
     with pytest.raises(UserError, match="unknown data set 'cifar11': did you mean cifar10"):
-        sets.load("cifar11")
+        tables_sets.load("cifar11")
     with pytest.raises(UserError, match="unknown split 'val'"):
-        sets.load("cifar10", "val")
+        tables_sets.load("cifar10", "val")
     (data / "dtd" / "labels").mkdir(parents=True)
     (data / "dtd" / "labels" / "train1.txt").write_text("a/1.jpg\nb/1.jpg\n")
     (data / "dtd" / "labels" / "val1.txt").write_text("")
     with pytest.raises(UserError, match=r"images/a/1.jpg is missing in dtd \(2 of 2 files\)"):
-        sets.load("dtd")
+        tables_sets.load("dtd")
 
 
 def test_a_damaged_picture_is_left_out_with_its_mask_and_its_boxes(data, model):
@@ -336,7 +337,7 @@ def test_without_network_a_hub_set_says_where_a_copy_may_lie(data):
     with pytest.raises(
         UserError, match="food .* cannot be had from the hub .*: by itself from the hub .ethz/food101., or a"
     ):
-        sets.load("food")
+        tables_sets.load("food")
 
 
 def test_scenes_as_dense_sets_share_no_image_between_splits(model):
@@ -349,10 +350,10 @@ def test_scenes_as_dense_sets_share_no_image_between_splits(model):
 def test_small_parts_are_found_and_named_for_what_they_are(real, model):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        part = sets.load("caltech101-small", "test")
+        part = tables_sets.load("caltech101-small", "test")
         assert part.title == "Caltech-101, 20 of its classes, 20 of 20 classes, test 320 images"
-        assert len(sets.load("cifar10-small")) == 800
-        assert len(sets.load("imagenet-small")) == 100
+        assert len(tables_sets.load("cifar10-small")) == 800
+        assert len(tables_sets.load("imagenet-small")) == 100
         _, masks, classes = tab02_sets.segmentation("camvid-small", "test", model, 3)
         assert classes == 11 and set(masks.unique().tolist()) <= {*range(11), tab02_sets.IGNORE}
         pictures, boxes = load_boxes("coco-small", model, 5)

@@ -11,7 +11,7 @@ import sys
 import cells
 import depends
 
-from vitreg_lib.base import UserError, hub
+from vitreg_lib.base import NOTEBOOKS, UserError, hub
 from vitreg_lib.model import names
 from vitreg_lib.record import run as record
 
@@ -52,11 +52,14 @@ def wanted(profile: str, items: list[str]) -> tuple[list[str], list[str]]:
 
 
 def _data_set(name: str) -> str:
+    sys.path.append(str(NOTEBOOKS / "paper"))
+    import tables_sets
+
     from vitreg_lib.data import sets
 
     if sets.state(name) == "not here":
         for split in ("train", "test"):
-            sets.load(name, split)
+            tables_sets.load(name, split)
     return sets.state(name)
 
 

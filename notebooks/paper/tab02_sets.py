@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import torch
+from tables_sets import with_column
 
 from vitreg_lib.base import UserError
 from vitreg_lib.data import images, sets
@@ -22,7 +23,7 @@ def segmentation(name: str, split: str, model, n: int | None = None, seed: int =
     if name == "scenes":
         pictures = _scenes(model, split, n, seed)
         return pictures, pictures.scenes.semantic, len(SHAPES) + 1
-    part = sets.with_column(name, split, "mask", "segmentation")
+    part = with_column(name, split, "mask", "segmentation")
     pictures, planes = _with_planes(part, "mask", model, n, seed)
     masks, classes = mask_classes(planes, part.entry["folder"]), part.entry["classes"]
     if (bad := masks[(masks != IGNORE) & ((masks < 0) | (masks >= classes))]).numel():
@@ -48,7 +49,7 @@ def depth(name: str, split: str, model, n: int | None = None, seed: int = 0):
     if name == "scenes":
         pictures = _scenes(model, split, n, seed)
         return pictures, pictures.scenes.depth, 10.0
-    part = sets.with_column(name, split, "depth", "depth")
+    part = with_column(name, split, "depth", "depth")
     pictures, planes = _with_planes(part, "depth", model, n, seed)
     return pictures, planes.float() / part.entry["folder"]["unit"], float(part.entry["folder"]["max_depth"])
 

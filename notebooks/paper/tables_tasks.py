@@ -15,6 +15,7 @@ import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
+import tables_sets
 import torch
 
 from vitreg_lib.base import UserError, unknown
@@ -225,7 +226,7 @@ def _enlarge(batch: dict, model) -> torch.Tensor:
 def _registered(name: str, n_train: int, n_test: int, seed: int) -> Problem:
     parts, labels = [], []
     for split, n in (("train", n_train), ("test", n_test)):
-        part = sets.load(name, split)
+        part = tables_sets.load(name, split)
         rows = sets.chosen(part, n or None, seed)
         data = part.data if len(rows) == len(part) else part.data.select(rows)
         column = "labels" if part.entry["task"] == "multilabel" else "label"

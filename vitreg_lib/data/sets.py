@@ -1,10 +1,9 @@
-"""The data sets of the paper by name, from this machine or from the hub, and images with boxes for object discovery.
+"""The data sets of the paper by name, where they are on this machine, and images with boxes for object discovery.
 
-`load` looks, in this order, into VITREG_DATA/NAME (the published layout, or the hub's Parquet files), for the small
-parts into data/ of VITREG_MODELS, and on the hub. What each name is, its splits, its licence and how to get it stand in
-data/datasets.yaml. The columns of what is loaded are those of `formats`.
+What each name is, its splits, its licence and how to get it stand in data/datasets.yaml. A local copy lies in
+VITREG_DATA/NAME, small parts also in data/ of VITREG_MODELS. Sets with classes, masks or depths are read by
+notebooks/paper/tables_sets.py.
 
-    part = sets.load("caltech101-small", "test")           # part.data is a datasets.Dataset
     pictures, truth = sets.load_boxes("coco", model, 50)   # Images, and the boxes (objects, 4) of each
 """
 
@@ -20,7 +19,6 @@ from pathlib import Path
 import torch
 import yaml
 
-from .. import base
 from ..base import DATA, UserError, env_folder, unknown
 from . import formats, images
 from .images import Images, preprocessing, read
@@ -79,57 +77,9 @@ def how(name: str) -> str:
     return f"{hub}a folder {name} in VITREG_DATA ({about['folder']['layout']}){source}"
 
 
-def load(name: str, split: str = "train") -> Part:
-    """A split ("train" or "test") of a data set. Raises UserError where it cannot be had or is of another layout."""
-    about, place = entry(name), folder(name)
-    if split not in ("train", "test"):
-        raise unknown("split", split, ("train", "test"))
-    if place:
-        data = _parquet(place, about, split) or formats.read_layout(place, about["folder"], split)
-    elif "hub" in about:
-        data = _hub(name, about, split)
-    else:
-        raise UserError(f"{name} ({about['title']}) is not here: {how(name)}")
-    classes = f", {_classes(name, data)} of {about['classes']} classes" if "label" in data.features else ""
-    return Part(data, name, f"{about['title']}{classes}, {split} {len(data)} images", about)
-
-
-def _parquet(place: Path, about: dict, split: str):
-    """The hub's Parquet files in a local folder, columns renamed to ours; None without any."""
-    from datasets import Dataset
-
-    hub = about.get("hub", {"splits": {}})
-    parts = hub["splits"].get(split, split).split("+")
-    files = [file for part in parts for file in formats.parquet_files(place, part)]
-    return _renamed(Dataset.from_parquet(files), hub) if files else None
-
-
-def _hub(name: str, about: dict, split: str):
-    from datasets import load_dataset
-
-    hub = about["hub"]
-    with base.hub(f"{name} ({about['title']})", how(name)):
-        data = load_dataset(hub["id"], hub.get("config"), split=hub["splits"][split])
-    return _renamed(data, hub)
-
-
-def _renamed(data, hub: dict):
-    for ours in ("image", "label"):
-        theirs = hub.get(ours, ours)
-        if theirs not in data.column_names:
-            raise UserError(f"expected a column {theirs} (of {hub.get('id', 'the hub')}), found {data.column_names}")
-        data = data if theirs == ours else data.rename_column(theirs, ours)
-    return data.select_columns(["image", "label"])
-
-
-def _classes(name: str, data) -> int:
-    """How many classes the labels hold; refuses a split without labels (a hidden test set) or of one class."""
-    labels = set(data.with_format("numpy")["label"][:].tolist())
-    if -1 in labels:
-        raise UserError(f"{name}: some images have no label (-1), as in a test set whose labels are hidden")
-    if len(labels) < 2:
-        raise UserError(f"{name} has one class only: nothing to classify")
-    return len(labels)
+def not_here(name: str) -> UserError:
+    """The error for a data set that this machine lacks: it says how to get it."""
+    return UserError(f"{name} ({entry(name)['title']}) is not here: {how(name)}")
 
 
 def chosen(part: Part, n: int | None, seed: int = 0) -> list[int]:
@@ -178,15 +128,6 @@ def read_stored(picture: dict):
     return read(io.BytesIO(picture["bytes"]) if picture["bytes"] else picture["path"])
 
 
-def with_column(name: str, split: str, column: str, task: str) -> Part:
-    """`load` of a data set that has the column. Raises UserError, naming the data sets of the `task`, for another."""
-    part = load(name, split)
-    if column not in part.data.column_names:
-        others = [n for n, e in entries().items() if e["task"] == task]
-        raise UserError(f"{name} has no {column} (its task is {part.entry['task']}): use one of {', '.join(others)}")
-    return part
-
-
 def load_boxes(source: str, model, n: int | None = None, seed: int = 0) -> tuple[Images, list[torch.Tensor]]:
     """(`Images`, boxes): up to n images, those that have an object, and for each its (objects, 4) boxes.
 
@@ -197,7 +138,7 @@ def load_boxes(source: str, model, n: int | None = None, seed: int = 0) -> tuple
     if source == "scenes":
         scenes = images.load(source, model, n or 200, seed)
         return scenes, scenes.scenes.visible_boxes
-    part = with_column(source, "train", "boxes", "boxes") if source in entries() else _folder_with_boxes(source)
+    part = _set_with_boxes(source) if source in entries() else _folder_with_boxes(source)
     rows = chosen(part, n, seed)
     table = part.data.select_columns("boxes").select(rows)["boxes"]
     keep = {row: boxes for row, boxes in zip(rows, table, strict=True) if boxes}
@@ -209,6 +150,17 @@ def load_boxes(source: str, model, n: int | None = None, seed: int = 0) -> tuple
     scales = [(1, 1) if relative else size for size in sizes.values()]
     scales = [torch.tensor([side / width, side / height] * 2) for width, height in scales]
     return pictures, [torch.tensor(keep[row]) * scale for row, scale in zip(sizes, scales, strict=True)]
+
+
+def _set_with_boxes(name: str) -> Part:
+    about, place = entry(name), folder(name)
+    if about["folder"]["layout"] not in formats.LAYOUTS:
+        others = [n for n, e in entries().items() if e["folder"]["layout"] in formats.LAYOUTS]
+        raise UserError(f"{name} has no boxes (its task is {about['task']}): use one of {', '.join(others)}")
+    if not place:
+        raise not_here(name)
+    data = formats.LAYOUTS[about["folder"]["layout"]](place, about["folder"], "train")
+    return Part(data, name, f"{about['title']}, train {len(data)} images", about)
 
 
 def _folder_with_boxes(source: str) -> Part:
