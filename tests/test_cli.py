@@ -15,6 +15,7 @@ import time
 from pathlib import Path
 
 import execute
+import items
 import nbformat
 import pytest
 
@@ -118,7 +119,7 @@ def test_lists(capsys):
 
 def test_values_take_the_type_of_the_default():
     pairs = ["n_images=64", "cutoff=150", "models=12", "seed=true"]
-    assert record.typed("fig03", pairs, "small") == {
+    assert items.typed("fig03", pairs, "small") == {
         "n_images": 64,
         "cutoff": 150,
         "models": "12",
@@ -295,7 +296,7 @@ def test_a_killed_run_leaves_nothing_that_is_taken_for_whole_and_the_next_goes_o
     running.wait()
     assert not (folder / "fig03.ipynb").exists()
     with pytest.raises(UserError, match="left no record.json"):
-        record.read("fig03", record.check_parameters("fig03", parameters))
+        items.read("fig03", record.check_parameters("fig03", parameters))
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert json.loads((folder / "record.json").read_text())["parameters"]["n_images"] == 4

@@ -6,6 +6,7 @@ import json
 import traceback
 from pathlib import Path
 
+import items
 import pytest
 
 from vitreg_lib.base import NOTEBOOKS, ROOT, UserError
@@ -120,4 +121,4 @@ def play(item: str, given: dict) -> None:
             exec("".join(cell["source"]), namespace)
         if "parameters" in cell["metadata"].get("tags", ()):
             namespace |= given
-    record.read(item, record.check_parameters(item, given))
+    items.read(item, record.check_parameters(item, given))

@@ -8,6 +8,7 @@ import subprocess
 import sys
 
 import fig15
+import items
 import pytest
 import torch
 
@@ -83,7 +84,7 @@ def test_fig03_in_profile_small_says_what_is_known_of_them(real, results):
     done = subprocess.run([*command, "--quiet"], cwd=ROOT, capture_output=True, text=True, env=os.environ)
     assert done.returncode == 0, done.stderr
     parameters = record.check_parameters("fig03", {"profile": "small", "n_images": 16})
-    found = record.read("fig03", parameters)
+    found = items.read("fig03", parameters)
     assert json.dumps(found)
     values = {(m["model"].split(".")[0], m["name"]): m["value"] for m in found["measured"]}
     vit, deit, dino = "vit_tiny_patch16_224", "deit_tiny_patch16_224", "vit_small_patch14_dinov2"

@@ -6,7 +6,9 @@ import json
 import math
 from pathlib import Path
 
+import items
 import pytest
+import readme
 import torch
 
 from vitreg_lib.base import UserError, write_atomically
@@ -84,7 +86,7 @@ def test_an_edited_parameters_cell_is_read_or_refused_in_one_line():
 def test_paths_are_resolved_where_the_user_stands(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "photos").mkdir()
-    given = record.typed("fig03", ["images=photos", "models=mini-deit3 file:w.pth+ttr2#arch"])
+    given = items.typed("fig03", ["images=photos", "models=mini-deit3 file:w.pth+ttr2#arch"])
     assert given == {"images": f"{tmp_path}/photos", "models": f"mini-deit3 file:{tmp_path}/w.pth+ttr2#arch"}
 
 
@@ -156,7 +158,7 @@ def test_a_record_has_the_fields_of_the_design(run, results):
     assert all(c.keys() == {"id", "text", "verdict", "measured", "paper"} for c in found["claims"])
     assert found["claims"][0]["text"] == verdicts.reported_claims()["C007"]["claim"]
     assert "FAILS" in told
-    assert record.read(ITEM, run.parameters) == found
+    assert items.read(ITEM, run.parameters) == found
     assert str(Path.home()) not in json.dumps(found["environment"])
 
 
@@ -168,7 +170,7 @@ def test_a_verdict_is_one_of_four(run):
 def test_claims_of_the_paper_and_ours_are_counted_and_shown_separately(run):
     judged = [("own <1>", True, "a < b", "ours: one", "none"), ("C007", "undecided", "2 %"), ("C009", None, "no model")]
     page = run.claims(judged)._repr_html_()
-    counts = verdicts.tally(json.loads(run.write().read_text())["claims"])
+    counts = readme.tally(json.loads(run.write().read_text())["claims"])
     assert counts["paper"] == {"holds": 0, "fails": 0, "undecided": 1, "not testable here": 1}
     assert counts["ours"] == {"holds": 1, "fails": 0, "undecided": 0, "not testable here": 0}
     assert (
@@ -211,7 +213,7 @@ def test_missing_models_are_named_in_profile_small_and_an_error_when_asked_for(r
 
 def test_a_record_without_its_products_is_not_taken_for_whole(run):
     def read():
-        return record.read(ITEM, run.parameters)
+        return items.read(ITEM, run.parameters)
 
     with pytest.raises(UserError, match="left no record.json"):
         read()

@@ -7,11 +7,12 @@ import re
 import shutil
 
 import pytest
+import report
 
 from vitreg_lib import cli
 from vitreg_lib.base import ROOT, UserError
-from vitreg_lib.record import report, verdicts
 from vitreg_lib.record import run as record
+from vitreg_lib.record import verdicts
 
 KEPT = ROOT / "docs" / "results" / "small"
 

@@ -31,7 +31,7 @@ COMMANDS = [
     ("diagnose mini-corners --images textures --n-images 8", 0),
     ("mend mini-corners --save mended.safetensors", 0),
     ("measure mini-deit3-xs --n-images 2", 0),
-    ("run fig04", 1),
+    ("run fig04", 2),
 ]
 
 

@@ -36,7 +36,7 @@ def test_a_notebook_depends_on_the_modules_that_it_reaches(depends):
     reached = ("hooks/capture", "hooks/anatomy", "base", "model/zoo", "model/planted", "data/scenes", "data/images")
     for module in named + reached:
         assert f"vitreg_lib/{module}.py" in needed
-    for module in ("measure/objects", "cli", "record/report", "probes/dense", "train/recipes/clip"):
+    for module in ("measure/objects", "cli", "record/diagnose", "probes/dense", "train/recipes/clip"):
         assert f"vitreg_lib/{module}.py" not in needed
     assert "notebooks/paper/fig12.py" not in needed
     assert "notebooks/paper/fig12.py" in inputs(depends, "fig12")

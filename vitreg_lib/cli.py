@@ -11,7 +11,6 @@ from typing import Annotated, Literal
 import typer
 
 from .base import IS_REPOSITORY, ROOT, UserError, shown, unknown
-from .record import run as record
 from .train.command import app as training
 
 app = typer.Typer(
@@ -20,9 +19,9 @@ app = typer.Typer(
     add_completion=False,
 )
 app.add_typer(training, name="train")
-Item = Annotated[str, typer.Argument(help="fig01 … fig21, tab01 … tab06, or the name of another notebook")]
-Pairs = Annotated[list[str], typer.Option("-p", metavar="NAME VALUE", help="set a parameter; may be repeated")]
-Profile = Annotated[Literal[*record.PROFILES] | None, typer.Option(help="mini is offline and the default")]
+if IS_REPOSITORY:
+    sys.path.append(str(ROOT / "workflow"))
+    app.add_typer(importlib.import_module("commands").app)
 ANY_MODEL = "a name of `vitreg models`, timm:NAME, file:PATH, random:NAME"
 AnyModel = Annotated[str, typer.Argument(help=ANY_MODEL)]
 
@@ -70,6 +69,8 @@ def main(arguments: list[str] | None = None) -> int:
         if hasattr(error, "format_message"):  # typer's, for wrong arguments
             context = getattr(error, "ctx", None)
             line, code = f"{error.format_message()} (see {context.command_path if context else 'vitreg'} --help)", 2
+            if not IS_REPOSITORY and "No such command" in line:
+                line += "; what runs notebooks comes with the repository, not with the package: clone it, make setup"
         elif not isinstance(error, UserError):
             line = f"{type(error).__name__}: {' '.join(line.split())[:300]} (where: --debug)"
     print(f"vitreg: {line}", file=sys.stderr)
@@ -94,53 +95,6 @@ def _start(
     if context.invoked_subcommand is None:
         print(context.get_help())
         raise typer.Exit(2)
-
-
-@app.command(epilog="\b\nvitreg run fig04 -p n_images 64 -p seed 1\nvitreg run fig03 --profile small")
-def run(
-    item: Item,
-    pairs: Pairs = (),
-    profile: Profile = None,
-    parameters: Annotated[bool, typer.Option("--parameters", help="list the item's parameters and stop")] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", help="no progress bar")] = False,
-    no_report: Annotated[bool, typer.Option("--no-report", help="do not show the verdicts")] = False,
-):
-    """Execute an item's notebook and show the verdicts of its claims."""
-    _need_repository("the notebook of an item")
-    from .record import report
-
-    item = record.normal_name(item)
-    if parameters:
-        for name, default in record.declared_parameters(item).items():
-            print(f"{name:20} {default!r}")
-        return
-    given = record.typed(item, pairs, profile)
-    checked = record.check_parameters(item, given)
-    _workflow("execute").execute(item, given, progress=not quiet)
-    if not no_report:
-        report.show(item, checked)
-        _workflow("compare").show(item, checked)
-
-
-@app.command()
-def report(
-    item: Annotated[str, typer.Argument(help="one item; without it results/<profile>/report.html is written")] = "",
-    pairs: Pairs = (),
-    profile: Profile = None,
-    differences: Annotated[
-        bool, typer.Option("--differences", help="all differences from the item's committed record")
-    ] = False,
-):
-    """Show verdicts and figures of finished items, or write a page of all."""
-    from .record import report
-
-    if not item:
-        print(shown(report.write(profile or "mini")))
-        return
-    item = record.normal_name(item)
-    checked = record.check_parameters(item, record.typed(item, pairs, profile))
-    report.show(item, checked)
-    _workflow("compare").show(item, checked, differences)
 
 
 @app.command(
@@ -307,38 +261,6 @@ def data(
             about = known["title"] + (f", for {known['paper']}" if "paper" in known else "")
             how = f"; {sets.how(name)}" if sets.state(name) == "not here" else ""
             print(f"{name:16} {sets.state(name):14} {about}{how}")
-
-
-@app.command()
-def fetch(
-    item: Annotated[str, typer.Argument(help="one item; without it all items of the paper")] = "",
-    profile: Annotated[Literal[*record.PROFILES], typer.Option(help="whose models")] = "small",
-):
-    """Download weights and data sets that items need, to run them later without a network."""
-    raise typer.Exit(_workflow("fetch").main(profile, item))
-
-
-@app.command(epilog="The file's form and what comes out stand at the top of workflow/batch.py.")
-def batch(
-    sweep: Annotated[str, typer.Argument(help="a YAML file: items, models, parameters")],
-    jobs: Annotated[str, typer.Option(help="notebooks at once")] = "2",
-    cluster: Annotated[str, typer.Option(help="slurm, or a folder with a config.yaml of Snakemake's options")] = "",
-):
-    """Run items × models × parameters; all numbers in one table. What is finished does not run again."""
-    raise typer.Exit(_workflow("batch").main(sweep, jobs, cluster))
-
-
-def _workflow(module: str):
-    """A module of the folder workflow/, which is in the repository and runs the notebooks."""
-    _need_repository(f"workflow/{module}.py")
-    if (folder := str(ROOT / "workflow")) not in sys.path:
-        sys.path.append(folder)
-    return importlib.import_module(module)
-
-
-def _need_repository(what: str) -> None:
-    if not IS_REPOSITORY:
-        raise UserError(f"{what} comes with the repository, not with the installed package: clone it, then make setup")
 
 
 def _table(entry: dict) -> None:

@@ -18,11 +18,11 @@ import sys
 from pathlib import Path
 
 import cells
+import items
 import run
 import yaml
 
 from vitreg_lib.base import UserError, results, shown, unknown, written
-from vitreg_lib.record import run as record
 
 KEYS = ("profile", "items", "models", "parameters")
 
@@ -76,7 +76,7 @@ def collect(asked: list[cells.Cell]):
         if cell.fault():
             continue
         swept = {f"parameter {name}": cell.parameters[name] for name, _ in cell.pairs}
-        rows += [{"item": cell.item, **swept, **row} for row in record.read(cell.item, cell.parameters)["measured"]]
+        rows += [{"item": cell.item, **swept, **row} for row in items.read(cell.item, cell.parameters)["measured"]]
     table = pd.DataFrame(rows)
     for column in ("value", "paper"):
         if column in table:

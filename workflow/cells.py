@@ -7,6 +7,8 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+import items
+
 from vitreg_lib.base import NOTEBOOKS, ROOT, UserError
 from vitreg_lib.record import run as record
 
@@ -55,7 +57,7 @@ class Cell:
     def fault(self) -> str:
         """Why its results cannot be used; empty where they can."""
         try:
-            record.read(self.item, self.parameters)
+            items.read(self.item, self.parameters)
         except UserError as error:
             return str(error)
         return ""
@@ -74,7 +76,7 @@ def paper_items() -> list[str]:
 def cell(item: str, profile: str, pairs) -> Cell:
     """A cell from texts. Raises UserError for what is unknown or does not fit."""
     item = record.normal_name(item)
-    given = record.typed(item, [f"{name}={text}" for name, text in pairs], profile)
+    given = items.typed(item, [f"{name}={text}" for name, text in pairs], profile)
     pairs = tuple((name, str(given[name])) for name, _ in pairs)  # paths are resolved
     return Cell(item, profile, pairs, record.check_parameters(item, given))
 

@@ -11,9 +11,11 @@ import json
 import re
 from pathlib import Path
 
+import items
+
 from vitreg_lib.base import DATA, shown, write_atomically
 from vitreg_lib.record import run as runs
-from vitreg_lib.record.drawn import extent, statistic_name
+from vitreg_lib.record.drawn import extent
 
 FOLDER = DATA / "records"
 MACHINE_UNITS = ("s", "% of s", "% of MiB")  # units of what a clock or an allocator says of this machine
@@ -90,7 +92,7 @@ def verdict(record: dict, every: bool = False) -> str:
 def show(item: str, parameters: dict, every: bool = False) -> None:
     """Print the `verdict` on a finished run, if its record is of the kind that is committed: all parameters default."""
     if parameters == runs.declared_parameters(item) and parameters["profile"] == "mini":
-        print(verdict(runs.read(item, parameters), every))
+        print(verdict(items.read(item, parameters), every))
 
 
 def close(now: float | None, before: float | None, scale: float, live: bool = False) -> bool:
@@ -221,10 +223,17 @@ def _panel_differences(now: dict, before: dict, tolerance: float) -> list[str]:
             gaps = [abs(a - b) for a, b in zip(new.get(key, []), old.get(key, []), strict=True)]
             if gaps and max(gaps) > tolerance * span:
                 worst = gaps.index(max(gaps))
-                name = f"{statistic_name(worst)} {key}" if key != "limits" else ("lower limit", "upper limit")[worst]
+                name = f"{_statistic(worst)} {key}" if key != "limits" else ("lower limit", "upper limit")[worst]
                 lines.append(f"{place} has {name} {new[key][worst]:g}, recorded {old[key][worst]:g}")
     return lines
 
 
 def _counted(kinds: list[str]) -> str:
     return ", ".join(f"{kind} × {kinds.count(kind)}" for kind in dict.fromkeys(kinds)) or "nothing"
+
+
+def _statistic(number: int) -> str:
+    """The name of a number of a summary's statistics."""
+    if number < 3:
+        return ("least", "largest", "mean")[number]
+    return f"mean (part {number - 2}) of" if number < 19 else f"middle (part {number - 18}) of"

@@ -17,6 +17,8 @@ import time
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+import items
+
 from vitreg_lib.base import UserError, enter_batch, shown, write_atomically
 from vitreg_lib.record import run as record
 
@@ -41,7 +43,7 @@ def execute(item: str, given: dict, progress: bool = True) -> Path:
             with kernel_folder() as place:
                 os.environ["VITREG_MAKING"] = str(making)
                 _run(item, given, making, place, progress)
-            record.read_folder(item, making)
+            items.read_folder(item, making)
         except BaseException as error:
             failed = folder / f"{item}.failed.ipynb"
             if (making / f"{item}.ipynb").exists():

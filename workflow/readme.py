@@ -12,7 +12,7 @@ from pathlib import Path
 from vitreg_lib.base import NOTEBOOKS, ROOT
 from vitreg_lib.model import zoo
 from vitreg_lib.record import run as record
-from vitreg_lib.record import verdicts
+from vitreg_lib.record.verdicts import VERDICTS, reported_claims
 
 RECORDS, SMALL = ROOT / "data" / "records", ROOT / "docs" / "results" / "small"
 NOT_RESULTS = {"file", "about", "sha256", "command", "steps", "images", "parameters", "seconds_of_last_session"}
@@ -20,13 +20,21 @@ NOT_RESULTS |= {"family", "base", "registers", "registers_from", "head", "traine
 
 
 def counts(item: str, profile: str) -> dict[str, dict[str, int]] | None:
-    """`verdicts.tally` of an item's committed record: profile "mini" or "small"; None where there is none."""
+    """`tally` of an item's committed record: profile "mini" or "small"; None where there is none."""
     path = RECORDS / f"{item}.json" if profile == "mini" else SMALL / item / "record.json"
     if not path.exists():
         return None
     found = json.loads(path.read_text())
     claims = found["claims"] if profile == "small" else [{"id": i, "verdict": v} for i, v in found["verdicts"]]
-    return verdicts.tally(claims)
+    return tally(claims)
+
+
+def tally(claims: list[dict]) -> dict[str, dict[str, int]]:
+    """{"paper", "ours": {verdict: how many}} of a record's claims: the paper's and this collection's own."""
+    numbers = {side: dict.fromkeys(VERDICTS, 0) for side in ("paper", "ours")}
+    for claim in claims:
+        numbers["paper" if claim["id"] in reported_claims() else "ours"][claim["verdict"]] += 1
+    return numbers
 
 
 def items() -> list[str]:
@@ -54,11 +62,11 @@ def table() -> str:
 def totals() -> str:
     """Counts over all items with a record, of the paper's claims and of our own, for both profiles."""
     titles = {"paper": "claims of the paper", "ours": "claims of our own (controls, baselines)"}
-    rows = ["| | " + " | ".join(verdicts.VERDICTS) + " |", "|---|" + "---|" * len(verdicts.VERDICTS)]
+    rows = ["| | " + " | ".join(VERDICTS) + " |", "|---|" + "---|" * len(VERDICTS)]
     for profile, models in (("mini", "mini models"), ("small", "real small models")):
         found = [c for item in record.items() if (c := counts(item, profile))]
         for side, title in titles.items():
-            numbers = [sum(each[side][verdict] for each in found) for verdict in verdicts.VERDICTS]
+            numbers = [sum(each[side][verdict] for each in found) for verdict in VERDICTS]
             rows.append(f"| {models}: {sum(numbers)} {title} | " + " | ".join(map(str, numbers)) + " |")
     return "\n".join(rows)
 

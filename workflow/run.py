@@ -20,11 +20,11 @@ from pathlib import Path
 
 import cells
 import forked
+import items
 import yaml
 from execute import locked
 
 from vitreg_lib.base import ROOT, UserError, enter_batch, results, shown, unknown, write_atomically
-from vitreg_lib.record import run as record
 
 ENGINE = ["snakemake", "all", "-s", "workflow/Snakefile", "--nolock", "--rerun-incomplete", "--keep-going"]
 
@@ -45,8 +45,8 @@ def main(arguments: list[str] | None = None) -> int:
         jobs = count(chosen.jobs)
         if chosen.item == "all" and pairs:
             raise UserError(f"PARAMS are of one item: make reproduce-fig4 PARAMS={pairs[0][0]}=…")
-        items = cells.paper_items() if chosen.item == "all" else [chosen.item]
-        asked = [cells.cell(item, chosen.profile, pairs) for item in items]
+        names = cells.paper_items() if chosen.item == "all" else [chosen.item]
+        asked = [cells.cell(item, chosen.profile, pairs) for item in names]
         code, made = make(asked, jobs, chosen.cluster)
     except (UserError, OSError) as error:
         print(f"vitreg: {error}", file=sys.stderr)
@@ -208,14 +208,12 @@ def _last_line(log: Path, began: float) -> str:
 def _conclude(asked: list[cells.Cell], profile: str) -> None:
     """Show one item's verdicts, or how many items of the profile mini agree with the committed records."""
     import compare
-
-    from vitreg_lib.record import report
+    import report
 
     if len(asked) == 1:
         report.show(asked[0].item, asked[0].parameters)
-        compare.show(asked[0].item, asked[0].parameters)
     elif profile == "mini":
-        other = [c.item for c in asked if compare.differences(record.read(c.item, c.parameters))]
+        other = [c.item for c in asked if compare.differences(items.read(c.item, c.parameters))]
         line = f"as recorded: {len(asked) - len(other)} of {len(asked)} items agree with data/records"
         print(line + (f"; not {', '.join(other)}: vitreg report ITEM --differences" if other else ""))
         print(f"results: {shown(results() / profile)}")

@@ -5,9 +5,9 @@ from __future__ import annotations
 import shutil
 
 import pytest
+import report
 
 from vitreg_lib.base import ROOT
-from vitreg_lib.record import report
 
 
 @pytest.mark.parametrize(("width", "scheme"), [(390, "light"), (1280, "dark")])

@@ -34,9 +34,9 @@ from ..model import names, zoo
 from ..model.model import Model
 from ..plots.style import bare, draw_box
 from ..train import telemetry
-from . import report
 from .answers import ASKED, Answer, any_there
 from .look import Look, look
+from .page import PAGES, page
 
 CONTROLS = ("planted", "mini-random")
 SCENES = 64  # for the controls
@@ -192,7 +192,8 @@ def write(
     stem = f"{_safe(models[0]['label'])}{f'-and-{others}-more' if others else ''}"
     stem += f"_{_safe(source or kept.source.partition(',')[0])}_{content['date']}"
     path = _unused(folder or results() / "diagnose", stem)
-    write_atomically(path, report.page("diagnose", report=content, pictures=pictures).encode())
+    text = page(PAGES / "diagnose.html", report=content, pictures=pictures)
+    write_atomically(path, text.encode())
     write_atomically(path.with_suffix(".json"), json.dumps(content, indent=1, ensure_ascii=False).encode())
     if others:
         with written(path.with_suffix(".parquet")) as temporary:

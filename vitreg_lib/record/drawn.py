@@ -153,10 +153,3 @@ def _rounded(value: float, span: float) -> float:
     digits = 3 - math.floor(math.log10(span))
     rounded = round(float(value), digits) + 0.0
     return int(rounded) if digits <= 0 else rounded
-
-
-def statistic_name(number: int) -> str:
-    """The name of a number of `_statistics`."""
-    if number < 3:
-        return ("least", "largest", "mean")[number]
-    return f"mean (part {number - 2}) of" if number < 19 else f"middle (part {number - 18}) of"

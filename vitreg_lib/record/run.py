@@ -35,7 +35,6 @@ from ..base import (
     env_folder,
     in_batch,
     results,
-    shown,
     unknown,
     write_atomically,
     written,
@@ -76,14 +75,6 @@ def check_parameters(item: str, given: dict) -> dict:
     if not usual or model_names.split(usual.split()[0])[0] in model_names.entries():
         model_names.check(checked.get("models", ""))
     return checked
-
-
-def typed(item: str, pairs: list[str], profile: str | None = None) -> dict:
-    """Parameters from texts NAME=VALUE and a profile, typed as the item's notebook declares them."""
-    declared, given = declared_parameters(item), {}
-    for name, _, text in (pair.partition("=") for pair in pairs):
-        given[name] = values.resolved(name, text if isinstance(declared.get(name), str) else values.literal(text))
-    return given | ({"profile": profile} if profile else {})
 
 
 @functools.cache
@@ -370,26 +361,3 @@ def environment() -> dict:
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
     versions = {"python": platform.python_version(), **packages}
     return {"commit": commit(), **versions, "system": sys.platform, "device": device}
-
-
-def read(item: str, parameters: dict) -> dict:
-    """The record of a finished run. Raises UserError when there is none or when a product is missing."""
-    return read_folder(item, folder(item, parameters))
-
-
-def read_folder(item: str, place: Path) -> dict:
-    """The record in a folder. Raises UserError when there is none, it is damaged, or a product is missing."""
-    path = place / "record.json"
-    if not path.exists():
-        raise UserError(f"{item} left no record.json: its last cell must call run.claims()")
-    try:
-        record = json.loads(path.read_text())
-        figures, measured = record["figures"], record["measured"]
-    except (ValueError, KeyError) as error:
-        raise UserError(f"{shown(path)} is damaged: run {item} again") from error
-    missing = [f for f in figures if not (place / f"{f}.png").exists()]
-    if missing or not measured:
-        raise UserError(
-            f"{item} left an incomplete record: {'no ' + missing[0] + '.png' if missing else 'nothing measured'}"
-        )
-    return record

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import ast
 import math
-import re
-from pathlib import Path
 
 from ..base import UserError
 
@@ -41,27 +38,3 @@ def taken(name: str, default, value):
         if value < least:
             raise UserError(f"parameter {name} is {value}, but at least {least} is wanted")
     return value
-
-
-def literal(text: str):
-    """The number, truth value or text in a typed word."""
-    try:
-        return ast.literal_eval(text)
-    except (ValueError, SyntaxError):
-        return {"true": True, "false": False}.get(text.lower(), text)
-
-
-def resolved(name: str, value):
-    """A value with absolute paths (images, a table, `file:` models), because the kernel runs in another folder."""
-    if name in ("images", "table") and value and Path(str(value)).expanduser().exists():
-        return str(Path(value).expanduser().resolve())
-    if name == "models" and isinstance(value, str) and "file:" in value:
-        return " ".join(_absolute(word) for word in value.split())
-    return value
-
-
-def _absolute(word: str) -> str:
-    if not word.startswith("file:"):
-        return word
-    place, mark, rest = re.fullmatch(r"file:([^#+]*)([#+]?)(.*)", word).groups()
-    return f"file:{Path(place).expanduser().resolve()}{mark}{rest}"

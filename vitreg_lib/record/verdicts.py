@@ -23,14 +23,6 @@ def reported_claims() -> dict[str, dict]:
         return {row["id"]: row for row in csv.DictReader(f)}
 
 
-def tally(claims: list[dict]) -> dict[str, dict[str, int]]:
-    """{"paper", "ours": {verdict: how many}} of a record's claims: the paper's and this collection's own."""
-    counts = {side: dict.fromkeys(VERDICTS, 0) for side in ("paper", "ours")}
-    for claim in claims:
-        counts["paper" if claim["id"] in reported_claims() else "ours"][claim["verdict"]] += 1
-    return counts
-
-
 class Verdicts:
     """The judged claims of a record, as text and as a page's table: the paper's first, then this collection's own."""
 

@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
-import base64
-import functools
 import time
 from pathlib import Path
 
-from ..base import UserError, results, shown, write_atomically
-from . import run as record
-from . import verdicts
+import compare
+import items
+
+from vitreg_lib.base import UserError, results, shown, write_atomically
+from vitreg_lib.record import run as record
+from vitreg_lib.record import verdicts
+from vitreg_lib.record.page import page
+
+TEMPLATE = Path(__file__).with_name("report.html")
 
 
-def show(item: str, parameters: dict) -> None:
-    """Print the verdicts of a finished item and the paths of its figures and notebook."""
+def show(item: str, parameters: dict, differences: bool = False) -> None:
+    """Print a finished item's verdicts, the paths of its figures and notebook, and how its record differs from the
+    committed one: in the first few or all `differences`."""
     from rich.console import Console
     from rich.table import Table
 
-    made = record.read(item, parameters)
+    made = items.read(item, parameters)
     console = Console(soft_wrap=False)
     table = Table(title=f"{item}: {made['title']} (profile {made['profile']})", title_justify="left", show_lines=True)
     for column in ("claim", "verdict", "measured", "paper"):
@@ -33,6 +38,7 @@ def show(item: str, parameters: dict) -> None:
     for figure in made["figures"]:
         print(f"figure: {shown(folder / figure)}.png")
     print(f"notebook: {shown(folder / item)}.ipynb")
+    compare.show(item, parameters, differences)
 
 
 def write(profile: str) -> Path:
@@ -44,18 +50,18 @@ def write(profile: str) -> Path:
     made, damaged = [], []
     for path in sorted(place.glob("[!.]*/record.json")):
         try:
-            made.append(_entry(path.parent, record.read_folder(path.parent.name.partition("--")[0], path.parent)))
+            made.append(_entry(path.parent, items.read_folder(path.parent.name.partition("--")[0], path.parent)))
         except UserError as error:
             damaged.append(str(error))
     if not made and not damaged:
         raise UserError(f"nothing made yet in profile {profile}: run `make reproduce-all PROFILE={profile}` first")
-    claims = [(entry, claim) for entry in made for claim in entry["record"]["claims"]]
-    sides = {
-        "Claims of the paper": [pair for pair in claims if pair[1]["id"] in verdicts.reported_claims()],
-        "Claims of this collection's own": [pair for pair in claims if pair[1]["id"] not in verdicts.reported_claims()],
-    }
+    sides = {"Claims of the paper": [], "Claims of this collection's own": []}
+    paper, own = sides.values()
+    for entry in made:
+        for claim in entry["record"]["claims"]:
+            (paper if claim["id"] in verdicts.reported_claims() else own).append((entry, claim))
     values = dict(profile=profile, made=made, damaged=damaged, sides=sides, verdicts=verdicts.VERDICTS)
-    write_atomically(place / "report.html", page("report", **values).encode())
+    write_atomically(place / "report.html", page(TEMPLATE, **values).encode())
     return place / "report.html"
 
 
@@ -76,29 +82,3 @@ def _entry(folder: Path, made: dict) -> dict:
         "notebook": f"{folder.name}/{item}.ipynb" if (folder / f"{item}.ipynb").exists() else "",
         "reported": [row for row in made["measured"] if row["paper"] is not None],
     }
-
-
-def page(name: str, **values) -> str:
-    """A self-contained HTML page from record/pages/NAME.html, which extends pages/base.html."""
-    return _templates().get_template(f"{name}.html").render(values)
-
-
-@functools.cache
-def _templates():
-    import jinja2
-
-    templates = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent / "pages"),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    templates.filters["data_url"] = data_url
-    return templates
-
-
-def data_url(picture: bytes | Path) -> str:
-    """A PNG, from bytes or a file, as a data URL to embed in a page."""
-    content = picture if isinstance(picture, bytes) else picture.read_bytes()
-    return f"data:image/png;base64,{base64.b64encode(content).decode()}"
