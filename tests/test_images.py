@@ -293,7 +293,7 @@ def test_an_empty_folder_and_a_missing_one_are_refused(tmp_path, no_models):
         images.load(str(tmp_path), any_model(), 1)
     with pytest.raises(
         UserError,
-        match="no images at 'nowhere': write scenes, textures, photos, or the path of an image",
+        match="no images at 'nowhere': write scenes, stamps, textures, photos, or the path of an image",
     ):
         images.load("nowhere", any_model(), 1)
     with pytest.raises(UserError, match="VITREG_DATA"):

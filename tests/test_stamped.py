@@ -3,14 +3,18 @@
 import sys
 
 import pandas as pd
+import pytest
 import torch
+import torch.nn.functional as F
 
-from vitreg_lib.base import ROOT
+from vitreg_lib.base import NOTEBOOKS, ROOT, UserError
 
 sys.path.insert(0, str(ROOT / "workflow"))
 import stamped  # noqa: E402
 
-from vitreg_lib.data import scenes, textures  # noqa: E402
+from vitreg_lib.data import images, scenes, textures  # noqa: E402
+from vitreg_lib.measure import detection  # noqa: E402
+from vitreg_lib.model import zoo  # noqa: E402
 from vitreg_lib.train.config import TrainConfig  # noqa: E402
 
 
@@ -76,3 +80,25 @@ def test_which_seeds_count_by_what_was_set_before_the_runs():
     cured = last.prefix_attention[last.registers == 4] >= 0.2
     assert cured.to_dict() == {("stamped-reg4", 0): True, ("stamped-reg4-start1", 0): False}
     assert (table[table.steps < table.of].explained_marked < 0.6).all()  # stopped before copying was learnt
+
+
+def test_the_shipped_pair_grew_artifacts_without_registers_and_none_with():
+    """The criteria of docs/log.md, on images that `images.load` gives: neither trained on nor judged before."""
+    sys.path.insert(0, str(NOTEBOOKS / "beyond"))
+    import sinks
+
+    for name, registers in (("mini-stamps", 0), ("mini-stamps-reg4", 4)):
+        model = zoo.load(name, "cpu")
+        shown = images.load("stamps", model, 64)
+        assert shown.scenes is not None and shown.x.min() < -1 and 0 <= shown.pixels.min() <= shown.pixels.max() <= 1
+        rows = sinks.measure(model.module, shown.x, stamped.idle().expand(64, -1))
+        answer = detection.detect(model, shown).answer
+        if registers:
+            assert answer == "none" and rows.outlier_share.eq(0).all() and rows.prefix_attention.iloc[-1] > 0.2
+            unit = F.normalize(model.module.reg_token[0].detach(), dim=1)
+            assert (unit @ unit.T).fill_diagonal_(-1).max() < 0.9
+        else:
+            last = rows.iloc[-1]
+            assert answer == "artifacts" and last.outlier_share >= 0.01 and last.attention_mean >= 0.2
+    with pytest.raises(UserError, match="stamps have 64 pixels a side, this model wants 96; try mini-stamps"):
+        images.load("stamps", zoo.load("mini-random", "cpu"), 2)

@@ -15,7 +15,6 @@ puts its rows into that table:
 
 from __future__ import annotations
 
-import math
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,19 +26,16 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from vitreg_lib.base import DATA, NOTEBOOKS, ROOT, unknown, written  # noqa: E402
-from vitreg_lib.data import scenes, textures  # noqa: E402
+from vitreg_lib.data import scenes, stamps, textures  # noqa: E402
 from vitreg_lib.data.scenes import ATTRIBUTES, HELD_OUT, targets  # noqa: E402
+from vitreg_lib.data.stamps import CORNERS, GRID, PATCH, SIDE  # noqa: E402
 from vitreg_lib.train import images, loop, parallel  # noqa: E402
 from vitreg_lib.train.config import TrainConfig  # noqa: E402
 from vitreg_lib.train.recipes import emergence  # noqa: E402
 
 TABLE = DATA / "sweeps" / "stamped.parquet"
-SIDE, PATCH = 64, 8
-GRID = SIDE // PATCH
 PATCHES = GRID * GRID
-CORNERS = (0, GRID - 1, PATCHES - GRID, PATCHES - 1)
 VIT = textures.Task(dim=24, depth=3, heads=2, mlp_ratio=4.0, attention_dropout=0.1, position_fixed=True)
-SHARE = 0.25  # of the patches that are marked
 STAMP = {"both": 0.5, "strong": 1.0}  # amplitude by variant, in units of pixels that go from -1 to 1
 LABELS = 0.02  # weight of the scene's labels
 DEFAULTS = emergence.DEFAULTS | {"variant": "both", "image_size": SIDE, "save_every": 2000}
@@ -65,21 +61,9 @@ class Batch:
 
 def draw(config, step: int, seen: scenes.Scenes, device="cpu") -> Batch:
     """The images of a step, on the scenes `seen`."""
-    n = len(seen)
     generator = torch.Generator().manual_seed((config.seed * 2654435761 + step) % 2**32)
-    stamp = torch.randn(n, 3, 2 * GRID, 2 * GRID, generator=generator).to(device)
-    pixels = 2 * seen.pixels - 1 + STAMP[config.variant] * F.interpolate(stamp, scale_factor=PATCH // 2)
-    own = F.avg_pool2d(pixels, PATCH // 2)  # (n, 3, 16, 16)
-    own = own.unflatten(3, (GRID, 2)).unflatten(2, (GRID, 2)).permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
-    # of two dots exactly one is there with probability 2 p (1 - p) = SHARE
-    chance = (1 - math.sqrt(1 - 2 * SHARE)) / 2
-    dots = (torch.rand(n, 2, GRID, GRID, generator=generator) < chance).to(device)
-    dots &= ~idle(device).view(GRID, GRID)
-    for which, (row, col) in enumerate(((1, 1), (5, 5))):
-        for r in (row, row + 1):
-            for c in (col, col + 1):
-                pixels[:, :, r::PATCH, c::PATCH] += 2.0 * dots[:, which, None]
-    trigger = dots.sum(1).flatten(1) == 1
+    pixels, own, dots = stamps.stamp(seen.pixels, generator, STAMP[config.variant])
+    trigger = dots.sum(1) == 1
     may = torch.arange(PATCHES, device=device) % GRID > 0
     trigger &= may & ~idle(device) & ~idle(device).roll(1)
     rotation = textures.fixed(config.seed)["rotation"].to(device)

@@ -17,8 +17,17 @@ from vitreg_lib.measure import detection, outliers
 from vitreg_lib.measure.detection import Observed
 from vitreg_lib.plots.style import PALETTE, styled
 
-WITH = ("deit-ti", "vit-ti", "mini-corners", "planted")
-WITHOUT = ("dinov2-s", "mini-corners-reg4", "mini-deit3", "mini-clip", "mini-dinov2", "mini-random", "random:mini-clip")
+WITH = ("deit-ti", "vit-ti", "mini-corners", "mini-stamps", "planted")
+WITHOUT = (
+    "dinov2-s",
+    "mini-corners-reg4",
+    "mini-stamps-reg4",
+    "mini-deit3",
+    "mini-clip",
+    "mini-dinov2",
+    "mini-random",
+    "random:mini-clip",
+)
 NUMBERS = (1, 2, 5, 10, 50)  # of images
 OTHER_SEED = 1000  # of scenes and textures that no threshold was set on
 

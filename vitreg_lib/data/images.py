@@ -1,4 +1,4 @@
-"""Images prepared for a model: scenes, textures, photos that ship with other packages, a folder of the user's own.
+"""Images prepared for a model: procedural ones, photos that ship with other packages, a folder of the user's own.
 
 `load` gives a whole set as `Images`, `stream` the same set batch by batch. Photos go through the model's own
 preprocessing: resize with its interpolation, centre crop, mean and standard deviation. `read` is the one place where a
@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from ..base import UserError, env_folder
-from . import scenes, textures
+from . import scenes, stamps, textures
 
 SUFFIXES = set(".jpg .jpeg .png .bmp .webp .tif .tiff .gif .heic .heif .avif".split())
 SCENES_FROM = 1 << 40  # scenes that no shipped model was trained on
@@ -52,8 +52,8 @@ class Images:
 def load(source: str, model, n: int, seed: int = 0, size: int | tuple[int, int] | None = None) -> Images:
     """`n` images of `source` for a `zoo.Model`, at its own input size or `size` pixels a side (or height, width).
 
-    source: "scenes"; "textures" (what `mini-corners` learns from); "photos" (those that ship
-    with scikit-image and scikit-learn); "imagenet" (a folder of that name in VITREG_DATA, or in data/ of
+    source: "scenes"; "stamps" and "textures" (what `mini-stamps` and `mini-corners` learn from); "photos" (those that
+    ship with scikit-image and scikit-learn); "imagenet" (a folder of that name in VITREG_DATA, or in data/ of
     VITREG_MODELS); or the path of an image or of a folder, searched below. Where a folder holds more than n images,
     `seed` draws among them; the same seed gives the same images for every model. An image that cannot be read is named
     in a warning and in `left_out`. Raises UserError when a source does not exist or holds no readable image.
@@ -75,10 +75,9 @@ def stream(
     first: leave out the images that `load` gives for n = first.
     """
     size, left_out, any_read = size or model.input_size, {}, False
-    if source in ("scenes", "textures"):
-        make = _scenes if source == "scenes" else _textures
+    if source in PROCEDURAL:
         for start in range(first, n, batch_size):
-            yield make(model, range(start, min(start + batch_size, n)), n, seed, size)
+            yield PROCEDURAL[source](model, range(start, min(start + batch_size, n)), n, seed, size)
         return
     paths, title = find(source)
     chosen = paths[first:n]
@@ -123,6 +122,20 @@ def _textures(model, rows: range, n: int, seed: int, size: int) -> Images:
     return Images(x, (x / 6 + 0.5).clamp(0, 1), names, f"textures, {n} held-out images")
 
 
+def _stamps(model, rows: range, n: int, seed: int, size: int) -> Images:
+    """Held-out scenes with stamps and dots, as the recipe gives them: from -1 to 1, without normalisation."""
+    if size != stamps.SIDE:
+        raise UserError(f"stamps have {stamps.SIDE} pixels a side, this model wants {size}; try mini-stamps")
+    plain = _scenes(model, rows, n, seed, size).scenes
+    draws = [torch.Generator().manual_seed(1000 * seed + i) for i in rows]
+    x = torch.cat([stamps.stamp(p[None], draw)[0] for p, draw in zip(plain.pixels, draws, strict=True)])
+    names = [f"stamped scene {i}" for i in rows]
+    return Images(x, (x / 2 + 0.5).clamp(0, 1), names, f"stamps, {n} held-out images", plain)
+
+
+PROCEDURAL = {"scenes": _scenes, "stamps": _stamps, "textures": _textures}
+
+
 def labels(images: Images, folders: bool = False) -> torch.Tensor | None:
     """(n,) class of each image: a scene's shape, or from labels.csv (file, class_index) of its folder; None without.
 
@@ -158,7 +171,7 @@ def _class_folders(images: Images) -> list[str]:
 
 def number(source: str, n: int) -> int:
     """How many images `stream` gives for n, those that cannot be read included."""
-    return n if source in ("scenes", "textures") else min(n, len(find(source)[0]))
+    return n if source in PROCEDURAL else min(n, len(find(source)[0]))
 
 
 def find(source: str) -> tuple[list[Path], str]:
@@ -170,7 +183,7 @@ def find(source: str) -> tuple[list[Path], str]:
         return [folder], folder.name
     if not folder.is_dir():
         raise UserError(
-            f"no images at {source!r}: write scenes, textures, photos, or the path of an image or of a folder of images"
+            f"no images at {source!r}: write {', '.join(PROCEDURAL)}, photos, or the path of an image or of a folder"
             + (" (imagenet: put such a folder into one named by VITREG_DATA)" if source == "imagenet" else "")
         )
     paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES)

@@ -9,8 +9,7 @@ from pathlib import Path
 
 from safetensors.torch import save_file
 
-from ..base import UserError, commit, written
-from ..data import images as image_sets
+from ..base import commit, written
 from ..measure import detection, maps
 from ..model.measured import SIZES, thumbnails
 from ..model.model import Model
@@ -58,11 +57,4 @@ def write(model: Model, images, tensors: dict, path: Path, command: str, **more)
 
 def _hashes(images) -> dict[str, str]:
     """{name: sha256 of its file} of photos; empty for procedural images."""
-    if images.scenes is not None or images.source.startswith("textures"):
-        return {}
-    source = "photos" if images.source.startswith("photos") else images.source.split(",")[0]
-    try:
-        paths = {path.stem: path for path in image_sets.find(source)[0]}
-    except UserError:  # the name alone does not locate a folder that was given by its path
-        return dict.fromkeys(images.names, "")
-    return {name: file_sha256(paths[name]) for name in images.names if name in paths}
+    return {path.stem: file_sha256(path) for path in images.paths}

@@ -232,12 +232,12 @@ class Run:
     def examples(self, model, n: int = 4):
         """A few images to show: the first of the run's own, or photos that may be published.
 
-        Scenes, textures and folders named by a path are shown; the shipped photos replace other sets of photos.
+        Procedural images and folders named by a path are shown; the shipped photos replace other sets of photos.
         """
         from ..data import images
 
         source = self.source(model)
-        if source not in ("scenes", "textures") and not Path(source).exists():
+        if source not in images.PROCEDURAL and not Path(source).exists():
             source = "photos"
         return images.load(source, model, n, self.parameters.get("seed", 0))
 
