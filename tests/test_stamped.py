@@ -73,12 +73,13 @@ def test_which_seeds_count_by_what_was_set_before_the_runs():
     assert (ended.explained_marked > 0.9).all() and (ended.explained_others > 0.9).all()
     last = ended[ended.layer == 2].set_index(["cell", "seed"])
     grew = (last.outlier_share >= 0.01) & (last.attention_mean >= 0.2)
-    assert grew["stamped"].to_dict() == {0: True, 1: False, 2: True, 3: False}
+    assert grew["stamped"][grew["stamped"]].index.tolist() == [0, 2, 4] and len(grew["stamped"]) == 6
     assert not grew.drop("stamped").any()
     with_registers = ended[ended.registers == 4]
     assert (with_registers.outlier_share == 0).all()
     cured = last.prefix_attention[last.registers == 4] >= 0.2
-    assert cured.to_dict() == {("stamped-reg4", 0): True, ("stamped-reg4-start1", 0): False}
+    assert cured["stamped-reg4"][[0, 2, 4]].all() and len(cured["stamped-reg4"]) == 6
+    assert not cured["stamped-reg4-start1"].any()
     assert (table[table.steps < table.of].explained_marked < 0.6).all()  # stopped before copying was learnt
 
 
