@@ -65,7 +65,7 @@ def test_views_are_what_capture_and_maps_give(store, registers, layer, heads, qu
     parts = maps.principal_components(patches, 3, per_image=True, grid=seen.grid)
     torch.testing.assert_close(view.components.flatten(0, 1), parts[0], atol=1e-3, rtol=1e-3)
     torch.testing.assert_close(view.similarity.flatten(), maps.neighbour_similarity(patches, seen.grid)[0])
-    torch.testing.assert_close(view.seen.set_norms[layer], every.patch_norms[:, layer].flatten())
+    torch.testing.assert_close(view.forward.set_norms[layer], every.patch_norms[:, layer].flatten())
     assert sum(view.budget.values()) == pytest.approx(1, abs=1e-5)
     assert view.query == query
     assert view.counts.sum().item() == pytest.approx(1)
@@ -78,7 +78,7 @@ def test_the_cutoff_by_rule_is_the_detectors(store):
     last, third = (explorer.look(replace(PAIR, models=("planted",), layer=layer), store)[0] for layer in (7, 3))
     assert found.outliers.layer == 7 and last.cutoff == pytest.approx(found.outliers.cutoff, rel=1e-5)
     assert torch.equal(last.is_outlier, found.outliers.mask[1])
-    medians = [view.seen.set_norms[view.layer].median().item() for view in (last, third)]
+    medians = [view.forward.set_norms[view.layer].median().item() for view in (last, third)]
     assert third.cutoff / medians[1] == pytest.approx(last.cutoff / medians[0])
     assert last.verdict == f"artifacts: {found.strength}, {found.kind}"
 
@@ -162,18 +162,18 @@ def test_the_copied_commands_are_accepted_by_their_notebooks(store, query):
 def test_the_store_keeps_little_and_forgets_what_failed():
     messages = []
     store = Store(messages.append)
-    one = store.seen("mini-deit3", "scenes", 0)
-    assert store.seen("mini-deit3", "scenes", 0) is one
+    one = store.forward("mini-deit3", "scenes", 0)
+    assert store.forward("mini-deit3", "scenes", 0) is one
     assert len(messages) == 3  # model, norms of the images, all layers of one
     with pytest.raises(UserError):
-        store.seen("mini-deit3", "scenes", 99)
-    assert len(store._seen) == 1
+        store.forward("mini-deit3", "scenes", 99)
+    assert len(store._forwards) == 1
     kept = choice.KEPT_BYTES
     try:
         choice.KEPT_BYTES = 1
         for image in range(4):
-            store.seen("mini-deit3", "scenes", image)
-        assert list(store._seen) == [("mini-deit3", "scenes", 2), ("mini-deit3", "scenes", 3)]
+            store.forward("mini-deit3", "scenes", image)
+        assert list(store._forwards) == [("mini-deit3", "scenes", 2), ("mini-deit3", "scenes", 3)]
     finally:
         choice.KEPT_BYTES = kept
 
@@ -299,6 +299,6 @@ def test_an_upload_is_kept_for_batch_runs_and_a_damaged_one_refused(results):
     shown.page._asked(0, {"kind": "upload", "name": "../my photo.png"}, [memoryview(buffer.getvalue())])
     assert shown.state.images.endswith("my_photo.png")
     assert results in Path(shown.state.images).parents
-    assert shown.views[0].seen.image_name == "my_photo"
+    assert shown.views[0].forward.image_name == "my_photo"
     shown.page._asked(0, {"kind": "upload", "name": "x.png"}, [memoryview(buffer.getvalue()[:60])])
     assert "x.png cannot be read as an image" in shown.page.status.value

@@ -139,7 +139,7 @@ def wait_for_text(page, place: int, name: str, text: str) -> None:
 def assert_shows(page, state: State, store) -> list:
     """Both cards come to show the state; what they draw is what the library's views hold, which are returned."""
     views = explorer.look(state, store)
-    wanted = [[v.label, v.title, v.seen.image_name, v.by_rule, state.component] for v in views]
+    wanted = [[v.label, v.title, v.forward.image_name, v.by_rule, state.component] for v in views]
     page.wait_for_function(IS_SHOWN, arg=wanted)
     for place, (view, scales) in enumerate(zip(views, explorer.scales(views, state.shared), strict=True)):
         compare_values(page.evaluate(SENT, place), view, scales)
@@ -261,7 +261,7 @@ def reset(desk, store) -> None:
 def test_it_opens_on_real_models_as_they_were_measured(opened, store, tmp_path):
     views = assert_shows(opened.page, OPENED, store)
     assert not opened.page.locator(".vr-error").count()
-    assert views[0].seen.measured and views[0].missing
+    assert views[0].forward.measured and views[0].missing
     assert views[0].is_outlier.sum() > views[1].is_outlier.sum()
     picture(opened.page, "explorer", tmp_path)
 

@@ -68,20 +68,20 @@ def attention_rows(model, images):
         rows, cols = anatomy.grid(images.x)
         centre = attention.patch_token(model, images.x, rows // 2, cols // 2)
         queries = [*range(anatomy.num_prefix_tokens), centre]
-    seen = model.capture(images, ("norms", "attention"), layers=layers, queries=queries)
-    names, mean = attention.query_names(seen), "mean of heads"
+    captured = model.capture(images, ("norms", "attention"), layers=layers, queries=queries)
+    names, mean = attention.query_names(captured), "mean of heads"
 
     def draw(image, layer, head, query):
-        token = seen.queries[names.index(query)]
-        rows = attention.maps(seen, layer, [token], None if head == mean else [head])[image, 0]
-        norms = attention.on_grid(seen, seen.norms[image, seen.layers.index(layer)])
+        token = captured.queries[names.index(query)]
+        rows = attention.maps(captured, layer, [token], None if head == mean else [head])[image, 0]
+        norms = attention.on_grid(captured, captured.norms[image, captured.layers.index(layer)])
         title = f"{model.label}, block {layer}, {mean if head == mean else f'head {head}'}"
         return plots.query_view(images.pixels[image], attention.relative(rows), norms, query, title)
 
     return interact(
         draw,
         image=("IntSlider", {"value": 0, "min": 0, "max": len(images) - 1}),
-        layer=("IntSlider", {"value": seen.layers[-1], "min": seen.layers[0], "max": seen.layers[-1]}),
+        layer=("IntSlider", {"value": captured.layers[-1], "min": captured.layers[0], "max": captured.layers[-1]}),
         head=("Dropdown", {"value": mean, "options": [mean, *range(anatomy.num_heads)]}),
         query=("Dropdown", {"value": names[0], "options": names}),
     )

@@ -57,7 +57,7 @@ class Explorer:
     def save(self) -> list[Path]:
         """Write the page as PNG and SVG under results/explorer/, named by its content."""
         view = self.views[0]
-        words = "-".join([*self.state.models, view.seen.image_name, f"block {view.layer}", view.query])
+        words = "-".join([*self.state.models, view.forward.image_name, f"block {view.layer}", view.query])
         stem = "".join(c if c.isalnum() or c in "+-" else "_" for c in words) + f"-{_digest(repr(self.state).encode())}"
         paths = [results() / "explorer" / f"{stem}.{kind}" for kind in ("png", "svg")]
         for path in paths:
@@ -180,7 +180,7 @@ class Page:
                 state = replace(self.owner.state, cutoffs=(), **changes)
                 if state.images != MEASURED and any(self.owner.store.model(name).replayed for name in state.models):
                     state = replace(state, images=MEASURED, image=0)
-                changes = vars(fitting(state, self.owner.store.all_seen(state)))
+                changes = vars(fitting(state, self.owner.store.forwards(state)))
             self.owner.choose(**changes)
             self.status.value = ""
         except (UserError, ValueError) as error:
@@ -217,19 +217,19 @@ class Page:
         _offer(self.image, [(name, place) for place, name in enumerate(images.names)], state.image)
         _offer(self.first, names, state.models[0])
         _offer(self.second, [("—", ""), *names], state.models[1] if len(views) > 1 else "")
-        queries = dict.fromkeys(name for view in views for name in view.seen.queries)
+        queries = dict.fromkeys(name for view in views for name in view.forward.queries)
         patches = [name for name in queries if name.startswith("patch")]
         queries = [name for name in queries if name not in patches] + patches
         _offer(self.query, [(name, name) for name in dict.fromkeys([*queries, state.query])], state.query)
         self.component.value, self.shared.value = state.component, state.shared
         self.shared.layout.display = None if len(views) > 1 else "none"
         self._allow(views)
-        self._set_layer(max(view.seen.depth for view in views), state.layer % views[0].seen.depth, state.layer)
-        self._set_heads(max(view.seen.num_heads for view in views), state.heads)
+        self._set_layer(max(view.forward.depth for view in views), state.layer % views[0].forward.depth, state.layer)
+        self._set_heads(max(view.forward.num_heads for view in views), state.heads)
 
     def _allow(self, views: list[View]) -> None:
         """Disable controls for which no shown model has measurements, and give the reason."""
-        measured = [view.label for view in views if view.seen.measured]
+        measured = [view.label for view in views if view.forward.measured]
         were = "was" if len(measured) == 1 else "were"
         images = f"{' and '.join(measured)} {were} measured on the photos alone" if measured else ""
         reasons = dict.fromkeys(("source", "path", "upload"), images)

@@ -46,11 +46,11 @@ class State:
 
 
 @dataclass(frozen=True)
-class Seen:
+class Forward:
     """One image through one model, with all blocks.
 
     capture: norms, tokens, q and k of the image; norms and the measured attention of a replayed model. set_norms:
-    (layers, patches of all images of the source). found: the `Detection` on these. pixels: (3, height, width) in
+    (layers, patches of all images of the source). detection: on these. pixels: (3, height, width) in
     [0, 1]. truth: (layers, rows, cols) bool where a control has artifacts, or None. measured: the date on which a
     replayed model was measured, else "". components: (rows, cols, 3) after its last block.
     """
@@ -60,7 +60,7 @@ class Seen:
     capture: Capture
     num_heads: int
     set_norms: torch.Tensor
-    found: detection.Detection
+    detection: detection.Detection
     pixels: torch.Tensor
     image_name: str
     truth: torch.Tensor | None = None
@@ -81,11 +81,12 @@ class Seen:
 
     def row(self, layer: int, token: int) -> torch.Tensor | None:
         """(1, heads, 1, tokens) attention of a query token in a block; None where it was not measured."""
-        seen = self.capture
+        capture = self.capture
         if not self.measured:
-            return attention_rows(seen.q[layer][:, :, [token]].float(), seen.k[layer].float())
-        known = layer in seen.attention and token in seen.queries
-        return seen.attention[layer][:, :, [seen.queries.index(token)]] if known else None
+            return attention_rows(capture.q[layer][:, :, [token]].float(), capture.k[layer].float())
+        if layer not in capture.attention or token not in capture.queries:
+            return None
+        return capture.attention[layer][:, :, [capture.queries.index(token)]]
 
     @property
     def queries(self) -> list[str]:
@@ -94,40 +95,40 @@ class Seen:
 
     def cutoff(self, layer: int) -> float:
         """The detector's cutoff after its block, the same multiple of the median after others; infinite without any."""
-        outliers = self.found.outliers
+        outliers = self.detection.outliers
         return outliers.cutoff / self.set_norms[outliers.layer].median().item() * self.set_norms[layer].median().item()
 
 
-def fitting(state: State, seen: list[Seen]) -> State:
+def fitting(state: State, forwards: list[Forward]) -> State:
     """The state with defaults for a layer, heads or query that none of its models has.
 
-    seen: of the state's models.
+    forwards: of the state's models.
     """
     fits = replace(state, layer=-1, heads=(), query="cls")
     for name in ("layer", "heads", "query"):
         more = replace(fits, **{name: getattr(state, name)})
         try:
-            check(more, seen)
+            check(more, forwards)
         except UserError:
             continue
         fits = more
     return fits
 
 
-def check(state: State, seen: list[Seen]) -> None:
+def check(state: State, forwards: list[Forward]) -> None:
     """Raise UserError, in one line, for a layer, head, register or patch that none of the state's models has."""
-    deepest, most = (max(getattr(one, name) for one in seen) for name in ("depth", "num_heads"))
-    if not -min(one.depth for one in seen) <= state.layer < deepest:
+    deepest, most = (max(getattr(one, name) for one in forwards) for name in ("depth", "num_heads"))
+    if not -min(one.depth for one in forwards) <= state.layer < deepest:
         raise UserError(f"layer {state.layer} out of range for {deepest} blocks (0…{deepest - 1}, or -1)")
     if wrong := [head for head in state.heads if not 0 <= head < most]:
         raise UserError(f"head {wrong[0]} out of range for {most} heads (0…{most - 1})")
     kind, numbers = parse_query(state.query)
-    registers = max(one.capture.num_registers for one in seen)
+    registers = max(one.capture.num_registers for one in forwards)
     if kind == "register" and numbers[0] > registers:
         raise UserError(f"query {state.query!r}: registers of {' and '.join(state.models)}: {registers or 'none'}")
-    if kind == "patch" and not any(not one.measured or state.query in one.queries for one in seen):
-        raise UserError(f"{query_not_measured(state.query, seen[0])}; {LIVE}")
-    rows, cols = seen[0].capture.grid
+    if kind == "patch" and not any(not one.measured or state.query in one.queries for one in forwards):
+        raise UserError(f"{query_not_measured(state.query, forwards[0])}; {LIVE}")
+    rows, cols = forwards[0].capture.grid
     if kind == "patch" and not (numbers[0] < rows and numbers[1] < cols):
         raise UserError(f"patch {numbers} out of range for a grid of {rows} x {cols}, counted from 0")
 
@@ -135,9 +136,9 @@ def check(state: State, seen: list[Seen]) -> None:
 LIVE = "with its weights in VITREG_MODELS or the hub's cache, all is computed"
 
 
-def query_not_measured(query: str, seen: Seen) -> str:
+def query_not_measured(query: str, forward: Forward) -> str:
     """Why a replayed model has no attention of a query."""
-    return f"attention of {query} was not measured, only that of {', '.join(seen.queries)}"
+    return f"attention of {query} was not measured, only that of {', '.join(forward.queries)}"
 
 
 def parse_query(query: str) -> tuple[str, tuple[int, ...]]:
@@ -175,7 +176,7 @@ class Store:
 
     def __init__(self, busy: Callable[[str], None] = lambda message: None):
         self.busy = busy
-        self._models, self._sets, self._seen = OrderedDict(), OrderedDict(), OrderedDict()
+        self._models, self._sets, self._forwards = OrderedDict(), OrderedDict(), OrderedDict()
 
     def add(self, model) -> str:
         """Keep a loaded model and return its name in a state."""
@@ -205,38 +206,38 @@ class Store:
 
         return _kept(self._sets, (name, source), make, 4)
 
-    def seen(self, name: str, source: str, image: int) -> Seen:
+    def forward(self, name: str, source: str, image: int) -> Forward:
         """One image through one model, with all blocks. Raises UserError where there is no such image."""
-        kept = _kept(self._seen, (name, source, image), lambda: self._see(name, source, image), 64)
-        while len(self._seen) > 2 and sum(one.bytes for one in self._seen.values()) > KEPT_BYTES:
-            self._seen.popitem(last=False)
+        kept = _kept(self._forwards, (name, source, image), lambda: self._run(name, source, image), 64)
+        while len(self._forwards) > 2 and sum(one.bytes for one in self._forwards.values()) > KEPT_BYTES:
+            self._forwards.popitem(last=False)
         return kept
 
-    def all_seen(self, state: State) -> list[Seen]:
-        """`seen` of each model of a state."""
-        return [self.seen(name, state.images, state.image) for name in state.models]
+    def forwards(self, state: State) -> list[Forward]:
+        """`forward` of each model of a state."""
+        return [self.forward(name, state.images, state.image) for name in state.models]
 
-    def _see(self, name: str, source: str, image: int) -> Seen:
-        batch, norms, found = self.images(name, source)
+    def _run(self, name: str, source: str, image: int) -> Forward:
+        batch, norms, detected = self.images(name, source)
         if not 0 <= image < len(batch):
             count = len(batch)
             raise UserError(f"image {image} out of range for the {count} images of {source!r} (0…{count - 1})")
         model = self.model(name)
         self.busy(f"{name}: all layers of {batch.names[image]} …")
         one = replace(batch, x=batch.x[[image]], pixels=batch.pixels[[image]], names=[batch.names[image]])
-        facts = (model.anatomy.num_heads, norms, found, batch.pixels[image], batch.names[image])
+        facts = (model.anatomy.num_heads, norms, detected, batch.pixels[image], batch.names[image])
         if model.replayed:
             asked = dict(layers=model.measured_blocks, queries=model.measured["queries"])
             capture = model.capture(one, "attention", **asked)
             capture = replace(model.capture(one), attention=capture.attention, queries=capture.queries)
-            told = dict(measured=model.measured["date"], components=model.components(one)[0])
-            return Seen(model.label, model.role, capture, *facts, **told)
+            date, components = model.measured["date"], model.components(one)[0]
+            return Forward(model.label, model.role, capture, *facts, measured=date, components=components)
         capture = model.capture(one, ("norms", "tokens", "q", "k"))
         truth = model.truth(one)
         if truth is not None:
             truth = truth[0].view(1, *capture.grid).repeat(len(capture.layers), 1, 1)
             truth[: model.onset or 0] = False  # a planted control has no artifacts before its onset
-        return Seen(model.label, model.role, capture, *facts, truth)
+        return Forward(model.label, model.role, capture, *facts, truth)
 
 
 def _kept(kept: OrderedDict, key, make: Callable, most: int):

@@ -37,8 +37,8 @@ def _bar(figure: Figure, axis, image, label: str) -> None:
 
 
 def _row(figure: Figure, row, view: View, ranges: dict, component: int) -> None:
-    side = view.seen.pixels.shape[-2:]
-    row[0].imshow(picture(view.seen.pixels))
+    side = view.forward.pixels.shape[-2:]
+    row[0].imshow(picture(view.forward.pixels))
     for place in view.is_outlier.nonzero().tolist():
         _square(row[0], *place, side[0] / view.grid[0], side[1] / view.grid[1])
         _square(row[2], *place)
@@ -46,7 +46,7 @@ def _row(figure: Figure, row, view: View, ranges: dict, component: int) -> None:
         y, x = (n + 0.5 for n in view.patch)
         row[0].plot(x * side[1] / view.grid[1], y * side[0] / view.grid[0], "P", color="white", mec="black", ms=8)
     row[0].set_ylabel(f"{view.label}\n({view.role})\n{view.verdict}", fontsize=9)
-    row[0].set_title(view.seen.image_name)
+    row[0].set_title(view.forward.image_name)
     row[0].set_xlabel("\n".join(view.title.split(" · ")[:2]), fontsize=8)
     drawn = (
         ("attention", f"attention of {view.query}", ATTENTION, "× even"),

@@ -15,7 +15,7 @@ import torch
 from ..base import UserError
 from ..hooks.capture import Capture
 from ..measure import attention, maps
-from .state import LIVE, Seen, State, Store, check, parse_query, query_not_measured
+from .state import LIVE, Forward, State, Store, check, parse_query, query_not_measured
 
 BINS = 48
 
@@ -31,7 +31,7 @@ class View:
     missing: {"attention", "components" or "similarity": why it was not measured}, of a replayed model; the map is NaN.
     """
 
-    seen: Seen
+    forward: Forward
     layer: int
     heads: tuple[int, ...]
     query: str
@@ -52,17 +52,17 @@ class View:
     @property
     def label(self) -> str:
         """The model's short name."""
-        return self.seen.label
+        return self.forward.label
 
     @property
     def role(self) -> str:
         """What the model is, and whether it is replayed."""
-        return self.seen.role + (", replayed" if self.seen.measured else "")
+        return self.forward.role + (", replayed" if self.forward.measured else "")
 
     @property
     def grid(self) -> tuple[int, int]:
         """Rows and columns of patches."""
-        return self.seen.capture.grid
+        return self.forward.capture.grid
 
     @property
     def attention(self) -> torch.Tensor:
@@ -77,7 +77,7 @@ class View:
     @property
     def truth(self) -> torch.Tensor | None:
         """(rows, cols) where a control has artifacts after this block; None where unknown."""
-        return None if self.seen.truth is None else self.seen.truth[self.layer]
+        return None if self.forward.truth is None else self.forward.truth[self.layer]
 
     @property
     def outlier_share(self) -> float:
@@ -87,49 +87,51 @@ class View:
     @property
     def verdict(self) -> str:
         """The detector's answer for all images of the source, in a few words."""
-        found = self.seen.found
-        words = {"artifacts": f"artifacts: {found.strength}, {found.kind}", "none": "no artifacts"}
-        return words.get(found.answer, found.answer)
+        detection = self.forward.detection
+        words = {"artifacts": f"artifacts: {detection.strength}, {detection.kind}", "none": "no artifacts"}
+        return words.get(detection.answer, detection.answer)
 
     @property
     def title(self) -> str:
         """Block, heads and query in words."""
         heads = (
-            f"mean of heads {', '.join(map(str, self.heads))}" if self.heads else f"mean of {self.seen.num_heads} heads"
+            f"mean of heads {', '.join(map(str, self.heads))}"
+            if self.heads
+            else f"mean of {self.forward.num_heads} heads"
         )
         heads = f"head {self.heads[0]}" if len(self.heads) == 1 else heads
-        return f"block {self.layer} (of 0 to {self.seen.depth - 1}) · {heads} · query {self.query}"
+        return f"block {self.layer} (of 0 to {self.forward.depth - 1}) · {heads} · query {self.query}"
 
 
 def look(state: State, store: Store) -> list[View]:
     """A `View` of each model. Raises UserError for what none of the models has: a layer, head, register or patch."""
     if not 1 <= len(state.models) <= 2:
         raise UserError(f"{len(state.models)} models: the explorer shows one, or two side by side")
-    seen = store.all_seen(state)
-    check(state, seen)
-    return [view(state, one, place, seen[0].capture.grid) for place, one in enumerate(seen)]
+    forwards = store.forwards(state)
+    check(state, forwards)
+    return [view(state, one, place, forwards[0].capture.grid) for place, one in enumerate(forwards)]
 
 
-def view(state: State, seen: Seen, place: int, grid: tuple[int, int]) -> View:
+def view(state: State, forward: Forward, place: int, grid: tuple[int, int]) -> View:
     """The `View` of one model; `place` is its number in the state; the state's patch refers to `grid`."""
-    capture = seen.capture
-    layer, heads, token, notes = _resolve(state, seen, grid)
-    row = seen.row(layer, token)
-    missing = _missing(seen, layer, row is None, state.query)
+    capture = forward.capture
+    layer, heads, token, notes = _resolve(state, forward, grid)
+    row = forward.row(layer, token)
+    missing = _missing(forward, layer, row is None, state.query)
     if missing:
-        notes.append(f"was measured on {seen.measured}; {LIVE}")
-    row = torch.full((1, seen.num_heads, 1, capture.norms.shape[-1]), torch.nan) if row is None else row
+        notes.append(f"was measured on {forward.measured}; {LIVE}")
+    row = torch.full((1, forward.num_heads, 1, capture.norms.shape[-1]), torch.nan) if row is None else row
     row = row[:, list(heads) if heads else slice(None)].mean(1, keepdim=True)
     asked = replace(capture, queries=(token,), attention={layer: row})
     norms = attention.on_grid(capture, capture.norms[0, layer])
     cutoff = state.cutoffs[place] if place < len(state.cutoffs) else None
-    by_rule, set_norms = cutoff is None, seen.set_norms[layer]
-    cutoff = seen.cutoff(layer) if by_rule else cutoff
-    components, similarity = _of_tokens(seen, layer)
+    by_rule, set_norms = cutoff is None, forward.set_norms[layer]
+    cutoff = forward.cutoff(layer) if by_rule else cutoff
+    components, similarity = _of_tokens(forward, layer)
     high = max(float(set_norms.max()), float(norms.max())) * 1.04
     number = token - capture.num_prefix_tokens
     return View(
-        seen,
+        forward,
         layer,
         heads,
         query=attention.query_names(asked)[0],
@@ -149,42 +151,44 @@ def view(state: State, seen: Seen, place: int, grid: tuple[int, int]) -> View:
     )
 
 
-def _of_tokens(seen: Seen, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+def _of_tokens(forward: Forward, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Components (rows, cols, 3) and neighbour similarity (rows, cols) after a block; NaN where not measured."""
-    capture, grid = seen.capture, seen.capture.grid
-    if seen.measured:
+    capture, grid = forward.capture, forward.capture.grid
+    if forward.measured:
         unknown = torch.full((*grid, 3), torch.nan)
-        return (seen.components if layer == seen.depth - 1 else unknown), unknown[..., 0]
+        return (forward.components if layer == forward.depth - 1 else unknown), unknown[..., 0]
     patches = capture.patches(capture.tokens[layer])
     scores = maps.principal_components(patches, 3, per_image=True, grid=grid)[0]
     return scores.unflatten(0, grid), maps.neighbour_similarity(patches.float(), grid)[0].unflatten(0, grid)
 
 
-def _missing(seen: Seen, layer: int, attention: bool, query: str) -> dict[str, str]:
+def _missing(forward: Forward, layer: int, attention: bool, query: str) -> dict[str, str]:
     """{missing map: reason} of a replayed model; empty for a live one."""
-    if not seen.measured:
+    if not forward.measured:
         return {}
     missing = {"similarity": "neighbour similarity was not measured"}
-    if layer != seen.depth - 1:
-        missing["components"] = f"components were measured after block {seen.depth - 1} only"
+    if layer != forward.depth - 1:
+        missing["components"] = f"components were measured after block {forward.depth - 1} only"
     if attention:
-        blocks = sorted(seen.capture.attention)
+        blocks = sorted(forward.capture.attention)
         blocks = f"blocks {blocks[0]} to {blocks[-1]}" if len(blocks) > 1 else f"block {blocks[0]}"
-        known = layer in seen.capture.attention
-        missing["attention"] = query_not_measured(query, seen) if known else f"attention was measured in {blocks} only"
+        has_layer = layer in forward.capture.attention
+        missing["attention"] = (
+            query_not_measured(query, forward) if has_layer else f"attention was measured in {blocks} only"
+        )
     return missing
 
 
-def _resolve(state: State, seen: Seen, grid: tuple[int, int]) -> tuple[int, tuple[int, ...], int, list[str]]:
+def _resolve(state: State, forward: Forward, grid: tuple[int, int]) -> tuple[int, tuple[int, ...], int, list[str]]:
     """(layer, heads, query token, notes) of a state in one model; notes name substitutes for what it lacks."""
-    notes, layer = [], min(state.layer, seen.depth - 1)
+    notes, layer = [], min(state.layer, forward.depth - 1)
     if layer != state.layer:
-        notes.append(f"has {seen.depth} blocks: the last one is shown")
-    heads = tuple(head for head in state.heads if head < seen.num_heads)
+        notes.append(f"has {forward.depth} blocks: the last one is shown")
+    heads = tuple(head for head in state.heads if head < forward.num_heads)
     if heads != state.heads:
-        notes.append(f"has {seen.num_heads} heads: {'the others are left out' if heads else 'their mean is shown'}")
-    token, note = query_token(state.query, seen.capture, grid)
-    return layer % seen.depth, heads, token, notes + [note] * bool(note)
+        notes.append(f"has {forward.num_heads} heads: {'the others are left out' if heads else 'their mean is shown'}")
+    token, note = query_token(state.query, forward.capture, grid)
+    return layer % forward.depth, heads, token, notes + [note] * bool(note)
 
 
 def query_token(query: str, capture: Capture, grid: tuple[int, int]) -> tuple[int, str]:
@@ -235,8 +239,8 @@ def commands(state: State, views: list[View]) -> str:
         models=models, images=state.images, image=state.image, layer=state.layer, heads=heads, query=state.query
     )
     item = "fig09" if parse_query(state.query)[0] == "register" else "fig01"
-    having = [v.seen.capture.num_registers > 0 or item == "fig01" for v in views]
+    having = [v.forward.capture.num_registers > 0 or item == "fig01" for v in views]
     models = " ".join(name for name, has in zip(state.models, having, strict=True) if has)
-    layer = min(state.layer, *(v.seen.depth - 1 for v in views)) if len(views) > 1 else state.layer
+    layer = min(state.layer, *(v.forward.depth - 1 for v in views)) if len(views) > 1 else state.layer
     many = words(models=models, images=state.images, layer=layer)
     return f"vitreg run explorer {words(**this, cutoffs=cutoffs)}\nvitreg run {item} {many}"
