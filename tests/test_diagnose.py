@@ -86,6 +86,26 @@ def test_attention_of_a_pooling_head_is_what_it_sums_values_with(planted):
     assert answers._pooling(planted.seen) is None
 
 
+def test_attention_of_transformers_pooling_head_is_its_own_softmax(planted):
+    transformers = pytest.importorskip("transformers")
+    sizes = dict(hidden_size=48, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64)
+    torch.manual_seed(0)
+    module = transformers.SiglipVisionModel(
+        transformers.SiglipVisionConfig(**sizes, image_size=96, patch_size=8)
+    ).eval()
+    pool = next(part for part in module.modules() if hasattr(part, "probe"))
+    for weight in (pool.attention.in_proj_weight, pool.attention.in_proj_bias):
+        torch.nn.init.normal_(weight, std=0.2)
+    tokens = torch.randn(len(planted.seen.kept), 144, 48)
+    rows = answers._pooling(dataclasses.replace(planted.seen, model=vr.load(module), tokens=tokens))
+    (wq, wk, _), (bq, bk, _) = pool.attention.in_proj_weight.chunk(3), pool.attention.in_proj_bias.chunk(3)
+    with torch.no_grad():
+        q, k = (pool.probe[0] @ wq.T + bq).view(2, 24), (tokens @ wk.T + bk).unflatten(2, (2, 24))
+        wanted = (torch.einsum("hd,nthd->nht", q, k) / 24**0.5).softmax(-1).mean(1)
+    torch.testing.assert_close(rows, wanted, rtol=1e-4, atol=1e-6)
+    assert rows.max() > 2 / 144, "the rows are not all even"
+
+
 def test_remedies_are_scored_beside_random_neurons_on_images_not_searched_on(planted):
     ((title, table),) = planted.answers[4].tables.items()
     searched = len(planted.seen.sample) // 2

@@ -27,6 +27,8 @@ OF_TRANSFORMERS = {  # class of the configuration: its own options, prefix token
     "DINOv3ViT": ({"num_register_tokens": 4}, ("cls", *REGISTERS)),
     "CLIPVision": ({}, ("cls",)),
     "SiglipVision": ({}, ()),
+    "Siglip2Vision": ({"num_patches": 4}, ()),
+    "Aimv2Vision": ({}, ()),
     "ViTMAE": ({"mask_ratio": 0.0}, ("cls",)),
     "Beit": ({}, ("cls",)),
     "IJepa": ({}, ()),
@@ -50,14 +52,24 @@ def of_transformers(name: str, implementation: str = "sdpa") -> nn.Module:
     return stirred(getattr(transformers, f"{name}Model")(config))
 
 
+def of_siglip2(images: torch.Tensor) -> dict[str, torch.Tensor]:
+    from transformers.models.siglip2.image_processing_siglip2 import convert_image_to_patches
+
+    patches = torch.stack([convert_image_to_patches(image, 16) for image in images])
+    grid = torch.tensor([[2, 2]] * len(images))
+    return dict(pixel_values=patches, pixel_attention_mask=torch.ones(patches.shape[:2]), spatial_shapes=grid)
+
+
 @pytest.mark.parametrize("name", OF_TRANSFORMERS)
 def test_transformers_say_the_same_of_tokens_and_attention(name):
     """Against `output_hidden_states` and, from the eager implementation, `output_attentions`."""
     sdpa, eager = of_transformers(name), of_transformers(name, "eager")
     assert all(torch.equal(a, b) for a, b in zip(sdpa.parameters(), eager.parameters(), strict=True))
-    options = {"noise": torch.arange(4.0).expand(2, -1)} if name == "ViTMAE" else {}
+    options = {"pixel_values": X} | ({"noise": torch.arange(4.0).expand(2, -1)} if name == "ViTMAE" else {})
+    if name == "Siglip2Vision":  # as its own image processor cuts the patches
+        options = of_siglip2(X)
     with torch.no_grad():
-        theirs = eager(pixel_values=X, output_hidden_states=True, output_attentions=True, **options)
+        theirs = eager(**options, output_hidden_states=True, output_attentions=True)
     prefix = OF_TRANSFORMERS[name][1]
     for model in (sdpa, eager):  # eager attention is fused for the time of the capture
         seen = capture(model, X, SITES, queries=range(len(prefix) + 4))

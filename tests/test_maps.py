@@ -170,16 +170,22 @@ def test_everything_is_border_where_there_is_no_inside():
 def test_attention_on_outliers():
     attn = torch.tensor([[0.2, 0.1], [0.1, 0.1]])  # half of the row's attention is on cls and registers
     is_outlier = torch.tensor([[True, False], [False, False]])
-    assert m.attention_on(attn, is_outlier).item() == pytest.approx(0.4)
+    assert map_scores.attention_on(attn, is_outlier).item() == pytest.approx(0.4)
     heads = attn.expand(3, 5, 2, 2)  # (images, heads, rows, cols) with a mask for each image
-    assert m.attention_on(heads, is_outlier.expand(3, 1, 2, 2)).shape == (3, 5)
-    assert m.attention_on(attn, ~is_outlier).item() == pytest.approx(0.6)
-    assert m.attention_on(torch.zeros(2, 2), is_outlier).isnan()
+    assert map_scores.attention_on(heads, is_outlier.expand(3, 1, 2, 2)).shape == (3, 5)
+    assert map_scores.attention_on(attn, ~is_outlier).item() == pytest.approx(0.6)
+    assert map_scores.attention_on(torch.zeros(2, 2), is_outlier).isnan()
 
 
 @pytest.mark.parametrize(
     "score",
-    [map_scores.entropy, fig16.support_area, fig16.border_share, fig16.upper_share, lambda x: m.attention_on(x, x > 0)],
+    [
+        map_scores.entropy,
+        fig16.support_area,
+        fig16.border_share,
+        fig16.upper_share,
+        lambda x: map_scores.attention_on(x, x > 0),
+    ],
 )
 def test_negative_mass_is_refused(score):
     with pytest.raises(ValueError, match="cannot be negative, smallest value -1"):

@@ -9,12 +9,12 @@ import pandas as pd
 import torch
 import torch.nn.functional as F
 from fig13 import rows_of_panels, signed
+from map_scores import median
 from matplotlib.figure import Figure
 from verdicts import above, specimen
 
 from vitreg_lib.hooks.capture import evaluating, hooks
 from vitreg_lib.measure import objects, pairs
-from vitreg_lib.measure.maps import median
 from vitreg_lib.plots.style import picture, ring, styled
 
 

@@ -6,13 +6,12 @@ import math
 
 import matplotlib.pyplot as plt
 import torch
-from map_scores import entropy
+from map_scores import entropy, mass
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from verdicts import above, copies, registered
 
-from vitreg_lib.measure.maps import mass
 from vitreg_lib.measure.pairs import interval
 from vitreg_lib.plots.maps import draw_map
 from vitreg_lib.plots.style import NORMS, bare, styled, wrapped

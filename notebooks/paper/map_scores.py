@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from scipy.stats import hypergeom
 
-from vitreg_lib.measure.maps import adjacent, attention_on, flat, mass, median
+from vitreg_lib.measure.maps import adjacent
 
 
 def table(
@@ -55,6 +55,15 @@ def background(images, grid: tuple[int, int]) -> torch.Tensor | None:
         return None
     on_object = (images.scenes.instances > 0).float()[:, None]
     return F.adaptive_max_pool2d(on_object, tuple(grid))[:, 0] == 0
+
+
+def attention_on(attn_map: torch.Tensor, is_outlier: torch.Tensor) -> torch.Tensor:
+    """Share of a map's attention that falls on outlier tokens, 0 to 1, (...); NaN where there is no attention.
+
+    is_outlier: bool, of the map's shape or broadcast to it. Raises ValueError for negative attention.
+    """
+    x = mass(attn_map)
+    return (x * flat(is_outlier)).sum(-1) / x.sum(-1)
 
 
 def entropy(maps: torch.Tensor, normalised: bool = False) -> torch.Tensor:
@@ -150,3 +159,32 @@ def top_overlap(map_a: torch.Tensor, map_b: torch.Tensor, k: int | torch.Tensor)
 def _rank(x: torch.Tensor) -> torch.Tensor:
     """Place of every patch from the highest, 0 first; ties in order of position."""
     return x.sort(dim=-1, descending=True, stable=True).indices.argsort(-1)
+
+
+def median(x: torch.Tensor) -> torch.Tensor:
+    """Median of the last axis (...); of an even number of values the mean of the two in the middle, unlike torch's."""
+    # torch.median takes the lower one, and torch.quantile refuses more than 16 million values
+    ordered, last = x.sort(-1).values, x.shape[-1] - 1
+    return ordered[..., last // 2].lerp(ordered[..., (last + 1) // 2], 0.5)
+
+
+def flat(maps: torch.Tensor) -> torch.Tensor:
+    """(..., patches) of maps (..., rows, cols), at least float32, bool left as it is."""
+    if maps.ndim < 2:
+        raise ValueError(f"a map of shape {tuple(maps.shape)}: expected (..., rows, cols)")
+    return (
+        maps.flatten(-2)
+        if maps.dtype == torch.bool
+        else maps.flatten(-2).to(torch.promote_types(maps.dtype, torch.float32))
+    )
+
+
+def mass(maps: torch.Tensor) -> torch.Tensor:
+    """`flat` of maps that are not negative. Raises ValueError for others."""
+    x = flat(maps)
+    x = x.float() if x.dtype == torch.bool else x
+    if (x < 0).any():
+        raise ValueError(
+            f"a map of mass cannot be negative, smallest value {x.min().item():.3g}; shift or clamp it first"
+        )
+    return x

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import pandas as pd
 import torch
+from map_scores import median
 from scipy.stats import binomtest
 
-from vitreg_lib.measure.maps import median
 from vitreg_lib.measure.pairs import TRAINED, pairs
 
 MISSING = {"trained": "trained with", "test time": "added"}  # registers, in words

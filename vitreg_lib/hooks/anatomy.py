@@ -28,7 +28,9 @@ PREFIX = {  # names of the parameters of prefix tokens, in the order in which al
 }
 ADDED = "added_registers"  # the buffer of block 0 that holds tokens added at test time
 HEADS = ("num_heads", "num_attention_heads")
-NORMS = ("norm", "layernorm", "post_layernorm", "ln_post", "encoder.ln", "encoder.norm")
+# embeddings of patches that are cut already: their class, and its layer that comes before any position
+EMBEDS_CUT = {"NaFlexEmbeds": "proj", "Siglip2VisionEmbeddings": "patch_embedding"}
+NORMS = ("norm", "layernorm", "post_layernorm", "ln_post", "encoder.ln", "encoder.norm", "rms_norm")
 
 
 class Unrecognised(UserError, TypeError):
@@ -68,16 +70,16 @@ class Anatomy(PrefixTokens):
 
     blocks: the transformer blocks, block 0 first. attention: each block's attention module. mlp_out: each block's last
     linear layer, which the MLP's activations enter; empty where there is none. patch_embed: gives the patches'
-    embeddings, before any position. norm: the final LayerNorm of tokens. patch_size: (rows, cols) in pixels. channels:
-    number of image channels. batch_first: whether blocks take (batch, tokens, dim), else (tokens, batch, dim). forward:
-    runs the model on images.
+    embeddings, before any position. norm: the final LayerNorm of tokens; None where none is recognised. patch_size:
+    (rows, cols) in pixels. channels: number of image channels. batch_first: whether blocks take (batch, tokens, dim),
+    else (tokens, batch, dim). forward: runs the model on images.
     """
 
     blocks: tuple[nn.Module, ...]
     attention: tuple[nn.Module, ...]
     mlp_out: tuple[nn.Module, ...]
     patch_embed: nn.Module
-    norm: nn.Module
+    norm: nn.Module | None
     prefix: tuple[str, ...]
     embed_dim: int
     num_heads: int
@@ -150,9 +152,10 @@ def describe(
 
     blocks: name of the list of blocks, as "encoder.layers". attention, mlp_out: names inside a block of the attention
     module and of the linear layer that the MLP's activations enter. patch: side in pixels. prefix: names of the tokens
-    before the patches, in order. norm, patch_embed: names of the final LayerNorm and of the patch convolution, by
-    default the usual names. heads: number of heads, needed where the attention module does not state it. forward: a
-    function of (module, images), by default the module's own call. Raises TypeError for a name that does not exist.
+    before the patches, in order. norm, patch_embed: names of the final LayerNorm ("" for none) and of the patch
+    convolution, by default the usual names. heads: number of heads, needed where the attention module does not state
+    it. forward: a function of (module, images), by default the module's own call. Raises TypeError for a name that does
+    not exist.
     """
     patch = (patch, patch) if isinstance(patch, int) else tuple(patch)
     names = dict(blocks=blocks, attention=attention, mlp_out=mlp_out, norm=norm, patch_embed=patch_embed)
@@ -171,7 +174,8 @@ def dissect(model: nn.Module) -> Anatomy:
         return _described(model, **named)
     parts = list(model.named_modules())
     embeddings = [name for name, _ in parts if name.split(".")[-1] == "patch_embed"]
-    embeddings += [name for is_one in (_is_naflex, _cuts_patches) for name, part in parts if is_one(part)]
+    embeddings += [name for name, part in parts if type(part).__name__ in EMBEDS_CUT]
+    embeddings += [name for name, part in parts if _cuts_patches(part)]
     lists = [name for name, part in parts if _is_blocks(part)]
     lists = [name for name in lists if not any(name.startswith(f"{other}.") for other in lists if other != name)]
     if not embeddings or not lists:
@@ -186,11 +190,6 @@ def dissect(model: nn.Module) -> Anatomy:
     root, blocks, embedding = max(pairs, key=lambda pair: len(pair[0].split(".")) if pair[0] else 0)
     vit = model.get_submodule(root)
     return _anatomy(vit, tuple(model.get_submodule(blocks)), model.get_submodule(embedding))
-
-
-def _is_naflex(part: nn.Module) -> bool:
-    """Whether a part is the embedding of timm's NaFlexVit: its projection makes the patches, the rest adds to them."""
-    return type(part).__name__ == "NaFlexEmbeds"
 
 
 def _cuts_patches(part: nn.Module) -> bool:
@@ -225,7 +224,7 @@ def _anatomy(vit: nn.Module, blocks: tuple, patch_embed: nn.Module, **known) -> 
     attention = known.pop("attention", None) or tuple(map(_attention, blocks))
     heads = known.get("num_heads") or next(getattr(attention[0], name) for name in HEADS if hasattr(attention[0], name))
     convolution = next((part for part in patch_embed.modules() if isinstance(part, nn.Conv2d)), None)
-    norm = next((part for name in NORMS if (part := _submodule(vit, name)) is not None), nn.Identity())
+    norm = next((part for name in NORMS if (part := _submodule(vit, name)) is not None), None)
     added = len(getattr(blocks[0], ADDED, ()))
     dim = getattr(vit, "embed_dim", None) or getattr(patch_embed, "embed_dim", None)
     dim = dim or getattr(norm, "normalized_shape", [0])[-1] or convolution.out_channels
@@ -233,7 +232,7 @@ def _anatomy(vit: nn.Module, blocks: tuple, patch_embed: nn.Module, **known) -> 
         blocks=blocks,
         attention=attention,
         mlp_out=_second_linears(blocks, attention, dim),
-        patch_embed=patch_embed.proj if _is_naflex(patch_embed) else patch_embed,
+        patch_embed=getattr(patch_embed, EMBEDS_CUT.get(type(patch_embed).__name__, ""), patch_embed),
         norm=norm,
         prefix=known.pop("prefix") if "prefix" in known else _prefix(vit, added),
         embed_dim=dim,
@@ -260,7 +259,7 @@ def _described(module, blocks, attention, mlp_out, prefix, patch, norm, patch_em
             raise Unrecognised(f"{attention} of {type(module).__name__} does not say its heads: give heads")
         known["num_heads"] = heads
     known |= {"mlp_out": tuple(_named(block, mlp_out) for block in part)} if mlp_out else {}
-    known |= {"norm": _named(module, norm)} if norm else {}
+    known |= {} if norm is None else {"norm": _named(module, norm) if norm else nn.Identity()}
     known["forward"] = module if forward is None else lambda images: forward(module, images)
     return _anatomy(module, part, embedding, **known)
 
@@ -285,7 +284,7 @@ def _prefix(vit: nn.Module, added: int) -> tuple[str, ...]:
     """Names of the prefix tokens, from the parameters that hold them, without tokens added at test time."""
     if hasattr(vit, "blocks_token_only"):
         return ()  # cls joins after the blocks (CaiT)
-    held = {name.split(".")[-1]: p for name, p in vit.named_parameters()}
+    held = {name.split(".")[-1]: p for name, p in vit.named_parameters() if not name.startswith("head.")}
     counts = {kind: next((held[n] for n in names if n in held), None) for kind, names in PREFIX.items()}
     names = [kind for kind in ("cls", "dist") if counts[kind] is not None]
     registers = 0 if counts["register"] is None else counts["register"].shape[-2]
@@ -321,6 +320,8 @@ def _forward(vit: nn.Module) -> Callable:
     accepted = inspect.signature(vit.forward).parameters
     if "pixel_values" not in accepted:
         return vit
+    if "spatial_shapes" in accepted:
+        return lambda images: vit(**_cut(images, vit.config.patch_size))
 
     def run(images):
         options = {"interpolate_pos_encoding": True} if "interpolate_pos_encoding" in accepted else {}
@@ -336,6 +337,14 @@ def _forward(vit: nn.Module) -> Callable:
             vit.config.mask_ratio = ratio
 
     return run
+
+
+def _cut(images: torch.Tensor, side: int) -> dict[str, torch.Tensor]:
+    """The inputs of SigLIP 2: patches (batch, patches, rows x cols x channels), all of them valid, and their grid."""
+    patches = images.unfold(2, side, side).unfold(3, side, side).permute(0, 2, 3, 4, 5, 1)
+    grid = torch.tensor([patches.shape[1:3]] * len(images), device=images.device)
+    x = patches.flatten(3).flatten(1, 2)
+    return dict(pixel_values=x, pixel_attention_mask=x.new_ones(x.shape[:2], dtype=torch.long), spatial_shapes=grid)
 
 
 def layer_scale(block: nn.Module, branch: int) -> torch.Tensor | None:

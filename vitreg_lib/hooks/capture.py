@@ -139,6 +139,8 @@ def capture(
         raise ValueError("no queries: this model has no prefix tokens, so say which tokens' attention is wanted")
     if "attention" in keep and (bad := [i for i in queries if not 0 <= i < num_tokens]):
         raise ValueError(f"query {bad[0]} out of range for {num_tokens} tokens (0…{num_tokens - 1})")
+    if "final" in keep and anatomy.norm is None:
+        raise Unmeasurable('no final LayerNorm is recognised: `vr.describe` names it (norm, "" for a model without)')
     if "mlp" in keep and not anatomy.mlp_out:
         raise TypeError(
             f"{type(anatomy.blocks[0]).__name__} has no linear layer after an MLP: its activations stay hidden"

@@ -1,24 +1,15 @@
-"""Numbers of a map of one value per patch, and principal components of patch tokens.
+"""Patch tokens as maps: likeness of neighbours, and principal components.
 
 A map covers the patch tokens only (no cls, no registers): (..., rows, cols), with any leading batch, on any device;
 tokens are (..., patches, dim) with `grid=(rows, cols)`. Results drop the map's axes. Half precision is computed in
 float32, components in float64 (on Apple's MPS move the tokens to the CPU first). `measure.attention` computes attention
-maps, `plots.maps` draws maps; `map_scores` beside the paper's figures scores peaks and smoothness.
+maps, `plots.maps` draws maps; `map_scores` beside the paper's figures scores them.
 """
 
 import torch
 import torch.nn.functional as F
 
 Grid = tuple[int, int]
-
-
-def attention_on(attn_map: torch.Tensor, is_outlier: torch.Tensor) -> torch.Tensor:
-    """Share of a map's attention that falls on outlier tokens, 0 to 1, (...); NaN where there is no attention.
-
-    is_outlier: bool, of the map's shape or broadcast to it. Raises ValueError for negative attention.
-    """
-    x = mass(attn_map)
-    return (x * flat(is_outlier)).sum(-1) / x.sum(-1)
 
 
 def neighbour_similarity(tokens: torch.Tensor, grid: Grid, valid: torch.Tensor | None = None) -> torch.Tensor:
@@ -87,13 +78,6 @@ def _component_signs(scores: torch.Tensor, axes: torch.Tensor, patches: int, gri
     return torch.where(decided, torch.where(centre < 0, -1.0, 1.0).to(scores), sign)
 
 
-def median(x: torch.Tensor) -> torch.Tensor:
-    """Median of the last axis (...); of an even number of values the mean of the two in the middle, unlike torch's."""
-    # torch.median takes the lower one, and torch.quantile refuses more than 16 million values
-    ordered, last = x.sort(-1).values, x.shape[-1] - 1
-    return ordered[..., last // 2].lerp(ordered[..., (last + 1) // 2], 0.5)
-
-
 def adjacent(x: torch.Tensor):
     """(upper, lower) and (left, right) of every adjacent pair of (..., rows, cols, dim)."""
     return (x[..., :-1, :, :], x[..., 1:, :, :]), (x[..., :-1, :], x[..., 1:, :])
@@ -103,24 +87,6 @@ def _sum_to_both(down: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
     """Adds each pair's value to both of its patches: (..., rows - 1, cols) and (..., rows, cols - 1) -> the grid."""
     vertical = F.pad(down, (0, 0, 0, 1)) + F.pad(down, (0, 0, 1, 0))
     return vertical + F.pad(right, (0, 1)) + F.pad(right, (1, 0))
-
-
-def flat(maps: torch.Tensor) -> torch.Tensor:
-    """(..., patches) of maps (..., rows, cols), at least float32, bool left as it is."""
-    if maps.ndim < 2:
-        raise ValueError(f"a map of shape {tuple(maps.shape)}: expected (..., rows, cols)")
-    return maps.flatten(-2) if maps.dtype == torch.bool else _at_least_float32(maps.flatten(-2))
-
-
-def mass(maps: torch.Tensor) -> torch.Tensor:
-    """`flat` of maps that are not negative. Raises ValueError for others."""
-    x = flat(maps)
-    x = x.float() if x.dtype == torch.bool else x
-    if (x < 0).any():
-        raise ValueError(
-            f"a map of mass cannot be negative, smallest value {x.min().item():.3g}; shift or clamp it first"
-        )
-    return x
 
 
 def _at_least_float32(x: torch.Tensor) -> torch.Tensor:

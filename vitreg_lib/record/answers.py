@@ -294,8 +294,16 @@ def hurt(seen: Look) -> Answer:
 
 
 def _pooling(seen: Look) -> torch.Tensor | None:
-    """(kept images, patches) attention of timm's pooling head (SigLIP), mean over heads; None without one."""
+    """(kept images, patches) attention of a SigLIP's pooling head, of timm or transformers, mean over heads; None
+    without one."""
     module, rows = seen.model.module, []
+    of_siglip = (part for part in module.modules() if type(part).__name__.endswith("MultiheadAttentionPoolingHead"))
+    if (head := next(of_siglip, None)) is not None:
+        with evaluating(module):
+            for tokens in seen.tokens.split(BATCH):
+                x = tokens.to(seen.model.weights)
+                rows.append(head.attention(head.probe.expand(len(x), -1, -1), x, x)[1][:, 0])
+        return torch.cat(rows)[:, -seen.mask[0].numel() :].float().cpu()
     pool = getattr(module, "attn_pool", None)
     if type(pool).__name__ != "AttentionPoolLatent":
         return None
