@@ -132,7 +132,7 @@ def test_the_grid_is_lost_setting_by_setting(swept):
     for layer, site, normalised, bias in [(depth - 2, "v", True, -0.3), (depth - 1, "k", False, 0.0)]:
         seen = model.capture(pictures, site, layers=layer)
         result = objects.lost(objects.features(seen, site, layer), seen.grid, bias=bias, normalize=normalised)
-        score = objects.corloc(objects.to_pixels(result.boxes, 8), truth)
+        score = objects.corloc(result.boxes * 8, truth)
         row = table.loc[(layer, site, normalised, bias)]
         assert row.low <= row.corloc <= row.high
         assert row.corloc == score.value and torch.equal(hits[layer, site, normalised, bias], score.hits)
@@ -173,7 +173,7 @@ def test_code_differences_are_the_variants_and_leaving_out_oneself_changes_nothi
     x = objects.features(seen, "v")
     table = lost_sweep.code_differences(x, seen.grid, truth, 8)
     code = objects.lost(x, seen.grid, variant="code", ties="highest")
-    assert table.corloc["all"] == objects.corloc(objects.to_pixels(code.boxes, 8), truth).value
+    assert table.corloc["all"] == objects.corloc(code.boxes * 8, truth).value
     assert table.loc["no_self", ["effect", "boxes_changed"]].tolist() == [0, 0]
     whole = torch.randint(-1, 2, (12, 144, 2), generator=torch.Generator().manual_seed(0)).float()
     assert lost_sweep.code_differences(whole, (12, 12), truth, 8).boxes_changed["strict"] > 0  # exact zeros and ties

@@ -200,13 +200,13 @@ def mend(
     except mend.NothingToMend as nothing:
         print(nothing)
         return
-    found, half = tried.found, len(pictures) // 2
+    search, half = tried.search, len(pictures) // 2
     print(f"{loaded.name} on {pictures.source} ({loaded.preprocessing}):")
     print(f"{half} to search, the others to try.")
-    print(f"{found.share_before:.2%} of the patch tokens are outliers after block {found.layer}, from block")
-    print(f"{found.onset} on. These neurons make most of them (block:neuron):")
-    print(", ".join(f"{b}:{i}" for b, i in found.neurons) + "\n")
-    if found.share_after > mend.MENDED * found.share_before:
+    print(f"{search.share_before:.2%} of the patch tokens are outliers after block {search.layer}, from block")
+    print(f"{search.onset} on. These neurons make most of them (block:neuron):")
+    print(", ".join(f"{b}:{i}" for b, i in search.neurons) + "\n")
+    if search.share_after > mend.MENDED * search.share_before:
         print("but moving them removes few of the outliers: this model is not mended this way\n")
     print(f"what the remedies do and cost on the {len(pictures) - half} other images, the simplest first:")
     print(tried.table.round(3).to_string())
@@ -216,7 +216,7 @@ def mend(
         kind, number = (kind, number) if kind else names.split(best)[1:]
         if not kind:
             raise UserError(f"nothing is saved: no remedy helps; {base}+ttr4 as the name saves one all the same")
-        mended = mend.with_added(loaded, kind, number, found.neurons)
+        mended = mend.with_added(loaded, kind, number, search.neurons)
         saved.write(mended, save)
         print(f"\n{mended.about}: {save}")
 

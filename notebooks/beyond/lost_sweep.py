@@ -57,7 +57,7 @@ def grid(
         for unit, bias in itertools.product(normalised, biases):
             result = L.lost(x, seen.grid, bias=bias, normalize=unit, valid=valid)
             key = (layer, site, unit, bias)
-            hits[key] = L.box_hits(L.to_pixels(result.boxes, size), truth)
+            hits[key] = L.box_hits(result.boxes * size, truth)
             rows[key] = {"corloc": hits[key].double().mean().item()} | result.shares(seen.grid)
     table = pd.DataFrame.from_dict(rows, orient="index")
     table.index = pd.MultiIndex.from_tuples(rows, names=FACTORS)
@@ -177,7 +177,7 @@ def tokencut(model, images, truth: list[Tensor]) -> tuple[Tensor, float]:
     """
     seen = model.capture(images, "k", layers=-1)
     boxes, _, ties = cut(L.features(seen, "k"), seen.grid)
-    hits = L.box_hits(L.to_pixels(boxes, model.anatomy.patch_size[0]), truth)
+    hits = L.box_hits(boxes * model.anatomy.patch_size[0], truth)
     return hits, (ties > 1).double().mean().item()
 
 
@@ -235,7 +235,7 @@ def code_differences(features: Tensor, shape: tuple[int, int], truth: list[Tenso
     import pandas as pd
 
     base = L.lost(features, shape, **options)
-    hits = L.box_hits(L.to_pixels(base.boxes, patch_size), truth)
+    hits = L.box_hits(base.boxes * patch_size, truth)
     changes = {name: (text, {"variant": (name,)}) for name, text in L.CODE_DIFFERENCES.items()}
     changes["ties"] = ("equals of lowest degree: the last instead of the first (the code's order is undefined)",)
     changes["ties"] += ({"ties": "highest"},)
@@ -244,7 +244,7 @@ def code_differences(features: Tensor, shape: tuple[int, int], truth: list[Tenso
     rows["equations"] |= {"effect": 0.0, "low": 0.0, "high": 0.0, "boxes_changed": 0.0}
     for name, (text, change) in changes.items():
         result = L.lost(features, shape, **options, **change)
-        rows[name] = _effect(text, hits, L.box_hits(L.to_pixels(result.boxes, patch_size), truth))
+        rows[name] = _effect(text, hits, L.box_hits(result.boxes * patch_size, truth))
         rows[name]["boxes_changed"] = (result.boxes != base.boxes).any(1).double().mean().item()
     stopped = ~base.seed_in_mask
     rows["stop"] = _effect("no box where the mask misses the seed (the code raises an error)", hits, hits & ~stopped)

@@ -106,7 +106,7 @@ def run(cell: dict, data: str, report: str, device: str = "cpu", **options) -> p
         twin_sha256=twin.sha256,
         photos_sha256=photos_digest(data),
     )
-    before = vr.remedies.see(model, images, source.found.layer)
+    before = vr.remedies.outputs_of(model, images, source.found.layer)
     tables = [_rows(vr.remedies.effect(before, twin, images, **where), images, described, "")]
     if cell["arm"] == "doses" and config.seed == 0 and config.registers == MAIN["registers"]:
         for how in CONTROLS:

@@ -19,7 +19,7 @@ from vitreg_lib.model.mend import Neurons, _pixels, handful, mean_activations
 from vitreg_lib.plots.style import PALETTE, PAPER, styled
 
 
-def experiment(model, images, found: mend.Found, counts=(0, 1, 2, 4, 8), labels=None, seed: int = 0, more: int = 2):
+def experiment(model, images, found: mend.Search, counts=(0, 1, 2, 4, 8), labels=None, seed: int = 0, more: int = 2):
     """(DataFrame by dose and kind of neurons, {measure: value} of the untouched model).
 
     Kinds: "found", the neurons of `found`; "found + N next", with the next `more` candidates of its ranking; "random",
@@ -47,7 +47,7 @@ def experiment(model, images, found: mend.Found, counts=(0, 1, 2, 4, 8), labels=
     return pd.DataFrame(rows), before
 
 
-def measure(model, images, is_outlier: torch.Tensor, found: mend.Found, labels=None):
+def measure(model, images, is_outlier: torch.Tensor, found: mend.Search, labels=None):
     """({measure: value}, which images are classified right or None).
 
     outlier_share: patch tokens above the untouched model's cutoff. largest_patch_norm. register_norm: mean of the
@@ -84,7 +84,7 @@ def measure(model, images, is_outlier: torch.Tensor, found: mend.Found, labels=N
 
 def _corloc(seen, images, layer: int) -> float:
     found = objects.lost(objects.features(seen, "k", layer), seen.grid, normalize=True)
-    boxes = objects.to_pixels(found.boxes, images.x.shape[-1] // seen.grid[1])
+    boxes = found.boxes * (images.x.shape[-1] // seen.grid[1])
     return objects.corloc(boxes, images.scenes.visible_boxes).value
 
 
@@ -147,7 +147,7 @@ def record(run, model, table: pd.DataFrame, before: dict[str, float]) -> None:
                 run.measure(name, row[name], f"{model.name}+ttr{row['registers']}{kind}")
 
 
-def claims(model, found: mend.Found, table: pd.DataFrame, before: dict[str, float], images: int):
+def claims(model, found: mend.Search, table: pd.DataFrame, before: dict[str, float], images: int):
     """Arguments of `Run.claim`, all ours; table and before: `experiment`; images: how many were measured."""
     rows = table.set_index(["kind", "registers"])
     share, removed = before["outlier_share"], rows.outlier_share["found"][1]

@@ -219,10 +219,10 @@ def _common(one: str, other: str) -> str:
     return ".".join(a for a, b in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
 
 
-def _anatomy(vit: nn.Module, blocks: tuple, patch_embed: nn.Module, **known) -> Anatomy:
-    """The `Anatomy` of a ViT with these blocks and this patch embedding; `known` fields are used unchanged."""
-    attention = known.pop("attention", None) or tuple(map(_attention, blocks))
-    heads = known.get("num_heads") or next(getattr(attention[0], name) for name in HEADS if hasattr(attention[0], name))
+def _anatomy(vit: nn.Module, blocks: tuple, patch_embed: nn.Module, **given) -> Anatomy:
+    """The `Anatomy` of a ViT with these blocks and this patch embedding; `given` fields are used unchanged."""
+    attention = given.pop("attention", None) or tuple(map(_attention, blocks))
+    heads = given.get("num_heads") or next(getattr(attention[0], name) for name in HEADS if hasattr(attention[0], name))
     convolution = next((part for part in patch_embed.modules() if isinstance(part, nn.Conv2d)), None)
     norm = next((part for name in NORMS if (part := _submodule(vit, name)) is not None), None)
     added = len(getattr(blocks[0], ADDED, ()))
@@ -234,7 +234,7 @@ def _anatomy(vit: nn.Module, blocks: tuple, patch_embed: nn.Module, **known) -> 
         mlp_out=_second_linears(blocks, attention, dim),
         patch_embed=getattr(patch_embed, EMBEDS_CUT.get(type(patch_embed).__name__, ""), patch_embed),
         norm=norm,
-        prefix=known.pop("prefix") if "prefix" in known else _prefix(vit, added),
+        prefix=given.pop("prefix") if "prefix" in given else _prefix(vit, added),
         embed_dim=dim,
         num_heads=heads,
         head_dim=getattr(attention[0], "head_dim", None) or dim // heads,
@@ -245,7 +245,7 @@ def _anatomy(vit: nn.Module, blocks: tuple, patch_embed: nn.Module, **known) -> 
     )
     registers = sum(name.startswith("register") for name in fields["prefix"])
     fields["prefix"] += tuple(f"register {registers + i + 1}" for i in range(added))
-    return Anatomy(**fields | known)
+    return Anatomy(**fields | given)
 
 
 def _described(module, blocks, attention, mlp_out, prefix, patch, norm, patch_embed, heads, forward) -> Anatomy:
@@ -253,15 +253,15 @@ def _described(module, blocks, attention, mlp_out, prefix, patch, norm, patch_em
     embedding = _named(module, patch_embed) if patch_embed else next(filter(_cuts_patches, module.modules()), None)
     if embedding is None:
         raise Unrecognised(f"{type(module).__name__} has no patch convolution: name it by patch_embed")
-    known = dict(attention=tuple(_named(block, attention) for block in part), prefix=prefix, patch_size=patch)
-    if heads or _attention(known["attention"][0]) is None:
+    given = dict(attention=tuple(_named(block, attention) for block in part), prefix=prefix, patch_size=patch)
+    if heads or _attention(given["attention"][0]) is None:
         if not heads:
             raise Unrecognised(f"{attention} of {type(module).__name__} does not say its heads: give heads")
-        known["num_heads"] = heads
-    known |= {"mlp_out": tuple(_named(block, mlp_out) for block in part)} if mlp_out else {}
-    known |= {} if norm is None else {"norm": _named(module, norm) if norm else nn.Identity()}
-    known["forward"] = module if forward is None else lambda images: forward(module, images)
-    return _anatomy(module, part, embedding, **known)
+        given["num_heads"] = heads
+    given |= {"mlp_out": tuple(_named(block, mlp_out) for block in part)} if mlp_out else {}
+    given |= {} if norm is None else {"norm": _named(module, norm) if norm else nn.Identity()}
+    given["forward"] = module if forward is None else lambda images: forward(module, images)
+    return _anatomy(module, part, embedding, **given)
 
 
 def _named(module: nn.Module, name: str) -> nn.Module:
@@ -305,12 +305,12 @@ def _patch_size(patch_embed: nn.Module) -> tuple[int, int]:
 
 def _second_linears(blocks: tuple, attention: tuple, dim: int) -> tuple[nn.Module, ...]:
     """Each block's last linear layer outside attention with `dim` outputs; empty where a block has none."""
-    found = []
+    linears = []
     for block, attn in zip(blocks, attention, strict=True):
         inside = set() if attn is block else set(attn.modules())
         linear = [m for m in block.modules() if isinstance(m, nn.Linear) and m not in inside]
-        found += [m for m in linear if m.out_features == dim][-1:]
-    return tuple(found) if len(found) == len(blocks) else ()
+        linears += [m for m in linear if m.out_features == dim][-1:]
+    return tuple(linears) if len(linears) == len(blocks) else ()
 
 
 def _forward(vit: nn.Module) -> Callable:

@@ -62,8 +62,8 @@ class Observed:
 
         It is the attention in the next block; after the last block, in the block itself.
         """
-        known = {"cls": self.by_cls, "patches": self.by_patches}
-        maps = {who: each.get(block + 1, each.get(block)) for who, each in known.items()}
+        measured = {"cls": self.by_cls, "patches": self.by_patches}
+        maps = {who: each.get(block + 1, each.get(block)) for who, each in measured.items()}
         return {who: at / at.mean(1, keepdim=True) for who, at in maps.items() if at is not None}
 
 
@@ -153,11 +153,13 @@ def observe_batch(model, x: torch.Tensor, keep: tuple[str, ...] = ()) -> tuple[O
     prefix, patches, first = anatomy.num_prefix_tokens, rows * cols, int(anatomy.has_cls)
     sample = torch.linspace(0, patches - 1, min(QUERIES, patches)).long() + prefix
     late = range(anatomy.depth - max(1, anatomy.depth // 3), anatomy.depth)
-    seen = model.capture(x, ("norms", "attention", *keep), queries=[0] * first + sample.tolist())
-    received = {i: seen.attention[i].mean(1)[..., prefix:] for i in late}  # (images, queries, patches)
+    captured = model.capture(x, ("norms", "attention", *keep), queries=[0] * first + sample.tolist())
+    received = {i: captured.attention[i].mean(1)[..., prefix:] for i in late}  # (images, queries, patches)
     by_cls = {i: at[:, 0] for i, at in received.items()} if first else {}
     by_patches = {i: at[:, first:].mean(1) for i, at in received.items()}
-    return Observed(Capture(seen.layers, seen.grid, seen.prefix, norms=seen.norms), by_cls, by_patches), seen
+    return Observed(
+        Capture(captured.layers, captured.grid, captured.prefix, norms=captured.norms), by_cls, by_patches
+    ), captured
 
 
 def join(parts: list[Observed]) -> Observed:
@@ -178,8 +180,8 @@ def registers_alike(model, images) -> float | None:
     """
     if model.anatomy.num_registers < 2:
         return None
-    seen = model.capture(getattr(images, "x", images)[:8], "tokens", layers=-1)
-    unit = torch.nn.functional.normalize(seen.tokens[seen.layers[-1]][:, seen.registers].double(), dim=-1)
+    captured = model.capture(getattr(images, "x", images)[:8], "tokens", layers=-1)
+    unit = torch.nn.functional.normalize(captured.tokens[captured.layers[-1]][:, captured.registers].double(), dim=-1)
     between = (unit @ unit.mT).masked_fill(torch.eye(unit.shape[1], dtype=torch.bool), -1)
     return between.flatten(1).amax(1).mean().item()
 

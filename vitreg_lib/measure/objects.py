@@ -116,11 +116,6 @@ def mask_boxes(mask: Tensor) -> Tensor:
     return torch.stack([left, top, right, bottom], 1)
 
 
-def to_pixels(boxes: Tensor, patch_size: int) -> Tensor:
-    """Patch boxes in pixels."""
-    return boxes * patch_size
-
-
 def _lost(f, valid, k, biases, strict, no_self, ties):
     """Eq. 1 to 3 for features (batch, patches, dim): seeds, ties, positive share, and the maps (batch, patches)."""
     batch, patches, _ = f.shape
@@ -235,7 +230,7 @@ def sweep(
     for name, x in features.items():
         for bias in biases:
             result = lost(x, grid, bias=bias, **options)
-            score = corloc(to_pixels(result.boxes, patch_size), truth)
+            score = corloc(result.boxes * patch_size, truth)
             hits[name, bias] = score.hits
             rows[name, bias] = {"corloc": score.value, "low": score.low, "high": score.high} | result.shares(grid)
     columns = ["corloc", "low", "high", "positive_share", "whole_share", "tied_share"]

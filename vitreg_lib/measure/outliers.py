@@ -102,14 +102,14 @@ class Outliers:
         return (self.norms[self.mask].mean() / self.norms.median()).item() if self.mask.any() else None
 
 
-def find(seen: Capture, layer: int = -1, cut: float | Outliers | None = None, model: str = "") -> Outliers:
+def find(captured: Capture, layer: int = -1, cut: float | Outliers | None = None, model: str = "") -> Outliers:
     """The `Outliers` of a capture with norms, after one captured block (negative: from the last captured one).
 
     `cutoff` computes the cutoff from the same norms, unless `cut` gives it: a number, or the outliers of another model,
     such as the one without registers. `model`: label of the captured model.
     """
-    block = seen.block(layer)
-    norms = seen.patch_norms[:, seen.layers.index(block)].unflatten(1, seen.grid)
+    block = captured.block(layer)
+    norms = captured.patch_norms[:, captured.layers.index(block)].unflatten(1, captured.grid)
     if isinstance(cut, Outliers):
         cut, model = cut.cutoff, cut.cutoff_from
     elif cut is not None:
@@ -145,10 +145,10 @@ def separated_share(norms: torch.Tensor) -> torch.Tensor:
     return (flat > SEPARATED * flat.median(1, keepdim=True).values).float().mean(1)
 
 
-def score(found: torch.Tensor, truth: torch.Tensor) -> dict[str, float]:
-    """Precision, recall and F1 of boolean `found` against boolean `truth`; 1 where nothing was there or found."""
-    hits = (found & truth).sum().item()
-    precision = hits / found.sum().item() if found.any() else 1.0
+def score(flagged: torch.Tensor, truth: torch.Tensor) -> dict[str, float]:
+    """Precision, recall and F1 of boolean `flagged` against boolean `truth`; 1 where nothing was there or flagged."""
+    hits = (flagged & truth).sum().item()
+    precision = hits / flagged.sum().item() if flagged.any() else 1.0
     recall = hits / truth.sum().item() if truth.any() else 1.0
     f1 = 2 * precision * recall / (precision + recall) if precision + recall else 0.0
     return {"precision": precision, "recall": recall, "f1": f1}

@@ -36,12 +36,12 @@ def tests(model, images: torch.Tensor, cutoff: float, count: int = 4, layer: int
     patch_embed = getattr(model.module, "patch_embed", None)
     has_positions = getattr(model.module, "pos_embed", None) is not None
     has_positions = has_positions and getattr(patch_embed, "num_patches", 0) == rows * cols
-    found = {}
+    table = {}
 
     def exchanged(name, masks_after, place_went_to, content_went_to):
         before = share.flatten()[often].mean()
         at = masks_after.double().mean(0).flatten()
-        found[name] = {
+        table[name] = {
             "follows_place": (at[place_went_to].mean() / before).item(),
             "follows_content": (at[content_went_to].mean() / before).item(),
             "outliers": (masks_after.double().mean() / masks.double().mean()).item(),
@@ -51,7 +51,7 @@ def tests(model, images: torch.Tensor, cutoff: float, count: int = 4, layer: int
         after = _outliers(model, pixels, cutoff, layer)
         gone = carry(masks)
         stayed, went = masks & ~gone, gone & ~masks  # a token of both says nothing
-        found[name] = {
+        table[name] = {
             "follows_place": ((after & stayed).sum() / stayed.sum()).item(),
             "follows_content": ((after & went).sum() / went.sum()).item(),
             "outliers": (after.double().mean() / masks.double().mean()).item(),
@@ -67,11 +67,11 @@ def tests(model, images: torch.Tensor, cutoff: float, count: int = 4, layer: int
     moved("image shifted by one patch", images.roll(step, -1), lambda m: m.roll(1, -1))
     only = {"follows_place": float("nan"), "follows_content": float("nan")}
     grey = _outliers(model, torch.zeros_like(images[:1]), cutoff, layer).double().mean() / masks.double().mean()
-    found["a grey image"] = only | {"outliers": grey.item()}
+    table["a grey image"] = only | {"outliers": grey.item()}
     if has_positions:
         bare = _outliers(with_positions(model), images, cutoff, layer).double().mean() / masks.double().mean()
-        found["no position embeddings"] = only | {"outliers": bare.item()}
-    return pd.DataFrame.from_dict(found, orient="index")
+        table["no position embeddings"] = only | {"outliers": bare.item()}
+    return pd.DataFrame.from_dict(table, orient="index")
 
 
 def with_positions(model, a: torch.Tensor | None = None, b: torch.Tensor | None = None):

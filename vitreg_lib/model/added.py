@@ -60,18 +60,18 @@ def remove_directions(module: nn.Module, block: int, axes: torch.Tensor) -> nn.M
 
 def of_state(tensors: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     """(tensors that describe what was added, all other tensors) of a state_dict."""
-    said = {k: v for k, v in tensors.items() if k.rpartition(".")[2] in (ADDED, MOVED, REMOVED)}
-    return said, {k: v for k, v in tensors.items() if k not in said}
+    additions = {k: v for k, v in tensors.items() if k.rpartition(".")[2] in (ADDED, MOVED, REMOVED)}
+    return additions, {k: v for k, v in tensors.items() if k not in additions}
 
 
-def again(module: nn.Module, said: dict[str, torch.Tensor]) -> nn.Module:
+def again(module: nn.Module, additions: dict[str, torch.Tensor]) -> nn.Module:
     """A copy of a ViT with the added tokens that `of_state` read from a model of the same architecture.
 
     Raises UserError where a name does not belong to the matching part of this ViT.
     """
     anatomy, n, neurons, removed = dissect(module), 0, [], {}
     parts = dict(module.named_modules())
-    for name, value in said.items():
+    for name, value in additions.items():
         place, _, what = name.rpartition(".")
         part = parts.get(place)
         if what == ADDED and part is anatomy.blocks[0]:
@@ -85,7 +85,7 @@ def again(module: nn.Module, said: dict[str, torch.Tensor]) -> nn.Module:
     module = add_registers(module, neurons, n)
     for block, axes in removed.items():
         module = remove_directions(module, block, axes)
-    module.load_state_dict(said, strict=False)
+    module.load_state_dict(additions, strict=False)
     return module
 
 

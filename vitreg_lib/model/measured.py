@@ -74,19 +74,16 @@ class Replayed(Model):
 
     tensors: dict[str, torch.Tensor] = field(default_factory=dict, repr=False)
     measured: dict = field(default_factory=dict, repr=False)
-
-    @property
-    def replayed(self) -> bool:
-        return True
+    replayed = True
 
     @property
     def anatomy(self) -> Anatomy:
         """Sizes of the measured model; the parts are empty modules."""
-        known, parts = self.measured["anatomy"], tuple(nn.Identity() for _ in range(self.measured["anatomy"]["depth"]))
-        sizes = {name: known[name] for name in SIZES}
+        sizes, parts = self.measured["anatomy"], tuple(nn.Identity() for _ in range(self.measured["anatomy"]["depth"]))
+        fields = {name: sizes[name] for name in SIZES}
         named = dict(blocks=parts, attention=parts, mlp_out=parts, patch_embed=nn.Identity(), norm=nn.Identity())
-        lists = {name: tuple(known[name]) for name in ("prefix", "patch_size")}
-        return Anatomy(**named, **sizes, **lists, forward=self.module)
+        lists = {name: tuple(sizes[name]) for name in ("prefix", "patch_size")}
+        return Anatomy(**named, **fields, **lists, forward=self.module)
 
     @property
     def weights(self) -> torch.Tensor:
@@ -102,21 +99,21 @@ class Replayed(Model):
         keep = (keep,) if isinstance(keep, str) else tuple(keep)
         anatomy, rows = self.anatomy, self._rows(images)
         layers = anatomy.layers(layers)
-        known = self.measured["queries"]
+        measured = self.measured["queries"]
         queries = tuple(range(anatomy.num_prefix_tokens)) if queries is None else tuple(queries)
         missing = [site for site in keep if site not in ("norms", "attention")]
         if "attention" in keep:
             missing += [f"attention of block {i}" for i in layers if i not in self.measured_blocks]
-            missing += [f"attention of token {i}" for i in queries if i not in known]
+            missing += [f"attention of token {i}" for i in queries if i not in measured]
         if missing:
             raise self._not_measured(missing[0])
-        seen = Capture(layers, anatomy.grid(self._x(images)), anatomy.prefix, queries)
+        captured = Capture(layers, anatomy.grid(self._x(images)), anatomy.prefix, queries)
         if "norms" in keep:
-            seen.norms = self.tensors["norms"][rows][:, list(layers)].float()
+            captured.norms = self.tensors["norms"][rows][:, list(layers)].float()
         if "attention" in keep:
-            picked = [known.index(i) for i in queries]
-            seen.attention = {i: self.tensors[f"attention.{i}"][rows][:, :, picked].float() for i in layers}
-        return seen
+            picked = [measured.index(i) for i in queries]
+            captured.attention = {i: self.tensors[f"attention.{i}"][rows][:, :, picked].float() for i in layers}
+        return captured
 
     def observed(self, images) -> Observed:
         """The measurements that `detect` judges."""
@@ -143,10 +140,10 @@ class Replayed(Model):
         """Rows of these photos in the file, by their thumbnails. Raises UserError for any other image."""
         size = self.measured["size"]
         x = self._x(images)
-        known = self.tensors["thumbnails"].float().flatten(1)
+        kept = self.tensors["thumbnails"].float().flatten(1)
         if tuple(x.shape[-2:]) != (size, size):
             raise self._not_measured(f"images of {x.shape[-2]} x {x.shape[-1]} pixels (measured: {size} x {size})")
-        apart, rows = (thumbnails(x).flatten(1)[:, None] - known).abs().mean(2).min(1)
+        apart, rows = (thumbnails(x).flatten(1)[:, None] - kept).abs().mean(2).min(1)
         if (apart > SAME).any():
             raise self._not_measured("images other than " + self.measured["source"])
         return rows

@@ -12,8 +12,8 @@ patches *and* new tokens, which hold the large activations after the first treat
     mended = vr.load("vit-ti+ttr4")           # finds the neurons on a handful of images, adds 4 registers
     mended = vr.load("deit-ti+empty4")        # 4 tokens of zeros and nothing else: the simplest remedy, and a control
     mended = vr.load("vit-ti+minus1")         # without the direction in which places differ most
-    found = vr.mend.find(model, images)       # the same by hand
-    mended = vr.mend.with_test_time_registers(model, 4, found.neurons)
+    search = vr.mend.find(model, images)      # the same by hand
+    mended = vr.mend.with_test_time_registers(model, 4, search.neurons)
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ from ..base import UserError
 from ..data import images as image_sets
 from ..hooks.anatomy import Anatomy, dissect, layer_scale
 from ..hooks.capture import capture
-from ..measure import outliers
 from ..measure.detection import detect
+from ..measure.outliers import Outliers, onset_of
 from .added import Neurons, add_registers, remove_directions
 from .names import entries
 
@@ -43,7 +43,7 @@ class NothingToMend(UserError):
 
 
 @dataclasses.dataclass(frozen=True)
-class Found:
+class Search:
     """The result of `find`: the neurons, strongest first, and what the search measured.
 
     layer: the block after which outliers are counted; onset: the first block with outliers; cutoff: a norm.
@@ -60,7 +60,7 @@ class Found:
     table: object
 
 
-def find(model, images=None, max_neurons: int = 50, cutoff: float | outliers.Outliers | None = None) -> Found:
+def find(model, images=None, max_neurons: int = 50, cutoff: float | Outliers | None = None) -> Search:
     """The MLP neurons that mark a `zoo.Model`'s outlier tokens, searched on `images` (see `handful`).
 
     Outliers are those of `detection.detect`. A number as `cutoff` replaces them by the tokens of a larger norm after
@@ -81,24 +81,25 @@ def find(model, images=None, max_neurons: int = 50, cutoff: float | outliers.Out
             best = (after, count)
         if after < REMAINING * before:
             break
-    return Found(tuple(ranked[: best[1]]), layer, onset, cutoff, before, best[0], table.reset_index(drop=True))
+    return Search(tuple(ranked[: best[1]]), layer, onset, cutoff, before, best[0], table.reset_index(drop=True))
 
 
-def _where(model, x: torch.Tensor, cutoff: float | outliers.Outliers | None):
+def _where(model, x: torch.Tensor, cutoff: float | Outliers | None):
     """(block to look at, the first with outliers, cutoff, mask (images, patches)), by `detect` or by a set cutoff."""
     if cutoff is None:
-        found = detect(model, x)
-        if found.answer == "none" or not found.outliers.mask.any():
-            raise NothingToMend(f"{model.name} has nothing to mend: {found.reason}")
-        return found.outliers.layer, found.onset, found.outliers.cutoff, found.outliers.mask.flatten(1)
+        detection = detect(model, x)
+        outliers = detection.outliers
+        if detection.answer == "none" or not outliers.mask.any():
+            raise NothingToMend(f"{model.name} has nothing to mend: {detection.reason}")
+        return outliers.layer, detection.onset, outliers.cutoff, outliers.mask.flatten(1)
     norms = model.capture(x).patch_norms  # (images, layers, patches)
     layer = norms.shape[1] - 1
-    if isinstance(cutoff, outliers.Outliers):
+    if isinstance(cutoff, Outliers):
         layer, cutoff = cutoff.layer, cutoff.cutoff
     is_outlier = norms[:, layer] > cutoff
     if not is_outlier.any():
         raise NothingToMend(f"{model.name} has nothing to mend: no patch token is above the cutoff {cutoff:g}")
-    return layer, outliers.onset_of(norms, is_outlier, cutoff, layer), cutoff, is_outlier
+    return layer, onset_of(norms, is_outlier, cutoff, layer), cutoff, is_outlier
 
 
 def with_empty_tokens(model, n: int):
@@ -119,7 +120,7 @@ def with_test_time_registers(model, n: int, neurons: Neurons | None = None):
     model that has no outliers or keeps more than half of them, so that +ttrN always has an effect. Raises UserError for
     attention with a bias for each pair of positions, which a new token lacks.
     """
-    neurons = _found_neurons(model) if neurons is None else tuple(neurons)
+    neurons = _searched_neurons(model) if neurons is None else tuple(neurons)
     which = ", ".join(f"{block}:{neuron}" for block, neuron in neurons[:5]) + (" …" if len(neurons) > 5 else "")
     about = f"{model.name}, {n} registers added at test time, {len(neurons)} neurons moved (block:neuron {which})"
     return _remedied(model, add_registers(model.module, neurons, n), "ttr", n, about, neurons)
@@ -138,8 +139,8 @@ def without_directions(model, n: int = 1, images=None, layer: int | None = None)
         raise UserError(
             f"{model.name}: no block follows block {layer}, so that removed directions would change nothing"
         )
-    seen = model.capture(x, "tokens", layers=layer)
-    places = seen.patches(seen.tokens[layer]).float().mean(0)
+    captured = model.capture(x, "tokens", layers=layer)
+    places = captured.patches(captured.tokens[layer]).float().mean(0)
     axes = torch.linalg.svd(places - places.mean(0), full_matrices=False)[2][:n]
     what = f"{n} direction{'s' * (n != 1)} of the patch tokens after block {layer}, in which places differ most"
     return _remedied(
@@ -170,14 +171,14 @@ def _remedied(model, module: nn.Module, kind: str, n: int, about: str, neurons: 
     )
 
 
-def _found_neurons(model) -> tuple[tuple[int, int], ...]:
-    found = find(model)
-    if found.share_after > MENDED * found.share_before:
+def _searched_neurons(model) -> tuple[tuple[int, int], ...]:
+    search = find(model)
+    if search.share_after > MENDED * search.share_before:
         raise NothingToMend(
-            f"{model.name} cannot be mended this way: moving its {len(found.neurons)} likeliest neurons leaves "
-            f"{found.share_after:.2%} of the patch tokens outliers, of {found.share_before:.2%}"
+            f"{model.name} cannot be mended this way: moving its {len(search.neurons)} likeliest neurons leaves "
+            f"{search.share_after:.2%} of the patch tokens outliers, of {search.share_before:.2%}"
         )
-    return found.neurons
+    return search.neurons
 
 
 def handful(model, source: str = "", n: int = 32) -> image_sets.Images:
@@ -210,9 +211,9 @@ def mean_activations(module: nn.Module, x: torch.Tensor, is_there: torch.Tensor,
     """{block: (2, hidden)}: mean |activation| at the patches where `is_there` (images, patches), and at the others."""
     sums = dict.fromkeys(layers, 0)
     for images, there in zip(x.split(8), is_there.split(8), strict=True):  # a batch's activations are large
-        seen = capture(module, images, "mlp", layers=tuple(layers))
-        for layer, activations in seen.mlp.items():
-            size = seen.patches(activations).abs().float()
+        captured = capture(module, images, "mlp", layers=tuple(layers))
+        for layer, activations in captured.mlp.items():
+            size = captured.patches(activations).abs().float()
             sums[layer] = sums[layer] + torch.stack([size[there].sum(0), size[~there].sum(0)])
     counts = torch.stack([is_there.sum(), (~is_there).sum()]).clamp(min=1)
     return {layer: total / counts[:, None] for layer, total in sums.items()}

@@ -52,6 +52,7 @@ class Model:
     base: str = ""
     registers_from: str = "none"
     head: dict[str, tuple[int, int]] = field(default_factory=dict)
+    replayed = False  # True for a model without weights, which reads a file of measurements (`model.measured`)
 
     @property
     def anatomy(self) -> Anatomy:
@@ -69,11 +70,6 @@ class Model:
     @property
     def is_control(self) -> bool:
         return "control" in self.role
-
-    @property
-    def replayed(self) -> bool:
-        """Whether it has no weights and reads a file of measurements (`model.measured`)."""
-        return False
 
     @property
     def registers(self) -> int:

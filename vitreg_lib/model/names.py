@@ -116,11 +116,11 @@ def damaged() -> str:
 
 def _configs(root: Path) -> list[tuple[Path, dict | None]]:
     """(folder, contents of its config.json, or None where unreadable) of each folder with one."""
-    found = []
+    configs = []
     for path in sorted(root.glob("*/config.json")):
         try:
             content = json.loads(path.read_text())
         except (OSError, ValueError):
             content = None
-        found.append((path.parent, content if isinstance(content, dict) else None))
-    return found
+        configs.append((path.parent, content if isinstance(content, dict) else None))
+    return configs

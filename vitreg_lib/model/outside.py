@@ -24,12 +24,12 @@ def create(architecture: str, image_size: int | None, **options) -> nn.Module:
         return timm.create_model(architecture, **options)
     except RuntimeError as error:
         if "Unknown model" in str(error):
-            known = [*entries(), *timm.list_models("*vit*")]
+            names = [*entries(), *timm.list_models("*vit*")]
         elif "Invalid pretrained tag" in str(error):
-            known = timm.list_pretrained(architecture.split(".")[0] + ".*")
+            names = timm.list_pretrained(architecture.split(".")[0] + ".*")
         else:
             raise
-        raise unknown("model", architecture.split(":")[-1], known, f"{damaged()}See `vitreg models`.") from None
+        raise unknown("model", architecture.split(":")[-1], names, f"{damaged()}See `vitreg models`.") from None
     except (AssertionError, TypeError, ValueError) as error:
         if not image_size:
             raise
@@ -79,13 +79,13 @@ def of_transformers(name: str, repository: str) -> Model:
         module = transformers.AutoModel.from_pretrained(place)
     model = dataclasses.replace(of_module(module), name=name, label=name)
     try:
-        told = transformers.AutoImageProcessor.from_pretrained(place).to_dict()
+        spec = transformers.AutoImageProcessor.from_pretrained(place).to_dict()
     except Exception:  # without a stored one, ImageNet's stays
         return model
-    sides = {**told.get("size", {}), **(told.get("crop_size") or {})}
+    sides = {**spec.get("size", {}), **(spec.get("crop_size") or {})}
     side = sides.get("height") or sides.get("shortest_edge") or model.input_size
-    given = {k: tuple(told[f"image_{k}"]) for k in ("mean", "std") if told.get(f"image_{k}")}
-    resized = (told.get("size") or {}).get("shortest_edge") or side
+    given = {k: tuple(spec[f"image_{k}"]) for k in ("mean", "std") if spec.get(f"image_{k}")}
+    resized = (spec.get("size") or {}).get("shortest_edge") or side
     return dataclasses.replace(model, **given, input_size=side, crop=min(1.0, side / resized))
 
 
@@ -96,14 +96,14 @@ def of_open_clip(name: str, rest: str) -> Model:
     architecture, _, tag = rest.partition("/")
     if architecture not in open_clip.list_models():
         raise unknown("architecture of open_clip", architecture, open_clip.list_models())
-    known = open_clip.list_pretrained_tags_by_model(architecture)
-    if not Path(tag).expanduser().is_file() and tag not in known:
-        raise unknown(f"weights of {architecture}", tag, known, "Write open_clip:ARCH/TAG, or a file as TAG.")
+    names = open_clip.list_pretrained_tags_by_model(architecture)
+    if not Path(tag).expanduser().is_file() and tag not in names:
+        raise unknown(f"weights of {architecture}", tag, names, "Write open_clip:ARCH/TAG, or a file as TAG.")
     with hub(f"{name}: its weights", "give a downloaded file, as open_clip:ARCH/PATH"):
         clip = open_clip.create_model(architecture, pretrained=tag)
-    tower, told = clip.visual, open_clip.get_model_preprocess_cfg(clip)
+    tower, spec = clip.visual, open_clip.get_model_preprocess_cfg(clip)
     quick = any(type(part).__name__ == "QuickGELU" for part in tower.modules())
     tower.open_clip = {"architecture": architecture, "quick_gelu": quick}  # what builds it again
-    size = told["size"] if isinstance(told["size"], int) else told["size"][0]
-    options = dict(mean=tuple(told["mean"]), std=tuple(told["std"]), interpolation=told["interpolation"])
+    size = spec["size"] if isinstance(spec["size"], int) else spec["size"][0]
+    options = dict(mean=tuple(spec["mean"]), std=tuple(spec["std"]), interpolation=spec["interpolation"])
     return Model(name, tower, weights_sha256(tower), input_size=size, family="clip", label=name, **options)

@@ -4,7 +4,7 @@
 training: it chooses on one half of the photos and measures the effects on the other.
 
     vr.remedies.trial(model, images.x).table        # a row for NAME, NAME+empty4, NAME+ttr4 …
-    vr.remedies.effect(model, vr.load("file:runs/…/model.safetensors"), images, found.cutoff, found.layer)
+    vr.remedies.effect(model, vr.load("file:runs/…/model.safetensors"), images, search.cutoff, search.layer)
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ SHIFTED = f"mean of {VIEWS} shifted views"
 
 
 @dataclass(frozen=True)
-class Seen:
+class Outputs:
     """What is compared of one model: norms (images, patches) after a block and attention of cls there (images,
     tokens), NaN without cls; log probabilities (images, classes), None without classes; features (images, dim);
     patches (images, patches, dim) after the final LayerNorm; norms of registers (images, registers)."""
@@ -47,27 +47,27 @@ class Seen:
     registers: torch.Tensor
 
 
-def see(model, images, layer: int = -1) -> Seen:
-    """The `Seen` of a `Model` on normalised images or an `Images` set, in one forward pass."""
+def outputs_of(model, images, layer: int = -1) -> Outputs:
+    """The `Outputs` of a `Model` on normalised images or an `Images` set, in one forward pass."""
     has_cls = model.anatomy.has_cls
     keep = ("norms", "final", "attention") if has_cls else ("norms", "final")
-    seen = model.capture(images, keep, layers=layer, queries=[0] if has_cls else None)
-    row = seen.attention[seen.layers[-1]][:, :, 0].mean(1).float() if has_cls else seen.norms[:, -1] * NAN
-    features, answers = seen.final[:, 0] if has_cls else seen.patches(seen.final).mean(1), None
+    captured = model.capture(images, keep, layers=layer, queries=[0] if has_cls else None)
+    row = captured.attention[captured.layers[-1]][:, :, 0].mean(1).float() if has_cls else captured.norms[:, -1] * NAN
+    features, answers = captured.final[:, 0] if has_cls else captured.patches(captured.final).mean(1), None
     if hasattr(model.module, "forward_head"):  # timm's
         with evaluating(model.module):
-            final = seen.final.to(model.weights)
+            final = captured.final.to(model.weights)
             features = model.module.forward_head(final, pre_logits=True).float().cpu()
             logits = model.module.forward_head(final).float().cpu()
         if model.module.num_classes > 0 and logits.ndim == 2:
             answers = logits.log_softmax(1)
     pooled = features if features.ndim == 2 else features.mean(1)
-    norms, patches = seen.patch_norms[:, -1], seen.patches(seen.final)
-    return Seen(norms, row, seen.num_prefix_tokens, answers, pooled, patches, seen.register_norms[:, -1])
+    norms, patches = captured.patch_norms[:, -1], captured.patches(captured.final)
+    return Outputs(norms, row, captured.num_prefix_tokens, answers, pooled, patches, captured.register_norms[:, -1])
 
 
 def effect(model, remedied, images, cutoff: float, layer: int = -1, labels: torch.Tensor | None = None):
-    """A DataFrame of differences between two models of the same architecture, or their `Seen`; one row per photo.
+    """A DataFrame of differences between two models of the same architecture, or their `Outputs`; one row per photo.
 
     outliers, outliers_before: share of patch tokens above `cutoff` after block `layer`. attention_on_outliers,
     …_before: attention of cls in that block (mean over heads) on the positions of outliers in `model`; NaN without
@@ -78,12 +78,12 @@ def effect(model, remedied, images, cutoff: float, layer: int = -1, labels: torc
     """
     import pandas as pd
 
-    before, after = (m if isinstance(m, Seen) else see(m, images, layer) for m in (model, remedied))
+    before, after = (m if isinstance(m, Outputs) else outputs_of(m, images, layer) for m in (model, remedied))
     mask = before.norms > cutoff
     nothing = torch.full((len(mask),), NAN)
     first, last = before.answers, after.answers
     named, prefix = first is not None, after.num_prefix_tokens
-    known = named and labels is not None
+    labelled = named and labels is not None
     columns = {
         "outliers_before": mask.float().mean(1),
         "outliers": (after.norms > cutoff).float().mean(1),
@@ -93,8 +93,8 @@ def effect(model, remedied, images, cutoff: float, layer: int = -1, labels: torc
         "features_apart": 1 - F.cosine_similarity(before.features, after.features, dim=1),
         "answers_kl": F.kl_div(last, first, reduction="none", log_target=True).sum(1) if named else nothing,
         "same_answer": (first.argmax(1) == last.argmax(1)).float() if named else nothing,
-        "right_before": (first.argmax(1) == labels).float() if known else nothing,
-        "right": (last.argmax(1) == labels).float() if known else nothing,
+        "right_before": (first.argmax(1) == labels).float() if labelled else nothing,
+        "right": (last.argmax(1) == labels).float() if labelled else nothing,
     }
     return pd.DataFrame({name: values.double().numpy() for name, values in columns.items()})
 
@@ -103,14 +103,14 @@ def effect(model, remedied, images, cutoff: float, layer: int = -1, labels: torc
 class Trial:
     """Effects of the remedies that need no training.
 
-    found: the neurons, searched on the first half of the images. shares: a Series with the share of outliers in that
+    search: the neurons, searched on the first half of the images. shares: a Series with the share of outliers in that
     half with each remedy, the original model first, then the simplest remedies. table: a DataFrame with a row per
     remedy or control, from the second half alone: the means of `effect`; patches_apart, 1 - cosine of the patch tokens,
     after the final LayerNorm, that were no outliers; largest_norm of a patch token; register_norm. norms: {name:
     (images, patches)} of the second half.
     """
 
-    found: mend.Found
+    search: mend.Search
     shares: object
     table: object
     norms: dict[str, torch.Tensor]
@@ -132,12 +132,12 @@ def trial(
         raise UserError("at least two images are needed: one to choose a remedy on, one to try it on")
     half = len(x) // 2
     first, second = x[:half], x[half:]
-    found = mend.find(model, first, cutoff=cutoff)
-    where = dict(cutoff=found.cutoff, layer=found.layer, labels=None if labels is None else labels[half:])
-    before, shares, rows, norms = see(model, second, found.layer), {}, {}, {}
-    normal = before.norms <= found.cutoff
+    search = mend.find(model, first, cutoff=cutoff)
+    where = dict(cutoff=search.cutoff, layer=search.layer, labels=None if labels is None else labels[half:])
+    before, shares, rows, norms = outputs_of(model, second, search.layer), {}, {}, {}
+    normal = before.norms <= search.cutoff
 
-    def score(name: str, after: Seen) -> None:
+    def score(name: str, after: Outputs) -> None:
         apart = (1 - F.cosine_similarity(before.patches, after.patches, dim=2))[normal].mean().item()
         more = {"patches_apart": apart, "largest_norm": after.norms.max().item()}
         more["register_norm"] = after.registers.mean().item()  # NaN without any
@@ -145,17 +145,17 @@ def trial(
 
     own = model.label or model.name
     score(own, before)
-    shares[own] = mend.share_above(model.module, first, found.layer, found.cutoff)
-    for name, remedied in _remedied(model, first, found, counts, empty):
-        score(name, see(remedied, second, found.layer))
+    shares[own] = mend.share_above(model.module, first, search.layer, search.cutoff)
+    for name, remedied in _remedied(model, first, search, counts, empty):
+        score(name, outputs_of(remedied, second, search.layer))
         if name not in (RANDOM, f"{own}+minus1", f"{own}+ttr0"):
-            shares[name] = mend.share_above(remedied.module, first, found.layer, found.cutoff)
-    score(SHIFTED, _shifted(model, second, before, found.layer))
-    return Trial(found, pd.Series(shares), pd.DataFrame.from_dict(rows, orient="index"), norms)
+            shares[name] = mend.share_above(remedied.module, first, search.layer, search.cutoff)
+    score(SHIFTED, _shifted(model, second, before, search.layer))
+    return Trial(search, pd.Series(shares), pd.DataFrame.from_dict(rows, orient="index"), norms)
 
 
-def _shifted(model: Model, x: torch.Tensor, before: Seen, layer: int) -> Seen:
-    """The `Seen` of the mean over shifted views, whose answers and pooled features are those of the image itself."""
+def _shifted(model: Model, x: torch.Tensor, before: Outputs, layer: int) -> Outputs:
+    """The `Outputs` of the mean over shifted views, whose answers and pooled features are those of the image itself."""
     with evaluating(model.module), torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(0)
         parts = [shift_average(model.module, part.to(model.weights), layer=layer)[0] for part in x.split(16)]
@@ -164,18 +164,18 @@ def _shifted(model: Model, x: torch.Tensor, before: Seen, layer: int) -> Seen:
     return dataclasses.replace(before, norms=norms, attention=before.attention * NAN, patches=final)
 
 
-def _remedied(model: Model, x, found: mend.Found, counts, empty: int, seed: int = 0) -> Iterator[tuple[str, Model]]:
+def _remedied(model: Model, x, search: mend.Search, counts, empty: int) -> Iterator[tuple[str, Model]]:
     """(name, model) pairs, made one at a time to save memory."""
     made = mend.with_empty_tokens(model, empty)
     yield made.label, made
     for count in sorted(set(counts)):
-        made = mend.with_test_time_registers(model, count, found.neurons)
+        made = mend.with_test_time_registers(model, count, search.neurons)
         yield made.label, made
-    if found.onset + 1 < model.anatomy.depth:
-        made = mend.without_directions(model, 1, x, found.onset)
+    if search.onset + 1 < model.anatomy.depth:
+        made = mend.without_directions(model, 1, x, search.onset)
         yield made.label, made
-    noise, widths = torch.Generator().manual_seed(seed), [linear.in_features for linear in model.anatomy.mlp_out]
-    drawn = {(block, int(torch.randint(widths[block], (1,), generator=noise))) for block, _ in found.neurons}
+    noise, widths = torch.Generator().manual_seed(0), [linear.in_features for linear in model.anatomy.mlp_out]
+    drawn = {(block, int(torch.randint(widths[block], (1,), generator=noise))) for block, _ in search.neurons}
     yield RANDOM, mend.with_test_time_registers(model, 4, sorted(drawn))
 
 
@@ -207,13 +207,13 @@ def shift_average(
         down, right = torch.randint(-reach, reach + 1, (2,)).tolist()
         top, left = (reach + down) * height, (reach + right) * width
         shifted = around[..., top : top + x.shape[2], left : left + x.shape[3]]
-        seen, _ = patches_and_answers(module, shifted.flip(3) if view % 2 else shifted, layer)
-        seen = seen.float().unflatten(1, (rows, cols))
-        seen = seen.flip(2) if view % 2 else seen
+        captured, _ = patches_and_answers(module, shifted.flip(3) if view % 2 else shifted, layer)
+        captured = captured.float().unflatten(1, (rows, cols))
+        captured = captured.flip(2) if view % 2 else captured
         # the patch at (r, c) of the view shows (r + down, c + right) of the image
         to_rows, to_cols = _overlap(rows, down), _overlap(cols, right)
         from_rows, from_cols = _overlap(rows, -down), _overlap(cols, -right)
-        total[:, to_rows, to_cols] += seen[:, from_rows, from_cols]
+        total[:, to_rows, to_cols] += captured[:, from_rows, from_cols]
         count[to_rows, to_cols] += 1
     return (total / count).flatten(1, 2), answers
 
@@ -224,8 +224,8 @@ def _overlap(length: int, shift: int) -> slice:
 
 def means(effects) -> dict[str, float]:
     """The means over photos of `effect`'s columns, without …_before and columns that are NaN throughout."""
-    known = effects.dropna(axis=1, how="all")
-    return {name: float(known[name].mean()) for name in (*MEANS, "right") if name in known}
+    measured = effects.dropna(axis=1, how="all")
+    return {name: float(measured[name].mean()) for name in (*MEANS, "right") if name in measured}
 
 
 def best(shares) -> str:
@@ -233,5 +233,5 @@ def best(shares) -> str:
     return shares.index[(shares <= shares.min() + BETTER * shares.iloc[0]).argmax()]
 
 
-def _attention_on(seen: Seen, mask: torch.Tensor) -> torch.Tensor:
-    return (seen.attention[:, seen.num_prefix_tokens :] * mask).sum(1).where(mask.any(1), NAN)
+def _attention_on(of: Outputs, mask: torch.Tensor) -> torch.Tensor:
+    return (of.attention[:, of.num_prefix_tokens :] * mask).sum(1).where(mask.any(1), NAN)

@@ -56,30 +56,30 @@ def write(model: Model, path: Path) -> None:
 def how_built(module: nn.Module) -> dict[str, str]:
     """{one of `KINDS`: JSON} that builds a module again, without its weights."""
     if hasattr(module, "vit_arguments"):
-        told = {"vit": {**module.vit_arguments, "img_size": module.patch_embed.img_size}}
+        spec = {"vit": {**module.vit_arguments, "img_size": module.patch_embed.img_size}}
     elif (getattr(module, "pretrained_cfg", None) or {}).get("architecture"):
-        told = {"timm": of_timm(module)}
+        spec = {"timm": of_timm(module)}
     elif type(module).__module__.startswith("transformers."):
-        told = {"transformers": {"class": type(module).__name__, "config": json.loads(module.config.to_json_string())}}
+        spec = {"transformers": {"class": type(module).__name__, "config": json.loads(module.config.to_json_string())}}
     elif hasattr(module, "open_clip"):
-        told = {"open_clip": module.open_clip}
+        spec = {"open_clip": module.open_clip}
     elif type(module).__module__.startswith("torchvision."):
         first = module.encoder.layers[0]
-        told = {name: getattr(module, name) for name in OF_TORCHVISION}
-        told = {"torchvision": {**told, "num_layers": len(module.encoder.layers), "num_heads": first.num_heads}}
+        spec = {name: getattr(module, name) for name in OF_TORCHVISION}
+        spec = {"torchvision": {**spec, "num_layers": len(module.encoder.layers), "num_heads": first.num_heads}}
     else:
-        told = {"own": type(module).__name__}
-    return {kind: json.dumps(value) for kind, value in told.items()}
+        spec = {"own": type(module).__name__}
+    return {kind: json.dumps(value) for kind, value in spec.items()}
 
 
 def of_timm(module: nn.Module, **arguments) -> dict:
     """Arguments that build a timm module again, with its image size and further `arguments` of its class."""
-    cfg, known = module.pretrained_cfg, getattr(module, "timm_config", {}).get("model_args", {})
+    cfg, model_args = module.pretrained_cfg, getattr(module, "timm_config", {}).get("model_args", {})
     overlay, size = {key: cfg[key] for key in CONFIG if key in cfg}, getattr(module.patch_embed, "img_size", None)
     if size:
-        known, overlay = {**known, "img_size": list(size)}, overlay | {"input_size": (3, *size)}
-    told = {"architecture": cfg["architecture"], "num_classes": module.num_classes}
-    return told | {"model_args": known | arguments, "pretrained_cfg": overlay}
+        model_args, overlay = {**model_args, "img_size": list(size)}, overlay | {"input_size": (3, *size)}
+    spec = {"architecture": cfg["architecture"], "num_classes": module.num_classes}
+    return spec | {"model_args": model_args | arguments, "pretrained_cfg": overlay}
 
 
 def read(name: str, path: Path, image_size: int | None = None) -> Model | None:
@@ -88,10 +88,10 @@ def read(name: str, path: Path, image_size: int | None = None) -> Model | None:
     kind = next((kind for kind in KINDS if kind in metadata), None)
     if kind is None:
         return None
-    told, facts, config = (json.loads(metadata.get(key, "{}")) for key in (kind, "facts", "config"))
+    spec, facts, config = (json.loads(metadata.get(key, "{}")) for key in (kind, "facts", "config"))
     tensors = {k: v.float() if v.is_floating_point() else v for k, v in tensors.items()}
-    said, tensors = added.of_state(tensors)
-    module = build(name, kind, told, image_size)
+    additions, tensors = added.of_state(tensors)
+    module = build(name, kind, spec, image_size)
     fill(name, module, tensors, convert=kind == "timm")
     if kind == "vit":
         model = _mini(name, module, config, image_size)
@@ -101,24 +101,24 @@ def read(name: str, path: Path, image_size: int | None = None) -> Model | None:
         model = dataclasses.replace(of_module(module), name=name, label="")
     model.sha256 = file_sha256(path)
     facts |= _facts_of_grown(config) | ({"input_size": image_size} if image_size else {})
-    return with_facts(with_added(model, said), facts, which=STATED)
+    return with_facts(with_added(model, additions), facts, which=STATED)
 
 
-def with_added(model: Model, said: dict[str, torch.Tensor]) -> Model:
-    """The model with the additions that the tensors `said` describe (see `added.of_state`); itself without any."""
-    if not said:
+def with_added(model: Model, additions: dict[str, torch.Tensor]) -> Model:
+    """The model with the additions that the tensors `additions` describe (see `added.of_state`); itself without any."""
+    if not additions:
         return model
-    kinds = {name.rpartition(".")[2] for name in said}
+    kinds = {name.rpartition(".")[2] for name in additions}
     source = "test time" if added.MOVED in kinds else "empty" if added.ADDED in kinds else model.registers_from
-    return dataclasses.replace(model, module=added.again(model.module, said), role="mended", registers_from=source)
+    return dataclasses.replace(model, module=added.again(model.module, additions), role="mended", registers_from=source)
 
 
 def onto(module: nn.Module, path: str | Path) -> nn.Module:
     """A copy of a module of one's own with the weights of a mended file and what was added there: for a model that no
     name builds. Raises UserError for the file of another model."""
-    said, tensors = added.of_state(read_safetensors(Path(path))[1])
-    module = added.again(module, said)
-    fill(type(module).__name__, module, {**tensors, **said}, convert=False)
+    additions, tensors = added.of_state(read_safetensors(Path(path))[1])
+    module = added.again(module, additions)
+    fill(type(module).__name__, module, {**tensors, **additions}, convert=False)
     return module
 
 
@@ -173,37 +173,37 @@ def _onnx(program, x: torch.Tensor, path: Path) -> list[torch.Tensor]:
     return [torch.from_numpy(session.run(None, {name: part.float().cpu().numpy()})[0]) for part in (x[:1], x)]
 
 
-def build(name: str, kind: str, told, image_size: int | None = None) -> nn.Module:
+def build(name: str, kind: str, spec, image_size: int | None = None) -> nn.Module:
     """A new module from what `how_built` returns: one of `KINDS` and its value. `name` is for errors."""
     if kind == "vit":
         from timm.models.vision_transformer import VisionTransformer
 
-        module = VisionTransformer(**told)
-        module.vit_arguments = told
+        module = VisionTransformer(**spec)
+        module.vit_arguments = spec
     elif kind == "timm":
-        arguments = told["model_args"] | ({"img_size": image_size} if image_size else {})
-        options = dict(num_classes=told["num_classes"], pretrained_cfg_overlay=told["pretrained_cfg"])
-        module = create(told["architecture"], None, **options, **arguments)
-        module.timm_config = told
+        arguments = spec["model_args"] | ({"img_size": image_size} if image_size else {})
+        options = dict(num_classes=spec["num_classes"], pretrained_cfg_overlay=spec["pretrained_cfg"])
+        module = create(spec["architecture"], None, **options, **arguments)
+        module.timm_config = spec
     elif kind == "transformers":
         import transformers
 
-        made = getattr(transformers, told["class"], None)
+        made = getattr(transformers, spec["class"], None)
         if not (isinstance(made, type) and issubclass(made, transformers.PreTrainedModel)):
-            raise UserError(f"{name}: transformers has no model {told['class']!r}")
-        module = made(made.config_class.from_dict(told["config"]))
+            raise UserError(f"{name}: transformers has no model {spec['class']!r}")
+        module = made(made.config_class.from_dict(spec["config"]))
     elif kind == "open_clip":
         import open_clip
 
-        clip = open_clip.create_model(told["architecture"], force_quick_gelu=told["quick_gelu"])
+        clip = open_clip.create_model(spec["architecture"], force_quick_gelu=spec["quick_gelu"])
         module = clip.visual
-        module.open_clip = told
+        module.open_clip = spec
     elif kind == "torchvision":
         from torchvision.models import VisionTransformer
 
-        module = VisionTransformer(**told)
+        module = VisionTransformer(**spec)
     else:
-        raise UserError(f"{name}: no name builds a {told}: build one, then vitreg_lib.model.saved.onto(module, PATH)")
+        raise UserError(f"{name}: no name builds a {spec}: build one, then vitreg_lib.model.saved.onto(module, PATH)")
     return module
 
 

@@ -173,14 +173,11 @@ def recognise(tensors: dict[str, torch.Tensor]) -> tuple[Layout, dict[str, torch
 
 
 def _clip(own: dict[str, torch.Tensor]) -> tuple[Layout, dict[str, torch.Tensor]]:
-    own = own if "visual.class_embedding" in own else {f"visual.{k}": v for k, v in own.items()}
-    own = {k: v for k, v in own.items() if k.startswith("visual.") or k in ("input_resolution", "vocab_size")}
-    width, size = own["visual.conv1.weight"].shape[0], own["visual.conv1.weight"].shape[-1]
     openai = "input_resolution" in own  # only OpenAI's own files say it; their models have another activation
-    own = {k: v for k, v in own.items() if k.startswith("visual.")}
-    quick = "quickgelu_" if openai else ""
+    own = {k: v for k, v in own.items() if k.startswith("visual.")} or {f"visual.{k}": v for k, v in own.items()}
+    width, size = own["visual.conv1.weight"].shape[::3]
     options = {"num_classes": own["visual.proj"].shape[1] if "visual.proj" in own else 0}
-    architecture = f"vit_{NAMES.get(width, '')}_patch{size}_clip_{quick}224"
+    architecture = f"vit_{NAMES.get(width, '')}_patch{size}_clip_{'quickgelu_' * openai}224"
     return Layout("OpenAI's CLIP" if openai else "open_clip", architecture, options, CLIP), own
 
 

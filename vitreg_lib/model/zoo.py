@@ -89,7 +89,7 @@ def load(
 def capture(model, images, keep="norms", **options):
     """`hooks.capture.capture` of a model's name, a `Model`, or a module of one's own, on normalised images or `Images`.
 
-    seen = vr.capture("mini-deit3", images, ("norms", "attention"), layers=-1)
+    captured = vr.capture("mini-deit3", images, ("norms", "attention"), layers=-1)
     """
     return load(model).capture(images, keep, **options)
 
@@ -111,14 +111,12 @@ def _entry(name: str, image_size: int | None) -> Model:
 
 def _shipped(name: str, entry: dict, image_size: int | None) -> Model:
     path = CHECKPOINTS / entry["file"]
-    mend = "`git checkout -- data/checkpoints` restores it"
-    if not path.exists():
-        raise UserError(f"{name}: data/checkpoints/{path.name} is not here; {mend}")
-    sha256 = file_sha256(path)
+    sha256 = file_sha256(path) if path.exists() else ""
     if sha256 != entry["sha256"]:
+        wrong = f"is damaged or not the shipped one (sha256 {sha256[:12]}…, expected {entry['sha256'][:12]}…)"
         raise UserError(
-            f"{name}: data/checkpoints/{path.name} is damaged or not the shipped one (sha256 {sha256[:12]}…, expected "
-            f"{entry['sha256'][:12]}…); {mend}"
+            f"{name}: data/checkpoints/{path.name} {wrong if sha256 else 'is not here'}; `git checkout -- "
+            "data/checkpoints` restores it"
         )
     return with_facts(saved.read(name, path, image_size), entry, name)
 
@@ -151,17 +149,17 @@ def _random(name: str, image_size: int | None) -> Model:
 
 
 def _timm(name: str, timm_name: str, image_size: int | None) -> Model:
-    known = next((entry for entry in entries().items() if entry[1].get("timm") == timm_name), ("", {}))
+    label, entry = next((each for each in entries().items() if each[1].get("timm") == timm_name), ("", {}))
     place = folder(timm_name)
     if place:
-        return with_facts(_hub_folder(timm_name, place, image_size), known[1], known[0])
+        return with_facts(_hub_folder(timm_name, place, image_size), entry, label)
     instead = damaged() + (
         f"put a folder with config.json and model.safetensors from the hub's timm/{timm_name} into a folder named by "
         "VITREG_MODELS, or use --profile mini, which works offline"
     )
     with hub(f"{name}: its weights", instead):
         module = create(timm_name, image_size, pretrained=True)
-    return with_facts(with_config(timm_name, module, weights_sha256(module), image_size), known[1], known[0])
+    return with_facts(with_config(timm_name, module, weights_sha256(module), image_size), entry, label)
 
 
 def _hub_folder(name: str, folder: Path, image_size: int | None) -> Model:
@@ -189,7 +187,7 @@ def _file(name: str, image_size: int | None, which: str) -> Model:
     if is_safetensors(path) and (model := saved.read(name, path, image_size)):
         return model
     tensors, taken = read_weights(path, which)
-    said, tensors = added.of_state(tensors)
+    additions, tensors = added.of_state(tensors)
     try:
         layout, tensors = recognise(tensors)
     except UserError as error:
@@ -201,16 +199,15 @@ def _file(name: str, image_size: int | None, which: str) -> Model:
         model = Model(name, module, file_sha256(path), input_size=module.image_size)
     else:
         model = _in_timm(name, path, architecture or layout.architecture, layout.options, tensors, image_size)
-    told = {} if "." in architecture else layout.preprocessing  # a tag of timm's says its own
+    stated = {} if "." in architecture else layout.preprocessing  # a tag of timm's says its own
     about = f"weights in the layout {layout.name}" + (f", of {taken}" if taken else "")
-    return saved.with_added(dataclasses.replace(model, about=about, **told), said)
+    return saved.with_added(dataclasses.replace(model, about=about, **stated), additions)
 
 
 def _in_timm(name, path, architecture: str, options: dict, tensors, image_size: int | None) -> Model:
     import timm
 
-    known = architecture.partition(".")[0]
-    if not timm.is_model(known):
+    if not timm.is_model(architecture.partition(".")[0]):
         raise UserError(
             f"{name}: the file does not say its architecture, and no usual one is like it: write {name}#ARCH with a "
             "name of timm's"

@@ -359,7 +359,7 @@ def helps(seen: Look) -> Answer:
     table, best = tried.table, remedies.best(tried.shares)
     first, at, control = table.iloc[0], table.loc[best], table.loc[remedies.RANDOM]
     numbers = {f"best_{column}": at[column] for column in table} | {"outliers_before": first.outliers}
-    numbers |= {"random_neurons_outliers": control.outliers, "neurons": len(tried.found.neurons)}
+    numbers |= {"random_neurons_outliers": control.outliers, "neurons": len(tried.search.neurons)}
     titled = {f"Remedies on {len(sample) - len(sample) // 2} images on which nothing was chosen": table}
     norm_maps = {k: norms[:SHOWN].unflatten(1, seen.mask.shape[1:]) for k, norms in tried.norms.items()}
     if at.outliers > mend.MENDED * first.outliers:

@@ -69,7 +69,7 @@ class Source:
     """The model before, on the CPU; what `mend.find` gave for it; and what enters block 0 at its outliers, (n, dim)."""
 
     model: object
-    found: mend.Found
+    found: mend.Search
     entering: torch.Tensor
 
 
