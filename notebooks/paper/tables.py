@@ -419,9 +419,7 @@ def cutoff_of(model, source, progress: bool = False) -> float:
         x = torch.cat([source.pixels(source.rows[i : min(i + 32, n)], model) for i in range(0, n, 32)])
         observed = detection.observe(model, model.normalise(x), progress)
         answer, last = detection.judge(observed), model.anatomy.depth - 1
-        if not answer.has_artifacts:
-            return float("inf")
-        return answer.outliers.cutoff if answer.outliers.layer == last else outliers.cutoff(observed.norms[:, last])
+        return answer.cutoff_after(last, observed.norms[:, last]) if answer.has_artifacts else float("inf")
 
     code = source_sha256(detection.__file__, outliers.__file__)
     return remembered(described(model, source.digest, n) | {"kind": "cutoff", "rule": code}, found)

@@ -41,19 +41,15 @@ def detected(run, models, seen: dict, pictures: dict | None = None) -> tuple[dic
     pictures: other images, by label.
 
     seen: captures with norms, by label; the last captured block counts. A model with registers takes the cutoff of its
-    pair without. Where the answer is "none" no token is an outlier; where artifacts were judged after another block
-    than the captured one, or the answer is "undecided", the cutoff follows from the captured norms.
+    pair without; the others have that of `Detection.cutoff_after`.
     """
     own, having = {}, set()
     for model in models:
         name = model.label
         answer = detection.detect(model, pictures[name] if pictures else run.images(model))
-        found = outliers.find(seen[name], model=name)
-        if answer.answer == "none":
-            found = outliers.find(seen[name], cut=math.inf)
-        elif answer.has_artifacts and answer.outliers.layer == found.layer:
-            found = outliers.find(seen[name], cut=answer.outliers.cutoff)
-        own[name] = dataclasses.replace(found, cutoff_from=name)
+        last = outliers.find(seen[name], cut=math.inf)
+        cut = answer.cutoff_after(last.layer, last.norms)
+        own[name] = dataclasses.replace(outliers.find(seen[name], cut=cut), cutoff_from=name)
         having |= {name} if answer.has_artifacts else set()
     pairs = of_models(models)
     found = {name: outliers.find(seen[name], cut=own.get(pairs.get(name), each)) for name, each in own.items()}

@@ -26,7 +26,18 @@ from dataclasses import dataclass, field
 import torch
 
 from ..hooks.capture import Capture
-from .outliers import BINS, MINORITY, STANDS_OUT, Outliers, bin_middle, histogram, onset_of, place_share, valleys
+from .outliers import (
+    BINS,
+    MINORITY,
+    STANDS_OUT,
+    Outliers,
+    bin_middle,
+    cutoff,
+    histogram,
+    onset_of,
+    place_share,
+    valleys,
+)
 from .pairs import interval
 
 LIFT = 3.0  # attention received, in even shares: 5 to 20 in models with artifacts, 1 to 2.3 for kinds of content
@@ -109,6 +120,15 @@ class Detection:
     def strength(self) -> str | None:
         """ "mild" below five times the median norm, else "strong" (the paper's have ten times)."""
         return None if self.norm_ratio is None else "strong" if self.norm_ratio >= 5 else "mild"
+
+    def cutoff_after(self, block: int, norms: torch.Tensor) -> float:
+        """The norm above which a token of `norms`, after a block, is an outlier; infinite for the answer "none".
+
+        After the judged block it is the detection's own, after another one or if undecided that of the norms alone.
+        """
+        if self.answer == "none":
+            return math.inf
+        return self.outliers.cutoff if self.has_artifacts and block == self.outliers.layer else cutoff(norms)
 
     def __str__(self) -> str:
         if self.norm_ratio is None:

@@ -53,7 +53,7 @@ def remove_directions(module: nn.Module, block: int, axes: torch.Tensor) -> nn.M
     """A copy of a ViT whose patch tokens lose their part along orthonormal `axes` (n, dim) before a block runs."""
     module = copy.deepcopy(module)
     anatomy = dissect(module)
-    anatomy.blocks[block].register_buffer(REMOVED, axes.to(next(module.parameters())))
+    anatomy.blocks[block].register_buffer(REMOVED, axes.to(next(module.parameters())).contiguous())
     _before(anatomy, block, _without_directions)
     return module
 

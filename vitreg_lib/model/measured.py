@@ -97,9 +97,8 @@ class Replayed(Model):
     def capture(self, images, keep="norms", layers=None, queries=None, **_) -> Capture:
         """A `Capture` of norms and attention of measured photos; UserError, in one line, for what was not measured."""
         keep = (keep,) if isinstance(keep, str) else tuple(keep)
-        anatomy, rows = self.anatomy, self._rows(images)
+        anatomy, measured = self.anatomy, self.measured["queries"]
         layers = anatomy.layers(layers)
-        measured = self.measured["queries"]
         queries = tuple(range(anatomy.num_prefix_tokens)) if queries is None else tuple(queries)
         missing = [site for site in keep if site not in ("norms", "attention")]
         if "attention" in keep:
@@ -107,19 +106,19 @@ class Replayed(Model):
             missing += [f"attention of token {i}" for i in queries if i not in measured]
         if missing:
             raise self._not_measured(missing[0])
-        captured = Capture(layers, anatomy.grid(self._x(images)), anatomy.prefix, queries)
+        captured = Capture(layers, anatomy.grid(getattr(images, "x", images)), anatomy.prefix, queries)
         if "norms" in keep:
-            captured.norms = self.tensors["norms"][rows][:, list(layers)].float()
+            captured.norms = self.kept("norms", images)[:, list(layers)]
         if "attention" in keep:
             picked = [measured.index(i) for i in queries]
-            captured.attention = {i: self.tensors[f"attention.{i}"][rows][:, :, picked].float() for i in layers}
+            captured.attention = {i: self.kept(f"attention.{i}", images)[:, :, picked] for i in layers}
         return captured
 
     def observed(self, images) -> Observed:
         """The measurements that `detect` judges."""
-        rows, blocks, first = self._rows(images), self.measured_blocks, self.anatomy.num_prefix_tokens
-        by_patches = {i: self.tensors[f"by_patches.{i}"][rows].float() for i in blocks}
-        by_cls = {i: self.tensors[f"attention.{i}"][rows].float().mean(1)[:, 0, first:] for i in blocks}
+        blocks, first = self.measured_blocks, self.anatomy.num_prefix_tokens
+        by_patches = {i: self.kept(f"by_patches.{i}", images) for i in blocks}
+        by_cls = {i: self.kept(f"attention.{i}", images).mean(1)[:, 0, first:] for i in blocks}
         return Observed(self.capture(images), by_cls if self.anatomy.has_cls else {}, by_patches)
 
     def components(self, images) -> torch.Tensor:
@@ -133,13 +132,9 @@ class Replayed(Model):
         tensor = self.tensors[name] if images is None else self.tensors[name][self._rows(images)]
         return tensor.float() if tensor.is_floating_point() else tensor
 
-    def _x(self, images) -> torch.Tensor:
-        return getattr(images, "x", images)
-
     def _rows(self, images) -> torch.Tensor:
         """Rows of these photos in the file, by their thumbnails. Raises UserError for any other image."""
-        size = self.measured["size"]
-        x = self._x(images)
+        size, x = self.measured["size"], getattr(images, "x", images)
         kept = self.tensors["thumbnails"].float().flatten(1)
         if tuple(x.shape[-2:]) != (size, size):
             raise self._not_measured(f"images of {x.shape[-2]} x {x.shape[-1]} pixels (measured: {size} x {size})")
