@@ -14,7 +14,7 @@ def colours(model, images, layer: int = -1) -> torch.Tensor:
     Of a replayed model those of the last block, as they were measured.
     """
     if model.replayed:
-        scores = model.components(images).clamp(-3, 3)
+        scores = model.kept("components", images).clamp(-3, 3)
     else:
         seen = model.capture(images, "tokens", layers=layer)
         tokens = seen.patches(seen.tokens[seen.layers[0]])

@@ -121,10 +121,6 @@ class Replayed(Model):
         by_cls = {i: self.kept(f"attention.{i}", images).mean(1)[:, 0, first:] for i in blocks}
         return Observed(self.capture(images), by_cls if self.anatomy.has_cls else {}, by_patches)
 
-    def components(self, images) -> torch.Tensor:
-        """(images, rows, cols, 3) first principal components of each photo's patch tokens after the last block."""
-        return self.kept("components", images)
-
     def kept(self, name: str, images=None) -> torch.Tensor:
         """The tensor of that name, or its rows for measured photos; UserError where there is none."""
         if name not in self.tensors:

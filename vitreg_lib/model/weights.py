@@ -202,20 +202,18 @@ def fill(name: str, module: nn.Module, tensors: dict[str, torch.Tensor], convert
     UserError with the names or shapes that do not fit and the nearest architecture that does.
     """
     filter = getattr(sys.modules[type(module).__module__], "checkpoint_filter_fn", None) if convert else None
-    options = {"adapt_layer_scale": True} if any(".gamma_1" in k for k in tensors) else {}
-    eva = type(module).__module__.endswith(".eva")
+    of_deit3 = any(".gamma_1" in k for k in tensors) and not type(module).__module__.endswith(".eva")
     try:
         with contextlib.redirect_stdout(io.StringIO()):  # timm prints what it tries
-            fitted = filter(dict(tensors), module, **({} if eva else options)) if filter else tensors
+            options = {"adapt_layer_scale": True} if of_deit3 else {}
+            fitted = filter(dict(tensors), module, **options) if filter else tensors
         missing, extra = module.load_state_dict(fitted, strict=False)
+        names = [k for k in [*missing, *extra] if not k.startswith("head")]
+        wrong = ", ".join(names[:4]) + " …" * (len(names) > 4)
     except (RuntimeError, KeyError, AttributeError) as error:
-        raise UserError(
-            f"{name}: the weights do not fit the architecture: {line(error)}{_nearest(name, tensors)}"
-        ) from error
-    wrong = [k for k in [*missing, *extra] if not k.startswith("head")]
+        wrong = line(error)
     if wrong:
-        names = f"{', '.join(wrong[:4])}{' …' * (len(wrong) > 4)}"
-        raise UserError(f"{name}: the weights do not fit the architecture: {names}{_nearest(name, tensors)}")
+        raise UserError(f"{name}: the weights do not fit the architecture: {wrong}{_nearest(name, tensors)}")
 
 
 def _nearest(name: str, tensors: dict[str, torch.Tensor]) -> str:

@@ -230,7 +230,7 @@ class Store:
             asked = dict(layers=model.measured_blocks, queries=model.measured["queries"])
             capture = model.capture(one, "attention", **asked)
             capture = replace(model.capture(one), attention=capture.attention, queries=capture.queries)
-            date, components = model.measured["date"], model.components(one)[0]
+            date, components = model.measured["date"], model.kept("components", one)[0]
             return Forward(model.label, model.role, capture, *facts, measured=date, components=components)
         capture = model.capture(one, ("norms", "tokens", "q", "k"))
         truth = model.truth(one)
