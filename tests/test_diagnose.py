@@ -44,11 +44,11 @@ def asked(report, number=0):
 def test_planted_artifacts_are_there_with_their_share_and_onset(planted):
     model, numbers = planted.model, planted.numbers
     truth = model.truth(vr.images.load("scenes", model, diagnose.SCENES)).float()
-    assert planted.answers[0].answer == "artifacts"
+    assert planted.answers["any_there"].answer == "artifacts"
     assert numbers["onset_layer"] == model.onset
     assert numbers["outlier_share"] == pytest.approx(truth.mean().item(), abs=0.003)
     assert numbers["outlier_share_low"] < truth.mean() < numbers["outlier_share_high"]
-    places = planted.seen.detection.outliers.mask.float().mean(0)
+    places = planted.look.detection.outliers.mask.float().mean(0)
     assert (places - truth.mean(0).view(12, 12)).abs().max() < 0.1
 
 
@@ -60,7 +60,7 @@ def test_planted_artifacts_are_of_place_and_content_and_hold_what_was_planted(pl
 
 
 def test_attention_on_outliers_is_the_mean_over_images(planted):
-    seen = planted.seen
+    seen = planted.look
     images = vr.images.load("scenes", planted.model, diagnose.SCENES)
     rows = planted.model.capture(images, "attention", layers=-1, queries=[0]).attention[7].mean(1)[:, 0, 1:]
     share = (rows * seen.detection.outliers.mask.flatten(1)).sum(1) / rows.sum(1)
@@ -75,15 +75,15 @@ def test_attention_of_a_pooling_head_is_what_it_sums_values_with(planted):
     siglip = vr.load(timm.create_model("vit_base_patch16_siglip_224", **sizes).eval())
     torch.nn.init.normal_(siglip.module.attn_pool.kv.weight)
     torch.nn.init.normal_(siglip.module.attn_pool.q.weight)
-    tokens = torch.randn(len(planted.seen.kept), 144, 48)
-    rows = answers._pooling(dataclasses.replace(planted.seen, model=siglip, tokens=tokens))
+    tokens = torch.randn(len(planted.look.kept), 144, 48)
+    rows = answers._pooling(dataclasses.replace(planted.look, model=siglip, tokens=tokens))
     summed, pool = [], siglip.module.attn_pool
     pool.proj.register_forward_pre_hook(lambda part, inputs: summed.append(inputs[0][:, 0]))
     with torch.no_grad():
         siglip.module.forward_head(tokens)
         torch.testing.assert_close((rows[:, None] @ pool.kv(tokens)[..., 48:])[:, 0], summed[0], rtol=1e-4, atol=1e-4)
     assert rows.max() > 2 / 144, "the rows are not all even"
-    assert answers._pooling(planted.seen) is None
+    assert answers._pooling(planted.look) is None
 
 
 def test_attention_of_transformers_pooling_head_is_its_own_softmax(planted):
@@ -107,23 +107,23 @@ def test_attention_of_transformers_pooling_head_is_its_own_softmax(planted):
 
 
 def test_remedies_are_scored_beside_random_neurons_on_images_not_searched_on(planted):
-    ((title, table),) = planted.answers[4].tables.items()
-    searched = len(planted.seen.sample) // 2
-    assert f"{len(planted.seen.sample) - searched} images" in title
+    ((title, table),) = planted.answers["helps"].tables.items()
+    searched = len(planted.look.sample) // 2
+    assert f"{len(planted.look.sample) - searched} images" in title
     assert table.outliers["planted+ttr4"] < 0.1 * table.outliers["planted"] < table.outliers[remedies.RANDOM]
     assert (table.loc["planted", ["features_apart"]].abs() < 1e-6).all()
 
 
 def test_random_control_is_asked_no_further():
     random = diagnose.controls()[1]
-    assert [each.answer for each in random.answers] == ["none"] + ["none to ask about"] * 4
+    assert [each.answer for each in random.answers.values()] == ["none"] + ["none to ask about"] * 4
     assert random.numbers["outlier_share"] == 0 and random.numbers["onset_layer"] is None
     assert random.numbers["images_with_outliers_high"] == pytest.approx(1 - 0.05 ** (1 / diagnose.SCENES))
 
 
 def test_artifacts_of_place_are_called_so():
     found = diagnose.diagnose("mini-corners", "textures", 16)
-    assert found.answers[1].answer == "position-bound"
+    assert found.answers["kind"].answer == "position-bound"
     assert found.numbers["follows_place"] > 0.8 > 0.2 > found.numbers["follows_content"]
 
 
@@ -154,7 +154,7 @@ def test_registers_that_are_copies_are_called_so(planted):
 
 def test_a_token_that_carries_the_class_names_it_and_its_neighbour_does_not(planted):
     """Class vectors are written into the outliers of kept tokens; nothing else knows of the classes."""
-    seen, noise = planted.seen, torch.Generator().manual_seed(0)
+    seen, noise = planted.look, torch.Generator().manual_seed(0)
     labels = torch.arange(len(seen.kept)) % 4
     tokens = torch.randn(seen.tokens.shape, generator=noise)
     mask = torch.cat([torch.zeros(len(tokens), 1, dtype=torch.bool), seen.mask.flatten(1)], 1)
@@ -168,7 +168,7 @@ def test_kept_tensors_do_not_grow_with_the_images(monkeypatch):
     monkeypatch.setattr(look, "JUDGED", 40)
     monkeypatch.setattr(look, "VALUES", 10 * 145 * 48)
     model = vr.load("mini-random")
-    few, many = (look.look(model, "scenes", n) for n in (40, 200))
+    few, many = (look.observe(model, "scenes", n) for n in (40, 200))
     assert len(many.shares) == 200 and len(many.observed.norms) == 40
     assert len(many.kept) == len(few.kept) and many.tokens.shape == few.tokens.shape
     largest = vr.images.load("scenes", model, 40)
@@ -177,7 +177,7 @@ def test_kept_tensors_do_not_grow_with_the_images(monkeypatch):
 
 def test_outliers_are_counted_in_the_images_beyond_the_judged_ones(monkeypatch, planted):
     monkeypatch.setattr(look, "JUDGED", 48)
-    seen = look.look(planted.model, "scenes", diagnose.SCENES)
+    seen = look.observe(planted.model, "scenes", diagnose.SCENES)
     norms = planted.model.capture(
         vr.images.load("scenes", planted.model, diagnose.SCENES), "norms", layers=7
     ).patch_norms

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
+import inspect
 import os
 import sys
 from pathlib import Path
@@ -37,13 +39,27 @@ Std = Annotated[tuple[float, float, float] | None, typer.Option("--std", metavar
 Crop = Annotated[float | None, typer.Option("--crop", min=0.1, max=1, help="share of a photo's side that is kept")]
 
 
-def _loaded(name: str, weights: str, size, **preprocessing):
+def _load(name: str, weights: Which = "ema", size: Size = None, mean: Mean = None, std: Std = None, crop: Crop = None):
     """The model of that name, loaded with these options."""
     from .model import zoo
 
     size = size and (size if size[0] != size[1] else size[0])
-    given = {key: value for key, value in preprocessing.items() if value is not None}
+    given = {key: value for key, value in dict(mean=mean, std=std, crop=crop).items() if value is not None}
     return zoo.load(name, image_size=size, weights=weights, **given)
+
+
+def loads_models(command):
+    """A decorator: the command takes the options of `_load` too, and gets `_load` with these as its argument `load`."""
+    own, options = (dict(inspect.signature(each, eval_str=True).parameters) for each in (command, _load))
+    del own["load"], options["name"]
+
+    @functools.wraps(command)
+    def with_options(**given):
+        return command(functools.partial(_load, **{name: given.pop(name) for name in options}), **given)
+
+    with_options.__signature__ = inspect.Signature([*own.values(), *options.values()])
+    with_options.__annotations__ = {name: each.annotation for name, each in (own | options).items()}
+    return with_options
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -101,7 +117,9 @@ def _start(
     epilog="\b\nvitreg diagnose vit-ti deit-ti\nvitreg diagnose file:weights.pth#vit_small_patch16_224 --images DIR "
     "--labels\nvitreg diagnose file:runs/mine --over-time --images DIR"
 )
+@loads_models
 def diagnose(
+    load,
     models: Annotated[list[str], typer.Argument(metavar="MODEL…", help=f"{ANY_MODEL}; file:FOLDER of checkpoints")],
     images: Photos = "photos",
     n_images: AtMost = 200,
@@ -109,21 +127,16 @@ def diagnose(
     over_time: Annotated[bool, typer.Option("--over-time", help="checkpoints of one training, in order")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="print the report as JSON")] = False,
     out: Annotated[Path | None, typer.Option(help="the folder; by default results/diagnose")] = None,
-    weights: Which = "ema",
-    size: Size = None,
-    mean: Mean = None,
-    std: Std = None,
-    crop: Crop = None,
 ):
     """Has a model artifacts, of what kind, what do they hold, do they hurt, what helps? Writes a page and a report."""
     from .record import diagnose
 
     def diagnoses():
         for name in [each for model in models for each in diagnose.checkpoints(model)]:
-            loaded = _loaded(name, weights, size, mean=mean, std=std, crop=crop)
+            loaded = load(name)
             each = diagnose.diagnose(loaded, images, n_images, labels, briefly=over_time, progress=True)
             if not as_json:
-                print(f"{name} on {each.seen.kept.source} ({loaded.preprocessing}):\n{each.verdict}\n")
+                print(f"{name} on {each.look.kept.source} ({loaded.preprocessing}):\n{each.verdict}\n")
             yield each
 
     page, report = diagnose.write(diagnoses(), out, over_time, images)
@@ -135,25 +148,22 @@ def diagnose(
 @app.command(
     epilog="\b\nvitreg measure deit-ti\nvitreg measure file:my.pth#vit_small_patch16_224 --images DIR --out FILE"
 )
+@loads_models
 def measure(
+    load,
     model: AnyModel,
     images: Photos = "photos",
     n_images: AtMost = 10,
     out: Annotated[
         Path | None, typer.Option(help="the file; by default in data/measured, or here without the repository")
     ] = None,
-    weights: Which = "ema",
-    size: Size = None,
-    mean: Mean = None,
-    std: Std = None,
-    crop: Crop = None,
 ):
     """Measure norms, attention and components of a model on a few images, into a file that replays them."""
     from .data import images as image_sets
     from .model.measured import FOLDER
     from .record import measuring
 
-    loaded = _loaded(model, weights, size, mean=mean, std=std, crop=crop)
+    loaded = load(model)
     pictures = image_sets.load(images, loaded, n_images)
     tensors = measuring.measure(loaded, pictures)
     path = out or (FOLDER if IS_REPOSITORY else Path()) / f"{loaded.label}.safetensors"
@@ -165,7 +175,9 @@ def measure(
 @app.command(
     epilog="\b\nvitreg mend deit-ti --images DIR --save mended.safetensors\nvitreg diagnose file:mended.safetensors"
 )
+@loads_models
 def mend(
+    load,
     model: AnyModel,
     images: Annotated[
         str, typer.Option(help="a source of `vitreg data` or a folder: one half to search, the other to try")
@@ -176,11 +188,6 @@ def mend(
     save: Annotated[
         Path | None, typer.Option(help="write the mended model: .safetensors (file:FILE loads it), .pt2, or .onnx")
     ] = None,
-    weights: Which = "ema",
-    size: Size = None,
-    mean: Mean = None,
-    std: Std = None,
-    crop: Crop = None,
 ):
     """Rid a model of its outlier tokens without training: by empty tokens, or by registers at test time.
 
@@ -192,7 +199,7 @@ def mend(
     if not all(count.strip().isdigit() for count in counts):
         raise UserError(f"--registers {registers!r}: write numbers separated by commas, such as 0,1,4")
     base, kind, number = names.split(model)
-    loaded = _loaded(base, weights, size, mean=mean, std=std, crop=crop)
+    loaded = load(base)
     pictures = mend.handful(loaded, images, n_images)
     counts = [*map(int, counts), *([number] if kind == "ttr" else [])]
     try:
@@ -200,17 +207,15 @@ def mend(
     except mend.NothingToMend as nothing:
         print(nothing)
         return
-    search, half = tried.search, len(pictures) // 2
-    print(f"{loaded.name} on {pictures.source} ({loaded.preprocessing}):")
-    print(f"{half} to search, the others to try.")
+    search, half, best = tried.search, len(pictures) // 2, remedies.best(tried.shares)
+    print(f"{loaded.name} on {pictures.source} ({loaded.preprocessing}):\n{half} to search, the others to try.")
     print(f"{search.share_before:.2%} of the patch tokens are outliers after block {search.layer}, from block")
     print(f"{search.onset} on. These neurons make most of them (block:neuron):")
-    print(", ".join(f"{b}:{i}" for b, i in search.neurons) + "\n")
+    print(", ".join(f"{block}:{number}" for block, number in search.neurons) + "\n")
     if search.share_after > mend.MENDED * search.share_before:
         print("but moving them removes few of the outliers: this model is not mended this way\n")
     print(f"what the remedies do and cost on the {len(pictures) - half} other images, the simplest first:")
     print(tried.table.round(3).to_string())
-    best = remedies.best(tried.shares)
     print(f"fewest outliers on the first {half}, by the simplest means: {best}")
     if save:
         kind, number = (kind, number) if kind else names.split(best)[1:]
@@ -222,7 +227,7 @@ def mend(
 
 
 @app.command()
-def models(name: Annotated[str, typer.Argument(help="all that is known of one model")] = ""):
+def models(name: Annotated[str, typer.Argument(help="everything about one model")] = ""):
     """List the models with a name, and whether their weights are on this machine."""
     from .model import names
 
@@ -241,26 +246,24 @@ def models(name: Annotated[str, typer.Argument(help="all that is known of one mo
 
 
 @app.command()
-def data(
-    name: Annotated[str, typer.Argument(help="all that is known of one data set")] = "",
-):
+def data(name: Annotated[str, typer.Argument(help="everything about one data set")] = ""):
     """List images and data sets: what is ready on this machine, and how to get the rest."""
     from .data import images, sets
 
     if name:
         _table(sets.entry(name) | {"here": sets.state(name), "how": sets.how(name)})
-    else:
-        photos = len(images.find("photos")[0])
-        print(f"{'scenes':16} always         procedural images with exact ground truth")
-        print(f"{'photos':16} always         {photos} photos shipped with scikit-image, scikit-learn")
-        for name in ("imagenet", "coco"):
-            state = "here" if images.named_folder(name) else "not here"
-            print(f"{name:16} {state:14} photos: a folder of that name in VITREG_DATA, or in data/ of VITREG_MODELS")
-        print("\ndata sets of the tables (`vitreg data NAME`: splits, licence, citation):")
-        for name, known in sets.entries().items():
-            about = known["title"] + (f", for {known['paper']}" if "paper" in known else "")
-            how = f"; {sets.how(name)}" if sets.state(name) == "not here" else ""
-            print(f"{name:16} {sets.state(name):14} {about}{how}")
+        return
+    photos = len(images.find("photos")[0])
+    print(f"{'scenes':16} always         procedural images with exact ground truth")
+    print(f"{'photos':16} always         {photos} photos shipped with scikit-image, scikit-learn")
+    for name in ("imagenet", "coco"):
+        state = "here" if images.named_folder(name) else "not here"
+        print(f"{name:16} {state:14} photos: a folder of that name in VITREG_DATA, or in data/ of VITREG_MODELS")
+    print("\ndata sets of the tables (`vitreg data NAME`: splits, licence, citation):")
+    for name, entry in sets.entries().items():
+        about = entry["title"] + (f", for {entry['paper']}" if "paper" in entry else "")
+        how = f"; {sets.how(name)}" if sets.state(name) == "not here" else ""
+        print(f"{name:16} {sets.state(name):14} {about}{how}")
 
 
 def _table(entry: dict) -> None:

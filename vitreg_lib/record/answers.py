@@ -1,7 +1,7 @@
-"""Five questions about the artifacts of a model, each answered by a sentence, numbers and tables.
+"""Five questions about the artifacts of a model, each answered by a word, sentences, numbers and tables.
 
-`ASKED` are the questions in order; each takes a `Look`. Questions that presuppose artifacts are asked only for models
-that have some.
+`ask` answers one of the `QUESTIONS` about a `Look`. Three of them presuppose artifacts and are not asked of a model
+without. The sentences stand in sentences.yaml.
 """
 
 from __future__ import annotations
@@ -10,18 +10,29 @@ import functools
 import math
 from collections import Counter
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
+import yaml
 
 from ..base import UserError
 from ..data import images as image_sets
 from ..hooks.capture import attention_rows, evaluating, hooks
-from ..measure import detection, maps, objects, places
+from ..measure import maps, objects, places
+from ..measure.detection import FEWEST, registers_alike
 from ..measure.pairs import interval
 from ..model import mend, remedies
 from ..probes import local
 from .look import BATCH, SHOWN, Look
 
+QUESTIONS = {
+    "any_there": "Are there any?",
+    "kind": "What kind are they?",
+    "held": "What do they hold?",
+    "hurt": "Do they hurt?",
+    "helps": "What helps?",
+}
+NOT_ASKED = {"none": "none to ask about", "undecided": "undecided"}  # the answer, by the detector's
 PER_CLASS = 5  # images of a class, for five-fold cross-validation
 TOKENS = 4000  # for training a local probe
 COPIES = 0.99  # from this cosine on, two registers count as copies
@@ -30,159 +41,149 @@ SINK = 10.0  # even shares of the attention of other patches
 
 @dataclass
 class Answer:
-    """answer, in a word or two; sentence, with its number; numbers, None where not measured; tables: DataFrames by
-    title. maps of the shown images, by name: (images, rows, cols), or boxes (images, 4) in pixels."""
+    """answer: a word or two. numbers: None where not measured. tables: DataFrames by title. maps: of the shown images,
+    by name, (images, rows, cols), or boxes (images, 4) in pixels."""
 
     answer: str
-    sentence: str
+    sentences: list[str] = field(default_factory=list)
     numbers: dict[str, float | int | None] = field(default_factory=dict)
     tables: dict = field(default_factory=dict)
     maps: dict[str, torch.Tensor] = field(default_factory=dict)
 
+    @property
+    def sentence(self) -> str:
+        return " ".join(self.sentences)
 
-def asks(question: str, presupposes: bool = True):
-    """A decorator: the function answers this question, which may presuppose artifacts."""
+    def say(self, name: str, /, **words) -> None:
+        """Add the sentence of that name, with the numbers and these words put in."""
+        self.sentences.append(self.text(name, **words))
 
-    def asking(function):
-        @functools.wraps(function)
-        def ask(seen: Look) -> Answer:
-            found = seen.detection
-            if found.has_artifacts or not presupposes:
-                return function(seen)
-            return _not_asked(found)
+    def text(self, name: str, /, **words) -> str:
+        return _sentences()[name].format(**self.numbers | words)
 
-        ask.question = question
-        return ask
-
-    return asking
-
-
-def _not_asked(found: detection.Detection) -> Answer:
-    if found.answer == "none":
-        return Answer("none to ask about", "Not asked: there are no artifacts.")
-    return Answer("undecided", "Not asked: whether there are artifacts is undecided.")
+    def average(self, name: str, values: torch.Tensor) -> None:
+        """Keep the mean of values (images,) and the ends of its 95 % interval as NAME, NAME_low and NAME_high."""
+        low, high = interval(values)
+        mean = (values.double() if values.dtype == torch.bool else values).mean().item()
+        self.numbers |= {name: mean, f"{name}_low": low, f"{name}_high": high}
 
 
-@asks("Are there any?", presupposes=False)
-def any_there(seen: Look) -> Answer:
+@functools.cache
+def _sentences() -> dict[str, str]:
+    return yaml.safe_load(Path(__file__).with_name("sentences.yaml").read_text())
+
+
+def ask(question: str, look: Look) -> Answer:
+    """The answer to the question of that name."""
+    detected = look.detection.answer
+    if detected == "artifacts" or question in ("any_there", "kind"):
+        return ASKED[question](look)
+    answer = Answer(NOT_ASKED[detected])
+    answer.say(f"not_asked_{detected}")
+    return answer
+
+
+def any_there(look: Look) -> Answer:
     """Whether there are artifacts: by the detector, with the share of outliers in all images."""
-    found, norms = seen.detection, seen.detection.outliers.norms
-    numbers = dict(images=len(seen.shares), images_judged=found.images, images_needed=found.images_needed)
-    numbers |= dict(blocks=seen.model.anatomy.depth, median_norm=norms.median().item(), largest_norm=norms.max().item())
-    numbers |= dict.fromkeys(("outlier_share", "outlier_share_low", "outlier_share_high", "images_with_outliers_high"))
-    numbers |= dict(support=found.support, cutoff=None, norm_ratio=None, onset_layer=None)
-    if found.answer == "undecided":
-        more = (found.images_needed or 0) - found.images
-        decide = f" {more} more would decide." if more > 0 else ""
-        return Answer("undecided", f"Undecided: {found.reason}.{decide}", numbers)
-    if found.answer == "none":
-        high = 1 - 0.05 ** (1 / found.images)
-        numbers |= dict(outlier_share=0.0, images_with_outliers_high=high)
-        text = f"No artifacts: {found.reason}; at 95 %, fewer than {high:.1%} of such images hold any."
-        return Answer("none", text, numbers)
-    share, (low, high) = seen.shares.mean().item(), interval(seen.shares)
-    numbers |= dict(outlier_share=share, outlier_share_low=low, outlier_share_high=high)
-    numbers |= dict(cutoff=found.outliers.cutoff, norm_ratio=found.norm_ratio, onset_layer=found.onset)
-    text = (
-        f"Artifacts, {found.strength}: {share:.2%} of the patch tokens ({low:.2%} to {high:.2%}) are outliers after "
-        f"block {found.outliers.layer}, with {found.norm_ratio:.1f} times the median norm; they are so far out from "
-        f"block {found.onset} on."
+    detection, norms = look.detection, look.detection.outliers.norms
+    answer = Answer(detection.answer)
+    answer.numbers |= dict(
+        images=len(look.shares),
+        images_judged=detection.images,
+        images_needed=detection.images_needed,
+        blocks=look.model.anatomy.depth,
+        median_norm=norms.median().item(),
+        largest_norm=norms.max().item(),
+        **dict.fromkeys(("outlier_share", "outlier_share_low", "outlier_share_high", "images_with_outliers_high")),
+        support=detection.support,
+        **dict.fromkeys(("cutoff", "norm_ratio", "onset_layer")),
     )
-    return Answer("artifacts", text, numbers)
+    if detection.answer == "none":
+        answer.numbers |= dict(outlier_share=0.0, images_with_outliers_high=1 - 0.05 ** (1 / detection.images))
+    elif detection.has_artifacts:
+        answer.average("outlier_share", look.shares)
+        answer.numbers |= dict(cutoff=detection.outliers.cutoff, norm_ratio=detection.norm_ratio)
+        answer.numbers["onset_layer"] = detection.onset
+    answer.say(detection.answer, reason=detection.reason, strength=detection.strength, layer=detection.outliers.layer)
+    more = (detection.images_needed or 0) - detection.images
+    if detection.answer == "undecided" and more > 0:
+        answer.say("more_images", more=more)
+    return answer
 
 
-@asks("What kind are they?", presupposes=False)
-def kind(seen: Look) -> Answer:
+def kind(look: Look) -> Answer:
     """Whether artifacts depend on place or content; for any model, also attention sinks and equal registers."""
-    found, numbers, tables, parts = seen.detection, {}, {}, []
-    if found.has_artifacts:
-        parts = _parted(seen, numbers, tables)
-    if found.images >= detection.FEWEST:
-        parts.append(_sinks(seen, numbers))
-    parts.append(_registers(seen, numbers))
-    text = " ".join(filter(None, parts))
-    return Answer(found.kind or _not_asked(found).answer, text or _not_asked(found).sentence, numbers, tables)
+    detection = look.detection
+    answer = Answer(detection.kind or NOT_ASKED[detection.answer])
+    if detection.has_artifacts:
+        _place_or_content(look, answer)
+    if detection.images >= FEWEST:
+        _sinks(look, answer)
+    alike = registers_alike(look.model, look.kept.x[:8])
+    answer.numbers["largest_cosine_of_registers"] = alike
+    if alike is not None:
+        answer.say("copies" if alike >= COPIES else "no_copies", registers=look.model.anatomy.num_registers)
+    if not answer.sentences:
+        answer.say(f"not_asked_{detection.answer}")
+    return answer
 
 
-def _parted(seen: Look, numbers: dict, tables: dict) -> list[str]:
-    """Sentences on what predicts outliers, and on whether they follow place or content when these are separated."""
-    found, x = seen.detection, seen.kept.x[seen.sample]
-    numbers["explained_by_place"] = found.place
-    parts = [f"{found.kind[0].upper()}{found.kind[1:]}: place explains {found.place:.0%} of where the outliers are."]
+def _place_or_content(look: Look, answer: Answer) -> None:
+    """What predicts outliers, and whether they follow place or content when these are separated."""
+    detection, x = look.detection, look.kept.x[look.sample]
+    answer.numbers["explained_by_place"] = detection.place
+    answer.say("place", Kind=f"{detection.kind[0].upper()}{detection.kind[1:]}")
     try:
-        table = places.tests(seen.model, x, found.outliers.cutoff, layer=found.outliers.layer)
+        table = places.tests(look.model, x, detection.outliers.cutoff, layer=detection.outliers.layer)
     except ValueError as error:
-        return [*parts, f"Not tested by an intervention: {error}."]
+        answer.say("no_intervention", error=error)
+        return
     first, grey = table.iloc[0], table.outliers["a grey image"]
-    tables[f"Where outliers go when place and content part company, {len(x)} images"] = table
-    numbers |= dict(follows_place=first.follows_place, follows_content=first.follows_content, outliers_in_grey=grey)
-    return [
-        *parts,
-        f"With {table.index[0]} among 4 + 4 places, {first.follows_place:.0%} of the outliers follow the place and "
-        f"{first.follows_content:.0%} the content; a grey image has {grey:.1f} times as many.",
-    ]
+    answer.tables[f"Where outliers go when place and content part company, {len(x)} images"] = table
+    answer.numbers |= dict(follows_place=first.follows_place, follows_content=first.follows_content)
+    answer.numbers["outliers_in_grey"] = grey
+    answer.say("intervention", exchanged=table.index[0])
 
 
-def _sinks(seen: Look, numbers: dict) -> str:
-    """A sentence on patches of normal norm that receive much attention from others."""
-    received = seen.observed.received(seen.detection.outliers.layer).get("patches")
+def _sinks(look: Look, answer: Answer) -> None:
+    """Patches of usual norm that receive much attention from others."""
+    received = look.observed.received(look.detection.outliers.layer).get("patches")
     if received is None:
-        return ""
-    sink, outlier = received >= SINK, seen.detection.outliers.mask.flatten(1)
-    share = sink.float().mean().item()
+        return
+    sink, outlier = received >= SINK, look.detection.outliers.mask.flatten(1)
     usual = (sink & ~outlier).sum().item() / max(sink.sum().item(), 1)
-    numbers |= {"sink_share": share, "sinks_of_usual_norm": usual if sink.any() else None}
-    if not sink.any():
-        return f"No patch is an attention sink ({SINK:.0f} even shares of the other patches' attention)."
-    return (
-        f"{share:.2%} of the patches are attention sinks ({SINK:.0f} even shares of the other patches' attention or "
-        f"more); {usual:.0%} of these have no outlying norm."
-    )
+    answer.numbers |= dict(sink_share=sink.float().mean().item(), sinks_of_usual_norm=usual if sink.any() else None)
+    answer.say("sinks" if sink.any() else "no_sinks", sink=SINK)
 
 
-def _registers(seen: Look, numbers: dict) -> str:
-    """A sentence on whether registers differ; empty for fewer than two."""
-    alike, number = detection.registers_alike(seen.model, seen.kept.x[:8]), seen.model.anatomy.num_registers
-    numbers["largest_cosine_of_registers"] = alike
-    if alike is None:
-        return ""
-    text = f"At least two of the {number} registers are copies of each other" if alike >= COPIES else ""
-    return f"{text or f'The {number} registers differ'} (largest cosine between two {alike:.3f})."
-
-
-@asks("What do they hold?")
-def held(seen: Look) -> Answer:
+def held(look: Look) -> Answer:
     """What outliers hold: the class of the image, by one token; pixels and place of their own patch, by probes."""
-    numbers, tables, parts = {}, {}, []
-    answer = _classified(seen, numbers, tables, parts)
+    answer = Answer("")
+    _classified(look, answer)
     try:
-        probes = _local(seen)
-    except ValueError as error:  # too few images
-        return Answer(answer, f"{' '.join(parts)} Place and pixels were not probed: {error}.", numbers, tables)
-    best = {}
+        probes = _local(look)
+    except ValueError as error:
+        answer.say("few_images", error=error)
+        return answer
+    errors = {}
     for what, table in probes.items():
-        tables[f"{what[0].upper()}{what[1:]} of a token's own patch, read linearly, {len(seen.kept)} images"] = table
-        best |= {(what, group): table.relative.xs(group).min() for group in ("outlier", "matched")}
-        numbers |= {f"{what}_error_{group}": best[what, group] for group in ("outlier", "matched")}
-    if all(map(math.isfinite, best.values())):
-        parts.append(
-            "Read linearly off outliers, and off their nearest normal tokens, by the best of three fits: the pixels of "
-            f"their own patch with {best['pixels', 'outlier']:.2f} and {best['pixels', 'matched']:.2f} of the error of "
-            f"a constant guess, their place with {best['place', 'outlier']:.2f} and {best['place', 'matched']:.2f}."
-        )
-    else:
-        parts.append("Too few outliers for probes of their own patch.")
-    return Answer(answer, " ".join(parts), numbers, tables)
+        title = f"{what.capitalize()} of a token's own patch, read linearly, {len(look.kept)} images"
+        answer.tables[title] = table
+        best = {group: table.relative.xs(group).min() for group in ("outlier", "matched")}
+        errors |= {f"{what}_error_{group}": value for group, value in best.items()}
+    answer.numbers |= errors
+    answer.say("local" if all(map(math.isfinite, errors.values())) else "few_outliers")
+    return answer
 
 
-def _local(seen: Look) -> dict:
+def _local(look: Look) -> dict:
     """{"pixels", "place": table}: ridge regression of a patch's pixels, and of its row and column, by group and fit."""
-    n, rows, cols = seen.mask.shape
-    masks = {name: mask.flatten() for name, mask in local.groups(seen.mask).items() if name != "border"}
+    n, rows, cols = look.mask.shape
+    masks = {name: mask.flatten() for name, mask in local.groups(look.mask).items() if name != "border"}
     place = torch.stack(torch.meshgrid(torch.arange(rows), torch.arange(cols), indexing="ij"), -1).float()
-    pixels = local.patch_pixels(255 * seen.kept.pixels, seen.model.anatomy.patch_size[0])
+    pixels = local.patch_pixels(255 * look.kept.pixels, look.model.anatomy.patch_size[0])
     truth = {"pixels": pixels.flatten(0, 1), "place": place.flatten(0, 1).repeat(n, 1)}
-    tokens = seen.tokens[:, -rows * cols :].flatten(0, 1)
+    tokens = look.tokens[:, -rows * cols :].flatten(0, 1)
     ids = torch.arange(n).repeat_interleave(rows * cols)
     columns = ["group", "fit", "test", "l2", "relative"]
     return {
@@ -191,41 +192,39 @@ def _local(seen: Look) -> dict:
     }
 
 
-def _classified(seen: Look, numbers: dict, tables: dict, parts: list[str]) -> str:
-    """The answer by one-token classification: of each image cls, a random outlier and its nearest normal token."""
+def _classified(look: Look, answer: Answer) -> None:
+    """One-token classification: of each image cls, a random outlier and its nearest normal token."""
     import pandas as pd
 
-    if seen.labels is None:
-        parts.append("No labels: `--labels` takes sub-folders, or a labels.csv (file, class_index), for classes.")
-        return "no labels"
-    flat = seen.mask.flatten(1)
-    partner = local.matched_normal(seen.mask).flatten(1)
+    if look.labels is None:
+        answer.answer = "no labels"
+        answer.say("no_labels")
+        return
+    flat = look.mask.flatten(1)
+    partner = local.matched_normal(look.mask).flatten(1)
     has_both = flat.any(1) & partner.any(1)
-    sizes = Counter(seen.labels[has_both].tolist())
-    classes = sorted(label for label, size in sizes.items() if size >= PER_CLASS)
-    chosen = has_both & torch.isin(seen.labels, torch.tensor(classes, dtype=torch.long))
+    sizes = Counter(look.labels[has_both].tolist())
+    classes = torch.tensor(sorted(label for label, size in sizes.items() if size >= PER_CLASS), dtype=torch.long)
     if len(classes) < 2:
-        parts.append(f"Too few labels: no two classes have {PER_CLASS} images with outliers.")
-        return "too few labels"
-    noise, prefix = torch.Generator().manual_seed(0), seen.tokens.shape[1] - flat.shape[1]
-    places_of = {"outlier": flat, "matched": partner}
-    drawn = {k: (torch.rand(m.shape, generator=noise) * m).argmax(1) + prefix for k, m in places_of.items()}
-    drawn |= {"cls": torch.zeros(len(flat), dtype=torch.long)} if seen.model.anatomy.has_cls else {}
-    rows, y = torch.arange(len(flat))[chosen], torch.searchsorted(torch.tensor(classes), seen.labels[chosen])
-    right = {kind: _right(seen.tokens[rows, at[chosen]], y) for kind, at in drawn.items()}
-    table = pd.DataFrame({k: [r.double().mean().item(), *interval(r)] for k, r in right.items()}).T
+        answer.answer = "too few labels"
+        answer.say("few_labels", per_class=PER_CLASS)
+        return
+    chosen = has_both & torch.isin(look.labels, classes)
+    noise, prefix = torch.Generator().manual_seed(0), look.tokens.shape[1] - flat.shape[1]
+    masks = {"outlier": flat, "matched": partner}
+    drawn = {name: (torch.rand(m.shape, generator=noise) * m).argmax(1) + prefix for name, m in masks.items()}
+    drawn |= {"cls": torch.zeros(len(flat), dtype=torch.long)} if look.model.anatomy.has_cls else {}
+    rows, y = torch.arange(len(flat))[chosen], torch.searchsorted(classes, look.labels[chosen])
+    right = {name: _right(look.tokens[rows, at[chosen]], y) for name, at in drawn.items()}
+    table = pd.DataFrame({name: [r.double().mean().item(), *interval(r)] for name, r in right.items()}).T
     table.columns = ["accuracy", "low", "high"]
-    tables[f"Class of the image by one token, {len(classes)} classes, {len(y)} images"] = table
-    numbers |= {f"accuracy_{kind}": value for kind, value in table.accuracy.items()}
+    answer.tables[f"Class of the image by one token, {len(classes)} classes, {len(y)} images"] = table
+    answer.numbers |= {f"accuracy_{name}": value for name, value in table.accuracy.items()}
     low, high = interval(right["outlier"].double() - right["matched"].double())
-    answer = "global information" if low > 0 else "less than their neighbours" if high < 0 else "no more than others"
-    parts.append(
-        f"One outlier token names the class of {table.accuracy['outlier']:.0%} of {len(y)} images ({len(classes)} "
-        f"classes), its nearest normal token of {table.accuracy['matched']:.0%}"
-        + (f", cls of {table.accuracy['cls']:.0%}" if "cls" in right else "")
-        + f" (difference {100 * low:.0f} to {100 * high:.0f} points)."
-    )
-    return answer
+    less = "less than their neighbours" if high < 0 else "no more than others"
+    answer.answer = "global information" if low > 0 else less
+    sizes = dict(images=len(y), classes=len(classes))
+    answer.say("classes_and_cls" if "cls" in right else "classes", low=100 * low, high=100 * high, **sizes)
 
 
 def _right(features: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
@@ -241,69 +240,50 @@ def _right(features: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     return torch.from_numpy(guess) == y
 
 
-@asks("Do they hurt?")
-def hurt(seen: Look) -> Answer:
+def hurt(look: Look) -> Answer:
     """Whether artifacts hurt: by attention of cls, and by smoothness and object discovery with and without outliers."""
-    found, numbers, parts = seen.detection, {}, []
-    of_cls, mask = seen.observed.received(found.outliers.layer).get("cls"), found.outliers.mask.flatten(1)
+    outliers, answer = look.detection.outliers, Answer("")
+    of_cls, of_head = look.observed.received(outliers.layer).get("cls"), _pooling(look)
     if of_cls is not None:
-        mass = (of_cls / of_cls.sum(1, keepdim=True) * mask).sum(1)
-        low, high = interval(mass)
-        numbers |= {"attention_on_outliers": mass.mean().item()}
-        numbers |= {"attention_on_outliers_low": low, "attention_on_outliers_high": high}
-        parts.append(
-            f"Outliers take {mass.mean():.0%} ({low:.0%} to {high:.0%}) of what cls gives to patches; "
-            f"{mask.float().mean():.1%} of the patches they are."
-        )
-    of_head = _pooling(seen)
+        mask = outliers.mask.flatten(1)
+        answer.average("attention_on_outliers", (of_cls / of_cls.sum(1, keepdim=True) * mask).sum(1))
+        answer.say("attention", share=mask.float().mean())
     if of_head is not None:
-        mass_of_head = (of_head * seen.mask.flatten(1)).sum(1) / of_head.sum(1)
-        low, high = interval(mass_of_head)
-        numbers |= {"pooling_on_outliers": mass_of_head.mean().item()}
-        numbers |= {"pooling_on_outliers_low": low, "pooling_on_outliers_high": high}
-        parts.append(f"They take {mass_of_head.mean():.0%} ({low:.0%} to {high:.0%}) of the pooling head's attention.")
-    lost, grid = boxes(seen), seen.mask.shape[1:]
-    moved, on_outlier = lost["moved"].float().mean().item(), lost["seed_on_outlier"].float().mean().item()
-    numbers |= {"lost_boxes_moved": moved, "lost_seeds_on_outliers": on_outlier}
-    patches, valid = seen.tokens[:, -grid[0] * grid[1] :], ~seen.mask.flatten(1)
+        answer.average("pooling_on_outliers", (of_head * look.mask.flatten(1)).sum(1) / of_head.sum(1))
+        answer.say("pooling")
+    lost, grid = _lost(look), look.mask.shape[1:]
+    patches, valid = look.tokens[:, -grid[0] * grid[1] :], ~look.mask.flatten(1)
     alike = {"all": maps.neighbour_similarity(patches, grid), "normal": maps.neighbour_similarity(patches, grid, valid)}
-    smooth = {name: values.nanmean().item() for name, values in alike.items()}
-    numbers |= {f"neighbour_similarity_{name}": value for name, value in smooth.items()}
-    parts.append(
-        f"Left out, they change LOST's box in {moved:.0%} of {len(lost['moved'])} images, and neighbouring tokens are "
-        f"alike by {smooth['normal']:.2f} instead of {smooth['all']:.2f} (cosine)."
-    )
-    labels = _head_labels(seen)
+    answer.numbers["lost_boxes_moved"] = lost["moved"].float().mean().item()
+    answer.numbers["lost_seeds_on_outliers"] = lost["seed_on_outlier"].float().mean().item()
+    answer.numbers |= {f"neighbour_similarity_{name}": values.nanmean().item() for name, values in alike.items()}
+    answer.say("lost", images=len(lost["moved"]))
+    labels = _head_labels(look)
     if labels is not None:
-        with evaluating(seen.model.module):
-            logits = [seen.model.module.forward_head(t.to(seen.model.weights)).cpu() for t in seen.tokens.split(BATCH)]
-        right = torch.cat(logits).argmax(1) == labels
-        low, high = interval(right)
-        numbers |= {"accuracy": right.double().mean().item(), "accuracy_low": low, "accuracy_high": high}
-        parts.append(
-            f"The head is right on {numbers['accuracy']:.0%} ({low:.0%} to {high:.0%}) of {len(right)} images; what it "
-            "is after a remedy stands in the table of remedies."
-        )
-    if of_cls is not None:
-        answer = f"{mass.mean():.0%} of cls attention"
-    else:
-        answer = f"{moved:.0%} of boxes moved" if of_head is None else f"{mass_of_head.mean():.0%} of pooling attention"
-    size, half = torch.tensor(seen.model.anatomy.patch_size[::-1]).repeat(2), len(seen.sample) // 2
-    drawn = {name: size * lost[name][half:][:SHOWN] for name in ("all patches", "outliers left out")}
-    return Answer(answer, " ".join(parts), numbers, maps=drawn)
+        head, tokens = look.model.module.forward_head, look.tokens.split(BATCH)
+        with evaluating(look.model.module):
+            logits = torch.cat([head(part.to(look.model.weights)).cpu() for part in tokens])
+        answer.average("accuracy", logits.argmax(1) == labels)
+        answer.say("head", images=len(labels))
+    heads = {"attention_on_outliers": "cls attention", "pooling_on_outliers": "pooling attention"}
+    name = next((name for name in heads if name in answer.numbers), "lost_boxes_moved")
+    answer.answer = f"{answer.numbers[name]:.0%} of {heads.get(name, 'boxes moved')}"
+    size, half = torch.tensor(look.model.anatomy.patch_size[::-1]).repeat(2), len(look.sample) // 2
+    answer.maps = {name: size * lost[name][half:][:SHOWN] for name in ("all patches", "outliers left out")}
+    return answer
 
 
-def _pooling(seen: Look) -> torch.Tensor | None:
+def _pooling(look: Look) -> torch.Tensor | None:
     """(kept images, patches) attention of a SigLIP's pooling head, of timm or transformers, mean over heads; None
     without one."""
-    module, rows = seen.model.module, []
+    module, rows = look.model.module, []
     of_siglip = (part for part in module.modules() if type(part).__name__.endswith("MultiheadAttentionPoolingHead"))
     if (head := next(of_siglip, None)) is not None:
         with evaluating(module):
-            for tokens in seen.tokens.split(BATCH):
-                x = tokens.to(seen.model.weights)
+            for tokens in look.tokens.split(BATCH):
+                x = tokens.to(look.model.weights)
                 rows.append(head.attention(head.probe.expand(len(x), -1, -1), x, x)[1][:, 0])
-        return torch.cat(rows)[:, -seen.mask[0].numel() :].float().cpu()
+        return torch.cat(rows)[:, -look.mask[0].numel() :].float().cpu()
     pool = getattr(module, "attn_pool", None)
     if type(pool).__name__ != "AttentionPoolLatent":
         return None
@@ -315,65 +295,58 @@ def _pooling(seen: Look) -> torch.Tensor | None:
         rows.append(attention_rows(pool.q_norm(q), pool.k_norm(k)).mean((1, 2)))
 
     with evaluating(module), hooks((pool.register_forward_pre_hook, entering)):
-        for tokens in seen.tokens.split(BATCH):
-            module.forward_head(tokens.to(seen.model.weights))
-    return torch.cat(rows)[:, -seen.mask[0].numel() :].float().cpu()
+        for tokens in look.tokens.split(BATCH):
+            module.forward_head(tokens.to(look.model.weights))
+    return torch.cat(rows)[:, -look.mask[0].numel() :].float().cpu()
 
 
-def boxes(seen: Look) -> dict[str, torch.Tensor]:
+def _lost(look: Look) -> dict[str, torch.Tensor]:
     """LOST's boxes (images, 4), in patches, for the sample: with "all patches", and with "outliers left out".
 
     moved: (images,) whether the two overlap by less than one half; seed_on_outlier: whether LOST starts on an outlier.
     """
-    site = objects.paper_site(seen.model)
-    captured = seen.model.capture(seen.kept.x[seen.sample], site, layers=-1)
-    features, mask = objects.features(captured, site), seen.mask[seen.sample].flatten(1)
+    site = objects.paper_site(look.model)
+    captured = look.model.capture(look.kept.x[look.sample], site, layers=-1)
+    features, mask = objects.features(captured, site), look.mask[look.sample].flatten(1)
     whole = objects.lost(features, captured.grid)
     normal = objects.lost(features, captured.grid, valid=~mask)
-    on_outlier = mask.gather(1, whole.seeds[:, None])[:, 0]
+    boxes = {"all patches": whole.boxes, "outliers left out": normal.boxes}
     moved = objects.box_iou(whole.boxes, normal.boxes) < 0.5
-    drawn = {"all patches": whole.boxes, "outliers left out": normal.boxes}
-    return drawn | {"moved": moved, "seed_on_outlier": on_outlier}
+    return boxes | {"moved": moved, "seed_on_outlier": mask.gather(1, whole.seeds[:, None])[:, 0]}
 
 
-def _head_labels(seen: Look) -> torch.Tensor | None:
+def _head_labels(look: Look) -> torch.Tensor | None:
     """The labels, where the head has a class for each of them; None otherwise."""
-    classes = getattr(seen.model.module, "num_classes", 0) or 0
-    fits = seen.labels is not None and hasattr(seen.model.module, "forward_head")
-    fits = fits and image_sets.labels_fit(seen.kept, classes) and int(seen.labels.max()) < classes
-    return seen.labels if fits else None
+    classes = getattr(look.model.module, "num_classes", 0) or 0
+    fits = look.labels is not None and hasattr(look.model.module, "forward_head")
+    fits = fits and image_sets.labels_fit(look.kept, classes) and int(look.labels.max()) < classes
+    return look.labels if fits else None
 
 
-@asks("What helps?")
-def helps(seen: Look) -> Answer:
+def helps(look: Look) -> Answer:
     """Each remedy, chosen on one half of the sample and scored on the other, beside as many random neurons."""
-    found, name, sample = seen.detection, seen.name, seen.sample
-    advice = f"Registers trained in: `vitreg train registers --model {name}`."
-    labels = _head_labels(seen)
+    sample, labels, answer = look.sample, _head_labels(look), Answer("trained registers")
+    labels = None if labels is None else labels[sample]
     try:
-        tried = remedies.trial(
-            seen.model, seen.kept.x[sample], found.outliers, labels=None if labels is None else labels[sample]
-        )
+        tried = remedies.trial(look.model, look.kept.x[sample], look.detection.outliers, labels=labels)
     except (UserError, TypeError) as error:
-        return Answer("trained registers", f"Nothing could be tried: {error}. {advice}")
+        answer.say("not_tried", error=error)
+        answer.say("train", name=look.name)
+        return answer
     table, best = tried.table, remedies.best(tried.shares)
-    first, at, control = table.iloc[0], table.loc[best], table.loc[remedies.RANDOM]
-    numbers = {f"best_{column}": at[column] for column in table} | {"outliers_before": first.outliers}
-    numbers |= {"random_neurons_outliers": control.outliers, "neurons": len(tried.search.neurons)}
-    titled = {f"Remedies on {len(sample) - len(sample) // 2} images on which nothing was chosen": table}
-    norm_maps = {k: norms[:SHOWN].unflatten(1, seen.mask.shape[1:]) for k, norms in tried.norms.items()}
+    first, at = table.iloc[0], table.loc[best]
+    answer.numbers = {f"best_{column}": at[column] for column in table} | {"outliers_before": first.outliers}
+    answer.numbers["random_neurons_outliers"] = table.loc[remedies.RANDOM].outliers
+    answer.numbers["neurons"] = len(tried.search.neurons)
+    answer.tables[f"Remedies on {len(sample) - len(sample) // 2} images on which nothing was chosen"] = table
+    answer.maps = {name: norms[:SHOWN].unflatten(1, look.mask.shape[1:]) for name, norms in tried.norms.items()}
     if at.outliers > mend.MENDED * first.outliers:
-        text = f"Nothing tried helps: the best, {best}, leaves {at.outliers:.2%} outliers of {first.outliers:.2%}."
-        text += f" {advice}"
-        return Answer("trained registers", text, numbers, titled, norm_maps)
-    cost = f"features turn by {at.features_apart:.3f} (1 - cosine)"
-    if "same_answer" in table:
-        cost += f", logits by {at.answers_kl:.3f} nats, and {at.same_answer:.0%} of the images keep their answer"
-    text = (
-        f"{best} leaves {at.outliers:.2%} of the patch tokens outliers of {first.outliers:.2%}, as many random neurons "
-        f"{control.outliers:.2%}; {cost}. Test-time registers: `vitreg mend {name} --save FILE`. {advice}"
-    )
-    return Answer(best.removeprefix(name), text, numbers, titled, norm_maps)
+        answer.say("helps_not", best=best)
+    else:
+        answer.answer = best.removeprefix(look.name)
+        answer.say("helps", best=best, name=look.name, answers=answer.text("answers") if "same_answer" in table else "")
+    answer.say("train", name=look.name)
+    return answer
 
 
-ASKED = (any_there, kind, held, hurt, helps)
+ASKED = {each.__name__: each for each in (any_there, kind, held, hurt, helps)}

@@ -34,8 +34,8 @@ from ..model import names, zoo
 from ..model.model import Model
 from ..plots.style import bare, draw_box
 from ..train import telemetry
-from .answers import ASKED, Answer, any_there
-from .look import Look, look
+from .answers import QUESTIONS, Answer, ask
+from .look import Look, observe
 from .page import PAGES, page
 
 CONTROLS = ("planted", "mini-random")
@@ -48,23 +48,23 @@ class Diagnosis:
     """The answers to the five questions (the first alone for a run over time), and their measurements."""
 
     model: Model
-    seen: Look
-    answers: list[Answer]
+    look: Look
+    answers: dict[str, Answer]
 
     @property
     def name(self) -> str:
         """A name short enough for a figure, without characters that a figure reads as a formula."""
-        return self.seen.name.rpartition("/")[2][-32:].replace("$", r"\$")
+        return self.look.name.rpartition("/")[2][-32:].replace("$", r"\$")
 
     @property
     def verdict(self) -> str:
         """The sentences of all answers, one per line."""
-        return "\n".join(f"{ask.question} {each.sentence}" for ask, each in zip(ASKED, self.answers, strict=False))
+        return "\n".join(f"{QUESTIONS[name]} {each.sentence}" for name, each in self.answers.items())
 
     @property
     def numbers(self) -> dict[str, float | int | None]:
         """The numbers of all answers by name; None where there was nothing to measure."""
-        return {name: value for each in self.answers for name, value in each.numbers.items()}
+        return {name: value for each in self.answers.values() for name, value in each.numbers.items()}
 
 
 def diagnose(
@@ -79,17 +79,17 @@ def diagnose(
 
     model = zoo.load(model)
     with tqdm(desc=f"{model.label or model.name}: images", unit="", disable=not progress, leave=False) as bar:
-        seen = look(model, images, n, labelled, progress=bar.update)
-        if labelled and seen.labels is None:
+        look = observe(model, images, n, labelled, progress=bar.update)
+        if labelled and look.labels is None:
             raise UserError(
                 f"no labels in {images!r}: write labels.csv (file, class_index) into it, or put each class into a "
                 "folder of its own"
             )
-        answers = []
-        for ask in (any_there,) if briefly else ASKED:
-            bar.set_description(f"{model.label or model.name}: {ask.question}")
-            answers.append(ask(seen))
-    return Diagnosis(model, seen, answers)
+        answers = {}
+        for name in list(QUESTIONS)[: 1 if briefly else None]:
+            bar.set_description(f"{model.label or model.name}: {QUESTIONS[name]}")
+            answers[name] = ask(name, look)
+    return Diagnosis(model, look, answers)
 
 
 @functools.cache
@@ -103,10 +103,10 @@ def checkpoints(name: str) -> list[str]:
     path = names.file_parts(name)[0] if name.startswith("file:") else Path()
     if not name.startswith("file:") or not path.is_dir() or (path / "config.json").exists():
         return [name]
-    found = [file for file in path.iterdir() if file.suffix in SUFFIXES]
-    if not found:
+    files = [file for file in path.iterdir() if file.suffix in SUFFIXES]
+    if not files:
         raise UserError(f"{name}: no weights in this folder ({', '.join(sorted(SUFFIXES))})")
-    return [f"file:{file}" for file in sorted(found, key=lambda file: (_numbers(file.name), file.name))]
+    return [f"file:{file}" for file in sorted(files, key=lambda file: (_numbers(file.name), file.name))]
 
 
 def _numbers(text: str) -> list[int]:
@@ -115,11 +115,11 @@ def _numbers(text: str) -> list[int]:
 
 def _checkpoint(each: Diagnosis) -> dict:
     """A row of "over_time": the quantities of Figure 4(b) after the last block, and the answer."""
-    last = telemetry.table(each.seen.observed.seen).iloc[-1]
+    last = telemetry.table(each.look.observed.seen).iloc[-1]
     ratio = last["q1"] / last["q0.5"]
-    row = {"of": each.seen.name.rpartition("/")[2], "largest_norm": last["q1"], "largest_over_median": ratio}
-    row |= {"share_above_3_medians": last.outlier_share, "outlier_share": each.seen.shares.mean().item()}
-    return row | {"answer": each.answers[0].answer}
+    row = {"of": each.look.name.rpartition("/")[2], "largest_norm": last["q1"], "largest_over_median": ratio}
+    row |= {"share_above_3_medians": last.outlier_share, "outlier_share": each.look.shares.mean().item()}
+    return row | {"answer": each.answers["any_there"].answer}
 
 
 def _steps(names: list[str]) -> list[int]:
@@ -129,14 +129,13 @@ def _steps(names: list[str]) -> list[int]:
 
 
 def _model(each: Diagnosis) -> dict:
-    model, seen = each.model, each.seen
-    facts = {name: getattr(model, name) for name in "name label sha256 role about registers preprocessing".split()}
-    facts |= {"blocks": model.anatomy.depth, "tokens_kept": len(seen.kept)}
+    facts = {key: getattr(each.model, key) for key in "name label sha256 role about registers preprocessing".split()}
+    facts |= {"blocks": each.model.anatomy.depth, "tokens_kept": len(each.look.kept)}
     asked = {}
-    for ask, answer in zip(ASKED, each.answers, strict=False):
+    for name, answer in each.answers.items():
         tables = [{"title": title, "rows": _rows(table)} for title, table in answer.tables.items()]
-        parts = {name: getattr(answer, name) for name in ("answer", "sentence", "numbers")}
-        asked[ask.__name__] = {"question": ask.question, **parts, "tables": tables}
+        parts = dict(answer=answer.answer, sentence=answer.sentence, numbers=answer.numbers, tables=tables)
+        asked[name] = {"question": QUESTIONS[name], **parts}
     return facts | {"questions": asked}
 
 
@@ -171,7 +170,7 @@ def write(
     models, pictures, rows = [], {"": {}}, []
     for number, each in enumerate(diagnoses):
         if not models:
-            kept, count = each.seen.kept, len(each.seen.shares)
+            kept, count = each.look.kept, len(each.look.shares)
         models.append(_model(each))
         pictures[number] = {} if time else _figures(each)
         rows += [_checkpoint(each)] if time else []
@@ -234,23 +233,22 @@ def _unused(folder: Path, stem: str) -> Path:
 def _figures(each: Diagnosis) -> dict[str, dict[str, bytes]]:
     """{question: {title: PNG}}: the user's images, and the same measurements of the controls."""
     everyone = {each.name: each} | {f"{control.name}, control": control for control in controls()}
-    found, seen = each.seen.detection, each.seen
-    pixels, on_images = seen.kept.pixels[seen.shown], _on_images(each)
+    pixels, on_images = each.look.kept.pixels[each.look.shown], _on_images(each)
     figures = {"any_there": _norms(pixels, on_images, everyone)}
-    if found.has_artifacts:
+    if each.look.detection.has_artifacts:
         figures["kind"] = _places(everyone)
         figures["held"] = _held(everyone)
+        figures["hurt"] = {"Boxes of object discovery (LOST)": _boxes(pixels, each.answers["hurt"].maps)}
         attended = [
             {name: of_cls, f"{name}, left out": of_cls * ~mask}
             for name, (_, mask, of_cls) in on_images.items()
             if of_cls is not None and mask.any()
         ]
-        figures["hurt"] = {"Boxes of object discovery (LOST)": _boxes(pixels, each.answers[3].maps)}
         if attended:
             title = "Attention of cls, in even shares, and the same with outliers left out"
             figures["hurt"][title] = plots.sheet(pixels, attended, plots.ATTENTION, "even shares")
-        if remedied := each.answers[4].maps:
-            rings = {name: norms > found.outliers.cutoff for name, norms in remedied.items()}
+        if remedied := each.answers["helps"].maps:
+            rings = {name: norms > _cutoff(each) for name, norms in remedied.items()}
             picture = plots.sheet(pixels, [remedied], plots.NORMS, "L2 norm", rings=rings)
             figures["helps"] = {"Norms with each remedy, outliers ringed": picture}
     return {question: {title: _png(figure) for title, figure in some.items()} for question, some in figures.items()}
@@ -261,50 +259,47 @@ def _on_images(each: Diagnosis) -> dict[str, tuple]:
 
     The controls get the same images at their own size. Without artifacts, no patch is an outlier.
     """
-    seen, rows = each.seen, each.seen.rows[each.seen.shown]
-    observed = {each.name: (seen, seen.observed, rows)}
+    shown = each.look.kept.pixels[each.look.shown]
+    measured = {each.name: (each, each.look.observed, each.look.rows[each.look.shown])}
     for control in controls():
-        model, size = control.model, image_sets.sides(control.model.input_size)
-        small = F.interpolate(seen.kept.pixels[seen.shown], size, mode="bilinear", antialias=True)
-        part = detection.observe_batch(model, model.normalise(small))[0]
-        observed[f"{control.name}, control"] = control.seen, part, torch.arange(len(small))
+        model = control.model
+        small = F.interpolate(shown, image_sets.sides(model.input_size), mode="bilinear", antialias=True)
+        observed = detection.observe_batch(model, model.normalise(small))[0]
+        measured[f"{control.name}, control"] = control, observed, torch.arange(len(small))
     maps = {}
-    for name, (of, part, rows) in observed.items():
-        layer, grid = of.detection.outliers.layer, part.seen.grid
-        norms = part.norms[rows, layer].unflatten(1, grid)
-        of_cls = part.received(layer).get("cls")
-        of_cls = of_cls if of_cls is None else of_cls[rows].unflatten(1, grid)
-        maps[name] = norms, norms > _cutoff(of.detection), of_cls
+    for name, (of, observed, rows) in measured.items():
+        layer, grid = of.look.detection.outliers.layer, observed.seen.grid
+        norms, of_cls = observed.norms[rows, layer].unflatten(1, grid), observed.received(layer).get("cls")
+        maps[name] = norms, norms > _cutoff(of), of_cls if of_cls is None else of_cls[rows].unflatten(1, grid)
     return maps
 
 
-def _cutoff(found: detection.Detection) -> float:
-    return found.outliers.cutoff if found.has_artifacts else math.inf
+def _cutoff(each: Diagnosis) -> float:
+    return each.look.detection.outliers.cutoff if each.look.detection.has_artifacts else math.inf
 
 
 def _norms(pixels: torch.Tensor, on_images: dict, everyone: dict[str, Diagnosis]) -> dict:
     """Norms on the shown images, after every block, and their histogram."""
-    found = {name: one.seen.detection for name, one in everyone.items()}
-    norms = [{name: norms} for name, (norms, _, _) in on_images.items()]
+    maps = [{name: norms} for name, (norms, _, _) in on_images.items()]
     rings = {name: mask for name, (_, mask, _) in on_images.items()}
-    tables = {name: telemetry.table(one.seen.observed.seen) for name, one in everyone.items()}
-    onsets = {name: each.onset if each.has_artifacts else None for name, each in found.items()}
-    by_model = {name: each.outliers.norms for name, each in found.items()}
+    tables = {name: telemetry.table(each.look.observed.seen) for name, each in everyone.items()}
+    onsets = {name: each.numbers["onset_layer"] for name, each in everyone.items()}
+    norms = {name: each.look.detection.outliers.norms for name, each in everyone.items()}
+    cutoffs = {name: _cutoff(each) for name, each in everyone.items()}
+    sheet = dict(label="L2 norm", scale="group", rings=rings, cmap=plots.NORMS)
     return {
-        "Norms of patch tokens, outliers ringed": plots.sheet(
-            pixels, norms, label="L2 norm", scale="group", rings=rings, cmap=plots.NORMS
-        ),
+        "Norms of patch tokens, outliers ringed": plots.sheet(pixels, maps, **sheet),
         "Norms after every block; the controls' are of scenes": plots.norms_by_layer(tables, onsets),
-        "Histograms of norms": plots.histograms(by_model, {name: _cutoff(each) for name, each in found.items()}),
+        "Histograms of norms": plots.histograms(norms, cutoffs),
     }
 
 
 def _places(everyone: dict[str, Diagnosis]) -> dict:
     """Share of outliers at each place, and whether outliers follow place or content in the interventions."""
-    shares = {name: 100 * one.seen.detection.outliers.mask.float().mean(0) for name, one in everyone.items()}
+    shares = {name: 100 * each.look.detection.outliers.mask.float().mean(0) for name, each in everyone.items()}
     figures = {"How often a place holds an outlier": plots.grids(shares, "images (%)", shared=False, low=0.0)}
-    for name, one in everyone.items():
-        for table in one.answers[1].tables.values():
+    for name, each in everyone.items():
+        for table in each.answers["kind"].tables.values():
             columns = {"follows_place": "follows place", "follows_content": "follows content"}
             bars = table[list(columns)].rename(columns=columns).dropna(how="all")
             figures[f"What outliers follow: {name}"] = plots.bars(bars, "share of outliers")
@@ -319,14 +314,11 @@ def _held(everyone: dict[str, Diagnosis]) -> dict:
         "accuracy_": "Images whose class one token names (share)",
         "pixels_error_": "Error of own pixels (of a guess)",
     }
-    figures = {}
+    numbers, figures = pd.DataFrame({name: each.answers["held"].numbers for name, each in everyone.items()}).T, {}
     for prefix, title in titles.items():
-        rows = {
-            name: {k.removeprefix(prefix): v for k, v in one.answers[2].numbers.items() if k.startswith(prefix)}
-            for name, one in everyone.items()
-        }
-        table = pd.DataFrame(rows).T.dropna(how="all")
-        if len(table):
+        table = numbers.filter(regex=f"^{prefix}").rename(columns=lambda name, start=prefix: name.removeprefix(start))
+        table = table.dropna(how="all")
+        if table.size:
             figures[title] = plots.bars(table, title.rpartition(" (")[0])
     return figures
 

@@ -60,7 +60,7 @@ class Look:
         return self.detection.outliers.mask[self.rows]
 
 
-def look(model, source, n: int, labelled: bool = False, seed: int = 0, progress=None) -> Look:
+def observe(model, source, n: int, labelled: bool = False, seed: int = 0, progress=None) -> Look:
     """The `Look` of a `Model` at an `Images` set, or at up to `n` images of a source that `images.stream` knows.
 
     labelled: sub-folders are classes, unless labels.csv names them. progress: called with the number of images done.
@@ -69,13 +69,13 @@ def look(model, source, n: int, labelled: bool = False, seed: int = 0, progress=
     judged, progress = min(n, JUDGED), progress or (lambda done: None)
     parts, pixels, tokens, rows, names, paths, shapes, done = [], [], [], [], [], [], [], 0
     for batch in _batches(source, model, judged, seed):
-        part, seen = detection.observe_batch(model, batch.x, ("final",))
-        fits = VALUES // max(seen.final[0].numel(), batch.x[0].numel())
+        part, captured = detection.observe_batch(model, batch.x, ("final",))
+        fits = VALUES // max(captured.final[0].numel(), batch.x[0].numel())
         wanted = set(_spread(judged, max(fits, detection.FEWEST)).tolist())
         here = [i for i in range(len(batch)) if done + i in wanted]
         parts.append(part)
         pixels.append(batch.pixels[here])
-        tokens.append(seen.final[here].clone())
+        tokens.append(captured.final[here].clone())
         rows += [done + i for i in here]
         names += [batch.names[i] for i in here]
         paths += [batch.paths[i] for i in here if batch.paths]
@@ -83,24 +83,24 @@ def look(model, source, n: int, labelled: bool = False, seed: int = 0, progress=
         done += len(batch)
         progress(len(batch))
     observed = detection.join(parts)
-    found = detection.judge(observed, model.label)
-    shares = [found.outliers.mask.flatten(1).float().mean(1)]
+    detected = detection.judge(observed, model.label)
+    shares = [detected.outliers.mask.flatten(1).float().mean(1)]
     for more in _batches(source, model, n, seed, judged) if n > judged else ():
-        norms = model.capture(more.x, "norms", layers=found.outliers.layer).patch_norms[:, 0]
-        shares.append((norms > found.outliers.cutoff).float().mean(1))
+        norms = model.capture(more.x, "norms", layers=detected.outliers.layer).patch_norms[:, 0]
+        shares.append((norms > detected.outliers.cutoff).float().mean(1))
         batch.left_out.update(more.left_out)
         progress(len(more))
     shares, pixels = torch.cat(shares), torch.cat(pixels)
     about = f"{batch.source.split(',')[0]}, {len(shares)} image{'s' * (len(shares) > 1)}"
     kept = image_sets.Images(model.normalise(pixels), pixels, names, about, None, batch.left_out, paths)
-    work = sum(p.numel() for p in model.module.parameters()) * seen.final.shape[1]
+    work = sum(p.numel() for p in model.module.parameters()) * captured.final.shape[1]
     if isinstance(source, str):
         classes = torch.cat(shapes) if shapes else image_sets.labels(kept, True) if labelled else None
     else:
         classes = image_sets.labels(source, labelled)
         classes = None if classes is None else classes[rows]
     costly = min(32, max(8, int(WORK / work)))
-    return Look(model, observed, found, shares, kept, torch.tensor(rows), torch.cat(tokens), classes, costly)
+    return Look(model, observed, detected, shares, kept, torch.tensor(rows), torch.cat(tokens), classes, costly)
 
 
 def _batches(source, model, n: int, seed: int, first: int = 0):
