@@ -25,15 +25,15 @@ def run(
     no_report: Annotated[bool, typer.Option("--no-report", help="do not show the verdicts")] = False,
 ):
     """Execute an item's notebook and show the verdicts of its claims."""
-    import execute
-    import items
-    import report
-
     item = record.normal_name(item)
     if parameters:
         for name, default in record.declared_parameters(item).items():
             print(f"{name:20} {default!r}")
         return
+    import execute
+    import items
+    import report
+
     given = items.typed(item, pairs, profile)
     checked = record.check_parameters(item, given)
     execute.execute(item, given, progress=not quiet)

@@ -27,18 +27,7 @@ from types import SimpleNamespace
 
 import yaml
 
-from ..base import (
-    DATA,
-    NOTEBOOKS,
-    UserError,
-    commit,
-    env_folder,
-    in_batch,
-    results,
-    unknown,
-    write_atomically,
-    written,
-)
+from ..base import DATA, NOTEBOOKS, UserError, commit, env_folder, in_batch, results, unknown, write_atomically, written
 from ..model import names as model_names
 from . import values
 from .verdicts import Verdicts, reported_claims
@@ -135,11 +124,8 @@ def _assigned(source: str) -> dict:
 
 def _injected(cells: list[str]) -> dict:
     """Assignments of the cell that papermill injects; no other cell can hold undeclared names."""
-    assigned = {}
-    for source in cells:
-        if source.startswith("# Parameters"):
-            assigned |= _assigned(source)
-    return assigned
+    injected = [_assigned(source) for source in cells if source.startswith("# Parameters")]
+    return {name: value for each in injected for name, value in each.items()}
 
 
 @functools.cache
@@ -174,8 +160,7 @@ class Run:
         An unreachable model is an error in the profile mini, and where the models were given by hand.
         """
         loaded = []
-        wanted = (names or self.settings["models"]).replace(",", " ").split()
-        for name in wanted:
+        for name in (names or self.settings["models"]).replace(",", " ").split():
             try:
                 model = self._model(name)
             except UserError as error:
@@ -188,9 +173,8 @@ class Run:
             if model.name not in {m.name for m in self.models}:
                 self.models.append(model)
         if not loaded:
-            raise UserError(
-                f"none of the models of profile {self.profile} is reachable here; {self.not_here[0]['reason']}"
-            )
+            reason = self.not_here[0]["reason"]
+            raise UserError(f"none of the models of profile {self.profile} is reachable here; {reason}")
         return loaded
 
     def _model(self, name: str):
@@ -298,18 +282,12 @@ class Run:
         reported = reported_claims().get(claim)
         if reported is None and text is None:
             raise unknown("claim", claim, reported_claims())
-        if isinstance(holds, str) and holds != "undecided":
+        words = {True: "holds", False: "fails", None: "not testable here", "undecided": "undecided"}
+        if holds not in words:
             raise ValueError(f"verdict {holds!r}: True, False, None or 'undecided'")
-        verdict = holds if isinstance(holds, str) else {True: "holds", False: "fails", None: "not testable here"}[holds]
-        self._claims.append(
-            {
-                "id": claim,
-                "text": text or reported["claim"],
-                "verdict": verdict,
-                "measured": measured,
-                "paper": paper if paper is not None else (reported or {}).get("paper_value", ""),
-            }
-        )
+        judged = {"id": claim, "text": text or reported["claim"], "verdict": words[holds], "measured": measured}
+        value = (reported or {}).get("paper_value", "")
+        self._claims.append(judged | {"paper": value if paper is None else paper})
 
     def save(self, figure, name: str = "figure") -> None:
         """Write a matplotlib figure as SVG and PNG into the run's folder, and a summary of it into the record.
@@ -340,7 +318,7 @@ class Run:
             "settings": {k: v for k, v in self.settings.items() if k not in self.parameters or not self.parameters[k]},
             "measured": self._measured,
             "claims": self._claims,
-            "models": [{"name": m.name, "label": m.label, "sha256": m.sha256, "role": m.role} for m in self.models],
+            "models": [{key: getattr(m, key) for key in ("name", "label", "sha256", "role")} for m in self.models],
             **({"features": self._features} if self._features else {}),
             "not_reachable_here": self.not_here,
             "figures": list(self._drawn),
@@ -348,9 +326,9 @@ class Run:
             "environment": environment(),
             "seconds": round(time.perf_counter() - self._began, 1),
         }
-        path = self.folder / "record.json"
-        write_atomically(path, json.dumps(record, indent=1, allow_nan=False, default=float).encode())
-        return path
+        text = json.dumps(record, indent=1, allow_nan=False, default=float)
+        write_atomically(self.folder / "record.json", text.encode())
+        return self.folder / "record.json"
 
 
 def environment() -> dict:
