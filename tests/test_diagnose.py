@@ -96,8 +96,8 @@ def test_attention_of_transformers_pooling_head_is_its_own_softmax(planted):
     pool = next(part for part in module.modules() if hasattr(part, "probe"))
     for weight in (pool.attention.in_proj_weight, pool.attention.in_proj_bias):
         torch.nn.init.normal_(weight, std=0.2)
-    tokens = torch.randn(len(planted.seen.kept), 144, 48)
-    rows = answers._pooling(dataclasses.replace(planted.seen, model=vr.load(module), tokens=tokens))
+    tokens = torch.randn(len(planted.look.kept), 144, 48)
+    rows = answers._pooling(dataclasses.replace(planted.look, model=vr.load(module), tokens=tokens))
     (wq, wk, _), (bq, bk, _) = pool.attention.in_proj_weight.chunk(3), pool.attention.in_proj_bias.chunk(3)
     with torch.no_grad():
         q, k = (pool.probe[0] @ wq.T + bq).view(2, 24), (tokens @ wk.T + bk).unflatten(2, (2, 24))
