@@ -20,11 +20,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from tests.bench import Row, compared, taking_turns
 from vitreg_lib.data import scenes
-from vitreg_lib.train import images, loop, parallel, telemetry
+from vitreg_lib.train import images, loop, parallel, recipes, telemetry
 from vitreg_lib.train.config import TrainConfig
-from vitreg_lib.train.recipes import deit3
 from vitreg_lib.train.state import Run
 
+deit3 = recipes.load("deit3")
 PEAK = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12, "4090": 165e12}  # dense bfloat16
 
 

@@ -6,6 +6,8 @@ import json
 import subprocess
 import sys
 
+import clip
+import deit3
 import pandas as pd
 import pytest
 import torch
@@ -13,7 +15,6 @@ from safetensors.torch import load_file
 
 from vitreg_lib.base import ROOT, UserError
 from vitreg_lib.train import loop, parallel
-from vitreg_lib.train.recipes import clip, deit3
 
 SMALL = dict(size="xxs", image_size=64, steps=4, batch_size=8, warmup=1, eval_images=16, telemetry_images=4)
 

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import importlib
 import multiprocessing
 import os
 import signal
 import warnings
-from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -17,32 +15,31 @@ from safetensors.torch import load_file
 
 from vitreg_lib.base import UserError
 from vitreg_lib.train import loop, parallel, state
-from vitreg_lib.train.config import TrainConfig
 
 RECIPES = ("deit3", "clip", "dinov2", "mae")
-TINY = TrainConfig(
+TINY = dict(
     size="xs",
     registers=2,
     image_size=64,
     optimizer="sgd",  # Adam divides gradients that are nothing but rounding (of the bias of keys) by their own size
     learning_rate=0.1,
+    weight_decay=0.05,
+    clip_grad=1.0,
     steps=4,
     batch_size=8,
     warmup=1,
     save_every=2,
     eval_images=16,
     telemetry_images=4,
-    prototypes=64,
-    global_size=64,
-    local_size=32,
-    local_crops=2,
-    text_width=16,
 )
+OWN = {
+    "dinov2": dict(prototypes=64, global_size=64, local_size=32, local_crops=2),
+    "clip": dict(text_width=16),
+}
 
 
 def tiny(name: str, **options):
-    recipe = importlib.import_module(f"vitreg_lib.train.recipes.{name}")
-    return replace(TINY, recipe=name, **options), recipe
+    return loop.configure(name, **TINY | OWN.get(name, {}) | options)
 
 
 def gradients(config, recipe, steps: int = 2) -> dict[str, torch.Tensor]:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-import emergence
+import emergence as recipe
+import emergence_sweep as sweep
 import pandas as pd
 import pytest
 import sinks
@@ -15,7 +16,6 @@ from vitreg_lib.data import images, textures
 from vitreg_lib.measure import detection, outliers
 from vitreg_lib.model import mend, zoo
 from vitreg_lib.train import loop, parallel
-from vitreg_lib.train.recipes import emergence as recipe
 
 VARIANTS = [*sorted(textures.CHANGES), "decay+dropout+blank-corners"]
 
@@ -112,7 +112,7 @@ def test_an_unknown_variant_is_refused():
     with pytest.raises(UserError, match="unknown variant of emergence 'cornes': did you mean corners"):
         textures.task(configuration(variant="cornes"))
     with pytest.raises(UserError, match="unknown cell of the sweep"):
-        emergence.cell("nothing")
+        sweep.cell("nothing")
 
 
 def test_attention_that_sinks_receive():
@@ -173,8 +173,8 @@ def test_a_sink_made_by_hand_is_measured():
     assert (found.place_norm > 10).all()
     assert found.outlier_share.tolist() == pytest.approx([4 / 36] * len(found))
     assert (found.prefix_attention == 0).all()
-    assert emergence.verdict(found.assign(cell="first: corners", seed=0, step=1, value_ratio=0.1)).emerged.all()
-    assert not emergence.verdict(found.assign(cell="first: corners", seed=0, step=1, value_ratio=0.5)).emerged.any()
+    assert sweep.verdict(found.assign(cell="first: corners", seed=0, step=1, value_ratio=0.1)).emerged.all()
+    assert not sweep.verdict(found.assign(cell="first: corners", seed=0, step=1, value_ratio=0.5)).emerged.any()
 
 
 def test_without_idle_places_there_is_a_verdict_too():
@@ -182,7 +182,7 @@ def test_without_idle_places_there_is_a_verdict_too():
     model = recipe.build(config).eval()
     found = sinks.measure(model, textures.held_out(config, 4).pixels)
     assert found[["place_norm", "attention", "value_ratio", "top_in_places"]].isna().to_numpy().all()
-    assert not emergence.verdict(found.assign(cell="first: nothing idle", seed=0, step=1)).emerged.any()
+    assert not sweep.verdict(found.assign(cell="first: nothing idle", seed=0, step=1)).emerged.any()
 
 
 def test_attention_of_a_register_is_measured():
@@ -201,9 +201,9 @@ def test_attention_of_a_register_is_measured():
 
 def test_a_cell_trains_resumes_and_is_recorded(tmp_path, monkeypatch):
     options = dict(steps=30, eval_images=16, telemetry_images=8, warmup=2, save_every=10)
-    monkeypatch.setattr(emergence, "TABLE", tmp_path / "sweeps" / "emergence.parquet")
-    name, losses = emergence.names()[0], []
-    rows = emergence.run(name, 0, tmp_path / "straight", on_step=lambda step, loss: losses.append(loss), **options)
+    monkeypatch.setattr(sweep, "TABLE", tmp_path / "sweeps" / "emergence.parquet")
+    name, losses = sweep.names()[0], []
+    rows = sweep.run(name, 0, tmp_path / "straight", on_step=lambda step, loss: losses.append(loss), **options)
     assert sum(losses[-5:]) < 0.8 * sum(losses[:5])
     assert rows.step.max() == 30
 
@@ -212,20 +212,20 @@ def test_a_cell_trains_resumes_and_is_recorded(tmp_path, monkeypatch):
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        emergence.run(name, 0, tmp_path / "stopped", on_step=stop, **options)
-    again = emergence.run(name, 0, tmp_path / "stopped", **options)
+        sweep.run(name, 0, tmp_path / "stopped", on_step=stop, **options)
+    again = sweep.run(name, 0, tmp_path / "stopped", **options)
     pd.testing.assert_frame_equal(again, rows)
-    emergence.record(rows)
-    emergence.record(rows.assign(seed=1))
-    emergence.record(again)  # in place of the first
-    assert emergence.table().groupby(["cell", "seed"]).size().tolist() == [len(rows)] * 2
+    sweep.record(rows)
+    sweep.record(rows.assign(seed=1))
+    sweep.record(again)  # in place of the first
+    assert sweep.table().groupby(["cell", "seed"]).size().tolist() == [len(rows)] * 2
 
 
 def test_the_table_knows_only_cells_of_the_sweep():
-    if emergence.TABLE.exists():
-        assert set(emergence.table().cell) <= set(emergence.names())
-    for name in emergence.names():
-        textures.task(loop.configure("emergence", **emergence.cell(name))[0])
+    if sweep.TABLE.exists():
+        assert set(sweep.table().cell) <= set(sweep.names())
+    for name in sweep.names():
+        textures.task(loop.configure("emergence", **sweep.cell(name))[0])
 
 
 def test_the_criterion_asks_for_three_seeds_and_the_control():
@@ -237,7 +237,7 @@ def test_the_criterion_asks_for_three_seeds_and_the_control():
     def judged(plain, control):
         table = pd.concat([plain.assign(cell="with"), control.assign(cell="without")])
         table = table.assign(seed=table.groupby("cell").cumcount(), emerged=table.value_ratio <= 0.2)
-        found = emergence.claims(table.set_index(["cell", "seed"]), "with", "without")
+        found = sweep.claims(table.set_index(["cell", "seed"]), "with", "without")
         return {claim: holds for claim, holds, *_ in found}, found
 
     verdicts, found = judged(plain, control)

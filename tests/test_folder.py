@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from dataclasses import replace
 
+import deit3_folder
 import numpy as np
 import pytest
 import torch
@@ -13,8 +14,7 @@ from safetensors.torch import load_file
 
 from vitreg_lib import cli
 from vitreg_lib.base import UserError
-from vitreg_lib.train import images, loop, parallel
-from vitreg_lib.train.recipes import deit3_folder
+from vitreg_lib.train import images, loop, parallel, recipes
 
 SMALL = dict(
     size="xxs",
@@ -55,7 +55,12 @@ def configured(data, **options):
 
 def train(data, run, on_step=None, **options):
     config = configured(data, **options)
-    return loop.train(config, loop.recipe_of(config), run, progress=False, on_step=on_step)
+    return loop.train(config, recipes.load("deit3", config.data), run, progress=False, on_step=on_step)
+
+
+def fresh_stream(config, device="cpu"):
+    deit3_folder.stream.cache_clear()
+    return deit3_folder.stream(config, device)
 
 
 def test_the_protocol_of_deit3_is_the_default():
@@ -86,7 +91,7 @@ def test_a_stopped_run_resumes_bit_for_bit(painted, tmp_path):
     train(painted, straight, ema=0.9)
     with pytest.raises(KeyboardInterrupt):
         train(painted, halves, stop, ema=0.9)
-    images.stream.cache_clear()
+    deit3_folder.stream.cache_clear()
     train(painted, halves, ema=0.9)
     for name in ("state.safetensors", "model.safetensors"):
         one, other = load_file(straight / name), load_file(halves / name)
@@ -95,8 +100,8 @@ def test_a_stopped_run_resumes_bit_for_bit(painted, tmp_path):
 
 def test_workers_give_what_the_process_itself_gives(painted):
     config = configured(painted)
-    with_workers = images.Stream(replace(config, workers=2), "cpu")
-    alone = images.Stream(config, "cpu")
+    with_workers = fresh_stream(replace(config, workers=2))
+    alone = fresh_stream(config)
     states = random.getstate(), torch.get_rng_state()
     for step in (0, 1, 4, 5):  # also where steps are left out
         for one, other in zip(with_workers.batch(step), alone.batch(step), strict=True):
@@ -106,7 +111,7 @@ def test_workers_give_what_the_process_itself_gives(painted):
 
 
 def test_micro_batches_are_parts_of_the_batch(painted):
-    stream = images.Stream(configured(painted), "cpu")
+    stream = fresh_stream(configured(painted))
     whole = [stream.batch(step)[0] for step in (0, 1)]
     parts = []
     for step in (0, 1):
@@ -141,7 +146,7 @@ def test_parquet_files_of_the_hub(painted, tmp_path):
         rows = {"image": [image["path"] for image in files["image"]], "label": list(files["label"])}
         (tmp_path / "data").mkdir(exist_ok=True)
         Dataset.from_dict(rows, features=features).to_parquet(tmp_path / "data" / f"{name}-00000-of-00001.parquet")
-    ours, theirs = (images.Stream(configured(data), "cpu").batch(0) for data in (tmp_path, painted))
+    ours, theirs = (fresh_stream(configured(data)).batch(0) for data in (tmp_path, painted))
     assert all(torch.equal(one, other) for one, other in zip(ours, theirs, strict=True))
 
 
@@ -152,7 +157,7 @@ def test_an_image_that_cannot_be_read_is_named_and_replaced(painted, tmp_path):
     for path in (tmp_path / "data/train/amber").iterdir():
         path.write_bytes(b"no image")
     with pytest.warns(UserWarning, match=r"\d.png cannot be read and is left out"):
-        pixels, labels = images.Stream(configured(tmp_path / "data"), "cpu").batch(0)
+        pixels, labels = fresh_stream(configured(tmp_path / "data")).batch(0)
     assert len(pixels) == 8
     assert 0 not in labels
 
@@ -188,8 +193,7 @@ def test_the_loss_is_the_formula(painted, name, smoothing, cutmix):
     model.register_forward_hook(lambda module, arguments, output: given.append((arguments[0], output)))
     value, _ = deit3_folder.loss(model, config, 0, "cpu")
     (pixels, logits), classes = given[0], len(COLOURS)
-    images.stream.cache_clear()
-    plain, labels = images.stream(config, "cpu").batch(0)
+    plain, labels = fresh_stream(config).batch(0)
     flipped = labels.flip(0)  # timm mixes the batch with itself in reverse
     kept = (pixels == plain).all(1).float().mean((1, 2))  # share of each image that is its own
     if not cutmix:

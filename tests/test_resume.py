@@ -19,7 +19,11 @@ from vitreg_lib.base import UserError
 from vitreg_lib.train import loop, state
 
 RECIPES = ("deit3", "clip", "dinov2", "mae", "registers")
-EXTRA = {"registers": dict(model="random:mini-deit3-xxs", cutoff=1.0, teacher="shift")}  # views are drawn anew
+EXTRA = {
+    "registers": dict(model="random:mini-deit3-xxs", cutoff=1.0, teacher="shift"),  # views are drawn anew
+    "dinov2": dict(prototypes=32),
+    "clip": dict(text_width=16),
+}
 SMALL = dict(
     size="xxs",
     registers=1,
@@ -31,8 +35,6 @@ SMALL = dict(
     eval_images=16,
     telemetry_images=4,
     drop_path=0.2,  # random, so that the random state must be right too
-    prototypes=32,
-    text_width=16,
 )
 
 

@@ -24,11 +24,8 @@ SMALL = dict(
     eval_images=6,
     telemetry_images=2,
     workers=0,
-    prototypes=16,
-    global_size=64,
-    local_size=16,
-    local_crops=1,
 )
+OWN = {"dinov2": dict(prototypes=16, global_size=64, local_size=16, local_crops=1)}
 COLOURS = {"red": (200, 30, 30), "green": (30, 200, 30)}
 
 
@@ -78,7 +75,7 @@ def shards(tmp_path_factory):
 
 
 def configured(recipe, data, **options):
-    return loop.configure(recipe, data=str(data), **SMALL | options)
+    return loop.configure(recipe, data=str(data), **SMALL | OWN.get(recipe, {}) | options)
 
 
 @pytest.mark.parametrize("recipe", ["dinov2", "mae"])
@@ -93,7 +90,7 @@ def test_neighbours_of_plain_colours_are_of_their_class(classes):
     config, recipe = configured("dinov2", classes, eval_images=8)
     torch.manual_seed(0)
     assert recipe.knn(recipe.build(config).teacher, config, "cpu", neighbours=3)["knn_class"] == 1.0
-    assert images.asking(config) == 8
+    assert recipe.asking(config) == 8
 
 
 def test_images_follow_from_the_step_alone(classes):
@@ -112,14 +109,14 @@ def test_images_follow_from_the_step_alone(classes):
 def test_pairs_stay_together(kind, request, tmp_path):
     data = request.getfixturevalue(kind)
     config, recipe = configured("clip", data, steps=10)
-    pixels, texts = images.pairs(config, 1, "cpu")
+    pixels, texts = recipe.pairs(config, 1, "cpu")
     assert pixels.shape == (4, 3, 32, 32)
     for image, text in zip(pixels, texts, strict=True):
         strongest = image.mean((1, 2)).argmax().item()
         assert list(COLOURS)[strongest] in text
-    held_out = images.pairs_held_out(config)[1]
+    held_out = recipe.held_out(config, 6)[1]
     assert sorted(held_out) == ["number 19, green", "number 39, green"]
-    seen = {text for step in range(10) for text in images.pairs(config, step, "cpu")[1]}
+    seen = {text for step in range(10) for text in recipe.pairs(config, step, "cpu")[1]}
     assert not seen & set(held_out)
     assert 0 <= loop.train(config, recipe, tmp_path, progress=False)["retrieval"] <= 1
 

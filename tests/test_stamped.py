@@ -15,11 +15,11 @@ import stamped  # noqa: E402
 from vitreg_lib.data import images, scenes, textures  # noqa: E402
 from vitreg_lib.measure import detection  # noqa: E402
 from vitreg_lib.model import zoo  # noqa: E402
-from vitreg_lib.train.config import TrainConfig  # noqa: E402
+from vitreg_lib.train import loop  # noqa: E402
 
 
 def test_answers_are_own_colours_and_where_marked_the_left_neighbours():
-    config = TrainConfig(**stamped.DEFAULTS)
+    config = loop.configure(stamped.__file__)[0]
     seen = scenes.render(range(64), 64)
     batch = stamped.draw(config, 0, seen)
     inner = ~stamped.idle() & ~stamped.idle().roll(1) & (torch.arange(64) % 8 > 0)
@@ -52,7 +52,7 @@ def test_a_seed_of_a_cell_joins_the_table(tmp_path, monkeypatch):
     monkeypatch.setattr(stamped, "TABLE", tmp_path / "stamped.parquet")
     monkeypatch.setattr(stamped, "ROOT", tmp_path)
     short = {"steps": 2, "warmup": 1, "eval_images": 8, "telemetry_images": 4}
-    monkeypatch.setattr(stamped, "DEFAULTS", stamped.DEFAULTS | short)
+    monkeypatch.setattr(stamped, "CELLS", {name: options | short for name, options in stamped.CELLS.items()})
     for cell in ("stamped-reg4", "strong"):
         stamped.main(cell, 0)  # takes the place of the recorded one
         stamped.main(cell, 9)

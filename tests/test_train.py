@@ -6,6 +6,7 @@ import math
 from dataclasses import asdict, replace
 from types import SimpleNamespace
 
+import deit3
 import pandas as pd
 import pytest
 import torch
@@ -19,11 +20,10 @@ from vitreg_lib.model import names, zoo
 from vitreg_lib.model.weights import file_sha256
 from vitreg_lib.train import command, loop, state, telemetry
 from vitreg_lib.train import images as train_images
-from vitreg_lib.train.config import TrainConfig
-from vitreg_lib.train.recipes import deit3
 from workflow import ship
 
-TINY = TrainConfig(
+TINY, _ = loop.configure(
+    "deit3",
     size="xs",
     registers=1,
     image_size=64,
@@ -107,7 +107,7 @@ def test_tensors_are_written_whole_or_not_at_all(tmp_path, monkeypatch):
 
 
 def test_the_learning_rate_warms_up_and_falls_to_a_hundredth():
-    config = TrainConfig(steps=1000, warmup=100, learning_rate=1.0)
+    config, _ = loop.configure("deit3", steps=1000, warmup=100, learning_rate=1.0)
     rates = [loop.learning_rate(config, step) for step in range(1001)]
     assert rates[0] == 0.01
     assert rates[49] == 0.5
@@ -162,7 +162,8 @@ def test_telemetry_measures_what_capture_does(straight):
 
 
 def test_evaluation_is_on_scenes_that_are_never_trained_on():
-    assert scenes.HELD_OUT > 1000 * TrainConfig().steps * TrainConfig().batch_size
+    config, _ = loop.configure("deit3")
+    assert scenes.HELD_OUT > 1000 * config.steps * config.batch_size
 
 
 @pytest.fixture
@@ -221,7 +222,8 @@ def test_the_command_of_a_run_makes_the_same_run(name, monkeypatch):
     given = {}
     monkeypatch.setattr(command, "train", lambda recipe, **options: given.update(options, recipe=recipe))
     config, _ = loop.configure(name, size="xs", registers=1, steps=10, drop_path=0.2, telemetry_images=4)
-    config = replace(config, antialias=name != "dinov2")
+    if name == "dinov2":
+        config = replace(config, antialias=False)
     told = ship.command(asdict(config))
     assert told.startswith(f"vitreg train {name} --size xs --registers 1 --drop-path 0.2 --steps 10")
     assert ("--no-antialias" in told) == (name == "dinov2")

@@ -32,6 +32,9 @@ COMMANDS = [
     ("mend mini-corners --save mended.safetensors", 0),
     ("measure mini-deit3-xs --n-images 2", 0),
     ("run fig04", 2),
+    ("train registers --help", 0),
+    ("train --help", 0),
+    ("train deit3", 1),
 ]
 
 
@@ -63,6 +66,7 @@ def test_a_wheel_runs_in_an_empty_environment(tmp_path):
     done = subprocess.run([python, "-c", script], cwd=folder, env=kept, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     assert "comes with the repository" in done.stderr
+    assert "unknown recipe 'deit3'" in done.stderr and "come with the repository" in done.stderr
     made = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
     assert {"mended.safetensors", "mini-deit3-xs.safetensors"} <= made
     assert any(name.startswith("results/diagnose/") for name in made), made

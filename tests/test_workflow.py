@@ -36,8 +36,12 @@ def test_a_notebook_depends_on_the_modules_that_it_reaches(depends):
     reached = ("hooks/capture", "hooks/anatomy", "base", "model/zoo", "model/planted", "data/scenes", "data/images")
     for module in named + reached:
         assert f"vitreg_lib/{module}.py" in needed
-    for module in ("measure/objects", "cli", "record/diagnose", "probes/dense", "train/recipes/clip"):
+    for module in ("measure/objects", "cli", "record/diagnose", "probes/dense", "train/recipes/registers"):
         assert f"vitreg_lib/{module}.py" not in needed
+    trains = inputs(depends, "train_mae")
+    assert {"notebooks/train/mae.py", "notebooks/train/views.py", "vitreg_lib/probes/local.py"} <= set(trains)
+    assert not {"notebooks/train/clip.py", "vitreg_lib/train/recipes/registers.py"} & set(trains)
+    assert "vitreg_lib/train/recipes/registers.py" in inputs(depends, "train_registers")
     assert "notebooks/paper/fig12.py" not in needed
     assert "notebooks/paper/fig12.py" in inputs(depends, "fig12")
     assert all((ROOT / path).exists() for path in needed)

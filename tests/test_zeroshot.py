@@ -106,9 +106,10 @@ def shipped(tmp_path, monkeypatch):
 
 
 def test_every_attribute_of_a_scene_is_asked_and_models_without_text_are_left_out(shipped):
+    import clip
+
     from vitreg_lib.data import images
     from vitreg_lib.data.scenes import SHAPES
-    from vitreg_lib.train.recipes import clip
 
     other = zoo.load("mini-deit3-xxs", "cpu")
     pictures = images.load("scenes", shipped.model, 20)

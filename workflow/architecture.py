@@ -19,7 +19,7 @@ JOBS = {  # from what everything rests on to what people use
     "data": "scenes, textures, photos, the paper's data sets",
     "model": "from a name to a model; registers at test time",
     "probes": "what tokens know: linear, local, zero-shot",
-    "train": "one loop, five recipes, stop and resume",
+    "train": "one training loop for any recipe, stop and resume",
     "plots": "pictures that several figures need",
     "widgets": "JupyterLab: explorer, live training",
     "record": "runs, records, verdicts, pages",

@@ -15,6 +15,7 @@ from vitreg_lib.base import CHECKPOINTS, DATA, ROOT
 from vitreg_lib.model import names as model_names
 from vitreg_lib.record import run as record
 from vitreg_lib.record import verdicts
+from vitreg_lib.train import recipes
 
 LIBRARY = ROOT / "vitreg_lib"
 ALWAYS = ("record/run", "model/zoo")  # what every notebook reaches through `vr.start` and `run.load`
@@ -91,9 +92,9 @@ def models(item: str, parameters: dict) -> set[str]:
 def _reached(source: str, folder: Path) -> list[Path]:
     """Files of this repository that a source in `folder` imports, at its top or inside functions, or names as `vr.`.
 
-    Of a package that only collects names, the modules that the names used are from.
+    Also the recipes that it trains by. Of a package that only collects names, the modules that the names used are from.
     """
-    files = []
+    files = [recipes.find(name) for name in re.findall(r'\brecipe="(\w+)"', source)]
     for name, inside in re.findall(r"\bvr\.(\w+)(?:\.(\w+))?", source):
         file = _file(LIBRARY, vitreg_lib.SHORT.get(name, name).split(":")[0])
         files.append(_collected(file, inside) or file)

@@ -18,7 +18,7 @@ from vitreg_lib.base import CHECKPOINTS, DATA, UserError, shown, write_atomicall
 from vitreg_lib.model.weights import file_sha256  # noqa: E402
 from vitreg_lib.model.zoo import FACTS  # noqa: E402
 from vitreg_lib.train import loop  # noqa: E402
-from vitreg_lib.train.config import MACHINE, TrainConfig  # noqa: E402
+from vitreg_lib.train.config import MACHINE  # noqa: E402
 
 
 def ship(folder: str | Path, name: str, about: str) -> Path:
@@ -59,10 +59,10 @@ def command(config: dict) -> str:
     """The `vitreg train` line that makes this run again: what differs from the recipe's defaults and matters to it."""
     default, _ = loop.configure(config["recipe"])
     words = ["vitreg train", config["recipe"]]
-    for field in fields(TrainConfig):
+    for field in fields(default):
         name, value = field.name, config.get(field.name)
         idle = field.metadata["help"].startswith("with --data") and not config.get("data")
-        if name in MACHINE or name not in config or idle or value == getattr(default, name):
+        if name == "recipe" or name in MACHINE or name not in config or idle or value == getattr(default, name):
             continue
         flag = name.replace("_", "-")
         words.append({True: f"--{flag}", False: f"--no-{flag}"}[value] if type(value) is bool else f"--{flag} {value}")

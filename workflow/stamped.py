@@ -1,14 +1,14 @@
 """A task on scenes in which some patches never matter: does a small ViT grow artifacts on images worth looking at?
 
-The quest of recipes/emergence.py on scenes of 64 pixels, 64 patches of 8. Each patch carries a stamp, four blocks of
-random colour added to the scene, which stays visible, and two small dots, each of them there or not. Every patch has
-to give back its own mean colours in four quarters (twelve numbers); where exactly one dot is there, a quarter of the
-patches, also a fixed rotation of its left neighbour's. The four corners are never asked and never copied from. The
-labels of the scene are asked of the mean of the patches.
+The quest of notebooks/beyond/emergence.py on scenes of 64 pixels, 64 patches of 8. Each patch carries a stamp, four
+blocks of random colour added to the scene, which stays visible, and two small dots, each of them there or not. Every
+patch has to give back its own mean colours in four quarters (twelve numbers); where exactly one dot is there, a quarter
+of the patches, also a fixed rotation of its left neighbour's. The four corners are never asked and never copied from.
+The labels of the scene are asked of the mean of the patches.
 
-A recipe of its own, no part of the library. docs/log.md says what was to count and what came of it; the numbers are in
-data/sweeps/stamped.parquet. Trains one seed of a cell (about four minutes of a core, stop and go on at any time) and
-puts its rows into that table:
+docs/log.md says what was to count and what came of it; the numbers are in data/sweeps/stamped.parquet. This file is a
+recipe (`vitreg train workflow/stamped.py`). As a program it trains one seed of a cell (about four minutes of a core,
+stop and go on at any time) and puts its rows into that table:
 
     python workflow/stamped.py stamped-reg4 1
 """
@@ -30,15 +30,28 @@ from vitreg_lib.data import scenes, stamps, textures  # noqa: E402
 from vitreg_lib.data.scenes import ATTRIBUTES, HELD_OUT, targets  # noqa: E402
 from vitreg_lib.data.stamps import CORNERS, GRID, PATCH, SIDE  # noqa: E402
 from vitreg_lib.train import images, loop, parallel  # noqa: E402
-from vitreg_lib.train.config import TrainConfig  # noqa: E402
-from vitreg_lib.train.recipes import emergence  # noqa: E402
+
+sys.path.insert(0, str(NOTEBOOKS / "beyond"))
+import emergence  # noqa: E402
 
 TABLE = DATA / "sweeps" / "stamped.parquet"
 PATCHES = GRID * GRID
 VIT = textures.Task(dim=24, depth=3, heads=2, mlp_ratio=4.0, attention_dropout=0.1, position_fixed=True)
 STAMP = {"both": 0.5, "strong": 1.0}  # amplitude by variant, in units of pixels that go from -1 to 1
 LABELS = 0.02  # weight of the scene's labels
-DEFAULTS = emergence.DEFAULTS | {"variant": "both", "image_size": SIDE, "save_every": 2000}
+LEARNS_FROM = "an artificial task on scenes, for the study of how artifacts begin"
+OPTIONS = {"variant": ("both", "both, or strong: how strong the stamps are")}
+DEFAULTS = {
+    "image_size": 64,
+    "steps": 6000,
+    "batch_size": 16,
+    "learning_rate": 0.01,
+    "weight_decay": 0.4,
+    "optimizer": "adamw",
+    "eval_images": 512,
+    "telemetry_images": 32,
+    "save_every": 2000,
+}
 CELLS = {
     "stamped": {},
     "stamped-reg4": dict(registers=4),
@@ -130,10 +143,8 @@ def telemetry_images(config) -> torch.Tensor:
     return held_out(config, config.telemetry_images).pixels
 
 
-@torch.no_grad()
 def evaluate(module, config, device) -> dict[str, float]:
     """Explained variance (1: all right) of answers at marked patches and at others; accuracy of the labels."""
-    module.eval()
     batch = held_out(config, config.eval_images, device, part=1)
     error, _, logits = _losses(module, config, batch)
     others = ~batch.trigger & ~idle(device)
@@ -148,12 +159,11 @@ def evaluate(module, config, device) -> dict[str, float]:
 
 def run(cell: str, seed: int, folder: Path) -> pd.DataFrame:
     """One row a block, of a seed of a cell that is trained in `folder`: what was learnt, and what sinks.py measures."""
-    sys.path.insert(0, str(NOTEBOOKS / "beyond"))
     import sinks
     from safetensors.torch import load_file
 
-    config = TrainConfig(**DEFAULTS | CELLS[cell], recipe="stamped", seed=seed)
-    learnt = loop.train(config, sys.modules[__name__], folder, "cpu", progress=sys.stderr.isatty())
+    config, recipe = loop.configure(__file__, seed=seed, **CELLS[cell])
+    learnt = loop.train(config, recipe, folder, "cpu", progress=sys.stderr.isatty())
     vit = backbone(build(config)).eval()
     vit.load_state_dict(load_file(folder / "model.safetensors"))
     table = sinks.measure(vit, held_out(config, 128, part=2).pixels, idle().expand(128, -1))

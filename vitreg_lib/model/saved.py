@@ -213,7 +213,7 @@ def _mini(name: str, module: nn.Module, config: dict, image_size: int | None) ->
         module.set_input_size(sides(image_size))
     head = _scenes_head(module) if config.get("recipe", "deit3") == "deit3" and not config.get("data") else {}
     size = image_size or module.patch_embed.img_size[0]
-    return Model(name, module, "", input_size=size, head=head, family=config.get("recipe", ""))
+    return Model(name, module, "", input_size=size, head=head, family=Path(config.get("recipe", "")).stem)
 
 
 def _facts_of_grown(config: dict) -> dict:

@@ -1,12 +1,10 @@
-"""`vitreg train`: the command and its options, which are the fields of `TrainConfig`.
+"""`vitreg train`: the command and its options, which are the fields of the recipe's configuration.
 
-The help of a recipe is its module's docstring and its own defaults, both read from the source, so that --help needs no
-torch.
+A recipe's file is read, not run, for its help (see `train.recipes`): --help needs no torch.
 """
 
 from __future__ import annotations
 
-import ast
 import inspect
 from dataclasses import fields, replace
 from pathlib import Path
@@ -15,26 +13,44 @@ from typing import Annotated
 import typer
 
 from ..base import ROOT, UserError, local_rank, shown
-from .config import TrainConfig
+from . import recipes
+from .config import MACHINE, TrainConfig
 
-RECIPES = {  # what each learns from; also the name of its module
-    "deit3": "labels",
-    "clip": "captions",
-    "dinov2": "images alone: views of a scene, masked patches",
-    "mae": "images alone: pixels of masked patches",
-    "lejepa": "images alone: views of a scene, without a teacher",
-    "registers": "unlabelled photos: registers into a model that came without",
-    "emergence": "an artificial task, for the study of how artifacts begin",
-}
 EXAMPLES = """\b
 vitreg train deit3 --help                      what is special to a recipe, and all options
 vitreg train deit3 --registers 4 --out runs/deit3-reg4
 vitreg train --resume runs/deit3-reg4
+vitreg train my_recipe.py --steps 500          a recipe of your own: see CONTRIBUTING.md
 torchrun --nproc-per-node 8 -m vitreg_lib.cli train dinov2 --size b/16 --batch-size 1024
 
 \b
 Stopped by Ctrl-C, by SIGTERM, or killed: --resume goes on, and ends with the same weights."""
-app = typer.Typer(help="Train a ViT; a run that was stopped or killed goes on as if it had not been.", epilog=EXAMPLES)
+ANY_MACHINE = "machine (may change when a run is resumed)"
+
+
+class Recipes(typer.core.TyperGroup):
+    """A command for every recipe, made when it is asked for."""
+
+    def list_commands(self, context) -> list[str]:
+        return list(recipes.listed())
+
+    def get_command(self, context, name: str):
+        described = recipes.literals(recipes.find(name))
+
+        def run(**options):
+            train(name, **options)
+
+        out = f"the run's folder (default: runs/{Path(name).stem}-SIZE-regREGISTERS-seedSEED)"
+        options = [f for f in fields(recipes.config_class(name)) if f.name != "recipe"]
+        text = described["__doc__"].replace("[", "\\[").replace("\n\n", "\n\n\b\n")
+        alone = typer.Typer(add_completion=False)
+        alone.command(name, help=text, short_help=described["LEARNS_FROM"])(_takes(run, options, out=out))
+        return typer.main.get_command(alone)
+
+
+app = typer.Typer(
+    cls=Recipes, help="Train a ViT; a run that was stopped or killed goes on as if it had not been.", epilog=EXAMPLES
+)
 
 
 def train(recipe: str | None, resume: str | None = None, out: str | None = None, device: str | None = None, **options):
@@ -50,11 +66,11 @@ def train(recipe: str | None, resume: str | None = None, out: str | None = None,
     if resume:
         folder = Path(resume)
         config = replace(state.read_config(folder), **given)
-        module = loop.recipe_of(config)
+        module = recipes.load(config.recipe, config.data)
     else:
         config, module = loop.configure(recipe, **given)
-        what = (config.model or config.size).replace("/", "-").replace(":", "-")
-        default = f"{recipe}-{what}-reg{config.registers}-seed{config.seed}"
+        what = (getattr(config, "model", "") or config.size).replace("/", "-").replace(":", "-")
+        default = f"{config.name}-{what}-reg{config.registers}-seed{config.seed}"
         folder = Path(out or ROOT / "runs" / default)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -77,25 +93,22 @@ def _resume(context: typer.Context, resume: str | None, **options):
             else f"write options after the recipe: vitreg train {context.invoked_subcommand} --help lists them"
         )
     if not context.invoked_subcommand and not resume:
-        raise UserError(f"name what to train ({', '.join(RECIPES)}), or --resume DIR; see vitreg train --help")
+        raise UserError(f"name what to train ({', '.join(recipes.listed())}), or --resume DIR; see vitreg train --help")
     if resume:
         train(None, resume, **options)
 
 
-def _takes(function, groups: set[str], defaults: dict, **more: str):
-    """The function with options for typer: `more` (name: help), --device, and the fields of these groups."""
+def _takes(function, options, **more: str):
+    """The function with parameters for typer: `more` (name: help), --device, and these fields of a configuration."""
     more["device"] = "cpu, cuda … (default: cuda where there is one)"
-    options = [(name, str, help, "machine (may change when a run is resumed)") for name, help in more.items()]
-    for field in fields(TrainConfig):
-        if field.metadata["group"] in groups and field.name != "recipe":
-            default = defaults.get(field.name, field.default)
-            help = field.metadata["help"] + ("" if default == "" else f" (default: {default})")
-            group = field.metadata["group"]
-            options.append((field.name, type(field.default), help, options[0][3] if group == "machine" else group))
+    described = [(name, str, help, ANY_MACHINE) for name, help in more.items()]
+    for f in options:
+        help = f.metadata["help"] + ("" if f.default == "" else f" (default: {f.default})")
+        described.append((f.name, type(f.default), help, ANY_MACHINE if f.name in MACHINE else f.metadata["group"]))
     parameters = []
     if "context" in inspect.signature(function).parameters:
         parameters.append(inspect.Parameter("context", inspect.Parameter.KEYWORD_ONLY, annotation=typer.Context))
-    for name, kind, help, group in options:
+    for name, kind, help, group in described:
         option = typer.Option(help=help.replace("[", "\\["), rich_help_panel=group)
         annotation = Annotated[kind | None, option]
         parameters.append(inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation))
@@ -104,26 +117,5 @@ def _takes(function, groups: set[str], defaults: dict, **more: str):
     return function
 
 
-def _source(recipe: str) -> tuple[str, dict]:
-    """A recipe's docstring and its DEFAULTS, without importing it."""
-    tree = ast.parse((Path(__file__).parent / "recipes" / f"{recipe}.py").read_text())
-    for node in tree.body:
-        if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "DEFAULTS":
-            return ast.get_docstring(tree), ast.literal_eval(node.value)
-    return ast.get_docstring(tree), {}
-
-
-def _recipe(name: str):
-    def run(**options):
-        train(name, **options)
-
-    teaching, defaults = _source(name)
-    groups = {f.metadata["group"] for f in fields(TrainConfig)} - RECIPES.keys() | {name}
-    out = f"the run's folder (default: runs/{name}-SIZE-regREGISTERS-seedSEED)"
-    text = teaching.replace("[", "\\[").replace("\n\n", "\n\n\b\n")
-    app.command(name, help=text, short_help=RECIPES[name])(_takes(run, groups, defaults, out=out))
-
-
-app.callback(invoke_without_command=True)(_takes(_resume, {"machine"}, {}, resume="go on with the run in this folder"))
-for _name in RECIPES:
-    _recipe(_name)
+_machine = [f for f in fields(TrainConfig) if f.name in MACHINE]
+app.callback(invoke_without_command=True)(_takes(_resume, _machine, resume="go on with the run in this folder"))

@@ -25,8 +25,6 @@ from ..data.sets import read_stored, undecoded
 from . import parallel
 
 MARGIN = 8 / 7  # the user's images are read larger by this factor, 256 pixels for 224, so that crops stay sharp
-CAPTIONS = ("caption", "text", "txt")  # columns that hold a caption
-PICTURES = ("image", "jpg", "jpeg", "png", "webp")  # columns that hold an image
 HELD_OUT_EVERY = 20  # where a folder has no val/, every twentieth image is kept for evaluation
 SPLITS = {"train": ("train",), "val": ("val", "validation", "valid", "test")}
 
@@ -46,32 +44,17 @@ def rendered(config, step: int, device) -> scenes.Scenes:
     return scenes.render(parallel.batch_range(config, step), config.image_size, config.seed, device)
 
 
-def pairs(config, step: int, device) -> tuple[torch.Tensor, list[str]]:
-    """This process's images (n, 3, size, size) of a step, in [0, 1], and their captions."""
-    if not config.data:
-        batch = rendered(config, step, device)
-        return batch.pixels, batch.captions()
-    source = captioned(config.data, "train")
-    pixels, captions = stream(config, str(device), source, config.image_size).batch(step)
-    return pixels, list(captions)
-
-
 def held_out(config, first: int, count: int) -> torch.Tensor:
     """Images (n, 3, size, size) in [0, 1] outside the training set: at most `count`, from number `first` on."""
     if not config.data:
         return scenes.render(range(HELD_OUT + first, HELD_OUT + first + count), config.image_size, config.seed).pixels
-    source = captioned(config.data, "val") if config.recipe == "clip" else pictures(config.data, "val")
-    return _read(config, source, order(len(source), config.seed)[first : first + count])[0]
+    source = pictures(config.data, "val")
+    return read(config, source, order(len(source), config.seed)[first : first + count])[0]
 
 
 def telemetry_images(config) -> torch.Tensor:
     """The held-out images for telemetry, normalised; a recipe may have its own function of this name."""
     return (held_out(config, 0, config.telemetry_images) - MEAN) / STD
-
-
-def asking(config) -> int:
-    """Number of queries among the images of `labelled`."""
-    return min(config.eval_images, len(pictures(config.data, "val"))) if config.data else config.eval_images
 
 
 def held_out_scenes(config, count: int, device="cpu") -> Iterator[tuple[torch.Tensor, dict[str, torch.Tensor]]]:
@@ -80,22 +63,6 @@ def held_out_scenes(config, count: int, device="cpu") -> Iterator[tuple[torch.Te
     for index in torch.arange(first, first + count).split(256):
         batch = scenes.render(index, config.image_size, config.seed, device)
         yield batch.pixels, targets(batch)
-
-
-def labelled(config) -> Iterator[tuple[torch.Tensor, dict[str, torch.Tensor]]]:
-    """(pixels, labels) for a nearest-neighbour evaluation: `eval_images` held-out queries, then a bank twice as large.
-
-    labels: by attribute of a scene, or `class` of a folder, whose bank holds training images.
-    """
-    count = config.eval_images
-    if not config.data:
-        yield from held_out_scenes(config, 3 * count)
-        return
-    for split, wanted in (("val", count), ("train", 2 * count)):
-        source = pictures(config.data, split)
-        for part in order(len(source), config.seed)[:wanted].split(256):
-            pixels, labels = _read(config, source, part)
-            yield pixels, {"class": torch.tensor(labels)}
 
 
 class Pictures:
@@ -131,7 +98,7 @@ def pictures(data: str, split: str) -> Pictures:
 
     Raises UserError where there are none, or where the classes of the splits differ.
     """
-    root = _root(data, "train/CLASS/*.jpg and val/CLASS/*.jpg")
+    root = existing(data, "train/CLASS/*.jpg and val/CLASS/*.jpg")
     shards = next((files for name in SPLITS[split] if (files := formats.parquet_files(root, name))), None)
     chosen = _parquet(shards) if shards else _class_folders(root, split)
     if split == "val" and chosen.classes != pictures(data, "train").classes:
@@ -163,41 +130,19 @@ def _class_folders(root: Path, split: str) -> Pictures:
             "below train/ and val/, or the hub's files train-*.parquet and validation-*.parquet"
         )
     if folder is None:
-        files = [files[i] for i in _part(len(files), split)]
+        files = [files[i] for i in every_twentieth(len(files), split)]
     paths, labels = map(list, zip(*files, strict=True))
     return Pictures(Dataset.from_dict({"image": paths, "label": labels}), classes=classes)
 
 
-@functools.lru_cache(maxsize=2)
-def captioned(data: str, split: str) -> Pictures:
-    """A split of the pairs of image and caption in a folder, of which every twentieth is held out ("val").
-
-    They are Parquet files or WebDataset's shards (.tar with .jpg and .txt), read by `datasets`. Raises UserError for a
-    folder without such files or columns.
-    """
-    from datasets import load_dataset
-
-    root = _root(data, "*.parquet or *.tar files of pairs")
-    kinds = {"parquet": "*.parquet", "webdataset": "*.tar"}
-    kind, files = next(((k, f) for k, end in kinds.items() if (f := sorted(map(str, root.rglob(end))))), (None, []))
-    if kind is None:
-        raise UserError(f"no pairs in {root}: *.parquet with image and caption, or *.tar with .jpg and .txt wanted")
-    rows = load_dataset(kind, data_files=files, split="train")
-    columns = [next((n for n in names if n in rows.features), None) for names in (PICTURES, CAPTIONS)]
-    if None in columns:
-        names = ", ".join(rows.features)
-        raise UserError(f"{files[0]} has the columns {names}: {PICTURES[0]} and {CAPTIONS[0]} are expected")
-    return Pictures(rows.select(_part(len(rows), split)), *columns)
-
-
-def _root(data: str, content: str) -> Path:
+def existing(data: str, content: str) -> Path:
     root = Path(data).expanduser()
     if not root.is_dir():
         raise UserError(f"no folder {data!r} for --data: write the path of one with {content}")
     return root
 
 
-def _part(count: int, split: str) -> list[int]:
+def every_twentieth(count: int, split: str) -> list[int]:
     """Positions of "val", every twentieth, or of "train", the others."""
     return [i for i in range(count) if (i % HELD_OUT_EVERY == HELD_OUT_EVERY - 1) == (split == "val")]
 
@@ -209,43 +154,20 @@ def _plain(size: int):
     return create_transform(size, interpolation="bicubic", mean=(0.0,) * 3, std=(1.0,) * 3, crop_pct=1.0)
 
 
-def _read(config, source, places):
+def read(config, source, places):
     """(pixels, labels or captions) of the pictures at these places of a source."""
     read = [source.read(i) for i in places.tolist()]
     return torch.stack([_plain(config.image_size)(image) for image, _ in read]), [label for _, label in read]
 
 
-def pairs_held_out(config) -> tuple[torch.Tensor, list[str]]:
-    """At most `eval_images` pairs of a folder outside the training set: images in [0, 1] and captions."""
-    source = captioned(config.data, "val")
-    return _read(config, source, order(len(source), config.seed)[: config.eval_images])
-
-
 class Augmented(Dataset):
     """Training images by position: (pixels, label, position). Each epoch has an order of its own.
 
-    source: an object with `read`, `name` and a length; by default the labelled images of `config.data`. transform: PIL
-    image → pixels; by default DeiT-III's.
+    source: an object with `read`, `name` and a length. transform: PIL image → pixels.
     """
 
-    def __init__(self, config, source=None, transform=None):
-        self.pictures, self.seed = source or pictures(config.data, "train"), config.seed
-        self.transform = transform or self._deit3(config)
-
-    @staticmethod
-    def _deit3(config):
-        from timm.data import create_transform
-
-        return create_transform(
-            config.image_size,
-            is_training=True,
-            train_crop_mode=config.crop,
-            auto_augment=config.augment or None,
-            color_jitter=config.color_jitter or None,
-            interpolation="bicubic",
-            mean=(MEAN,) * 3,
-            std=(STD,) * 3,
-        )
+    def __init__(self, seed: int, source, transform):
+        self.seed, self.pictures, self.transform = seed, source, transform
 
     def __getitem__(self, position: int):
         epoch, place = divmod(position, len(self.pictures))
@@ -265,8 +187,8 @@ class Augmented(Dataset):
 class Stream:
     """Batches by position, which workers read ahead in the order of the training."""
 
-    def __init__(self, config, device: str, data: Augmented | None = None):
-        self.config, self.device, self.data, self.batches = config, device, data or Augmented(config), None
+    def __init__(self, config, device: str, data: Augmented):
+        self.config, self.device, self.data, self.batches = config, device, data, None
 
     def batch(self, step: int):
         """(pixels, labels) of this process's images of the step, on the device; captions stay text."""
@@ -303,10 +225,9 @@ class _Once:
 
 
 @functools.lru_cache(maxsize=1)
-def stream(config, device: str, source=None, size: int = 0) -> Stream:
-    """The stream of a training, the same one at every step: `Augmented`'s images, or those of a source without
-    augmentation at `size` pixels."""
-    return Stream(config, device, Augmented(config, source, _plain(size) if size else None))
+def stream(config, device: str, source, size: int) -> Stream:
+    """The stream of a training, the same one at every step: images of a source at `size` pixels, not augmented."""
+    return Stream(config, device, Augmented(config.seed, source, _plain(size)))
 
 
 @functools.lru_cache(maxsize=2)

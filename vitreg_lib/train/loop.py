@@ -1,15 +1,14 @@
 """The training loop: one function for all recipes.
 
-A recipe is a module with these functions:
+A recipe is a file (see `recipes`) with these functions:
 
     build(config) -> nn.Module                   the module that is trained
     loss(module, config, step, device) -> (loss, {name: number})
-    evaluate(module, config, device) -> {name: number}
+    evaluate(module, config, device) -> {name: number}        without gradients or dropout
     backbone(module) -> nn.Module                the timm ViT inside, which is measured and saved
 
 and, optionally:
 
-    DEFAULTS                                     other defaults of TrainConfig
     telemetry_images(config) -> Tensor           images for telemetry; by default `images.telemetry_images`
     after_step(module, config, step)             work after an optimiser step, such as a teacher's update
     companions(module) -> {name: state}          states saved beside the backbone
@@ -22,7 +21,6 @@ bit for bit. `state` describes the folder of a run; a finished run adds model.sa
 
 from __future__ import annotations
 
-import importlib
 import json
 import math
 import signal
@@ -31,14 +29,14 @@ import time
 import warnings
 from collections.abc import Callable
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from types import ModuleType
 
 import torch
 
-from ..base import UserError, write_atomically
-from . import images, parallel, state, telemetry
+from ..base import UserError, unknown, write_atomically
+from . import images, parallel, recipes, state, telemetry
 from .config import TrainConfig
 from .state import Run
 
@@ -101,17 +99,13 @@ def train(
 
 
 def configure(recipe: str, **options) -> tuple[TrainConfig, ModuleType]:
-    """The configuration of a recipe by name, with `options` in place of its defaults, and its module."""
-    module = recipe_of(TrainConfig(**{**options, "recipe": recipe}))
-    return TrainConfig(**{**getattr(module, "DEFAULTS", {}), **options, "recipe": recipe}), module
-
-
-def recipe_of(config: TrainConfig) -> ModuleType:
-    """The module of a configuration's recipe; for DeiT-III on a folder of labelled images `deit3_folder`."""
-    if config.data and config.recipe == "emergence":
-        raise UserError(f"data={config.data!r}: emergence makes its own images")
-    labelled = config.data and config.recipe == "deit3"
-    return importlib.import_module(".deit3_folder" if labelled else f".{config.recipe}", f"{__package__}.recipes")
+    """The configuration of a recipe, by name or path, with `options` in place of its defaults, and its module."""
+    kind = recipes.config_class(recipe, options.get("data", ""))
+    names = [f.name for f in fields(kind)]
+    for name in options:
+        if name not in names:
+            raise unknown(f"option of {recipe}", name, names)
+    return kind(**options), recipes.load(recipe, options.get("data", ""))
 
 
 def learning_rate(config: TrainConfig, step: int) -> float:
@@ -125,7 +119,7 @@ def learning_rate(config: TrainConfig, step: int) -> float:
 def _check(config: TrainConfig, recipe) -> None:
     if config.accumulate > 1 and not _separable(recipe):
         raise UserError(
-            f"--accumulate {config.accumulate}: {config.recipe} compares the images of a batch with each other, "
+            f"--accumulate {config.accumulate}: {config.name} compares the images of a batch with each other, "
             "so parts of it have another loss; use more processes (torchrun) or a smaller --batch-size"
         )
     share = len(parallel.batch_range(config, 0))  # refuses a batch that does not split over the processes
@@ -267,7 +261,7 @@ def _halve(run: Run, recipe, config: TrainConfig, step: int, reason: str) -> Non
         torch.cuda.empty_cache()
     if not _separable(recipe):
         raise UserError(
-            f"out of memory at step {step} ({reason}), and {config.recipe} needs its whole batch at once: "
+            f"out of memory at step {step} ({reason}), and {config.name} needs its whole batch at once: "
             "use more processes (torchrun), a smaller --batch-size or --size"
         )
     if 2 * run.accumulate > config.batch_size // parallel.world():
@@ -308,8 +302,8 @@ def _finish(folder: Path, run: Run, recipe, config: TrainConfig, device, began: 
     whole = parallel.whole(run.ema.module if run.ema else run.module, recipe, config, device)
     if whole is None:
         return {}
-    with parallel.eager(config):
-        measured = recipe.evaluate(whole, config, device)
+    with parallel.eager(config), torch.no_grad():
+        measured = recipe.evaluate(whole.eval(), config, device)
     result = {
         **measured,
         "steps": config.steps,

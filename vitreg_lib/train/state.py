@@ -15,7 +15,7 @@ import json
 import os
 import warnings
 import zlib
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 import pandas as pd
@@ -25,7 +25,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from ..base import UserError, shown, write_atomically, written
-from . import parallel
+from . import parallel, recipes
 from .config import MACHINE, TrainConfig
 from .parallel import full
 
@@ -56,19 +56,24 @@ def claim(folder: Path, config: TrainConfig) -> None:
     wanted = asdict(config)
     if path.exists():
         saved = asdict(read_config(folder))
-        if names := [k for k in wanted if k not in MACHINE and saved[k] != wanted[k]]:
+        if names := [k for k in wanted if k not in MACHINE and saved.get(k) != wanted[k]]:
             raise UserError(f"{folder} holds a run with another {', '.join(names)}; choose another folder or delete it")
     write_atomically(path, json.dumps(wanted, indent=1).encode())
 
 
 def read_config(folder: Path) -> TrainConfig:
-    """The configuration of the run in a folder. Raises UserError where there is none or it cannot be read."""
+    """The configuration of the run in a folder. Raises UserError where there is none or it cannot be read.
+
+    Options of other recipes, which older runs hold, are left out.
+    """
     path = folder / "config.json"
     if not path.exists():
         raise UserError(f"{folder} holds no run: no config.json there")
     try:
-        return TrainConfig(**json.loads(path.read_text()))
-    except (ValueError, TypeError) as error:
+        saved = json.loads(path.read_text())
+        kind = recipes.config_class(saved["recipe"], saved["data"])
+        return kind(**{f.name: saved[f.name] for f in fields(kind) if f.name in saved})
+    except (ValueError, TypeError, KeyError) as error:
         raise UserError(f"{path} is not the configuration of a run of this version: {error}") from error
 
 

@@ -76,7 +76,7 @@ class _Picture:
         if (state := self.state()) is None:
             return
         c = self.config
-        title = f"{c.recipe} {c.size or c.model}, {c.registers} registers: step {step} of {c.steps}"
+        title = f"{c.name} {c.size or c.model}, {c.registers} registers: step {step} of {c.steps}"
         figure = plots.training(*state, c.steps, title)
         plt.close(figure)
         if self.handle is None:

@@ -41,6 +41,18 @@ from ...model.grow import with_registers
 from .. import parallel
 from ..images import HELD_OUT_EVERY, Augmented, Stream, order, unlabelled
 
+LEARNS_FROM = "unlabelled photos: registers into a model that came without"
+OPTIONS = {
+    "model": ("", "the model that gets registers: any name of `vitreg models`"),
+    "start": ("outliers", "of the registers: outliers (what enters block 0 there), or random"),
+    "teacher": ("ttr", "ttr (the model with test-time registers), shift (mean of views), or self"),
+    "free": ("all", "what is trained: all, first (registers and first half of blocks), or registers"),
+    "cutoff": (0.0, "norm of an outlier after the last block; 0: by the model's own norms"),
+    "patch_weight": (2.0, "weight of the patch tokens in the loss"),
+    "answer_weight": (1.0, "weight of the logits (or the pooled features) in the loss"),
+    "photos": (0, "train on that many photos of the folder only; 0: on all"),
+    "report": ("", "photos for the report: a source or folder; default: those held out"),
+}
 DEFAULTS = {
     "size": "",
     "registers": 4,
@@ -288,7 +300,7 @@ def _stream(config, device: str) -> Stream:
         std=model.std,
     )
     photos = unlabelled(_photos(config.data, config.photos, config.seed)[0])
-    return Stream(config, device, Augmented(config, photos, transform))
+    return Stream(config, device, Augmented(config.seed, photos, transform))
 
 
 def _centred(model, paths: list[Path]) -> torch.Tensor:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from ..data.scenes import MEAN, STD, uniform
+from vitreg_lib.data.scenes import MEAN, STD, uniform
 
 RATIO = (3 / 4, 4 / 3)  # width to height of a crop, as torchvision's RandomResizedCrop
 

@@ -13,19 +13,25 @@ from __future__ import annotations
 from operator import attrgetter
 
 import torch
+import views
+from dinov2 import backbone_of, beside_random, tokens
 from torch import nn
 
-from .. import images, parallel, views
-from .dinov2 import backbone_of, beside_random, tokens
+from vitreg_lib.train import images, parallel
 
+LEARNS_FROM = "images alone: views of a scene, without a teacher"
+OPTIONS = {
+    "global_size": (96, "pixels a side of the two whole crops"),
+    "local_size": (32, "pixels a side of the small crops"),
+    "local_crops": (0, "small crops of each image"),
+    "antialias": (True, "resize position embeddings with antialiasing (Figure 10)"),
+}
 DEFAULTS = {
     "size": "s",
     "steps": 1500,
     "batch_size": 256,
     "learning_rate": 5e-3,
     "weight_decay": 0.04,
-    "global_size": 96,
-    "local_crops": 0,
 }
 SEPARABLE = False  # the embeddings of a batch are compared with a distribution
 GLOBAL, LOCAL = (0.5, 1.0), (0.15, 0.5)  # shares of the scene's area in whole and small crops

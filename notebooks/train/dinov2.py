@@ -17,17 +17,27 @@ from __future__ import annotations
 
 import random
 import warnings
+from collections.abc import Iterator
 from operator import attrgetter
 
 import torch
 import torch.nn.functional as F
+import views
 from torch import nn
 
-from ...data.scenes import MEAN, STD
-from ...model import mini
-from .. import images, parallel, views
-from . import new_vit
+from vitreg_lib.data.scenes import MEAN, STD
+from vitreg_lib.model import mini
+from vitreg_lib.train import images, parallel
 
+LEARNS_FROM = "images alone: views of a scene, masked patches"
+OPTIONS = {
+    "prototypes": (1024, "what the heads choose among"),
+    "global_size": (64, "pixels a side of the two whole crops"),
+    "local_size": (32, "pixels a side of the small crops"),
+    "local_crops": (4, "small crops of each image"),
+    "momentum": (0.99, "of the teacher at the start; it rises to 1"),
+    "antialias": (True, "resize position embeddings with antialiasing (Figure 10)"),
+}
 DEFAULTS = {"size": "s", "steps": 600, "batch_size": 64, "learning_rate": 5e-3, "weight_decay": 0.04, "clip_grad": 3.0}
 SEPARABLE = False  # answers are balanced, and embeddings spread, over the batch
 GLOBAL, LOCAL = (0.4, 1.0), (0.1, 0.4)  # shares of the scene's area in whole and small crops
@@ -72,7 +82,7 @@ class DINOv2(nn.Module):
 def backbone_of(config, **options) -> nn.Module:
     """A fresh ViT without a head, from sizes ti/16 on with DINOv2's LayerScale."""
     scale = {} if config.size in mini.SIZES else {"init_values": FULL_LAYER_SCALE}
-    return new_vit(config, **scale, **options)
+    return config.vit(**scale, **options)
 
 
 build = DINOv2
@@ -181,6 +191,27 @@ def beside_random(trained, config, device) -> dict[str, float]:
     return accuracy | {f"random_{name}": value for name, value in knn(fresh, config, device).items()}
 
 
+def asking(config) -> int:
+    """Number of queries among the images of `labelled`."""
+    return min(config.eval_images, len(images.pictures(config.data, "val"))) if config.data else config.eval_images
+
+
+def labelled(config) -> Iterator[tuple[torch.Tensor, dict[str, torch.Tensor]]]:
+    """(pixels, labels) for a nearest-neighbour evaluation: `eval_images` held-out queries, then a bank twice as large.
+
+    labels: by attribute of a scene, or `class` of a folder, whose bank holds training images.
+    """
+    count = config.eval_images
+    if not config.data:
+        yield from images.held_out_scenes(config, 3 * count)
+        return
+    for split, wanted in (("val", count), ("train", 2 * count)):
+        source = images.pictures(config.data, split)
+        for part in images.order(len(source), config.seed)[:wanted].split(256):
+            pixels, labels = images.read(config, source, part)
+            yield pixels, {"class": torch.tensor(labels)}
+
+
 @torch.no_grad()
 def knn(vit, config, device, neighbours: int = 20) -> dict[str, float]:
     """k-NN accuracy (0 to 1) for each attribute: a weighted vote of the 20 nearest images, by cosine of cls tokens.
@@ -189,17 +220,17 @@ def knn(vit, config, device, neighbours: int = 20) -> dict[str, float]:
     """
     vit.eval()
     features, truth = [], []
-    for pixels, labels in images.labelled(config):
+    for pixels, labels in labelled(config):
         features.append(F.normalize(vit.forward_features((pixels.to(device) - MEAN) / STD)[:, 0], dim=1).cpu())
         truth.append(labels)
     features = torch.cat(features)
-    asking = images.asking(config)
-    query, bank = features[:asking], features[asking:]
+    queries = asking(config)
+    query, bank = features[:queries], features[queries:]
     cosine, nearest = (query @ bank.T).topk(min(neighbours, len(bank)))
     weight = (cosine / 0.07).exp()
     shares = {}
     for name in truth[0]:
         label = torch.cat([part[name] for part in truth])
-        votes = F.one_hot(label[asking:][nearest]) * weight[..., None]
-        shares[f"knn_{name}"] = (votes.sum(1).argmax(1) == label[:asking]).float().mean().item()
+        votes = F.one_hot(label[queries:][nearest]) * weight[..., None]
+        shares[f"knn_{name}"] = (votes.sum(1).argmax(1) == label[:queries]).float().mean().item()
     return {"knn": sum(shares.values()) / len(shares), **shares}

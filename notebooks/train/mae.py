@@ -12,14 +12,16 @@ from __future__ import annotations
 from operator import attrgetter
 
 import torch
+import views
 from torch import nn
 
-from ...data.scenes import HELD_OUT, MEAN, STD, uniform
-from ...model import mini
-from ...probes.local import patch_pixels
-from .. import images, views
-from . import new_vit
+from vitreg_lib.data.scenes import HELD_OUT, MEAN, STD, uniform
+from vitreg_lib.model import mini
+from vitreg_lib.probes.local import patch_pixels
+from vitreg_lib.train import images
 
+LEARNS_FROM = "images alone: pixels of masked patches"
+OPTIONS = {"mask_ratio": (0.75, "share of patches that are hidden")}
 DEFAULTS = {"steps": 500, "batch_size": 128}
 DECODER = {"dim": 48, "depth": 2, "heads": 3}  # of mini ViTs
 FULL_DECODER = {"dim": 512, "depth": 8, "heads": 16}  # MAE's, from sizes ti/16 on
@@ -33,7 +35,7 @@ class MaskedAutoencoder(nn.Module):
         super().__init__()
         from timm.models.vision_transformer import Block
 
-        self.encoder = new_vit(config, drop_path_rate=config.drop_path)
+        self.encoder = config.vit(drop_path_rate=config.drop_path)
         self.patch_size = mini.patch_size(config.size)
         decoder = DECODER if config.size in mini.SIZES else FULL_DECODER
         dim, heads = decoder["dim"], decoder["heads"]
@@ -76,10 +78,8 @@ def split(index: torch.Tensor, patches: int, mask_ratio: float, seed: int) -> tu
     return order[:, :visible], order[:, visible:]
 
 
-@torch.no_grad()
 def evaluate(module, config, device) -> dict[str, float]:
     """`error`: squared error on masked patches of held-out images over that of their own means (1: nothing learnt)."""
-    module.eval()
     errors = []
     for first in range(0, config.eval_images, 256):
         pixels = images.held_out(config, config.telemetry_images + first, min(256, config.eval_images - first))

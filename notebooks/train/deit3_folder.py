@@ -20,29 +20,28 @@ import functools
 
 import torch
 import torch.nn.functional as F
+from deit3 import backbone
 from torch.utils.data import DataLoader, Dataset
 
-from ...base import UserError, unknown
-from ...data.scenes import MEAN, STD
-from .. import parallel
-from ..images import order, pictures, seeded, stream
-from . import new_vit
-from .deit3 import backbone
+from vitreg_lib.base import UserError, unknown
+from vitreg_lib.data.scenes import MEAN, STD
+from vitreg_lib.train import parallel
+from vitreg_lib.train.images import Augmented, Stream, order, pictures, seeded
 
 __all__ = ["DEFAULTS", "backbone", "build", "evaluate", "loss", "telemetry_images"]
-DEFAULTS = dict(
-    size="b/16",
-    image_size=224,
-    steps=500_000,
-    batch_size=2048,
-    learning_rate=3e-3,
-    weight_decay=0.05,
-    warmup=3125,
-    optimizer="lamb",
-    drop_path=0.2,
-    eval_images=50_000,
-    save_every=1000,
-)
+DEFAULTS = {
+    "size": "b/16",
+    "image_size": 224,
+    "steps": 500_000,
+    "batch_size": 2048,
+    "learning_rate": 3e-3,
+    "weight_decay": 0.05,
+    "warmup": 3125,
+    "optimizer": "lamb",
+    "drop_path": 0.2,
+    "eval_images": 50_000,
+    "save_every": 1000,
+}
 LOSSES = ("bce", "ce")
 
 
@@ -56,7 +55,7 @@ def build(config) -> torch.nn.Module:
         raise UserError(
             "mixup and CutMix pair images: the batch of each process must be even (or --mixup 0 --cutmix 0)"
         )
-    return new_vit(config, len(classes), drop_path_rate=config.drop_path, init_values=config.layer_scale or None)
+    return config.vit(len(classes), drop_path_rate=config.drop_path, init_values=config.layer_scale or None)
 
 
 def loss(module, config, step, device):
@@ -89,11 +88,27 @@ def telemetry_images(config) -> torch.Tensor:
     return torch.stack([_centred(config)(held_out.read(i)[0]) for i in chosen])
 
 
-@torch.no_grad()
+@functools.lru_cache(maxsize=1)
+def stream(config, device: str) -> Stream:
+    """Augmented training images; the same stream at every step."""
+    from timm.data import create_transform
+
+    transform = create_transform(
+        config.image_size,
+        is_training=True,
+        train_crop_mode=config.crop,
+        auto_augment=config.augment or None,
+        color_jitter=config.color_jitter or None,
+        interpolation="bicubic",
+        mean=(MEAN,) * 3,
+        std=(STD,) * 3,
+    )
+    return Stream(config, device, Augmented(config.seed, pictures(config.data, "train"), transform))
+
+
 def evaluate(module, config, device) -> dict[str, float]:
     """Top-1 accuracy (0 to 1) on the held-out images, `eval_images` of them at most, centre crop."""
     stream.cache_clear()  # ends the workers
-    module.eval()
     held_out = pictures(config.data, "val")
     chosen = order(len(held_out), config.seed)[: config.eval_images]
     loader = DataLoader(_Centred(config, chosen), batch_size=64, num_workers=config.workers)

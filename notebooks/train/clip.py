@@ -12,6 +12,7 @@ of background.
 
 from __future__ import annotations
 
+import functools
 import math
 from operator import attrgetter
 
@@ -19,13 +20,22 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ...data.scenes import ATTRIBUTES, MEAN, STD
-from ...model.text import TEMPLATES, text_tower, tokenizer
-from ...probes import zeroshot
-from .. import images, parallel
-from . import new_vit
+from vitreg_lib.base import UserError
+from vitreg_lib.data.scenes import ATTRIBUTES, MEAN, STD
+from vitreg_lib.model.text import TEMPLATES, text_tower, tokenizer
+from vitreg_lib.probes import zeroshot
+from vitreg_lib.train import images, parallel
 
+LEARNS_FROM = "captions"
+OPTIONS = {
+    "embed_dim": (64, "dimensions in which images and captions meet"),
+    "text_width": (32, "embed_dim of the text tower"),
+    "text_layers": (2, "blocks of the text tower"),
+    "context": (24, "tokens of a caption at most"),
+}
 DEFAULTS = {"size": "s", "steps": 800, "batch_size": 128}
+CAPTIONS = ("caption", "text", "txt")  # columns that hold a caption
+IMAGES = ("image", "jpg", "jpeg", "png", "webp")  # columns that hold an image
 SEPARABLE = False  # each image is compared with all captions of the batch
 
 
@@ -34,7 +44,7 @@ class Clip(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.visual = new_vit(config, config.embed_dim, drop_path_rate=config.drop_path)
+        self.visual = config.vit(config.embed_dim, drop_path_rate=config.drop_path)
         self.text = text_tower(config.text_width, config.text_layers, config.embed_dim, config.context)
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
 
@@ -56,11 +66,56 @@ def companions(module) -> dict[str, dict]:
     return {"text": module.text.state_dict()}
 
 
+def pairs(config, step: int, device) -> tuple[torch.Tensor, list[str]]:
+    """This process's images (n, 3, size, size) of a step, in [0, 1], and their captions."""
+    if not config.data:
+        batch = images.rendered(config, step, device)
+        return batch.pixels, batch.captions()
+    source = captioned(config.data, "train")
+    pixels, captions = images.stream(config, str(device), source, config.image_size).batch(step)
+    return pixels, list(captions)
+
+
+@functools.lru_cache(maxsize=2)
+def captioned(data: str, split: str) -> images.Pictures:
+    """A split of the pairs of image and caption in a folder, of which every twentieth is held out ("val").
+
+    They are Parquet files or WebDataset's shards (.tar with .jpg and .txt), read by `datasets`. Raises UserError for a
+    folder without such files or columns.
+    """
+    from datasets import load_dataset
+
+    folder = images.existing(data, "*.parquet or *.tar files of pairs")
+    kinds = {"parquet": "*.parquet", "webdataset": "*.tar"}
+    kind, files = next(((k, f) for k, end in kinds.items() if (f := sorted(map(str, folder.rglob(end))))), (None, []))
+    if kind is None:
+        raise UserError(f"no pairs in {folder}: *.parquet with image and caption, or *.tar with .jpg and .txt wanted")
+    rows = load_dataset(kind, data_files=files, split="train")
+    columns = [next((n for n in names if n in rows.features), None) for names in (IMAGES, CAPTIONS)]
+    if None in columns:
+        names = ", ".join(rows.features)
+        raise UserError(f"{files[0]} has the columns {names}: {IMAGES[0]} and {CAPTIONS[0]} are expected")
+    return images.Pictures(rows.select(images.every_twentieth(len(rows), split)), *columns)
+
+
+def held_out(config, count: int) -> tuple[torch.Tensor, list[str]]:
+    """At most `count` pairs of a folder outside the training set: images in [0, 1] and captions."""
+    source = captioned(config.data, "val")
+    return images.read(config, source, images.order(len(source), config.seed)[:count])
+
+
+def telemetry_images(config) -> torch.Tensor:
+    """The first held-out images, normalised."""
+    if not config.data:
+        return images.telemetry_images(config)
+    return (held_out(config, config.telemetry_images)[0] - MEAN) / STD
+
+
 def loss(module, config, step, device):
     """Cross-entropy of finding each image's caption and each caption's image among those of all ranks."""
     from open_clip.loss import ClipLoss
 
-    pixels, captions = images.pairs(config, step, device)
+    pixels, captions = pairs(config, step, device)
     image = parallel.gather(module.encode_image((pixels - MEAN) / STD))
     text = parallel.gather(module.encode_text(tokenizer(config.context)(captions).to(device)))
     scale = module.logit_scale.clamp(max=math.log(100)).exp()
@@ -77,15 +132,13 @@ def class_embeddings(encode_text, attribute: str, device="cpu") -> torch.Tensor:
     )
 
 
-@torch.no_grad()
 def evaluate(module, config, device) -> dict[str, float]:
     """Zero-shot accuracy (0 to 1) on held-out scenes by attribute; `zeroshot` is their mean.
 
     With pairs of one's own `retrieval`: the share of held-out images whose own caption is the nearest of all.
     """
-    module.eval()
     if config.data:
-        pixels, captions = images.pairs_held_out(config)
+        pixels, captions = held_out(config, config.eval_images)
         pictures = [module.encode_image((part.to(device) - MEAN) / STD) for part in pixels.split(64)]
         ids = tokenizer(config.context)(captions).to(device)
         texts = [module.encode_text(part) for part in ids.split(64)]

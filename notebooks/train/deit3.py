@@ -12,16 +12,27 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from ...data.scenes import ATTRIBUTES, MEAN, STD, targets
-from .. import images
-from . import new_vit
+from vitreg_lib.data.scenes import ATTRIBUTES, MEAN, STD, targets
+from vitreg_lib.train import images
 
+LEARNS_FROM = "labels"
+WITH_DATA = "deit3_folder"
+OPTIONS = {
+    "layer_scale": (1e-4, "with --data: LayerScale at the start"),
+    "augment": ("3a", "with --data: an augmentation of timm's, 3a being 3-Augment"),
+    "loss": ("bce", "with --data: bce, or ce (softmax cross-entropy)"),
+    "crop": ("rrc", "with --data: rrc, or rkrr (short side to size, then a random crop)"),
+    "color_jitter": (0.3, "with --data: strength"),
+    "mixup": (0.8, "with --data: alpha of mixup, 0 for none"),
+    "cutmix": (1.0, "with --data: alpha of CutMix, 0 for none"),
+    "smoothing": (0.0, "with --data: label smoothing"),
+}
 NUM_LABELS = sum(map(len, ATTRIBUTES.values()))
 
 
 def build(config) -> torch.nn.Module:
     """A fresh mini ViT with a linear head for the 24 labels."""
-    return new_vit(config, NUM_LABELS, drop_path_rate=config.drop_path)
+    return config.vit(NUM_LABELS, drop_path_rate=config.drop_path)
 
 
 def backbone(module):
@@ -38,10 +49,8 @@ def loss(module, config, step, device):
     return value, {"accuracy": (logits[:, :8].argmax(1) == batch.label).float().mean().item()}
 
 
-@torch.no_grad()
 def evaluate(module, config, device) -> dict[str, float]:
     """Accuracy (0 to 1) on held-out scenes: `accuracy` of the shape, the class of a scene, and of each attribute."""
-    module.eval()
     correct = dict.fromkeys(ATTRIBUTES, 0)
     for pixels, labels in images.held_out_scenes(config, config.eval_images, device):
         logits = module((pixels - MEAN) / STD).split([len(names) for names in ATTRIBUTES.values()], 1)
