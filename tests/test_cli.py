@@ -60,7 +60,7 @@ def failing(capsys, *arguments: str) -> str:
         ("report --profile small", "nothing made yet in profile small"),
         ("train --resume nowhere", "nowhere holds no run"),
         ("train", "name what to train (clip, deit3, "),
-        ("train dinov3", "unknown recipe 'dinov3': did you mean dinov2?"),
+        ("train dinov3", "unknown recipe 'dinov3': did you mean dinov2 or deit3?"),
         ("train deit3 --steps many", "Invalid value for '--steps'"),
         ("train deit3 --mask-ratio 0.5", "No such option: --mask-ratio"),
         ("train --resume nowhere deit3", "leave deit3 out"),
