@@ -19,7 +19,7 @@ from dataclasses import field, fields, make_dataclass
 from pathlib import Path
 from types import ModuleType
 
-from ...base import IS_REPOSITORY, NOTEBOOKS, UserError, unknown
+from ...base import IS_REPOSITORY, NOTEBOOKS, ROOT, UserError, unknown
 from ..config import TrainConfig, option
 
 LITERALS = {"LEARNS_FROM": "", "DEFAULTS": {}, "OPTIONS": {}, "WITH_DATA": ""}  # and what they are where left out
@@ -37,10 +37,10 @@ def listed() -> dict[str, Path]:
 def find(recipe: str) -> Path:
     """The file of a recipe, by its name or its path. Raises UserError where there is none."""
     if recipe.endswith(".py"):
-        path = Path(recipe).expanduser().resolve()
-        if not path.is_file():
+        paths = [Path(recipe).expanduser().resolve(), ROOT / recipe]
+        if not any(path.is_file() for path in paths):
             raise UserError(f"no recipe {recipe!r}: there is no such file")
-        return path
+        return next(path for path in paths if path.is_file())
     if recipe not in listed():
         elsewhere = "" if IS_REPOSITORY else "; deit3 and the others of the notebooks come with the repository"
         raise unknown("recipe", recipe, listed(), f"or the path of a file of your own, ending in .py{elsewhere}")
@@ -61,10 +61,11 @@ def literals(path: Path) -> dict:
 def config_class(recipe: str, data: str = "") -> type[TrainConfig]:
     """`TrainConfig` with a recipe's own options and its defaults, where it learns from the folder `data` or from none.
 
-    A field `recipe` holds the recipe's name or the whole path of its file.
+    A field `recipe` holds the recipe's name or the path of its file, from the repository's root where it is inside.
     """
     path = find(recipe)
-    return _config_class(recipe if recipe in listed() else str(path), path, _file(path, data))
+    place = path.relative_to(ROOT) if path.is_relative_to(ROOT) else path
+    return _config_class(recipe if recipe in listed() else str(place), path, _file(path, data))
 
 
 @functools.cache
