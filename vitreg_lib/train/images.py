@@ -136,6 +136,7 @@ def _class_folders(root: Path, split: str) -> Pictures:
 
 
 def existing(data: str, content: str) -> Path:
+    """The folder of `--data`. Raises UserError, which says that one with `content` is expected, where there is none."""
     root = Path(data).expanduser()
     if not root.is_dir():
         raise UserError(f"no folder {data!r} for --data: write the path of one with {content}")
