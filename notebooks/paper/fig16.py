@@ -143,7 +143,7 @@ def image_grid(
     """A grid of pictures with labels on its margins.
 
     rows: (label, cells); a cell is (3, h, w) pixels, an (r, c) map, or None for an empty place. Maps share a colour
-    scale per `scale`: "row", "all" or "each"; the colour bar says `label`.
+    scale per `scale`: "row", "all" or "each"; a colour bar says `label`.
     """
     count = max(len(cells) for _, cells in rows)
     figure, axes = plt.subplots(len(rows), count, figsize=(cell * count + 1.2, cell * len(rows) + 0.4), squeeze=False)
@@ -165,4 +165,10 @@ def image_grid(
             figure.colorbar(drawn, ax=list(row_axes), fraction=0.02, pad=0.01, label=label)
     for axis, title in zip(axes[0], columns or [], strict=False):
         axis.set_title(title, fontsize=8)
+    if scale == "each" and everything:
+        bar = figure.colorbar(
+            ScalarMappable(cmap=cmap), ax=axes.ravel().tolist(), location="bottom", aspect=60, pad=0.02
+        )
+        bar.set_ticks([0, 1], labels=["least", "largest"])
+        bar.set_label(f"{label}, of each map")
     return figure

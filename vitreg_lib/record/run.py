@@ -263,13 +263,21 @@ class Run:
                 self.measure(called, value, label, paper=(paper or {}).get(called))
 
     def caption(self, images=None) -> str:
-        """A caption for a figure: the labels of the models, the images, and whether a profile chose them."""
+        """A caption for a figure: the labels of the models, the images, and whether a profile chose them.
+
+        images: an `Images`, or a list of models, each with its own images.
+        """
         by_hand = [name for name in ("models", "images") if self.parameters.get(name)]
         chosen = f"{' and '.join(by_hand)} chosen by hand" if by_hand else f"profile {self.profile}"
         models = ", ".join(m.label + (f" ({m.role})" if m.is_control else "") for m in self.models)
         if len(self.models) > 6:
             models = f"{len(self.models)} models"
-        return f"{self.item}, {chosen}: {models}" + (f"; {images.source}" if images else "")
+        shown = images.source if images and not isinstance(images, list) else ""
+        if isinstance(images, list):
+            *first, last = dict.fromkeys(map(self.source, images))
+            several = f"{', '.join(first)} and {last}, each model's own, at most {self.settings['n_images']} of each"
+            shown = several if first else self.images(images[0]).source
+        return f"{self.item}, {chosen}: {models}" + (f"; {shown}" if shown else "")
 
     def claim(
         self, claim: str, holds: bool | str | None, measured: str, text: str | None = None, paper: str | None = None
