@@ -132,40 +132,24 @@ def _of_registers(name: str, attention: torch.Tensor, tokens: list[str]):
 
 
 @styled
-def image_grid(
-    rows: list[tuple[str, list]],
-    columns: list[str] | None = None,
-    cmap: str = NORMS,
-    scale: str = "row",
-    label: str = "norm",
-    cell: float = 1.35,
-) -> Figure:
+def image_grid(rows: list[tuple[str, list]], columns: list[str] = (), cmap: str = NORMS, label: str = "") -> Figure:
     """A grid of pictures with labels on its margins.
 
-    rows: (label, cells); a cell is (3, h, w) pixels, an (r, c) map, or None for an empty place. Maps share a colour
-    scale per `scale`: "row", "all" or "each"; a colour bar says `label`.
+    rows: (label, cells); a cell is (3, h, w) pixels, an (r, c) map on a colour scale of its own, or None for an empty
+    place. label: what the maps show; with it there is a colour bar.
     """
-    count = max(len(cells) for _, cells in rows)
+    count, cell = max(len(cells) for _, cells in rows), 1.35  # inches
     figure, axes = plt.subplots(len(rows), count, figsize=(cell * count + 1.2, cell * len(rows) + 0.4), squeeze=False)
-    maps = [[c for c in cells if c is not None and c.ndim == 2] for _, cells in rows]
-    everything = [m for row in maps for m in row]
-    for (name, cells), row_axes, row_maps in zip(rows, axes, maps, strict=True):
-        drawn = None
+    for (name, cells), row_axes in zip(rows, axes, strict=True):
         for axis, content in zip(row_axes, list(cells) + [None] * (count - len(cells)), strict=True):
             bare(axis)
-            if content is None:
-                continue
-            if content.ndim == 2:
-                among = {"row": row_maps, "all": everything, "each": [content]}[scale]
-                norm = Normalize(min(float(m.min()) for m in among), max(float(m.max()) for m in among))
-                drawn = ScalarMappable(norm, cmap)
-            draw_map(axis, content, cmap, drawn and drawn.norm)
+            if content is not None:
+                own = Normalize(float(content.min()), float(content.max())) if content.ndim == 2 else None
+                draw_map(axis, content, cmap, own)
         row_axes[0].set_ylabel(wrapped(name), rotation=0, ha="right", va="center", fontsize=8)
-        if drawn is not None and scale != "each":
-            figure.colorbar(drawn, ax=list(row_axes), fraction=0.02, pad=0.01, label=label)
-    for axis, title in zip(axes[0], columns or [], strict=False):
+    for axis, title in zip(axes[0], columns, strict=False):
         axis.set_title(title, fontsize=8)
-    if scale == "each" and everything:
+    if label:
         bar = figure.colorbar(
             ScalarMappable(cmap=cmap), ax=axes.ravel().tolist(), location="bottom", aspect=60, pad=0.02
         )
