@@ -219,7 +219,7 @@ def test_resuming_by_the_command(straight, tmp_path, capsys, monkeypatch, assert
     assert cli.main(["train", "--resume", str(tmp_path), "--save-every", "2", "--device", "cpu"]) == 0
     told = capsys.readouterr().out
     assert json.loads(told[: told.rindex("}") + 1])["steps"] == 7
-    assert told.endswith("weights: model.safetensors\n")
+    assert told.endswith(f"weights: {tmp_path / 'model.safetensors'}\n")
     assert_same_run(straight("deit3"), tmp_path)
     assert state.read_config(tmp_path) == replace(state.read_config(straight("deit3")), save_every=2)
     monkeypatch.setattr(loop, "train", lambda *_: press_stop(0, 0))

@@ -12,7 +12,7 @@ from typing import Annotated
 
 import typer
 
-from ..base import ROOT, UserError, local_rank, shown
+from ..base import ROOT, UserError, local_rank
 from . import recipes
 from .config import MACHINE, TrainConfig
 
@@ -77,7 +77,7 @@ def train(recipe: str | None, resume: str | None = None, out: str | None = None,
         result = loop.train(config, module, folder, parallel.start(device))
         if parallel.rank() == 0:
             print(json.dumps(result, indent=1))
-            print(f"weights: {shown(folder / 'model.safetensors')}")
+            print(f"weights: {folder / 'model.safetensors'}")
     except NothingToMend as reason:  # a recipe for a phenomenon that this model does not show
         print(reason)
     finally:
