@@ -89,6 +89,7 @@ def models(item: str, parameters: dict) -> set[str]:
     return {model_names.split(name)[0] for name in named.replace(",", " ").split()}
 
 
+@functools.cache
 def _reached(source: str, folder: Path) -> list[Path]:
     """Files of this repository that a source in `folder` imports, at its top or inside functions, or names as `vr.`.
 
