@@ -7,9 +7,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from vitreg_lib.base import NOTEBOOKS, ROOT, UserError
+from vitreg_lib.base import ROOT, UserError
 
 sys.path.insert(0, str(ROOT / "workflow"))
+import sinks  # noqa: E402
 import stamped  # noqa: E402
 
 from vitreg_lib.data import images, scenes, textures  # noqa: E402
@@ -85,9 +86,6 @@ def test_which_seeds_count_by_what_was_set_before_the_runs():
 
 def test_the_shipped_pair_grew_artifacts_without_registers_and_none_with():
     """The criteria of docs/log.md, on images that `images.load` gives: neither trained on nor judged before."""
-    sys.path.insert(0, str(NOTEBOOKS / "beyond"))
-    import sinks
-
     for name, registers in (("mini-stamps", 0), ("mini-stamps-reg4", 4)):
         model = zoo.load(name, "cpu")
         shown = images.load("stamps", model, 64)

@@ -8,7 +8,6 @@ import matplotlib.pyplot as plt
 import torch
 from map_scores import entropy, mass
 from matplotlib.cm import ScalarMappable
-from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from verdicts import above, copies, registered
 
@@ -144,8 +143,7 @@ def image_grid(rows: list[tuple[str, list]], columns: list[str] = (), cmap: str 
         for axis, content in zip(row_axes, list(cells) + [None] * (count - len(cells)), strict=True):
             bare(axis)
             if content is not None:
-                own = Normalize(float(content.min()), float(content.max())) if content.ndim == 2 else None
-                draw_map(axis, content, cmap, own)
+                draw_map(axis, content, cmap)
         row_axes[0].set_ylabel(wrapped(name), rotation=0, ha="right", va="center", fontsize=8)
     for axis, title in zip(axes[0], columns, strict=False):
         axis.set_title(title, fontsize=8)

@@ -35,7 +35,6 @@ def parquet_files(root: Path, split: str) -> list[str]:
 
 def class_folders(folder: Path, without=()) -> tuple[list[str], list[tuple[str, int]]]:
     """(class names, [(path, class number)]) of the photos CLASS/photo.jpg below a folder, both sorted."""
-
     from torchvision.datasets.folder import make_dataset
 
     folders = (p.name for p in folder.iterdir() if p.is_dir())

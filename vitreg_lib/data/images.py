@@ -75,6 +75,9 @@ def stream(
     first: leave out the images that `load` gives for n = first.
     """
     size, left_out, any_read = size or model.input_size, {}, False
+    if source in ONE_SIZE and size != ONE_SIZE[source][0]:
+        pixels, made_for = ONE_SIZE[source]
+        raise UserError(f"{source} have {pixels} pixels a side, this model wants {size}; try {made_for}")
     if source in PROCEDURAL:
         for start in range(first, n, batch_size):
             yield PROCEDURAL[source](model, range(start, min(start + batch_size, n)), n, seed, size)
@@ -112,9 +115,7 @@ def _scenes(model, rows: range, n: int, seed: int, size: int) -> Images:
 
 def _textures(model, rows: range, n: int, seed: int, size: int) -> Images:
     """Held-out images of the recipe `emergence`: normal numbers, which the model sees without normalisation."""
-    pixels, draw = textures.GRID * textures.PATCH, 64
-    if size != pixels:
-        raise UserError(f"textures have {pixels} pixels a side, this model wants {size}; try mini-corners")
+    draw = 64
     first, parts = textures.TO_LOOK_AT + 1000 * seed, range(rows.start // draw, -(-rows.stop // draw))
     x = torch.cat([textures.held_out(textures.SHIPPED, draw, part=first + i).pixels for i in parts])
     x = x[rows.start - parts.start * draw :][: len(rows)]
@@ -124,8 +125,6 @@ def _textures(model, rows: range, n: int, seed: int, size: int) -> Images:
 
 def _stamps(model, rows: range, n: int, seed: int, size: int) -> Images:
     """Held-out scenes with stamps and dots, as the recipe gives them: from -1 to 1, without normalisation."""
-    if size != stamps.SIDE:
-        raise UserError(f"stamps have {stamps.SIDE} pixels a side, this model wants {size}; try mini-stamps")
     plain = _scenes(model, rows, n, seed, size).scenes
     draws = [torch.Generator().manual_seed(1000 * seed + i) for i in rows]
     x = torch.cat([stamps.stamp(p[None], draw)[0] for p, draw in zip(plain.pixels, draws, strict=True)])
@@ -134,6 +133,8 @@ def _stamps(model, rows: range, n: int, seed: int, size: int) -> Images:
 
 
 PROCEDURAL = {"scenes": _scenes, "stamps": _stamps, "textures": _textures}
+# those that come in one size: (pixels a side, the model that learns from them)
+ONE_SIZE = {"stamps": (stamps.SIDE, "mini-stamps"), "textures": (textures.GRID * textures.PATCH, "mini-corners")}
 
 
 def labels(images: Images, folders: bool = False) -> torch.Tensor | None:

@@ -147,8 +147,13 @@ def fit_selected(x: Tensor, y: Tensor, x_val: Tensor, y_val: Tensor, strengths=D
 
 def scale(x: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
     """All tensors divided by one number, the root mean square of the centred first: strengths then mean the same."""
-    size = (x - x.mean(0)).square().mean().sqrt().clamp_min(1e-12)
+    size = spread(x)
     return tuple(t / size for t in (x, *others))
+
+
+def spread(x: Tensor) -> Tensor:
+    """The number that `scale` divides by: the root mean square of the centred features (n, dim)."""
+    return (x - x.mean(0)).square().mean().sqrt().clamp_min(1e-12)
 
 
 def split_by_image(image_ids: Tensor, seed: int = 0, fold: int = 0) -> Tensor:

@@ -10,7 +10,7 @@ and in test.
 import torch
 from torch import Tensor
 
-from .linear import fit_logistic, fit_ridge, predict, scale, select, split_by_image
+from .linear import fit_logistic, fit_ridge, predict, select, split_by_image, spread
 
 POSITION_STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 RIDGE_STRENGTHS = tuple(10.0**i for i in range(-2, 8))
@@ -90,7 +90,9 @@ def position_probe(
     return _three_fits(tokens, groups, image_ids, fit, score, ["accuracy", "distance", "chance", "places"], **options)
 
 
-def reconstruction_probe(tokens: Tensor, pixels: Tensor, groups: dict[str, Tensor], image_ids: Tensor, **options):
+def reconstruction_probe(
+    tokens: Tensor, pixels: Tensor, groups: dict[str, Tensor], image_ids: Tensor, max_tokens: int = 50000, **options
+):
     """A DataFrame with one row for each group and fit: the error of predicting the pixels of the group's test patches.
 
     pixels (tokens, values); the other arguments are those of `position_probe`. Columns: group, fit, train, test, l2
@@ -114,7 +116,7 @@ def reconstruction_probe(tokens: Tensor, pixels: Tensor, groups: dict[str, Tenso
         l2 = _l2(redrawn(x) - pixels[test])
         return {"l2": l2, "relative": l2 / max(_l2(mean - pixels[test]), 1e-12)}
 
-    return _three_fits(tokens, groups, image_ids, fit, score, ["l2", "relative"], **options)
+    return _three_fits(tokens, groups, image_ids, fit, score, ["l2", "relative"], max_tokens, **options)
 
 
 def patch_pixels(images: Tensor, patch_size: int) -> Tensor:
@@ -145,8 +147,10 @@ def _three_fits(tokens, groups, image_ids, fit, score, columns, max_tokens: int 
         sizes = (max_tokens, max(1, max_tokens // 4))
         train, val = (_draw(mask & (part == i), size, seed) for i, size in enumerate(sizes))
 
+        size = spread(tokens[train].float())
+
         def scaled(rows):  # a copy of some tokens at a time: all together may take most of the memory
-            return scale(tokens[train].float(), tokens[rows].float())[1]
+            return tokens[rows].float() / size
 
         result = fit(scaled, train, val) if train.any() and val.any() else None
         fits.append((mask, result, scaled, int(train.sum())))

@@ -119,7 +119,7 @@ def kind(look: Look) -> Answer:
         _place_or_content(look, answer)
     if detection.images >= FEWEST:
         _sinks(look, answer)
-    alike = registers_alike(look.model, look.kept.x[:8])
+    alike = registers_alike(look.model, look.kept)
     answer.numbers["largest_cosine_of_registers"] = alike
     if alike is not None:
         answer.say("copies" if alike >= COPIES else "no_copies", registers=look.model.anatomy.num_registers)

@@ -37,10 +37,10 @@ def listed() -> dict[str, Path]:
 def find(recipe: str) -> Path:
     """The file of a recipe, by its name or its path. Raises UserError where there is none."""
     if recipe.endswith(".py"):
-        paths = [Path(recipe).expanduser().resolve(), ROOT / recipe]
-        if not any(path.is_file() for path in paths):
-            raise UserError(f"no recipe {recipe!r}: there is no such file")
-        return next(path for path in paths if path.is_file())
+        for path in (Path(recipe).expanduser().resolve(), ROOT / recipe):
+            if path.is_file():
+                return path
+        raise UserError(f"no recipe {recipe!r}: there is no such file")
     if recipe not in listed():
         elsewhere = "" if IS_REPOSITORY else "; deit3 and the others of the notebooks come with the repository"
         raise unknown("recipe", recipe, listed(), f"or the path of a file of your own, ending in .py{elsewhere}")
