@@ -66,7 +66,7 @@ def by_group(tables: dict, columns: dict[str, str], cap: dict[str, float] | None
     """Dots of probe scores: a row a column of the tables, a panel a model, groups along x, a marker for each fit.
 
     tables: {model: DataFrame indexed by (group, fit)}; columns: {column: axis label}; cap: the top of a column's axis,
-    where larger values are drawn with the fit's name and their number.
+    where larger values are drawn with their number.
     """
     styles = dict(zip(FITS, zip((PAPER, PALETTE[4], PALETTE[0]), "soD", strict=True), strict=True))
     size = (2.2 * len(tables) + 1.0, 1.9 * len(columns) + 0.6)
@@ -78,7 +78,7 @@ def by_group(tables: dict, columns: dict[str, str], cap: dict[str, float] | None
             dots(axis, shown.assign(value=shown.value.clip(upper=top)), "value", "group", "fit", styles)
             places = {group: place for place, group in enumerate(shown.group.unique())}
             for group, part in shown[shown.value > top].groupby("group"):
-                text = [f"{fit}: {v:{',.0f' if v >= 100 else '.3g'}}" for fit, v in part[["fit", "value"]].to_numpy()]
+                text = [f"{v:{',.0f' if v >= 100 else '.3g'}}" for v in part.value]
                 place = dict(xytext=(0, 4), textcoords="offset points", ha="center", va="bottom")
                 axis.annotate("\n".join(text), (places[group], top), fontsize=7, color=PAPER, **place)
             axis.set(xlim=(-0.6, len(places) - 0.4))

@@ -42,13 +42,17 @@ def claims(models, found: dict, pairs: dict[str, str], truths: dict, having, pro
             yield f"control-{name}", score["f1"] >= 0.95, f"F1 {score['f1']:.3f}", text, "none"
 
 
-def layer_histogram(norms: dict[str, torch.Tensor]):
-    """The histogram of one block's patch norms for each model, norms (images, layers, patches). The block slides."""
+def layer_histogram(norms: dict[str, torch.Tensor], found: dict):
+    """The histogram of one block's patch norms for each model, norms (images, layers, patches). The block slides.
+
+    found: `Outliers` by label. Their cutoff is taken to every block as the same multiple of the median, as for onsets.
+    """
+    times = {name: each.cutoff / each.norms.median().item() for name, each in found.items()}
     deepest = max(values.shape[1] for values in norms.values()) - 1
 
     def draw(layer):
         at = {name: values[:, min(layer, values.shape[1] - 1)] for name, values in norms.items()}
-        cutoffs = {name: outliers.cutoff(values) for name, values in at.items()}
+        cutoffs = {name: times[name] * values.median().item() for name, values in at.items()}
         return plots.histograms(at, cutoffs, paper=f"block {layer}", columns=4)
 
     return widgets.interact(draw, layer=("IntSlider", {"value": deepest, "min": 0, "max": deepest}))

@@ -107,8 +107,11 @@ def _gram(x: torch.Tensor) -> torch.Tensor:
 
 
 @styled
-def matrix(values: dict[str, torch.Tensor], names: list[str], label: str) -> Figure:
-    """Square matrices (K, K) of one number for each pair, side by side, with the numbers written in."""
+def matrix(values: dict[str, torch.Tensor], names: dict[str, list[str]], label: str) -> Figure:
+    """Square matrices (K, K) of one number for each pair, side by side, with the numbers written in.
+
+    values: {model: matrix}; names: {model: names of its K rows and columns}.
+    """
     figure, axes = plt.subplots(1, len(values), figsize=(2.6 * len(values) + 0.5, 2.7), squeeze=False)
     for axis, (title, square) in zip(axes[0], values.items(), strict=True):
         drawn = axis.imshow(square.cpu(), cmap=COMPONENT, vmin=-1, vmax=1)
@@ -123,8 +126,8 @@ def matrix(values: dict[str, torch.Tensor], names: list[str], label: str) -> Fig
                     fontsize=7,
                     color="white" if abs(value) > 0.7 else "black",
                 )
-        axis.set_xticks(range(len(names)), names, rotation=45, ha="right", fontsize=7)
-        axis.set_yticks(range(len(names)), names, fontsize=7)
+        axis.set_xticks(range(len(square)), names[title], rotation=45, ha="right", fontsize=7)
+        axis.set_yticks(range(len(square)), names[title], fontsize=7)
         axis.grid(False)
         axis.set_title(title)
     figure.colorbar(drawn, ax=axes[0].tolist(), fraction=0.04, label=label)

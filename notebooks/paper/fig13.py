@@ -8,12 +8,15 @@ import matplotlib.pyplot as plt
 import numpy as np
 import paired
 import torch
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from verdicts import above, cured, every
 
 from vitreg_lib.data import sets
 from vitreg_lib.measure import objects, pairs
-from vitreg_lib.plots.maps import COMPONENT
+from vitreg_lib.plots.maps import COMPONENT, draw_map
 from vitreg_lib.plots.style import NORMS, PALETTE, bare, draw_box, picture, styled, wrapped
 
 
@@ -74,13 +77,15 @@ def discovery(pixels: torch.Tensor, found: dict, patch_sizes: dict[str, int], tr
                 hit = bool(objects.box_hits(box[None], truth[i : i + 1]))
                 style = dict(color=PALETTE[2] if hit else PALETTE[1], fontsize=9, fontweight="bold", labelpad=2)
                 panels[3].set_xlabel("hit" if hit else "miss", **style)
+    marks = {"seed": dict(marker="x", color=PALETTE[1]), "LOST's box": dict(ls="-", color=PALETTE[1])}
+    key(figure, axes, marks | ({} if truth is None else {"true box": dict(ls="--", color=PALETTE[0])}))
     return figure
 
 
 def rows_of_panels(names: list[str], count: int, titles: tuple[str, ...], cell: float = 1.05):
     """(figure, axes (names, images, titles)), bare, names on the left, a gap between images."""
     widths = ([1.0] * len(titles) + [0.12]) * count
-    figure = plt.figure(figsize=(cell * sum(widths) + 1.0, cell * len(names) + 0.5))
+    figure = plt.figure(figsize=(cell * sum(widths) + 1.0, cell * len(names) + 1.3))
     grid = figure.subplots(len(names), len(widths), squeeze=False, width_ratios=widths)
     for axis in grid.flat:
         bare(axis)
@@ -94,9 +99,19 @@ def rows_of_panels(names: list[str], count: int, titles: tuple[str, ...], cell: 
 
 
 def signed(axis, values: torch.Tensor) -> None:
-    """A map in two colours, white at 0."""
+    """A map in two colours, white at 0; a flat one is grey."""
     most = float(values.abs().max()) or 1.0
-    axis.imshow(values.numpy(), cmap=COMPONENT, vmin=-most, vmax=most, interpolation="nearest")
+    draw_map(axis, values, COMPONENT, Normalize(-most, most))
+
+
+def key(figure: Figure, axes, marks: dict) -> None:
+    """Below the panels, what the two colours of `signed` mean; above them, {name: marker or line} of the marks."""
+    colours = ScalarMappable(Normalize(-1, 1), COMPONENT)
+    bar = figure.colorbar(colours, ax=axes.ravel().tolist(), location="bottom", aspect=50, shrink=0.5, pad=0.02)
+    bar.set_ticks([-1, 0, 1], labels=["stays out", "0: LOST cuts here", "joins the object"])
+    bar.set_label("similarity, of each map")
+    lines = [Line2D([], [], **{"ls": "", "mew": 1.4, "ms": 6} | style) for style in marks.values()]
+    figure.legend(lines, marks, loc="outside upper center", ncols=4)
 
 
 def claims(models, compared, roughness: dict, having):

@@ -8,7 +8,7 @@ import paired
 import pandas as pd
 import torch
 import torch.nn.functional as F
-from fig13 import rows_of_panels, signed
+from fig13 import key, rows_of_panels, signed
 from map_scores import median
 from matplotlib.figure import Figure
 from verdicts import above, specimen
@@ -92,6 +92,8 @@ def draw_expansions(
                     ring(axis, spots[name][kind][i])
                 rows, cols = by_kind[kind].shape[1:]
                 axis.set(xlim=(-0.5, cols - 0.5), ylim=(rows - 0.5, -0.5))  # marks at the border would widen it
+    spot = {"spot": dict(marker="o", color="black", mfc="none")} if spots is not None else {}
+    key(figure, axes, spot | ({} if outliers is None else {"norm outlier": dict(marker="x", color="black")}))
     return figure
 
 

@@ -22,6 +22,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from vitreg_lib.base import DATA, UserError
+from vitreg_lib.data import sets
 from vitreg_lib.data.scenes import SHAPES
 from vitreg_lib.measure import detection
 from vitreg_lib.plots.style import PALETTE, PAPER, styled
@@ -256,13 +257,15 @@ def changes(found: dict[str, Scores], pairs: dict[str, str], draws: int = 1000, 
 def class_iou(found: Scores):
     """A Series: IoU of every class, mean over seeds; NaN where a class is neither predicted nor labelled.
 
-    Classes of scenes go by their names, those of other sets by their numbers.
+    Classes go by their names where datasets.yaml has them, else by their numbers.
     """
     import pandas as pd
 
     inter, union = found.parts["miou"].sum((0, 1)).chunk(2, -1)
-    names = ["background", *SHAPES] if found.sources["miou"].startswith("scenes") else range(len(inter))
-    return pd.Series((inter / union).numpy(), index=names)
+    named = {entry["title"]: entry["class_names"] for entry in sets.entries().values() if "class_names" in entry}
+    named["scenes"] = ["background", *SHAPES]
+    names = (each for title, each in named.items() if found.sources["miou"].startswith(title))
+    return pd.Series((inter / union).numpy(), index=next(names, range(len(inter))))
 
 
 def reported(registers: bool) -> dict[tuple[str, str], float]:
