@@ -97,10 +97,10 @@ def test_figures_have_a_row_a_model_and_panels_an_image():
     steps = {"a": fig13.steps(model, pictures), "b": fig13.steps(model, pictures, "k")}
     truth = [b[v] for b, v in zip(pictures.scenes.boxes, pictures.scenes.visible, strict=True)]
     figure = fig13.discovery(pictures.pixels, steps, {"a": 8, "b": 8}, truth)
-    assert len(figure.axes) == 2 * 2 * 5  # four panels and a gap
+    assert len(figure.axes) == 2 * 2 * 5 + 1  # four panels and a gap; the colour bar
     found = fig14.expansions(model, pictures)
     spots = {"a": {kind: fig14.spots(m) for kind, m in found.items()}}
-    assert len(fig14.draw_expansions(pictures.pixels, {"a": found}, spots).axes) == 2 * 5
+    assert len(fig14.draw_expansions(pictures.pixels, {"a": found}, spots).axes) == 2 * 5 + 1
 
 
 def test_hits_of_many_boxes_are_those_of_one_by_one():
