@@ -1,22 +1,49 @@
-"""How nbval compares the notebooks: text and numbers, neither HTML (tables are compared as text) nor stderr.
+"""How nbval runs and compares the notebooks: text and numbers, neither HTML (tables are compared as text) nor stderr.
 
+Their kernels fork from one process that has imported the libraries (`workflow/forked.py`), that of all pytest's workers.
 A notebook's record is compared with the committed one after its last cell.
 """
 
 import json
+import os
 import re
 import sys
 import time
 from pathlib import Path
 
 import pytest
+from ipykernel import kernelspec
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "workflow"))
 import compare  # noqa: E402
+import forked  # noqa: E402
 
 from vitreg_lib.record import run as record  # noqa: E402
 
 BEGAN = time.time()
+FORKING, PLACE = pytest.StashKey(), pytest.StashKey()
+
+
+def pytest_configure(config):
+    if hasattr(config, "workerinput"):
+        place = config.workerinput[forked.VARIABLE]
+    else:
+        config.stash[FORKING] = forked.serving(dict(os.environ))
+        place = config.stash[FORKING].__enter__().get(forked.VARIABLE)
+    if place:
+        start = [sys.executable, "-ES", forked.__file__, forked.KERNEL, "-f", "{connection_file}"]
+        kernelspec.get_kernel_dict = lambda: {"argv": start, "env": {forked.VARIABLE: place}}  # nbval asks for it
+    config.stash[PLACE] = place
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_configure_node(node):
+    node.workerinput[forked.VARIABLE] = node.config.stash[PLACE]
+
+
+def pytest_unconfigure(config):
+    if FORKING in config.stash:
+        config.stash[FORKING].__exit__(None, None, None)
 
 
 def pytest_collectstart(collector):

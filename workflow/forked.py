@@ -3,7 +3,8 @@
 `serving` starts it and names its socket in VITREG_FORKED. The Snakefile then starts `forked.py run ITEM …` in the place
 of `vitreg run ITEM …`: it hands its arguments, environment and output over, and waits. The process forks a runner,
 which forks the notebook's kernel before it starts a thread of its own. It forks only while one thread runs in it and no
-GPU is in use; where that is not so, or it is gone, `vitreg run` is started the plain way.
+GPU is in use; where that is not so, or it is gone, `vitreg run` is started the plain way. Tests that run notebooks by
+nbval start `forked.py kernel -f CONNECTION_FILE` in the place of a kernel in the same way (notebooks/conftest.py).
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ VARIABLE = "VITREG_FORKED"
 PACKAGES = "timm sklearn.linear_model skimage seaborn datasets papermill ipykernel.kernelapp ipykernel.ipkernel".split()
 FORK_SAFE = {"jemalloc_bg_thd"}  # pyarrow's allocator ends and restarts it at a fork by itself
 PLAIN = ["-m", "vitreg_lib.cli"]
+KERNEL = "kernel"  # the first argument of who asks for a kernel alone
 
 
 @contextmanager
@@ -50,7 +52,7 @@ def serving(environment: dict):
 
 
 def ask(arguments: list[str]) -> int:
-    """Let the process run `vitreg ARGUMENTS`; the exit code. Does not return where it has to run the plain way."""
+    """Let the process run `vitreg ARGUMENTS`, or a kernel; the exit code. Does not return where it runs the plain way."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the runner gets it too and says what is to be said
     try:
         with socket.socket(socket.AF_UNIX) as connection:
@@ -63,7 +65,8 @@ def ask(arguments: list[str]) -> int:
     except OSError:
         pass
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    os.execv(sys.executable, [sys.executable, *PLAIN, *arguments])
+    plain = ["-m", "ipykernel_launcher", *arguments[1:]] if arguments[0] == KERNEL else [*PLAIN, *arguments]
+    os.execv(sys.executable, [sys.executable, *plain])
 
 
 def serve(listener: socket.socket) -> None:
@@ -107,7 +110,7 @@ def _import_all() -> None:
 
 
 def _run(connection: socket.socket) -> int:
-    """In the fork: be `vitreg run`, and tell its exit code; end when the one who asked has ended."""
+    """In the fork: be `vitreg run`, or a kernel, and tell the exit code; end when the one who asked has ended."""
     import threading
 
     text, files, _, _ = socket.recv_fds(connection, 1 << 20, 3)
@@ -117,8 +120,10 @@ def _run(connection: socket.socket) -> int:
     for number, file in enumerate(files):
         os.dup2(file, number)
         os.close(file)
+    only_kernel = asked["arguments"][0] == KERNEL
     _become(asked["environment"], asked["cwd"])
-    _fork_kernel(connection)
+    if not only_kernel:
+        _fork_kernel(connection)
     connection.sendall(b"forked\n")
 
     def end_with_the_other():
@@ -126,9 +131,10 @@ def _run(connection: socket.socket) -> int:
             os._exit(128 + signal.SIGTERM)
 
     threading.Thread(target=end_with_the_other, daemon=True).start()
-    from vitreg_lib import cli
-
-    code = cli.main(asked["arguments"])
+    if only_kernel:
+        code = _be_kernel(asked["arguments"], asked["environment"], asked["cwd"])
+    else:
+        code = sys.modules["vitreg_lib.cli"].main(asked["arguments"])
     sys.stdout.flush()
     sys.stderr.flush()
     connection.sendall(f"{code}\n".encode())
@@ -158,7 +164,8 @@ def _fork_kernel(connection: socket.socket) -> None:
         connection.close()
         os.setpgid(0, 0)
         os.close(writes)
-        _be_kernel(open(reads).read())
+        if handed := open(reads).read():  # else the runner has ended without one
+            _be_kernel(*json.loads(handed))
         os._exit(0)
     os.close(reads)
     os.setpgid(process, process)  # here too: whoever is first, signals to the kernel's group never reach this one
@@ -172,17 +179,16 @@ def _fork_kernel(connection: socket.socket) -> None:
     local_provisioner.launch_kernel = launch
 
 
-def _be_kernel(text: str) -> None:
-    if not text:  # the runner has ended without one
-        return
+def _be_kernel(command: list[str], environment: dict, folder: str) -> int:
     from ipykernel import kernelapp
 
-    command, environment, folder = json.loads(text)
     _become(environment | {"JPY_PARENT_PID": str(os.getppid())}, folder)
     sys.modules["torch"].set_num_threads(int(environment.get("OMP_NUM_THREADS", 1)))
+    sys.modules["pandas"].set_option("display.max_columns", 20)  # as in a kernel; without one it was set for a terminal
     sys.path.insert(0, "")  # the notebook's folder
-    sys.argv = command[command.index("ipykernel_launcher") :]
+    sys.argv = ["ipykernel_launcher", *command[command.index("-f") :]]
     kernelapp.launch_new_instance()
+    return 0
 
 
 class Forked:
