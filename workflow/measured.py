@@ -1,12 +1,12 @@
-"""Write data/measured/: what the default figures show of real models where their weights are not at hand.
+"""Write data/measured/: measurements of real models, which the default figures show where the weights are missing.
 
 python workflow/measured.py                  # all models of MODELS
 python workflow/measured.py deit-ti vit-ti   # some of them
 
 VITREG_MODELS names a folder with the weights and the labelled photos. Each file holds what `vitreg measure` writes and,
-for some models, what single notebooks need besides: LOST's maps and how much of a token the value projection lets
-through (Figures 13 and 14), features of a few tokens of labelled photos (Tables 1, 4 and 6), what each test image adds
-to the score of a task (Table 2, Figure 8).
+for some models, what single notebooks need besides: LOST's maps and the gain of the value projection (Figures 13 and
+14), features of a few tokens of labelled photos (Tables 1, 4 and 6), what each test image adds to the score of a task
+(Table 2, Figure 8).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The sweep of the quest (`emergence`): its cells, how one is run, and the table of what came of all of them.
+"""The sweep of the quest (`emergence`): its cells, how one is run, and the table of all results.
 
 A cell is a dictionary of options of `TrainConfig` over the recipe's defaults, with a name and the number of seeds; add
 one, run workflow/sweep.py, and its rows join data/sweeps/emergence.parquet.
@@ -25,7 +25,7 @@ from vitreg_lib.train.config import TrainConfig
 
 TABLE = DATA / "sweeps" / "emergence.parquet"
 WATCHED = 64  # held-out images that sinks are measured on
-POINTS = 12  # measured steps of a run: so many log-spaced, so many evenly spaced
+POINTS = 12  # measured steps of a run: 12 log-spaced and 12 evenly spaced
 MAIN = "fixed+dropout+three-blocks+usual-mlp"
 ONE = {"variant": "decay+dropout"}  # in a single block, positions learnt
 FIRST = {"variant": "corners", "steps": 3000}  # the same, weight decay spares positions, no dropout
@@ -68,7 +68,7 @@ SWEEP = [
     {"cell": "first: rate 0.003", **FIRST, "learning_rate": 0.003, "seeds": 1},
     {"cell": "first: broadcast", **FIRST, "variant": "broadcast", "seeds": 1},
 ]
-WANTED = "#D4AC00"  # a yellow that is seen on white: what would count as emerged
+WANTED = "#D4AC00"  # a yellow that is visible on white: the region that counts as emerged
 MARKS = ("o", "s", "^", "D", "v", "P")  # layers are told apart by colour and by mark
 
 
@@ -98,7 +98,7 @@ def run(
     on_step: Callable[[int, float], None] | None = None,
     **changes,
 ) -> pd.DataFrame:
-    """Train one cell with one seed in `folder`, going on where it was; its rows, as in `table`.
+    """Train one cell with one seed in `folder`, from where an earlier run stopped; return its rows, as in `table`.
 
     `changes` are options of TrainConfig over the cell's own: steps=200 gives a short trial.
     """
@@ -151,7 +151,7 @@ def course(rows: pd.DataFrame, name: str, seed: int = 0) -> pd.DataFrame:
 
 
 def verdict(rows: pd.DataFrame, share: float = 0.01, ratio: float = 4.0, drained: float = 0.2) -> pd.DataFrame:
-    """A row a cell and seed: at the last step a layer where all of it is there, else that with most outliers.
+    """One row for each cell and seed, of the last step: a layer that emerged, else the layer with most outliers.
 
     emerged: at least `share` of the patches above the layer's cutoff, with at least `ratio` medians, and values of at
     most `drained` of the others' length (a NOP by Fesser et al.).

@@ -34,7 +34,7 @@ def held_out(run, model) -> images.Images:
 
 
 def table(effects: dict[str, pd.DataFrame]) -> pd.DataFrame:
-    """A row for each {name: `remedies.effect`}: means over images in per cent."""
+    """One row for each name of {name: `remedies.effect`}: means over images, in per cent."""
     means = {name: 100 * effect[list(COLUMNS)].astype(float).mean() for name, effect in effects.items()}
     return pd.DataFrame(means).T.rename(columns=COLUMNS)
 
@@ -67,7 +67,7 @@ def claims(control: pd.DataFrame, trained: pd.DataFrame, registers: int, patches
     """Arguments of `Run.claim`, from `remedies.effect` of the model trained without and with registers.
 
     The same thresholds as in beyond/registers_after_training: a claim holds where the interval over images is on its
-    side, fails where it is on the other. `patches`: of an image, for what an even share of attention is.
+    side, fails where it is on the other. patches: number of patches of an image, which sets an even share of attention.
     """
     left = trained.outliers - trained.outliers_before / 10
     yield "ours-outliers", below(left), change(trained, "outliers"), "at most a tenth of the outliers is left", "none"

@@ -1,15 +1,15 @@
-r"""Registers trained into a model that came without, on unlabelled photos, in a minute or a few on a CPU.
+r"""Train registers into a model that has none, on unlabelled photos, in one to a few minutes on a CPU.
 
-The student is the same model with N more registers; it learns to give what a teacher without outliers gives. The loss
-is `patch_weight` times the distance of patch tokens before the final norm, relative to the teacher's mean length, plus
+The student is the same model with N registers; it learns the outputs of a teacher without outliers. The loss is
+`patch_weight` times the distance of patch tokens before the final norm, relative to the teacher's mean length, plus
 `answer_weight` times the Kullback-Leibler divergence of the logits (for a model without classes: 1 - cosine of the
-pooled features). After the final norm an outlier is hardly to be seen, and a loss there removed none of ViT-Ti's.
+pooled features). After the final norm outliers hardly differ from other tokens: a loss there removed none of ViT-Ti's.
 
     --start outliers   registers start at k-means centres of what enters block 0 at patches that become outliers
     --start random     as a fresh ViT's registers do, normal numbers of 0.02
     --teacher ttr      the model with 4 registers at test time (see `vitreg mend`)
     --teacher shift    the model's mean over 10 views, shifted by whole patches and flipped, moved back (PH-Reg, 2025)
-    --teacher self     the model as it is: what registers that are there do by themselves
+    --teacher self     the unchanged model: a control, which shows what registers do without such a teacher
     --free all, first (registers, embeddings and the first half of the blocks) or registers
 
     vitreg train registers --model deit-ti                                 # on the photos that ship with other packages
@@ -70,7 +70,7 @@ DEFAULTS = {
 }
 STARTS, TEACHERS, FREE = ("outliers", "random"), ("ttr", "shift", "self"), ("all", "first", "registers")
 TEACHERS_REGISTERS = 4  # of the teacher "ttr", whatever the student gets
-SEARCHED = 32  # training photos on which outliers and neurons are looked for
+SEARCHED = 32  # training photos on which outliers and their neurons are searched
 CROP = (0.5, 1.0)  # share of a photo's area that a training crop takes
 REPORTED = ("rocket", "coffee", "astronaut", "retina")  # of the shipped photos: kept for the report
 FEWEST = 4  # photos in a folder
@@ -133,7 +133,7 @@ def backbone(module) -> nn.Module:
 
 
 def loss(module, config, step, device):
-    """Distance of the student's patch tokens and answers from the teacher's; both parts as numbers."""
+    """(loss, its two parts as numbers): the student's distance from the teacher, in patch tokens and in answers."""
     x = _training_images(config, module.source.model, step, device)
     with torch.autocast(torch.device(device).type, enabled=False):  # bfloat16 would blur distances of a few per cent
         wanted, wanted_answers = module.wanted(x)
@@ -233,7 +233,7 @@ def source(config) -> Source:
 
 @functools.lru_cache(maxsize=1)
 def _source(name: str, image_size: int, cutoff: float, data: str, photos: int, seed: int) -> Source:
-    """The model before and its outliers, looked for on training photos; the same for runs that differ in the rest."""
+    """The model before and its outliers, found on training photos; runs that differ in other options share it."""
     model = _model(name, image_size)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model.module.to(device)
@@ -256,7 +256,7 @@ def _source(name: str, image_size: int, cutoff: float, data: str, photos: int, s
 
 
 def is_procedural(data: str, model) -> bool:
-    """Whether images are scenes: those that mini ViTs were trained on, where no folder is given."""
+    """Whether to train on scenes: of a mini ViT, which was trained on them, where no folder is given."""
     return not data and hasattr(model.module, "vit_arguments")
 
 
