@@ -11,6 +11,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
+from training_images import pictures
 
 from vitreg_lib import cli
 from vitreg_lib.base import UserError
@@ -131,7 +132,7 @@ def test_without_held_out_images_every_twentieth_is_held_out(tmp_path):
     for name, colour in list(COLOURS.items())[:2]:
         for i in range(20):
             paint(tmp_path / name / f"{i:02}.jpg", colour, i)
-    seen = [{row["path"] for row in images.pictures(str(tmp_path), split).rows["image"]} for split in ("train", "val")]
+    seen = [{row["path"] for row in pictures(str(tmp_path), split).rows["image"]} for split in ("train", "val")]
     assert (len(seen[0]), len(seen[1])) == (38, 2)
     assert not seen[0] & seen[1]
 
@@ -142,7 +143,7 @@ def test_parquet_files_of_the_hub(painted, tmp_path):
 
     features = Features({"image": ImageFeature(), "label": ClassLabel(names=sorted(COLOURS))})
     for split, name in (("train", "train"), ("val", "validation")):
-        files = images.pictures(str(painted), split).rows
+        files = pictures(str(painted), split).rows
         rows = {"image": [image["path"] for image in files["image"]], "label": list(files["label"])}
         (tmp_path / "data").mkdir(exist_ok=True)
         Dataset.from_dict(rows, features=features).to_parquet(tmp_path / "data" / f"{name}-00000-of-00001.parquet")

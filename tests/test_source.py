@@ -8,11 +8,12 @@ import tarfile
 import numpy as np
 import pytest
 import torch
+import training_images
 from datasets import Dataset, Features, Image, Value
 from PIL import Image as Picture
 
 from vitreg_lib.base import UserError
-from vitreg_lib.train import images, loop, parallel
+from vitreg_lib.train import loop, parallel
 
 SMALL = dict(
     size="xxs",
@@ -95,14 +96,14 @@ def test_neighbours_of_plain_colours_are_of_their_class(classes):
 
 def test_images_follow_from_the_step_alone(classes):
     config, _ = configured("mae", classes, steps=12)  # three epochs of 16
-    straight = [images.images(config, step, "cpu") for step in range(9)]
-    again, index = images.images(config, 6, "cpu")
+    straight = [training_images.batch(config, step, "cpu") for step in range(9)]
+    again, index = training_images.batch(config, 6, "cpu")
     assert torch.equal(again, straight[6][0]) and index.tolist() == list(range(24, 28))
     assert again.shape == (4, 3, 37, 37) and 0 <= again.min() and again.max() <= 1
     epoch = torch.cat([pixels for pixels, _ in straight[:4]])
     assert len({tuple(p.flatten().tolist()) for p in epoch}) == 16  # every training image once
     with parallel.micro_batch(1, 2):
-        torch.testing.assert_close(images.images(config, 6, "cpu")[0], again[2:])
+        torch.testing.assert_close(training_images.batch(config, 6, "cpu")[0], again[2:])
 
 
 @pytest.mark.parametrize("kind", ["parquet", "shards"])

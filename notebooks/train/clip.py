@@ -18,6 +18,7 @@ from operator import attrgetter
 
 import torch
 import torch.nn.functional as F
+import training_images
 from torch import nn
 
 from vitreg_lib.base import UserError
@@ -72,7 +73,7 @@ def pairs(config, step: int, device) -> tuple[torch.Tensor, list[str]]:
         batch = images.rendered(config, step, device)
         return batch.pixels, batch.captions()
     source = captioned(config.data, "train")
-    pixels, captions = images.stream(config, str(device), source, config.image_size).batch(step)
+    pixels, captions = training_images.stream(config, str(device), source, config.image_size).batch(step)
     return pixels, list(captions)
 
 
@@ -85,7 +86,7 @@ def captioned(data: str, split: str) -> images.Pictures:
     """
     from datasets import load_dataset
 
-    folder = images.existing(data, "*.parquet or *.tar files of pairs")
+    folder = training_images.existing(data, "*.parquet or *.tar files of pairs")
     kinds = {"parquet": "*.parquet", "webdataset": "*.tar"}
     kind, files = next(((k, f) for k, end in kinds.items() if (f := sorted(map(str, folder.rglob(end))))), (None, []))
     if kind is None:
@@ -95,13 +96,13 @@ def captioned(data: str, split: str) -> images.Pictures:
     if None in columns:
         names = ", ".join(rows.features)
         raise UserError(f"{files[0]} has the columns {names}: {IMAGES[0]} and {CAPTIONS[0]} are expected")
-    return images.Pictures(rows.select(images.every_twentieth(len(rows), split)), *columns)
+    return images.Pictures(rows.select(training_images.every_twentieth(len(rows), split)), *columns)
 
 
 def held_out(config, count: int) -> tuple[torch.Tensor, list[str]]:
     """At most `count` pairs of a folder outside the training set: images in [0, 1] and captions."""
     source = captioned(config.data, "val")
-    return images.read(config, source, images.order(len(source), config.seed)[:count])
+    return training_images.read(config, source, images.order(len(source), config.seed)[:count])
 
 
 def telemetry_images(config) -> torch.Tensor:
@@ -146,7 +147,7 @@ def evaluate(module, config, device) -> dict[str, float]:
         return {"retrieval": (nearest == torch.arange(len(pixels))).float().mean().item()}
     classes = {name: class_embeddings(module.encode_text, name, device) for name in ATTRIBUTES}
     correct = dict.fromkeys(ATTRIBUTES, 0)
-    for pixels, labels in images.held_out_scenes(config, config.eval_images, device):
+    for pixels, labels in training_images.held_out_scenes(config, config.eval_images, device):
         image = module.encode_image((pixels - MEAN) / STD)
         for name, wanted in labels.items():
             correct[name] += ((image @ classes[name].T).argmax(1) == wanted).sum().item()

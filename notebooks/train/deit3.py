@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+import training_images
 
 from vitreg_lib.data.scenes import ATTRIBUTES, MEAN, STD, targets
 from vitreg_lib.train import images
@@ -52,7 +53,7 @@ def loss(module, config, step, device):
 def evaluate(module, config, device) -> dict[str, float]:
     """Accuracy (0 to 1) on held-out scenes: `accuracy` of the shape, the class of a scene, and of each attribute."""
     correct = dict.fromkeys(ATTRIBUTES, 0)
-    for pixels, labels in images.held_out_scenes(config, config.eval_images, device):
+    for pixels, labels in training_images.held_out_scenes(config, config.eval_images, device):
         logits = module((pixels - MEAN) / STD).split([len(names) for names in ATTRIBUTES.values()], 1)
         for part, (name, wanted) in zip(logits, labels.items(), strict=True):
             correct[name] += (part.argmax(1) == wanted).sum().item()

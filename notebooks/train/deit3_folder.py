@@ -22,11 +22,12 @@ import torch
 import torch.nn.functional as F
 from deit3 import backbone
 from torch.utils.data import DataLoader, Dataset
+from training_images import pictures
 
 from vitreg_lib.base import UserError, unknown
 from vitreg_lib.data.scenes import MEAN, STD
 from vitreg_lib.train import parallel
-from vitreg_lib.train.images import Augmented, Stream, order, pictures, seeded
+from vitreg_lib.train.images import Augmented, Stream, order, seeded
 
 __all__ = ["DEFAULTS", "backbone", "build", "evaluate", "loss", "telemetry_images"]
 DEFAULTS = {

@@ -22,12 +22,14 @@ from operator import attrgetter
 
 import torch
 import torch.nn.functional as F
+import training_images
 import views
 from torch import nn
 
 from vitreg_lib.data.scenes import MEAN, STD
 from vitreg_lib.model import mini
-from vitreg_lib.train import images, parallel
+from vitreg_lib.train import parallel
+from vitreg_lib.train.images import order
 
 LEARNS_FROM = "images alone: views of a scene, masked patches"
 OPTIONS = {
@@ -87,13 +89,14 @@ def backbone_of(config, **options) -> nn.Module:
 
 build = DINOv2
 backbone = attrgetter("teacher")  # it is what DINOv2 evaluates and ships
+telemetry_images = training_images.telemetry_images
 
 
 def loss(module, config, step, device):
     """DINO + iBOT + 0.1 KoLeo on two whole and `local_crops` small crops of each scene."""
     from lightly.loss import KoLeoLoss
 
-    batch, index = images.images(config, step, device)
+    batch, index = training_images.batch(config, step, device)
     crops = views.crops(batch, index, config, GLOBAL, LOCAL)
     whole, small = torch.cat(crops[:2]), torch.cat(crops[2:])
     first = int(index[0]) - step * config.batch_size
@@ -193,7 +196,11 @@ def beside_random(trained, config, device) -> dict[str, float]:
 
 def asking(config) -> int:
     """Number of queries among the images of `labelled`."""
-    return min(config.eval_images, len(images.pictures(config.data, "val"))) if config.data else config.eval_images
+    return (
+        min(config.eval_images, len(training_images.pictures(config.data, "val")))
+        if config.data
+        else config.eval_images
+    )
 
 
 def labelled(config) -> Iterator[tuple[torch.Tensor, dict[str, torch.Tensor]]]:
@@ -203,12 +210,12 @@ def labelled(config) -> Iterator[tuple[torch.Tensor, dict[str, torch.Tensor]]]:
     """
     count = config.eval_images
     if not config.data:
-        yield from images.held_out_scenes(config, 3 * count)
+        yield from training_images.held_out_scenes(config, 3 * count)
         return
     for split, wanted in (("val", count), ("train", 2 * count)):
-        source = images.pictures(config.data, split)
-        for part in images.order(len(source), config.seed)[:wanted].split(256):
-            pixels, labels = images.read(config, source, part)
+        source = training_images.pictures(config.data, split)
+        for part in order(len(source), config.seed)[:wanted].split(256):
+            pixels, labels = training_images.read(config, source, part)
             yield pixels, {"class": torch.tensor(labels)}
 
 

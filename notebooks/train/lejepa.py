@@ -13,11 +13,12 @@ from __future__ import annotations
 from operator import attrgetter
 
 import torch
+import training_images
 import views
 from dinov2 import backbone_of, beside_random, tokens
 from torch import nn
 
-from vitreg_lib.train import images, parallel
+from vitreg_lib.train import parallel
 
 LEARNS_FROM = "images alone: views of a scene, without a teacher"
 OPTIONS = {
@@ -59,11 +60,12 @@ class LeJEPA(nn.Module):
 
 build = LeJEPA
 backbone = attrgetter("vit")
+telemetry_images = training_images.telemetry_images
 
 
 def loss(module, config, step, device):
     """(1 - lambda) × squared distance of all views to the mean of the whole ones + lambda × SIGReg."""
-    batch, index = images.images(config, step, device)
+    batch, index = training_images.batch(config, step, device)
     crops = views.crops(batch, index, config, GLOBAL, LOCAL)
     groups = [torch.cat(part) for part in (crops[:2], crops[2:]) if part]  # crops of one size together
     cls = torch.cat([tokens(module.vit, x, antialias=config.antialias)[:, 0] for x in groups])

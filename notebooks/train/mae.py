@@ -12,13 +12,13 @@ from __future__ import annotations
 from operator import attrgetter
 
 import torch
+import training_images
 import views
 from torch import nn
 
 from vitreg_lib.data.scenes import HELD_OUT, MEAN, STD, uniform
 from vitreg_lib.model import mini
 from vitreg_lib.probes.local import patch_pixels
-from vitreg_lib.train import images
 
 LEARNS_FROM = "images alone: pixels of masked patches"
 OPTIONS = {"mask_ratio": (0.75, "share of patches that are hidden")}
@@ -60,11 +60,12 @@ class MaskedAutoencoder(nn.Module):
 
 build = MaskedAutoencoder
 backbone = attrgetter("encoder")
+telemetry_images = training_images.telemetry_images
 
 
 def loss(module, config, step, device):
     """Mean squared error on masked patches; each patch's pixels are normalised by its own mean and deviation."""
-    pixels, index = images.images(config, step, device)
+    pixels, index = training_images.batch(config, step, device)
     if config.data:
         pixels = views.crop(pixels, index, config.image_size, SCALE, config.seed, 0, lit=False)
     value, plain = _error(module, config, pixels, index)
@@ -82,7 +83,7 @@ def evaluate(module, config, device) -> dict[str, float]:
     """`error`: squared error on masked patches of held-out images over that of their own means (1: nothing learnt)."""
     errors = []
     for first in range(0, config.eval_images, 256):
-        pixels = images.held_out(config, config.telemetry_images + first, min(256, config.eval_images - first))
+        pixels = training_images.held_out(config, config.telemetry_images + first, min(256, config.eval_images - first))
         if len(pixels):
             index = torch.arange(len(pixels), device=device) + HELD_OUT + first
             errors.append([value.item() for value in _error(module, config, pixels.to(device), index)])

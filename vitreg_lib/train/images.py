@@ -1,4 +1,4 @@
-"""The images of a training: scenes, or the user's own (`--data FOLDER`).
+"""The images of a training: scenes, or photos that worker processes read ahead.
 
 The seed and the position in the training determine each image (see `parallel.batch_range`). Images are in [0, 1]; views
 and masks are made on the device.
@@ -10,7 +10,6 @@ import contextlib
 import functools
 import random
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -18,25 +17,12 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from ..base import UserError
-from ..data import formats, scenes
-from ..data.images import SUFFIXES
-from ..data.scenes import HELD_OUT, MEAN, STD, targets
+from ..data import scenes
+from ..data.scenes import HELD_OUT, MEAN, STD
 from ..data.sets import read_stored, undecoded
 from . import parallel
 
-MARGIN = 8 / 7  # the user's images are read larger by this factor, 256 pixels for 224, so that crops stay sharp
-HELD_OUT_EVERY = 20  # where a folder has no val/, every twentieth image is kept for evaluation
-SPLITS = {"train": ("train",), "val": ("val", "validation", "valid", "test")}
-
-
-def images(config, step: int, device) -> tuple[torch.Tensor, torch.Tensor]:
-    """This process's images (n, 3, size, size) of a step, in [0, 1], and their positions (n,), on the device."""
-    mine = parallel.batch_range(config, step)
-    index = torch.arange(mine.start, mine.stop, device=device)
-    if not config.data:
-        return rendered(config, step, device).pixels, index
-    size = round(MARGIN * config.image_size)
-    return stream(config, str(device), pictures(config.data, "train"), size).batch(step)[0], index
+HELD_OUT_EVERY = 20  # of photos without a split of their own every twentieth is kept for evaluation
 
 
 def rendered(config, step: int, device) -> scenes.Scenes:
@@ -44,25 +30,14 @@ def rendered(config, step: int, device) -> scenes.Scenes:
     return scenes.render(parallel.batch_range(config, step), config.image_size, config.seed, device)
 
 
-def held_out(config, first: int, count: int) -> torch.Tensor:
-    """Images (n, 3, size, size) in [0, 1] outside the training set: at most `count`, from number `first` on."""
-    if not config.data:
-        return scenes.render(range(HELD_OUT + first, HELD_OUT + first + count), config.image_size, config.seed).pixels
-    source = pictures(config.data, "val")
-    return read(config, source, order(len(source), config.seed)[first : first + count])[0]
+def held_out(config, first: int, count: int, device="cpu") -> scenes.Scenes:
+    """`count` scenes outside the training set, from number `first` on."""
+    return scenes.render(range(HELD_OUT + first, HELD_OUT + first + count), config.image_size, config.seed, device)
 
 
 def telemetry_images(config) -> torch.Tensor:
-    """The held-out images for telemetry, normalised; a recipe may have its own function of this name."""
-    return (held_out(config, 0, config.telemetry_images) - MEAN) / STD
-
-
-def held_out_scenes(config, count: int, device="cpu") -> Iterator[tuple[torch.Tensor, dict[str, torch.Tensor]]]:
-    """(pixels in [0, 1], labels by attribute) of `count` scenes outside training and telemetry, in batches."""
-    first = HELD_OUT + config.telemetry_images
-    for index in torch.arange(first, first + count).split(256):
-        batch = scenes.render(index, config.image_size, config.seed, device)
-        yield batch.pixels, targets(batch)
+    """Held-out scenes for telemetry, normalised; a recipe may have its own function of this name."""
+    return (held_out(config, 0, config.telemetry_images).pixels - MEAN) / STD
 
 
 class Pictures:
@@ -85,86 +60,18 @@ class Pictures:
         return Path(path).name if path else f"row {index}"
 
 
-def unlabelled(paths: list[Path]) -> Pictures:
-    """The photos of these files, each with the label 0."""
+def of_files(paths: list[Path], labels: list[int] | None = None, classes: list[str] | None = None) -> Pictures:
+    """The images of these files; their labels are 0 unless they are given."""
     from datasets import Dataset
 
-    return Pictures(Dataset.from_dict({"image": list(map(str, paths)), "label": [0] * len(paths)}))
-
-
-@functools.lru_cache(maxsize=4)
-def pictures(data: str, split: str) -> Pictures:
-    """A split, "train" or "val", of the labelled images in a folder, which is listed once.
-
-    Raises UserError where there are none, or where the classes of the splits differ.
-    """
-    root = existing(data, "train/CLASS/*.jpg and val/CLASS/*.jpg")
-    shards = next((files for name in SPLITS[split] if (files := formats.parquet_files(root, name))), None)
-    chosen = _parquet(shards) if shards else _class_folders(root, split)
-    if split == "val" and chosen.classes != pictures(data, "train").classes:
-        raise UserError(f"{data}: the classes of val/ are not those of train/")
-    return chosen
-
-
-def _parquet(shards: list[str]) -> Pictures:
-    from datasets import load_dataset
-
-    rows = load_dataset("parquet", data_files=shards, split="train")
-    if missing := {"image", "label"} - rows.features.keys():
-        raise UserError(f"{shards[0]} has no column {sorted(missing)[0]}: image and label are expected")
-    names = getattr(rows.features["label"], "names", None) or [str(v) for v in range(max(rows["label"]) + 1)]
-    return Pictures(rows, classes=names)
-
-
-def _class_folders(root: Path, split: str) -> Pictures:
-    """SPLIT/CLASS/photo.jpg, or CLASS/photo.jpg, of which every twentieth photo is held out."""
-    from datasets import Dataset
-
-    folder = next((root / name for name in SPLITS[split] if (root / name).is_dir()), None)
-    if folder is None and (root / "train").is_dir():
-        raise UserError(f"{root} has train/ but no val/: put held-out images, a subfolder a class, there")
-    classes, files = formats.class_folders(folder or root)
-    if not files:
-        raise UserError(
-            f"no images in {folder or root}: a subfolder a class with {', '.join(sorted(SUFFIXES))} is expected, "
-            "below train/ and val/, or the hub's files train-*.parquet and validation-*.parquet"
-        )
-    if folder is None:
-        files = [files[i] for i in every_twentieth(len(files), split)]
-    paths, labels = map(list, zip(*files, strict=True))
-    return Pictures(Dataset.from_dict({"image": paths, "label": labels}), classes=classes)
-
-
-def existing(data: str, content: str) -> Path:
-    """The folder of `--data`. Raises UserError, which says that one with `content` is expected, where there is none."""
-    root = Path(data).expanduser()
-    if not root.is_dir():
-        raise UserError(f"no folder {data!r} for --data: write the path of one with {content}")
-    return root
-
-
-def every_twentieth(count: int, split: str) -> list[int]:
-    """Positions of "val", every twentieth, or of "train", the others."""
-    return [i for i in range(count) if (i % HELD_OUT_EVERY == HELD_OUT_EVERY - 1) == (split == "val")]
-
-
-def _plain(size: int):
-    """PIL image → (3, size, size) in [0, 1]: short side resized, centre cropped."""
-    from timm.data import create_transform
-
-    return create_transform(size, interpolation="bicubic", mean=(0.0,) * 3, std=(1.0,) * 3, crop_pct=1.0)
-
-
-def read(config, source, places):
-    """(pixels, labels or captions) of the pictures at these places of a source."""
-    read = [source.read(i) for i in places.tolist()]
-    return torch.stack([_plain(config.image_size)(image) for image, _ in read]), [label for _, label in read]
+    rows = {"image": list(map(str, paths)), "label": labels or [0] * len(paths)}
+    return Pictures(Dataset.from_dict(rows), classes=classes)
 
 
 class Augmented(Dataset):
     """Training images by position: (pixels, label, position). Each epoch has an order of its own.
 
-    source: an object with `read`, `name` and a length. transform: PIL image → pixels.
+    source: an object with `read`, `name` and a length, such as `Pictures`. transform: PIL image → pixels.
     """
 
     def __init__(self, seed: int, source, transform):
@@ -189,12 +96,12 @@ class Stream:
     """Batches by position, which workers read ahead in the order of the training."""
 
     def __init__(self, config, device: str, data: Augmented):
-        self.config, self.device, self.data, self.batches = config, device, data, None
+        self.config, self.device, self.data, self.batches = config, device, data, iter(())
 
     def batch(self, step: int):
         """(pixels, labels) of this process's images of the step, on the device; captions stay text."""
         wanted = parallel.batch_range(self.config, step)
-        batch = None if self.batches is None else next(self.batches, None)
+        batch = next(self.batches, None)
         if batch is None or batch[2].tolist() != list(wanted):  # at the start, or where micro-batches were halved
             self.batches = iter(self._loader(step))
             batch = next(self.batches)
@@ -207,28 +114,12 @@ class Stream:
         workers = self.config.workers
         return DataLoader(
             self.data,
-            batch_sampler=_Once(parallel.following(self.config, step)),
+            batch_sampler=parallel.following(self.config, step),
             num_workers=workers,
             pin_memory=torch.device(self.device).type == "cuda",
             prefetch_factor=4 if workers else None,
             generator=torch.Generator(),  # else its start would draw from the training's random state
         )
-
-
-class _Once:
-    """An iterator as something that DataLoader iterates once."""
-
-    def __init__(self, iterator):
-        self.iterator = iterator
-
-    def __iter__(self):
-        return self.iterator
-
-
-@functools.lru_cache(maxsize=1)
-def stream(config, device: str, source, size: int) -> Stream:
-    """The stream of a training, the same one at every step: images of a source at `size` pixels, not augmented."""
-    return Stream(config, device, Augmented(config.seed, source, _plain(size)))
 
 
 @functools.lru_cache(maxsize=2)

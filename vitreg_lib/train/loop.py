@@ -158,17 +158,17 @@ def _step(run: Run, loss, recipe, config, step: int, device, asked=lambda: False
     for group in run.optimizer.param_groups:
         group["lr"] = learning_rate(config, step) * group.get("lr_scale", 1.0)
     run.module.train()
-    numbers = None
-    while numbers is None:
+    while True:
         try:
             numbers = _gradients(run, loss, config, step, device, asked)
+            break
         except torch.OutOfMemoryError as error:
             reason = str(error).splitlines()[0]
-        if numbers is None:  # outside of the handler, which would keep the failed step's tensors alive
-            if parallel.world() > 1:  # the other processes are waiting for this one's gradients
-                more = f"go on with --resume and --accumulate {2 * run.accumulate}" if _separable(recipe) else ""
-                raise UserError(f"out of memory at step {step} ({reason}): {more or 'use more processes'}")
-            _halve(run, recipe, config, step, reason)
+        # outside of the handler, which would keep the failed step's tensors alive
+        if parallel.world() > 1:  # the other processes are waiting for this one's gradients
+            more = f"go on with --resume and --accumulate {2 * run.accumulate}" if _separable(recipe) else ""
+            raise UserError(f"out of memory at step {step} ({reason}): {more or 'use more processes'}")
+        _halve(run, recipe, config, step, reason)
     if not math.isfinite(numbers["loss"]):
         return numbers
     if config.clip_grad:
@@ -219,8 +219,8 @@ def _gradients(run: Run, loss, config, step: int, device, asked) -> dict[str, fl
     total["stop"] = float(asked())
     if parallel.world() == 1:
         return total
-    averaged = parallel.all_reduce_mean(torch.tensor(list(total.values()), dtype=torch.float64, device=device))
-    return dict(zip(total, averaged.tolist(), strict=True))
+    sums = parallel.all_reduce_sum(torch.tensor(list(total.values()), dtype=torch.float64, device=device))
+    return dict(zip(total, (sums / parallel.world()).tolist(), strict=True))
 
 
 def _seed(config: TrainConfig, step: int, stream: int) -> int:

@@ -77,20 +77,11 @@ def gather(x: torch.Tensor) -> torch.Tensor:
 
 
 @torch.no_grad()
-def all_reduce_mean(x: torch.Tensor) -> torch.Tensor:
-    """Mean over ranks, without gradient."""
-    if not _many():
-        return x
-    return all_reduce_sum(x) / world()
-
-
-@torch.no_grad()
 def all_reduce_sum(x: torch.Tensor) -> torch.Tensor:
     """Sum over ranks, without gradient."""
-    if not _many():
-        return x
-    x = x.detach().clone()
-    dist.all_reduce(x)
+    if _many():
+        x = x.detach().clone()
+        dist.all_reduce(x)
     return x
 
 
@@ -110,7 +101,7 @@ def start(device: str) -> str:
 
 def stop() -> None:
     """Leave the group, if there is one."""
-    if dist.is_available() and dist.is_initialized():
+    if _many():
         dist.destroy_process_group()
 
 
@@ -136,9 +127,7 @@ class _Gather(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, gradient):
-        gradient = gradient.contiguous().clone()
-        dist.all_reduce(gradient)
-        return gradient[rank() * ctx.rows : (rank() + 1) * ctx.rows]
+        return all_reduce_sum(gradient.contiguous())[rank() * ctx.rows : (rank() + 1) * ctx.rows]
 
 
 class Loss(nn.Module):
@@ -159,8 +148,8 @@ def blocks(module: nn.Module) -> list[nn.Module]:
     return [block for modules in lists if isinstance(modules, (nn.Sequential, nn.ModuleList)) for block in modules]
 
 
-def compile_blocks(module: nn.Module, device: str) -> bool:
-    """Compile every block in place, since blocks take most of the time; return False, with a warning, if that fails.
+def compile_blocks(module: nn.Module, device: str) -> None:
+    """Compile every block in place, since blocks take most of the time; where that fails, warn and leave them.
 
     A forward and backward pass of the first block tests whether this machine can compile.
     """
@@ -177,10 +166,7 @@ def compile_blocks(module: nn.Module, device: str) -> bool:
             block._compiled_call_impl = None  # what nn.Module.compile sets; it has no public inverse
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         warnings.warn(f"torch.compile does not work here, going on without: {reason}", stacklevel=2)
-        return False
-    finally:
-        module.zero_grad(set_to_none=True)
-    return True
+    module.zero_grad(set_to_none=True)
 
 
 def eager(config):
@@ -188,7 +174,7 @@ def eager(config):
     return torch.compiler.set_stance("force_eager") if config.compile else contextlib.nullcontext()
 
 
-def shard(loss: nn.Module) -> None:
+def shard(module: nn.Module) -> None:
     """FSDP2: distribute parameters, gradients and optimiser state over ranks; blocks are gathered when needed.
 
     With lamb and sgd, tests show the same training as without FSDP. With muon, which works in bfloat16, it differs a
@@ -198,9 +184,8 @@ def shard(loss: nn.Module) -> None:
 
     if world() == 1:
         raise UserError("--fsdp shares a model out over processes: start it with torchrun --nproc-per-node N")
-    for block in blocks(loss):
-        fully_shard(block)
-    fully_shard(loss)
+    for part in (*blocks(module), module):
+        fully_shard(part)
 
 
 def distribute(loss: Loss, config) -> nn.Module:
@@ -217,12 +202,8 @@ def optimizer(module: nn.Module, config, device: str) -> torch.optim.Optimizer:
     """
     from timm.optim import create_optimizer_v2, param_groups_weight_decay
 
-    kept = [
-        f"{prefix}.{name}".lstrip(".")
-        for prefix, part in module.named_modules()
-        if hasattr(part, "no_weight_decay")
-        for name in part.no_weight_decay()
-    ]
+    parts = [(prefix, part) for prefix, part in module.named_modules() if hasattr(part, "no_weight_decay")]
+    kept = [f"{prefix}.{name}".lstrip(".") for prefix, part in parts for name in part.no_weight_decay()]
     groups = param_groups_weight_decay(module, config.weight_decay, no_weight_decay_list=kept)
     options = dict(opt=config.optimizer, lr=config.learning_rate)
     if torch.device(device).type == "cuda":
@@ -245,19 +226,23 @@ def without_sync(wrapped: nn.Module, last: bool):
 
 def whole(module: nn.Module, recipe, config, device: str) -> nn.Module | None:
     """The module with whole tensors: itself, or under FSDP a copy on rank 0 and None on the others (collective)."""
-    own = module.state_dict()
-    if not any(hasattr(v, "full_tensor") for v in own.values()):
-        return module if rank() == 0 else None
-    gathered = {}
-    for name, value in own.items():
-        tensor = full(value.detach())
-        if rank() == 0:
-            gathered[name] = tensor.cpu()
+    tensors = gathered(module.state_dict()) if config.fsdp else {}
     if rank():
         return None
-    copy = recipe.build(config)
-    copy.load_state_dict(gathered)
-    return copy.to(device)
+    if config.fsdp:
+        module = recipe.build(config)
+        module.load_state_dict(tensors)
+    return module.to(device)
+
+
+def gathered(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Whole tensors by name, on the CPU of rank 0; empty on the other ranks (collective under FSDP)."""
+    kept = {}
+    for name, value in tensors.items():
+        value = full(value.detach())  # all ranks take part
+        if rank() == 0:
+            kept[name] = value.cpu().contiguous()
+    return kept
 
 
 def full(tensor: torch.Tensor) -> torch.Tensor:

@@ -27,7 +27,6 @@ from torch import nn
 from ..base import UserError, shown, write_atomically, written
 from . import parallel, recipes
 from .config import MACHINE, TrainConfig
-from .parallel import full
 
 
 @dataclass
@@ -52,9 +51,8 @@ def claim(folder: Path, config: TrainConfig) -> None:
 
     Raises UserError where it holds a run of another configuration; fields of `config.MACHINE` may differ.
     """
-    path = folder / "config.json"
     wanted = asdict(config)
-    if path.exists():
+    if (path := folder / "config.json").exists():
         saved = asdict(read_config(folder))
         if names := [k for k in wanted if k not in MACHINE and saved.get(k) != wanted[k]]:
             raise UserError(f"{folder} holds a run with another {', '.join(names)}; choose another folder or delete it")
@@ -62,12 +60,11 @@ def claim(folder: Path, config: TrainConfig) -> None:
 
 
 def read_config(folder: Path) -> TrainConfig:
-    """The configuration of the run in a folder. Raises UserError where there is none or it cannot be read.
+    """The configuration of the run in a folder, without options of other recipes, which older runs hold.
 
-    Options of other recipes, which older runs hold, are left out.
+    Raises UserError where there is none or it cannot be read.
     """
-    path = folder / "config.json"
-    if not path.exists():
+    if not (path := folder / "config.json").exists():
         raise UserError(f"{folder} holds no run: no config.json there")
     try:
         saved = json.loads(path.read_text())
@@ -83,9 +80,10 @@ def load(folder: Path, run: Run) -> None:
     A warning names a corrupt or truncated state, and the one before it is loaded. Raises UserError when none can be
     read.
     """
-    paths = [path for name in ("state", "previous") if (path := folder / f"{name}.safetensors").exists()]
     faults = []
-    for path in paths:
+    for path in (folder / "state.safetensors", folder / "previous.safetensors"):
+        if not path.exists():
+            continue
         try:
             tensors, metadata = _read(path)
             break
@@ -97,17 +95,15 @@ def load(folder: Path, run: Run) -> None:
         return
     if faults:
         warnings.warn(f"{faults[0]}: going on from the state before it, of step {metadata['step']}", stacklevel=3)
-    _fill(run.module, tensors, "model.")
-    if run.ema is not None:
-        _fill(run.ema, tensors, "ema.")
+    for prefix, module in _modules(run).items():
+        _fill(module, tensors, prefix)
     _fill_optimizer(run.optimizer, tensors)
     run.step, run.accumulate = int(metadata["step"]), max(run.accumulate, int(metadata["accumulate"]))
     try:
         log, norms = pd.read_csv(folder / "log.csv"), pd.read_parquet(folder / "telemetry.parquet")
     except (OSError, ValueError) as error:
-        raise UserError(
-            f"log.csv or telemetry.parquet of {folder} cannot be read ({error}): delete the run's folder and train anew"
-        ) from error
+        what = f"log.csv or telemetry.parquet of {folder} cannot be read ({error})"
+        raise UserError(f"{what}: delete the run's folder and train anew") from error
     run.log, run.norms = log[log.step < run.step].to_dict("records"), [norms[norms.step < run.step]]
 
 
@@ -152,20 +148,18 @@ def save_weights(path: Path, model: nn.Module, metadata: dict[str, str], dtype=t
 
 
 def _tensors(run: Run) -> dict[str, torch.Tensor]:
-    """All tensors of the state by name, on the CPU; on ranks other than 0 nothing is kept."""
-    named = {f"model.{k}": v for k, v in run.module.state_dict().items()}
-    if run.ema is not None:
-        named |= {f"ema.{k}": v for k, v in run.ema.state_dict().items()}
+    """All tensors of the state by name, as `parallel.gathered` gives them."""
+    named = {prefix + k: v for prefix, module in _modules(run).items() for k, v in module.state_dict().items()}
     for number, values in run.optimizer.state_dict()["state"].items():
         named |= {f"optimizer.{number}.{k}": v for k, v in values.items() if torch.is_tensor(v)}
     for number, group in enumerate(run.optimizer.param_groups):  # where LAMB counts its steps
         named |= {f"group.{number}.{k}": v for k, v in group.items() if torch.is_tensor(v)}
-    tensors = {}
-    for name, value in named.items():
-        whole = full(value.detach())
-        if parallel.rank() == 0:
-            tensors[name] = whole.cpu().contiguous()
-    return tensors
+    return parallel.gathered(named)
+
+
+def _modules(run: Run) -> dict[str, nn.Module]:
+    """Prefix of the names in a state: module."""
+    return {"model.": run.module} | ({"ema.": run.ema} if run.ema is not None else {})
 
 
 def _checksum(tensors: dict[str, torch.Tensor]) -> str:
@@ -188,8 +182,8 @@ def _read(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
 def _fill(module: nn.Module, tensors: dict[str, torch.Tensor], prefix: str) -> None:
     saved = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
     own = module.state_dict()
-    if saved.keys() != own.keys():
-        raise UserError(f"the saved state is of another model: {sorted(saved.keys() ^ own.keys())[0]} is in one alone")
+    if only := sorted(saved.keys() ^ own.keys()):
+        raise UserError(f"the saved state is of another model: {only[0]} is in one alone")
     for name, tensor in own.items():
         tensor.copy_(_like(saved[name], tensor))
 

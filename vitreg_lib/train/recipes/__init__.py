@@ -82,15 +82,18 @@ def _config_class(recipe: str, path: Path, file: Path) -> type[TrainConfig]:
 
 
 def load(recipe: str, data: str = "") -> ModuleType:
-    """The module of a recipe. Its folder joins Python's path, so that files beside it and worker processes find it."""
+    """The module of a recipe.
+
+    Its folder joins Python's path, so that it finds the files beside it, and worker processes find it; so does
+    notebooks/train, so that recipes can be built on those there.
+    """
     path = _file(find(recipe), data)
     if path.parent == HERE:
         return importlib.import_module(f"{__name__}.{path.stem}")
     imported = getattr(sys.modules.get(path.stem), "__file__", path)
     if Path(imported or "").resolve() != path:
         raise UserError(f"{path.name}: another module of that name is imported already; give the recipe another name")
-    if str(path.parent) not in sys.path:
-        sys.path.insert(0, str(path.parent))
+    sys.path[:0] = [folder for folder in map(str, (path.parent, NOTEBOOKS / "train")) if folder not in sys.path]
     return importlib.import_module(path.stem)
 
 

@@ -39,7 +39,7 @@ from ...hooks.capture import evaluating, hooks
 from ...model import added, mend, remedies, zoo
 from ...model.grow import with_registers
 from .. import parallel
-from ..images import HELD_OUT_EVERY, Augmented, Stream, order, unlabelled
+from ..images import HELD_OUT_EVERY, Augmented, Stream, of_files, order
 
 LEARNS_FROM = "unlabelled photos: registers into a model that came without"
 OPTIONS = {
@@ -113,17 +113,11 @@ def build(config) -> nn.Module:
     Raises mend.NothingToMend for a model without outliers, UserError for unknown options, too few photos, or a model
     that cannot have registers or such a teacher.
     """
-    for kind, chosen, valid in (
-        ("start", config.start, STARTS),
-        ("teacher", config.teacher, TEACHERS),
-        ("free", config.free, FREE),
-    ):
-        if chosen not in valid:
-            raise unknown(kind, chosen, valid)
+    for option, valid in (("start", STARTS), ("teacher", TEACHERS), ("free", FREE)):
+        if (chosen := getattr(config, option)) not in valid:
+            raise unknown(option, chosen, valid)
     if not config.model:
-        raise UserError(
-            "--model NAME: which model is to get registers? See `vitreg models`; timm:NAME and file:PATH too"
-        )
+        raise UserError("--model NAME: which model is to get registers? See `vitreg models`; timm: and file: too")
     return Taught(config)
 
 
@@ -169,9 +163,9 @@ def evaluate(module, config, device) -> dict[str, float]:
         effects = remedies.effect(before, after, x, found.cutoff, found.layer, labels)
     finally:
         model.module.to("cpu")
-    known = effects.dropna(axis=1, how="all")
+    measured = effects.dropna(axis=1, how="all")
     counts = {"photos_of_report": len(effects), "parameters": sum(p.numel() for p in module.student.parameters())}
-    return {name: float(known[name].mean()) for name in sorted(known)} | counts  # the teacher is not part of the result
+    return {name: float(measured[name].mean()) for name in sorted(measured)} | counts  # the teacher does not count
 
 
 # the student and its teacher
@@ -187,11 +181,9 @@ def start(config, source: Source) -> torch.Tensor:
 
     points = source.entering
     if len(points) < config.registers:
-        raise UserError(
-            f"{len(points)} outliers in {SEARCHED} photos are too few to start {config.registers} registers"
-        )
-    found = KMeans(config.registers, n_init=4, random_state=config.seed).fit(points.double().numpy())
-    return torch.from_numpy(found.cluster_centers_).float()
+        raise UserError(f"{len(points)} outliers in {SEARCHED} photos are too few for {config.registers} registers")
+    clusters = KMeans(config.registers, n_init=4, random_state=config.seed).fit(points.double().numpy())
+    return torch.from_numpy(clusters.cluster_centers_).float()
 
 
 def _free(student: nn.Module, config) -> None:
@@ -227,7 +219,7 @@ def _model(name: str, image_size: int):
 
 
 def source(config) -> Source:
-    """The model before and its outliers; what a run learns does not change it."""
+    """The model before and its outliers, the same for runs that differ in other options alone."""
     return _source(config.model, config.image_size, config.cutoff, config.data, config.photos, config.seed)
 
 
@@ -240,9 +232,8 @@ def _source(name: str, image_size: int, cutoff: float, data: str, photos: int, s
     if is_procedural(data, model):
         x = mend.handful(model).x
     else:
-        chosen = _photos(data, photos, seed)[0]
-        paths = [chosen[i] for i in order(len(chosen), seed)[:SEARCHED].tolist()]
-        x = _centred(model, paths)
+        training = _photos(data, photos, seed)[0]
+        x = _centred(model, [training[i] for i in order(len(training), seed)[:SEARCHED].tolist()])
     found = mend.find(model, x, cutoff=cutoff or None)
     entering = []
     first = model.module.norm_pre if hasattr(model.module, "norm_pre") else model.module.blocks[0]
@@ -299,7 +290,7 @@ def _stream(config, device: str) -> Stream:
         mean=model.mean,
         std=model.std,
     )
-    photos = unlabelled(_photos(config.data, config.photos, config.seed)[0])
+    photos = of_files(_photos(config.data, config.photos, config.seed)[0])
     return Stream(config, device, Augmented(config.seed, photos, transform))
 
 
