@@ -39,14 +39,6 @@ def query_names(captured: Capture, queries: list[int] | None = None) -> list[str
     return names
 
 
-def patch_token(model, images: torch.Tensor, row: int, col: int) -> int:
-    """Token position of the patch at (row, col) in a `zoo.Model`, for `capture`'s queries; negative from the end."""
-    rows, cols = model.anatomy.grid(images)
-    if not (-rows <= row < rows and -cols <= col < cols):
-        raise ValueError(f"patch ({row}, {col}) out of range for a grid of {rows} x {cols}")
-    return model.anatomy.num_prefix_tokens + row % rows * cols + col % cols
-
-
 def cls_or_mean(model, images, layer: int = -1, progress: bool = False):
     """A model's attention maps (images, rows, cols) and the `Capture` that holds them.
 

@@ -1,6 +1,6 @@
 """Figures in one visual style, from tensors or data frames to an unsaved matplotlib Figure."""
 
-from .maps import COMPONENT, bars, grids, query_view, sheet
+from .maps import COMPONENT, bars, grids, sheet
 from .norms import histograms, norms_by_layer, token_kinds, training
 from .scores import dots, scores
 from .style import ATTENTION, NORMS, PALETTE, PAPER, caption, picture, plt, styled
@@ -19,7 +19,6 @@ __all__ = [
     "norms_by_layer",
     "picture",
     "plt",
-    "query_view",
     "scores",
     "sheet",
     "styled",

@@ -140,23 +140,6 @@ def draw_map(axis, values: torch.Tensor, cmap: str, norm=None) -> None:
 
 
 @styled
-def query_view(pixels: torch.Tensor, attention: torch.Tensor, norms: torch.Tensor, query: str, title: str) -> Figure:
-    """One image (3, h, w), the attention of one query in multiples of even attention, and the norms, (rows, cols)."""
-    figure, axes = plt.subplots(1, 3, figsize=(7.8, 3.2))
-    for axis in axes:
-        axis.axis("off")
-    axes[0].imshow(picture(pixels))
-    axes[0].set_title("image")
-    panels = ((attention, ATTENTION, f"attention of {query}", "× even attention"), (norms, NORMS, "norm", "L2 norm"))
-    for axis, (content, cmap, text, unit) in zip(axes[1:], panels, strict=True):
-        draw_map(axis, content, cmap)
-        axis.set_title(text)
-        figure.colorbar(axis.images[0], ax=axis, location="bottom", label=unit, aspect=18, pad=0.03)
-    figure.suptitle(title, fontsize=9)
-    return figure
-
-
-@styled
 def grids(maps: dict[str, torch.Tensor], label: str, cmap: str = NORMS, shared: bool = True, low=None) -> Figure:
     """One heat map (rows, cols) per name, side by side, above the profiles of its columns and of its rows.
 

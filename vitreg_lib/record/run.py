@@ -190,12 +190,19 @@ class Run:
             print(f"{name}: {model.name}, measured {model.measured['date']}, replayed")
         return model
 
-    def source(self, model) -> str:
-        """The name of the images for `model`: the run's, but in profile mini scenes only for models trained on them."""
-        own = model_names.entries().get(model.entry, {})
-        if self.profile == "mini" and self.settings["images"] == "scenes":
-            return own.get("looks_at", "photos" if model.replayed or "timm" in own else "scenes")
-        return self.settings["images"]
+    def source(self, model, to_show: bool = False) -> str:
+        """The name of the images for `model`: the run's, but in profile mini scenes only for models trained on them.
+
+        to_show: of images that may be published, procedural ones or a folder named by a path; the shipped photos
+        replace other sets of photos.
+        """
+        from ..data import images
+
+        own, source = model_names.entries().get(model.entry, {}), self.settings["images"]
+        if self.profile == "mini" and source == "scenes":
+            source = own.get("looks_at", "photos" if model.replayed or "timm" in own else "scenes")
+        published = source in images.PROCEDURAL or Path(source).exists()
+        return source if published or not to_show else "photos"
 
     def by_source(self, models: list) -> list[list]:
         """The models in groups of the same images, in order; pictures of one group can share a figure."""
@@ -214,16 +221,10 @@ class Run:
         return images.load(source, model, n or self.settings["n_images"], self.parameters.get("seed", 0))
 
     def examples(self, model, n: int = 4):
-        """A few images to show: the first of the run's own, or photos that may be published.
-
-        Procedural images and folders named by a path are shown; the shipped photos replace other sets of photos.
-        """
+        """A few images to show: the first of the run's own, or photos that may be published (`source`)."""
         from ..data import images
 
-        source = self.source(model)
-        if source not in images.PROCEDURAL and not Path(source).exists():
-            source = "photos"
-        return images.load(source, model, n, self.parameters.get("seed", 0))
+        return images.load(self.source(model, to_show=True), model, n, self.parameters.get("seed", 0))
 
     def measure(self, name: str, value, model: str = "", unit: str = "", paper=None, features: str = "") -> None:
         """Put one number into the record; null if it does not exist, such as the cutoff of one mode.

@@ -54,39 +54,6 @@ def token_kinds(captures: dict):
     return interact(draw, layer=("IntSlider", {"value": deepest, "min": 0, "max": deepest}))
 
 
-def attention_rows(model, images):
-    """Attention of one query token at any block and head, on one image: maps, and the shares of its targets.
-
-    Queries are the prefix tokens and the patch at the centre; for a replayed model, the measured queries.
-    """
-    from ..measure import attention
-
-    anatomy, layers = model.anatomy, None
-    if model.replayed:
-        layers, queries = model.measured_blocks, model.measured["queries"]
-    else:
-        rows, cols = anatomy.grid(images.x)
-        centre = attention.patch_token(model, images.x, rows // 2, cols // 2)
-        queries = [*range(anatomy.num_prefix_tokens), centre]
-    captured = model.capture(images, ("norms", "attention"), layers=layers, queries=queries)
-    names, mean = attention.query_names(captured), "mean of heads"
-
-    def draw(image, layer, head, query):
-        token = captured.queries[names.index(query)]
-        rows = attention.maps(captured, layer, [token], None if head == mean else [head])[image, 0]
-        norms = attention.on_grid(captured, captured.norms[image, captured.layers.index(layer)])
-        title = f"{model.label}, block {layer}, {mean if head == mean else f'head {head}'}"
-        return plots.query_view(images.pixels[image], attention.relative(rows), norms, query, title)
-
-    return interact(
-        draw,
-        image=("IntSlider", {"value": 0, "min": 0, "max": len(images) - 1}),
-        layer=("IntSlider", {"value": captured.layers[-1], "min": captured.layers[0], "max": captured.layers[-1]}),
-        head=("Dropdown", {"value": mean, "options": [mean, *range(anatomy.num_heads)]}),
-        query=("Dropdown", {"value": names[0], "options": names}),
-    )
-
-
 def explore(
     models="deit-ti deit-ti-trained-reg4",
     images: str = "photos",
