@@ -122,7 +122,7 @@ def test_final_is_after_the_final_norm():
         expected = model.norm(plain_forward(model, x)[-1])
     seen = capture(model, x, "final")
     torch.testing.assert_close(seen.final, expected)
-    torch.testing.assert_close(seen.final_patch_norms, expected[:, 5:].norm(dim=-1))
+    torch.testing.assert_close(seen.patches(seen.final), expected[:, 5:])
 
 
 @pytest.mark.parametrize("dynamic", [True, False])

@@ -9,8 +9,6 @@ VITREG_BATCH     set: a program runs the notebooks; no progress bars, widgets as
 VITREG_PLAIN     set: in a run of several notebooks each imports the libraries for itself; no kernel is forked
 """
 
-from __future__ import annotations
-
 import difflib
 import os
 import socket

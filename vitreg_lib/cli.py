@@ -1,7 +1,5 @@
 """The `vitreg` command. `vitreg COMMAND --help` teaches each part."""
 
-from __future__ import annotations
-
 import functools
 import importlib
 import inspect

@@ -23,6 +23,7 @@ import torch
 from feature_cache import Features, described, fingerprint, mapped, source_sha256
 from tables_tasks import Problem, Source, Task
 from torch import Tensor
+from verdicts import cutoff_after
 
 from vitreg_lib.base import UserError, cache, write_atomically
 from vitreg_lib.measure import detection, outliers, pairs
@@ -419,7 +420,7 @@ def cutoff_of(model, source, progress: bool = False) -> float:
         x = torch.cat([source.pixels(source.rows[i : min(i + 32, n)], model) for i in range(0, n, 32)])
         observed = detection.observe(model, model.normalise(x), progress)
         answer, last = detection.judge(observed), model.anatomy.depth - 1
-        return answer.cutoff_after(last, observed.norms[:, last]) if answer.has_artifacts else float("inf")
+        return cutoff_after(answer, last, observed.norms[:, last]) if answer.has_artifacts else float("inf")
 
     code = source_sha256(detection.__file__, outliers.__file__)
     return remembered(described(model, source.digest, n) | {"kind": "cutoff", "rule": code}, found)

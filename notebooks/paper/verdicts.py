@@ -41,19 +41,30 @@ def detected(run, models, seen: dict, pictures: dict | None = None) -> tuple[dic
     pictures: other images, by label.
 
     seen: captures with norms, by label; the last captured block counts. A model with registers takes the cutoff of its
-    pair without; the others have that of `Detection.cutoff_after`.
+    pair without; the others have that of `cutoff_after`.
     """
     own, having = {}, set()
     for model in models:
         name = model.label
         answer = detection.detect(model, pictures[name] if pictures else run.images(model))
         last = outliers.find(seen[name], cut=math.inf)
-        cut = answer.cutoff_after(last.layer, last.norms)
+        cut = cutoff_after(answer, last.layer, last.norms)
         own[name] = dataclasses.replace(outliers.find(seen[name], cut=cut), cutoff_from=name)
         having |= {name} if answer.has_artifacts else set()
     pairs = of_models(models)
     found = {name: outliers.find(seen[name], cut=own.get(pairs.get(name), each)) for name, each in own.items()}
     return found, having
+
+
+def cutoff_after(answer: detection.Detection, block: int, norms: torch.Tensor) -> float:
+    """The norm above which a token of `norms`, after a block, is an outlier; infinite for the answer "none".
+
+    After the judged block it is the detection's own, after another one or if undecided that of the norms alone.
+    """
+    if answer.answer == "none":
+        return math.inf
+    judged = answer.has_artifacts and block == answer.outliers.layer
+    return answer.outliers.cutoff if judged else outliers.cutoff(norms)
 
 
 def specimen(models, having):

@@ -147,7 +147,13 @@ def tokens(vit, pixels, mask=None, mask_token=None, antialias: bool = True) -> t
     if mask is not None:
         x = torch.where(mask[..., None], mask_token.to(x.dtype), x)
     places = resample_abs_pos_embed(vit.pos_embed, list(x.shape[1:3]), num_prefix_tokens=0, antialias=antialias)
-    return vit.norm(vit.blocks(vit.norm_pre(mini.with_prefix(vit, x.flatten(1, 2) + places))))
+    return vit.norm(vit.blocks(vit.norm_pre(with_prefix(vit, x.flatten(1, 2) + places))))
+
+
+def with_prefix(vit, patches: torch.Tensor) -> torch.Tensor:
+    """(n, prefix + patches, dim): a ViT's cls token and registers before patch tokens (n, patches, dim)."""
+    prefix = [vit.cls_token] + ([vit.reg_token] if vit.reg_token is not None else [])
+    return torch.cat([*(p.expand(len(patches), -1, -1) for p in prefix), patches], 1)
 
 
 def patches(vit, tokens: torch.Tensor) -> torch.Tensor:
@@ -160,7 +166,8 @@ def masks(config, step: int) -> torch.Tensor:
     from lightly.models.utils import random_block_mask
 
     random.seed(f"{config.seed} {step}")  # what lightly draws from; the same on every rank and after resuming
-    grid = config.global_size // mini.patch_size(config.size)
+    patch = int(config.size.partition("/")[2] or 8)  # pixels a side: 14 of l/14, and 8 of mini sizes
+    grid = config.global_size // patch
     return random_block_mask((2 * config.batch_size, grid, grid)).unflatten(0, (2, -1))
 
 

@@ -14,6 +14,7 @@ from operator import attrgetter
 import torch
 import training_images
 import views
+from dinov2 import with_prefix
 from torch import nn
 
 from vitreg_lib.data.scenes import HELD_OUT, MEAN, STD, uniform
@@ -36,7 +37,7 @@ class MaskedAutoencoder(nn.Module):
         from timm.models.vision_transformer import Block
 
         self.encoder = config.vit(drop_path_rate=config.drop_path)
-        self.patch_size = mini.patch_size(config.size)
+        self.patch_size = self.encoder.patch_embed.patch_size[0]
         decoder = DECODER if config.size in mini.SIZES else FULL_DECODER
         dim, heads = decoder["dim"], decoder["heads"]
         self.enter = nn.Linear(self.encoder.embed_dim, dim)
@@ -51,7 +52,7 @@ class MaskedAutoencoder(nn.Module):
         vit = self.encoder
         x = vit.patch_embed(images).flatten(1, 2) + vit.pos_embed
         x = x.gather(1, visible[..., None].expand(-1, -1, x.shape[2]))
-        x = vit.norm(vit.blocks(vit.norm_pre(mini.with_prefix(vit, x))))[:, vit.num_prefix_tokens :]
+        x = vit.norm(vit.blocks(vit.norm_pre(with_prefix(vit, x))))[:, vit.num_prefix_tokens :]
         x = self.enter(x)
         full = self.mask_token.to(x.dtype).expand(len(x), self.places.shape[1], -1)
         full = full.scatter(1, visible[..., None].expand_as(x), x) + self.places

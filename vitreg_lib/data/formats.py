@@ -11,8 +11,6 @@ Every reader takes (root, spec, split): the folder of a local copy, the `folder`
 A folder of another layout gives one UserError that says what was expected where. No pickle is read.
 """
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

@@ -10,8 +10,6 @@ Coordinates are relative: x to the right, y down, both from 0 to 1. Sizes are ra
 image's side.
 """
 
-from __future__ import annotations
-
 import functools
 import math
 from dataclasses import dataclass, fields, replace

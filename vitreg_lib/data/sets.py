@@ -7,8 +7,6 @@ notebooks/paper/tables_sets.py.
     pictures, truth = sets.load_boxes("coco", model, 50)   # Images, and the boxes (objects, 4) of each
 """
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 import io

@@ -1,7 +1,5 @@
 """Scenes with a stamp and two dots in every patch: what `mini-stamps` learns from (the task: workflow/stamped.py)."""
 
-from __future__ import annotations
-
 import math
 
 import torch

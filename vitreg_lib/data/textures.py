@@ -1,7 +1,5 @@
 """Images of textures on which a small ViT grows artifacts: the data of the recipe `emergence`, described there."""
 
-from __future__ import annotations
-
 import functools
 from dataclasses import dataclass
 from types import SimpleNamespace

@@ -9,8 +9,6 @@ A token sequence is (prefix tokens, patches), the patches row by row. `capture` 
 this form.
 """
 
-from __future__ import annotations
-
 import inspect
 import itertools
 from collections.abc import Callable

@@ -18,8 +18,6 @@ Attention stays fused. Its rows are recomputed from q and k for the chosen queri
 The model is unchanged afterwards, also when the forward pass fails.
 """
 
-from __future__ import annotations
-
 import functools
 import warnings
 from contextlib import ExitStack, contextmanager
@@ -92,11 +90,6 @@ class Capture(PrefixTokens):
         at = self.norms[:, self.layers.index(self.block(layer))]
         kinds = {"patches": at[:, self.num_prefix_tokens :]}
         return kinds | {name: at[:, place] for place, name in enumerate(self.prefix)}
-
-    @property
-    def final_patch_norms(self) -> torch.Tensor:
-        """(images, patches) norms after the final LayerNorm, which hides most of an outlier's norm."""
-        return self.patches(torch.linalg.vector_norm(self.final, dim=-1))
 
     def patches(self, tokens: torch.Tensor, dim: int = 1) -> torch.Tensor:
         """`tokens` without its prefix tokens along `dim`."""

@@ -9,8 +9,6 @@ the defaults are the last block, the mean over heads and the cls token. A row su
 less; `budget` gives the shares of cls and registers.
 """
 
-from __future__ import annotations
-
 import torch
 
 from ..hooks.capture import Capture

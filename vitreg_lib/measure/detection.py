@@ -17,8 +17,6 @@ chosen on the drawn images and tested on those left out. `support` is the share 
 fig03 scores this detector on a panel of models.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import math
 from dataclasses import dataclass, field
@@ -32,7 +30,6 @@ from .outliers import (
     STANDS_OUT,
     Outliers,
     bin_middle,
-    cutoff,
     histogram,
     onset_of,
     place_share,
@@ -120,15 +117,6 @@ class Detection:
     def strength(self) -> str | None:
         """ "mild" below five times the median norm, else "strong" (the paper's have ten times)."""
         return None if self.norm_ratio is None else "strong" if self.norm_ratio >= 5 else "mild"
-
-    def cutoff_after(self, block: int, norms: torch.Tensor) -> float:
-        """The norm above which a token of `norms`, after a block, is an outlier; infinite for the answer "none".
-
-        After the judged block it is the detection's own, after another one or if undecided that of the norms alone.
-        """
-        if self.answer == "none":
-            return math.inf
-        return self.outliers.cutoff if self.has_artifacts and block == self.outliers.layer else cutoff(norms)
 
     def __str__(self) -> str:
         if self.norm_ratio is None:

@@ -7,8 +7,6 @@ whether a model has artifacts, from attention too.
 Norms are of patch tokens, before the final LayerNorm, in any shape.
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 

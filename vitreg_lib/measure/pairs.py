@@ -1,7 +1,5 @@
 """Pairs of a model with registers and the same without, its `base`; and the interval of a mean over images."""
 
-from __future__ import annotations
-
 import torch
 
 TRAINED = ("trained", "fine-tuned")  # from the start, or into a finished model

@@ -4,8 +4,6 @@
 go. Masks are (images, rows, cols) bool; one cutoff, that of the original model, defines all outliers.
 """
 
-from __future__ import annotations
-
 import copy
 import dataclasses
 

@@ -12,8 +12,6 @@ ONNX's exporter include the functions. timm's models count the new tokens among 
 Models of other libraries drop them after the last block, because their heads and poolings do not handle registers.
 """
 
-from __future__ import annotations
-
 import copy
 import functools
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """A timm ViT with additional registers; its other weights are unchanged."""
 
-from __future__ import annotations
-
 import inspect
 
 import torch

@@ -16,8 +16,6 @@ patches *and* new tokens, which hold the large activations after the first treat
     mended = vr.mend.with_test_time_registers(model, 4, search.neurons)
 """
 
-from __future__ import annotations
-
 import dataclasses
 import hashlib
 

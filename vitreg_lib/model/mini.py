@@ -1,8 +1,5 @@
 """ViTs to train: timm's class at mini sizes, which two CPU cores can train, and at the paper's sizes."""
 
-from __future__ import annotations
-
-import torch
 from torch import nn
 
 from ..base import UserError
@@ -22,17 +19,6 @@ FULL = {  # name: (embed_dim, depth, heads, mlp_ratio), written with the patch: 
     "h": (1280, 32, 16, 4.0),
     "g": (1408, 40, 16, 48 / 11),  # Zhai et al. 2022; DINOv2's g is wider and has a SwiGLU
 }
-
-
-def patch_size(size: str) -> int:
-    """Pixels a side of a size's patches."""
-    return int(size.partition("/")[2] or 8)
-
-
-def with_prefix(vit: nn.Module, patches):
-    """(n, prefix + patches, dim): a ViT's cls token and registers before patch tokens (n, patches, dim)."""
-    prefix = [vit.cls_token] + ([vit.reg_token] if vit.reg_token is not None else [])
-    return torch.cat([*(p.expand(len(patches), -1, -1) for p in prefix), patches], 1)
 
 
 def start_registers(vit: nn.Module, std: float = 0.2) -> None:

@@ -1,7 +1,5 @@
 """A model with the facts about it that measurements need."""
 
-from __future__ import annotations
-
 import dataclasses
 import hashlib
 from dataclasses import dataclass, field

@@ -1,7 +1,5 @@
 """Names of models, and facts available before loading: data/models.yaml and folders of weights, without torch."""
 
-from __future__ import annotations
-
 import functools
 import json
 import re

@@ -1,7 +1,5 @@
 """Models from modules: the user's own, those of transformers and open_clip, and timm's with their configuration."""
 
-from __future__ import annotations
-
 import dataclasses
 from pathlib import Path
 

@@ -7,8 +7,6 @@ The weights ship as data/checkpoints/planted.safetensors, an ordinary checkpoint
 it and explains how.
 """
 
-from __future__ import annotations
-
 import math
 
 import torch

@@ -7,8 +7,6 @@ training: it chooses on one half of the photos and measures the effects on the o
     vr.remedies.effect(model, vr.load("file:runs/…/model.safetensors"), images, search.cutoff, search.layer)
 """
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass

@@ -12,8 +12,6 @@ The metadata hold one of
 and `facts`: the fields of `Model` that stay true. The buffers of a mended model (see `added`) are among the tensors.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import itertools
 import json

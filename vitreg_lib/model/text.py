@@ -1,7 +1,5 @@
 """The text tower and tokenizer of mini-clip."""
 
-from __future__ import annotations
-
 import functools
 
 from torch import nn

@@ -9,8 +9,6 @@ Layouts (`recognise`): timm's, which is also that of DINO, MAE and DeiT-III; DIN
 also with blocks in chunks; image towers of OpenAI's CLIP and of open_clip; torchvision.
 """
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import hashlib

@@ -13,8 +13,6 @@ NAME+emptyN               with N tokens of zeros and nothing else changed
 NAME+minusN               without the N directions of patch tokens in which places differ most
 """
 
-from __future__ import annotations
-
 import dataclasses
 from pathlib import Path
 

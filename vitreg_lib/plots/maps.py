@@ -3,8 +3,6 @@
 Each patch is one square of a map, never smoothed, because an artifact is one patch wide.
 """
 
-from __future__ import annotations
-
 import textwrap
 
 import matplotlib.pyplot as plt

@@ -1,7 +1,5 @@
 """Figures of token norms: on the image, as histograms, by block, along training, by kind of token."""
 
-from __future__ import annotations
-
 import matplotlib
 import matplotlib.pyplot as plt
 import numpy as np

@@ -1,7 +1,5 @@
 """Figures of probes and scores by group of tokens: densities, dots by group and fit, scores with their intervals."""
 
-from __future__ import annotations
-
 import re
 
 import matplotlib.pyplot as plt

@@ -1,8 +1,6 @@
 """One visual style: legible at the width of a notebook cell, safe for colour-blind readers, with the paper's value as a
 labelled line and the profile and models in the caption."""
 
-from __future__ import annotations
-
 import re
 
 import matplotlib

@@ -4,8 +4,6 @@
 without. The sentences stand in sentences.yaml.
 """
 
-from __future__ import annotations
-
 import functools
 import math
 from collections import Counter

@@ -8,8 +8,6 @@
 each answer are those for two controls with known truth, the planted and the random mini ViT.
 """
 
-from __future__ import annotations
-
 import datetime
 import functools
 import importlib.metadata

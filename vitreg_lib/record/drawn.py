@@ -4,8 +4,6 @@ Each visible panel has an entry with its labels and, for each line, bar, picture
 values, rounded to a thousandth of the range drawn in the panel. `workflow/compare.py` compares two such summaries.
 """
 
-from __future__ import annotations
-
 import math
 import warnings
 

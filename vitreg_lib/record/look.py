@@ -4,8 +4,6 @@ Memory does not grow with the number of images beyond `JUDGED`: norms and attent
 pixels for fewer, and only the share of outliers for other images.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from dataclasses import dataclass
 

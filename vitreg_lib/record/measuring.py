@@ -1,7 +1,5 @@
 """`vitreg measure MODEL`: measure a model and write the file that `model.measured` reads."""
 
-from __future__ import annotations
-
 import dataclasses
 import datetime
 import json

@@ -1,7 +1,5 @@
 """Self-contained HTML pages from Jinja templates."""
 
-from __future__ import annotations
-
 import base64
 from pathlib import Path
 

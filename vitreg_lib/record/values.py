@@ -1,7 +1,5 @@
 """Values of notebook parameters: converted where the meaning is clear, else refused before anything runs."""
 
-from __future__ import annotations
-
 import math
 
 from ..base import UserError

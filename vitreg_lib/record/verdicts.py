@@ -1,7 +1,5 @@
 """The paper's claims, and the verdicts on them as text and as a table."""
 
-from __future__ import annotations
-
 import csv
 import functools
 import html

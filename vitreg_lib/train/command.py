@@ -3,8 +3,6 @@
 A recipe's file is read, not run, for its help (see `train.recipes`): --help needs no torch.
 """
 
-from __future__ import annotations
-
 import inspect
 from dataclasses import fields, replace
 from pathlib import Path

@@ -3,8 +3,6 @@
 Every field is an option of `vitreg train` with the help text beside it. A recipe adds its own (see `train.recipes`).
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 

@@ -4,8 +4,6 @@ The seed and the position in the training determine each image (see `parallel.ba
 and masks are made on the device.
 """
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import random

@@ -19,8 +19,6 @@ from (seed, step) at every step. A resumed run therefore ends with the same weig
 bit for bit. `state` describes the folder of a run; a finished run adds model.safetensors and result.json.
 """
 
-from __future__ import annotations
-
 import json
 import math
 import signal
@@ -35,7 +33,7 @@ from types import ModuleType
 
 import torch
 
-from ..base import UserError, unknown, write_atomically
+from ..base import UserError, line, unknown, write_atomically
 from . import images, parallel, recipes, state, telemetry
 from .config import TrainConfig
 from .state import Run
@@ -163,7 +161,7 @@ def _step(run: Run, loss, recipe, config, step: int, device, asked=lambda: False
             numbers = _gradients(run, loss, config, step, device, asked)
             break
         except torch.OutOfMemoryError as error:
-            reason = str(error).splitlines()[0]
+            reason = line(error)
         # outside of the handler, which would keep the failed step's tensors alive
         if parallel.world() > 1:  # the other processes are waiting for this one's gradients
             more = f"go on with --resume and --accumulate {2 * run.accumulate}" if _separable(recipe) else ""
@@ -246,7 +244,7 @@ def _fit(run: Run, loss, recipe, config: TrainConfig, device) -> None:
             with parallel.micro_batch(0, run.accumulate), parallel.without_sync(loss, last=False):
                 loss(run.step)[0].backward()
         except torch.OutOfMemoryError as error:
-            reason = str(error).splitlines()[0]
+            reason = line(error)
         run.optimizer.zero_grad(set_to_none=True)
         if not parallel.all_reduce_sum(torch.tensor(float(bool(reason)), device=device)):
             return

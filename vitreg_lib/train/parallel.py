@@ -7,8 +7,6 @@ more. A loss that compares images with each other is computed from `gather`ed te
 torchrun there is one rank, and all functions here are the identity.
 """
 
-from __future__ import annotations
-
 import contextlib
 import warnings
 from collections.abc import Iterator
@@ -17,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from ..base import UserError, local_rank
+from ..base import UserError, line, local_rank
 
 _part = (0, 1)  # (current micro-batch, number of micro-batches); set by `micro_batch` alone
 
@@ -164,8 +162,7 @@ def compile_blocks(module: nn.Module, device: str) -> None:
     except Exception as error:  # any error of the compiler, the driver or the tool chain
         for block in modules:
             block._compiled_call_impl = None  # what nn.Module.compile sets; it has no public inverse
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        warnings.warn(f"torch.compile does not work here, going on without: {reason}", stacklevel=2)
+        warnings.warn(f"torch.compile does not work here, going on without: {line(error)}", stacklevel=2)
     module.zero_grad(set_to_none=True)
 
 

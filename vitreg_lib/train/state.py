@@ -9,8 +9,6 @@ Everything is written under a temporary name and renamed. A state carries a chec
 and FSDP write the same file, and each can resume from it.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import warnings
@@ -24,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from ..base import UserError, shown, write_atomically, written
+from ..base import UserError, line, shown, write_atomically, written
 from . import parallel, recipes
 from .config import MACHINE, TrainConfig
 
@@ -88,7 +86,7 @@ def load(folder: Path, run: Run) -> None:
             tensors, metadata = _read(path)
             break
         except (SafetensorError, OSError, KeyError, ValueError) as error:
-            faults.append(f"{shown(path)} cannot be read ({' '.join(str(error).split())})")
+            faults.append(f"{shown(path)} cannot be read ({line(error)})")
     else:
         if faults:
             raise UserError(f"{'; '.join(faults)}: delete the run's folder and train anew")

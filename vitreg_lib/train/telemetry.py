@@ -3,8 +3,6 @@
 Figure 4(b) shows these. A measurement is one capture of the same held-out images.
 """
 
-from __future__ import annotations
-
 import pandas as pd
 import torch
 

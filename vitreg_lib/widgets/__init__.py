@@ -2,5 +2,3 @@
 
 from .controls import explore, interact, token_kinds
 from .live import watch
-
-__all__ = ["explore", "interact", "token_kinds", "watch"]

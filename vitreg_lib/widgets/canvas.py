@@ -4,8 +4,6 @@ The page side is canvas.js. It sends messages: {kind: "query", query: [row, col]
 value: norm or null for the rule} and {kind: "upload", name} with the file's bytes.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import anywidget

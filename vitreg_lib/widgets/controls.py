@@ -4,8 +4,6 @@ In papermill, nbval or nbconvert (VITREG_BATCH is set), each shows a picture of 
 executed notebook does not keep a widget's state.
 """
 
-from __future__ import annotations
-
 from .. import plots
 from ..base import in_batch
 

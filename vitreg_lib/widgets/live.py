@@ -4,8 +4,6 @@ The loop is `train.loop`, which keeps its state in a folder. A stopped cell ther
 a finished run is shown at once.
 """
 
-from __future__ import annotations
-
 import contextlib
 import tempfile
 from dataclasses import dataclass

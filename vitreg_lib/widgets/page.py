@@ -1,7 +1,5 @@
 """The explorer's page: controls of ipywidgets and one `PatchCanvas` per model, all drawn from `view.look`."""
 
-from __future__ import annotations
-
 import base64
 import hashlib
 import html

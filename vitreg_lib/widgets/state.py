@@ -6,8 +6,6 @@ keys of one image at all blocks, so that another layer, head or query needs no f
 it keeps the measurements (`model.measured`).
 """
 
-from __future__ import annotations
-
 import re
 from collections import OrderedDict
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """The explorer's page as one still figure: a row of panels for each model."""
 
-from __future__ import annotations
-
 import math
 import textwrap
 

@@ -5,8 +5,6 @@ views = look(State(models=("mini-deit3", "mini-deit3-reg4"), layer=5, query="pat
 views[0].attention                                  # (rows, cols), multiples of even attention
 """
 
-from __future__ import annotations
-
 import shlex
 from dataclasses import dataclass, replace
 

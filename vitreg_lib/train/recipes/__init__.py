@@ -9,8 +9,6 @@ lists its functions. These literals at its top are read from the source:
     WITH_DATA = "deit3_folder"                   the file beside it that is run instead where --data is given
 """
 
-from __future__ import annotations
-
 import ast
 import functools
 import importlib

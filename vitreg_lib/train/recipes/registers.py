@@ -22,8 +22,6 @@ of --report has a labels.csv (file, class_index). The result, model.safetensors,
     vr.load("file:model.safetensors")
 """
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 from pathlib import Path
