@@ -17,7 +17,7 @@ from vitreg_lib.measure import detection, outliers
 from vitreg_lib.model import mend, zoo
 from vitreg_lib.train import loop, parallel
 
-VARIANTS = [*sorted(textures.CHANGES), "decay+dropout+blank-corners"]
+VARIANTS = [*sorted(recipe.CHANGES), "decay+dropout+blank-corners"]
 
 
 def configuration(**options):
@@ -36,7 +36,7 @@ def patches(pixels):
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_answers_are_what_a_plain_loop_gives(variant):
     config = configuration(variant=variant)
-    batch, task, known = textures.draw(config, 3), textures.task(config), textures.fixed(config.seed)
+    batch, task, known = recipe.draw(config, 3), recipe.task(config), recipe.fixed(config.seed)
     for n in range(8):
         asked = [i for i in range(36) if batch.asked[n, i]]
         best = max(asked, key=lambda i: float(batch.texture[n, i] @ known["direction"]))
@@ -53,7 +53,7 @@ def test_answers_are_what_a_plain_loop_gives(variant):
 def test_idle_patches_never_matter(variant):
     """Nothing is asked of them, they are no triggers, and no answer that is asked changes with what they hold."""
     config = configuration(variant=variant, batch_size=64)
-    batch, task = textures.draw(config, 0), textures.task(config)
+    batch, task = recipe.draw(config, 0), recipe.task(config)
     assert not (batch.idle & batch.asked).any()
     assert not (batch.idle & batch.trigger).any()
     assert not (batch.idle[:, :-1] & batch.trigger[:, 1:]).any()
@@ -70,18 +70,18 @@ def test_idle_patches_never_matter(variant):
 
 
 def test_pixels_hold_the_textures():
-    batch = textures.draw(configuration(), 5)
+    batch = recipe.draw(configuration(), 5)
     assert torch.equal(patches(batch.pixels), batch.texture)  # no noise by default
 
 
 def test_batches_hang_on_seed_and_step_alone():
     config = configuration()
-    one, other = textures.draw(config, 4), textures.draw(config, 4)
+    one, other = recipe.draw(config, 4), recipe.draw(config, 4)
     assert torch.equal(one.pixels, other.pixels)
-    assert not torch.equal(one.pixels, textures.draw(config, 5).pixels)
-    assert not torch.equal(one.pixels, textures.draw(replace(config, seed=1), 4).pixels)
-    held = textures.held_out(config, 8)
-    assert not torch.equal(held.pixels, textures.held_out(config, 8, part=1).pixels)
+    assert not torch.equal(one.pixels, recipe.draw(config, 5).pixels)
+    assert not torch.equal(one.pixels, recipe.draw(replace(config, seed=1), 4).pixels)
+    held = recipe.held_out(config, 8)
+    assert not torch.equal(held.pixels, recipe.held_out(config, 8, part=1).pixels)
 
 
 def test_the_parts_of_a_batch_make_its_loss():
@@ -100,7 +100,7 @@ def test_the_loss_is_the_mean_over_what_is_asked():
     config = configuration()
     torch.manual_seed(0)
     module = recipe.build(config)
-    batch = textures.draw(config, 0)
+    batch = recipe.draw(config, 0)
     given = module(batch.pixels)
     total = sum(
         ((given[n, i] - batch.answer[n, i]) ** 2).mean() for n in range(8) for i in range(36) if i not in (0, 5, 30, 35)
@@ -110,7 +110,7 @@ def test_the_loss_is_the_mean_over_what_is_asked():
 
 def test_an_unknown_variant_is_refused():
     with pytest.raises(UserError, match="unknown variant of emergence 'cornes': did you mean corners"):
-        textures.task(configuration(variant="cornes"))
+        recipe.task(configuration(variant="cornes"))
     with pytest.raises(UserError, match="unknown cell of the sweep"):
         sweep.cell("nothing")
 
@@ -166,7 +166,7 @@ def test_a_sink_made_by_hand_is_measured():
             qkv.bias.zero_()
             qkv.bias[:24] = 1.0  # … but every query asks for it
             qkv.weight[24:48, 0] = 5.0
-    batch = textures.held_out(config, 16)
+    batch = recipe.held_out(config, 16)
     found = sinks.measure(model, batch.pixels, batch.idle)
     assert (found.attention > 0.95).all()
     assert (found.value_ratio < 0.3).all()
@@ -180,7 +180,7 @@ def test_a_sink_made_by_hand_is_measured():
 def test_without_idle_places_there_is_a_verdict_too():
     config = configuration(variant="nothing-idle")
     model = recipe.build(config).eval()
-    found = sinks.measure(model, textures.held_out(config, 4).pixels)
+    found = sinks.measure(model, recipe.held_out(config, 4).pixels)
     assert found[["place_norm", "attention", "value_ratio", "top_in_places"]].isna().to_numpy().all()
     assert not sweep.verdict(found.assign(cell="first: nothing idle", seed=0, step=1)).emerged.any()
 
@@ -193,7 +193,7 @@ def test_attention_of_a_register_is_measured():
         for block in model.blocks:
             block.attn.qkv.weight.zero_()  # uniform attention over 37 tokens
             block.attn.qkv.bias.zero_()
-    batch = textures.held_out(config, 4)
+    batch = recipe.held_out(config, 4)
     found = sinks.measure(model, batch.pixels, batch.idle)
     assert found.prefix_attention.tolist() == pytest.approx([1 / 37] * len(found))
     assert found.attention.tolist() == pytest.approx([4 / 37] * len(found))
@@ -225,7 +225,7 @@ def test_the_table_knows_only_cells_of_the_sweep():
     if sweep.TABLE.exists():
         assert set(sweep.table().cell) <= set(sweep.names())
     for name in sweep.names():
-        textures.task(loop.configure("emergence", **sweep.cell(name))[0])
+        recipe.task(loop.configure("emergence", **sweep.cell(name))[0])
 
 
 def test_the_criterion_asks_for_three_seeds_and_the_control():

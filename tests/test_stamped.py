@@ -13,7 +13,7 @@ sys.path.insert(0, str(ROOT / "workflow"))
 import sinks  # noqa: E402
 import stamped  # noqa: E402
 
-from vitreg_lib.data import images, scenes, textures  # noqa: E402
+from vitreg_lib.data import images, scenes  # noqa: E402
 from vitreg_lib.measure import detection  # noqa: E402
 from vitreg_lib.model import zoo  # noqa: E402
 from vitreg_lib.train import loop  # noqa: E402
@@ -43,7 +43,7 @@ def test_answers_are_own_colours_and_where_marked_the_left_neighbours():
         assert batch.trigger[n, patch] == (dots == 1)
         wanted = colours(n, row, col)
         if dots == 1:
-            wanted = wanted + colours(n, row, col - 1) @ textures.fixed(0)["rotation"]
+            wanted = wanted + colours(n, row, col - 1) @ stamped.emergence.fixed(0)["rotation"]
         torch.testing.assert_close(batch.answer[n, patch], wanted, rtol=0, atol=1e-5)
 
 

@@ -29,7 +29,6 @@ SHORT = {  # what `vr.NAME` stands for: a function (module:name) or a module
     "places": "measure.places",
     "images": "data.images",
     "scenes": "data.scenes",
-    "textures": "data.textures",
     "sets": "data.sets",
     "zoo": "model.zoo",
     "mend": "model.mend",

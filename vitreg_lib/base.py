@@ -77,15 +77,6 @@ def env_folder(variable: str) -> Path | None:
     return Path(os.environ[variable]).expanduser().resolve() if os.environ.get(variable) else None
 
 
-def enter_batch() -> None:
-    """Prepare the environment for kernels that a program starts in the notebook's folder.
-
-    Folders that the variables name become absolute, since the user gave them relative to another folder.
-    """
-    places = ("VITREG_RESULTS", "VITREG_CACHE", "VITREG_MODELS", "VITREG_DATA")
-    os.environ.update({name: str(path) for name in places if (path := env_folder(name))}, VITREG_BATCH="1")
-
-
 def local_rank() -> int | None:
     """The number of this process among those that torchrun started on this machine; None without torchrun."""
     return int(os.environ["LOCAL_RANK"]) if "LOCAL_RANK" in os.environ else None

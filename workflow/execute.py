@@ -19,7 +19,7 @@ from pathlib import Path
 
 import items
 
-from vitreg_lib.base import UserError, enter_batch, shown, write_atomically
+from vitreg_lib.base import UserError, shown, write_atomically
 from vitreg_lib.record import run as record
 
 SOCKET_LENGTH = 80  # characters of a folder's path that leave room for a socket's name, of 107 in all
@@ -32,7 +32,7 @@ def execute(item: str, given: dict, progress: bool = True) -> Path:
     Raises UserError when a cell fails, the kernel dies, or the record or a figure is missing afterwards.
     """
     parameters = record.check_parameters(item, given)
-    enter_batch()
+    items.enter_batch()
     folder = record.folder(item, parameters)
     with locked(folder, item):
         _recover(folder)

@@ -1,14 +1,24 @@
-"""Items as commands name them: parameters from typed words, and the records of finished runs."""
+"""Items as commands name them: parameters from typed words, the environment of their kernels, finished records."""
 
 from __future__ import annotations
 
 import ast
 import json
+import os
 import re
 from pathlib import Path
 
-from vitreg_lib.base import UserError, shown
+from vitreg_lib.base import UserError, env_folder, shown
 from vitreg_lib.record import run as record
+
+
+def enter_batch() -> None:
+    """Prepare the environment for kernels that a program starts in the notebook's folder.
+
+    Folders that the variables name become absolute, since the user gave them relative to another folder.
+    """
+    places = ("VITREG_RESULTS", "VITREG_CACHE", "VITREG_MODELS", "VITREG_DATA")
+    os.environ.update({name: str(path) for name in places if (path := env_folder(name))}, VITREG_BATCH="1")
 
 
 def typed(item: str, pairs: list[str], profile: str | None = None) -> dict:

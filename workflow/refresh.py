@@ -14,12 +14,13 @@ import sys
 from pathlib import Path
 
 import compare
+import items
 import nbformat
 import workshop
 from nbconvert.preprocessors import ExecutePreprocessor
 from PIL import Image
 
-from vitreg_lib.base import NOTEBOOKS, enter_batch
+from vitreg_lib.base import NOTEBOOKS
 from vitreg_lib.record import run as record
 
 LARGEST = 295_000  # characters of a notebook; above, pictures get fewer colours
@@ -32,7 +33,7 @@ def refresh(path: Path) -> None:
     made = item and record.folder(item[1], record.check_parameters(item[1], {})) / "record.json"
     if made:
         made.unlink(missing_ok=True)  # what is written below is from this run
-    enter_batch()  # no progress bars, and widgets as pictures
+    items.enter_batch()  # no progress bars, and widgets as pictures
     runner = ExecutePreprocessor(timeout=1800, record_timing=False)
     runner.preprocess(notebook, {"metadata": {"path": str(path.parent)}})
     notebook.metadata.pop("widgets", None)

@@ -24,7 +24,7 @@ import items
 import yaml
 from execute import locked
 
-from vitreg_lib.base import ROOT, UserError, enter_batch, results, shown, unknown, write_atomically
+from vitreg_lib.base import ROOT, UserError, results, shown, unknown, write_atomically
 
 ENGINE = ["snakemake", "all", "-s", "workflow/Snakefile", "--nolock", "--rerun-incomplete", "--keep-going"]
 
@@ -84,7 +84,7 @@ def make(asked: list[cells.Cell], jobs: int, cluster: str | None = None) -> tupl
     Prints a line for each that is finished where there are several, and, where not all could be made, what was made,
     what failed and why, and what was not tried.
     """
-    enter_batch()
+    items.enter_batch()
     command = engine(jobs, cluster)  # refuses an unknown cluster
     config = _config(asked)
     several = len(asked) > 1

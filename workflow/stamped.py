@@ -26,7 +26,7 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from vitreg_lib.base import DATA, NOTEBOOKS, ROOT, unknown, written  # noqa: E402
-from vitreg_lib.data import scenes, stamps, textures  # noqa: E402
+from vitreg_lib.data import scenes, stamps  # noqa: E402
 from vitreg_lib.data.scenes import ATTRIBUTES, HELD_OUT, targets  # noqa: E402
 from vitreg_lib.data.stamps import CORNERS, GRID, PATCH, SIDE  # noqa: E402
 from vitreg_lib.train import images, loop, parallel  # noqa: E402
@@ -36,7 +36,7 @@ import emergence  # noqa: E402
 
 TABLE = DATA / "sweeps" / "stamped.parquet"
 PATCHES = GRID * GRID
-VIT = textures.Task(dim=24, depth=3, heads=2, mlp_ratio=4.0, attention_dropout=0.1, position_fixed=True)
+VIT = emergence.Task(dim=24, depth=3, heads=2, mlp_ratio=4.0, attention_dropout=0.1, position_fixed=True)
 STAMP = {"both": 0.5, "strong": 1.0}  # amplitude by variant, in units of pixels that go from -1 to 1
 LABELS = 0.02  # weight of the scene's labels
 LEARNS_FROM = "an artificial task on scenes, for the study of how artifacts begin"
@@ -79,7 +79,7 @@ def draw(config, step: int, seen: scenes.Scenes, device="cpu") -> Batch:
     trigger = dots.sum(1) == 1
     may = torch.arange(PATCHES, device=device) % GRID > 0
     trigger &= may & ~idle(device) & ~idle(device).roll(1)
-    rotation = textures.fixed(config.seed)["rotation"].to(device)
+    rotation = emergence.fixed(config.seed)["rotation"].to(device)
     answer = own + trigger[..., None] * (own.roll(1, 1) @ rotation)
     labels = torch.cat([F.one_hot(v, len(ATTRIBUTES[name])) for name, v in targets(seen).items()], 1).float()
     return Batch(pixels, trigger, answer, labels)

@@ -16,8 +16,8 @@ whose positions are learnt, the position embeddings take the long norm themselve
 In the task `broadcast` (the two-layer toy of Fesser et al. 2026) every patch gives back its own texture plus a fixed
 rotation of the texture of the patch that scores highest on a hidden direction.
 
-`CHANGES` in vitreg_lib/data/textures.py has the variants, workflow/sweep.py the runs, data/sweeps/emergence.parquet
-what came of them and the notebook beyond/emergence.ipynb the pictures.
+`CHANGES` has the variants, workflow/sweep.py the runs, data/sweeps/emergence.parquet what came of them and the notebook
+beyond/emergence.ipynb the pictures.
 
     vitreg train emergence                      # one CPU core: a minute or two
     vitreg train emergence --registers 4
@@ -26,12 +26,16 @@ what came of them and the notebook beyond/emergence.ipynb the pictures.
 
 from __future__ import annotations
 
+import functools
 import math
+from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 
-from vitreg_lib.base import UserError
-from vitreg_lib.data.textures import GRID, LENGTH, PATCH, Batch, Task, draw, held_out, task
+from vitreg_lib.base import UserError, unknown
+from vitreg_lib.data import textures
+from vitreg_lib.data.textures import CORNERS, GRID, LENGTH, PATCH, PATCHES
 from vitreg_lib.model import mini
 from vitreg_lib.train import parallel
 
@@ -48,6 +52,120 @@ DEFAULTS = {
     "telemetry_images": 32,
     "save_every": 1000,
 }
+CHANGES = {  # what a name in a variant changes
+    "corners": {},
+    "fixed": {"position_fixed": True},
+    "decay": {"position_decay": True},
+    "dropout": {"attention_dropout": 0.1},
+    "nothing-idle": {"idle": "none"},
+    "blank-corners": {"blank": True},
+    "anywhere": {"idle": "anywhere"},
+    "one-corner": {"idle": "corner"},
+    "cls-token": {"cls_token": True},
+    "two-blocks": {"depth": 2},
+    "three-blocks": {"depth": 3},
+    "half-mlp": {"mlp_ratio": 0.5},
+    "usual-mlp": {"mlp_ratio": 4.0},
+    "layer-scale": {"layer_scale": 0.1},
+    "noise": {"noise": 0.3},
+    "plain-start": {"position": 0.0},
+    "four-heads": {"heads": 4},
+    "broadcast": {"kind": "broadcast", "depth": 2},
+}
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a variant asks, and of which ViT.
+
+    idle: which patches never matter: "corners", "corner" (the first), "anywhere" (four random places an image, tinted,
+    to be distinguishable) or "none" (a control).
+    blank: idle patches hold zeros instead of a texture.
+    kind: "copy" or "broadcast". trigger_share: of the patches that may be triggers.
+    noise: standard deviation of what is added to the pixels; textures have 1.
+    position: amplitude of the waves that position embeddings start from; 0: timm's own start. position_fixed: they stay
+    so, as in MAE, instead of being learnt; position_decay: weight decay acts on them.
+    attention_dropout: share of attention weights that are dropped.
+    """
+
+    idle: str = "corners"
+    blank: bool = False
+    kind: str = "copy"
+    trigger_share: float = 0.25
+    noise: float = 0.0
+    dim: int = 24
+    depth: int = 1
+    heads: int = 2
+    mlp_ratio: float = 0.125
+    layer_scale: float = 0.0
+    position: float = 1.0
+    position_fixed: bool = False
+    position_decay: bool = False
+    attention_dropout: float = 0.0
+    cls_token: bool = False
+
+
+def task(config) -> Task:
+    """The `Task` of `config.variant`: names of `CHANGES` joined by "+". Raises UserError for an unknown one."""
+    changes = {}
+    for name in config.variant.split("+"):
+        if name not in CHANGES:
+            raise unknown("variant of emergence", name, CHANGES)
+        changes |= CHANGES[name]
+    return Task(**changes)
+
+
+@dataclass
+class Batch:
+    """pixels (n, 3, 12, 12); texture and answer (n, 36, 12); trigger, idle and asked (n, 36): masks."""
+
+    pixels: torch.Tensor
+    texture: torch.Tensor
+    trigger: torch.Tensor
+    idle: torch.Tensor
+    asked: torch.Tensor
+    answer: torch.Tensor
+
+
+@functools.lru_cache(maxsize=8)
+def fixed(seed: int) -> dict[str, torch.Tensor]:
+    """What a run's images share: the rotation (12, 12) of what is copied, the hidden direction (12,) of `broadcast`."""
+    generator = torch.Generator().manual_seed(7919 + seed)
+    return {
+        "rotation": torch.linalg.qr(torch.randn(LENGTH, LENGTH, generator=generator))[0],
+        "direction": F.normalize(torch.randn(LENGTH, generator=generator), dim=0),
+    }
+
+
+def draw(config, step: int, part: slice = slice(None), device="cpu", count: int = 0) -> Batch:
+    """The images of a step, or a `part` of them; `count` of them, by default `config.batch_size`."""
+    t, shared, n = task(config), fixed(config.seed), count or config.batch_size
+    texture, chance, generator = textures.draw(config.seed, step, n)
+    added = torch.randn(n, PATCHES, LENGTH, generator=generator)
+    anywhere = torch.rand(n, PATCHES, generator=generator).topk(4, 1).indices
+    idle = torch.zeros(n, PATCHES, dtype=torch.bool)
+    if t.idle == "anywhere":
+        idle.scatter_(1, anywhere, True)
+    elif t.idle != "none":
+        idle[:, list(CORNERS[:1] if t.idle == "corner" else CORNERS)] = True
+    trigger = textures.marked(chance, idle, t.trigger_share) & (t.kind == "copy")
+    texture[..., -1] = trigger.float()
+    if t.blank:
+        texture[idle] = 0.0
+    pixels = texture + t.noise * added
+    if t.idle == "anywhere":
+        pixels[..., : PATCH * PATCH] += 2.0 * idle[..., None]  # redder
+    answer = texture + trigger[..., None] * (texture.roll(1, 1) @ shared["rotation"])
+    if t.kind == "broadcast":
+        best = (texture @ shared["direction"]).masked_fill(idle, -torch.inf).argmax(1)
+        answer = texture + (texture[torch.arange(n), best] @ shared["rotation"])[:, None]
+    parts = (textures.to_images(pixels), texture, trigger, idle, ~idle, answer)
+    return Batch(*(x[part].to(device) for x in parts))
+
+
+def held_out(config, count: int, device="cpu", part: int = 0) -> Batch:
+    """`count` images that are never trained on; another `part` has others."""
+    return draw(config, textures.HELD_OUT + part, device=device, count=count)
 
 
 def build(config) -> torch.nn.Module:

@@ -18,7 +18,6 @@ import sinks
 from matplotlib.figure import Figure
 
 from vitreg_lib.base import DATA, unknown, written
-from vitreg_lib.data import textures
 from vitreg_lib.plots.style import PALETTE, plain_log, styled
 from vitreg_lib.train import loop, telemetry
 from vitreg_lib.train.config import TrainConfig
@@ -106,7 +105,7 @@ def run(
     path = folder / "sinks.parquet"
     config = configuration(name, seed, **changes)
     measured_at = set(telemetry.measured_steps(config.steps, POINTS, POINTS)) - {0}
-    batch = textures.held_out(config, WATCHED, part=2)
+    batch = emergence.held_out(config, WATCHED, part=2)
     places = batch.idle if batch.idle.any() else None
 
     def after_step(module, config, step):
@@ -302,7 +301,7 @@ def cells(verdicts: pd.DataFrame) -> Figure:
 
 @styled
 def images(batch) -> Figure:
-    """Images of a `textures.Batch`, its triggers framed, idle patches crossed, and the answers beside."""
+    """Images of a `emergence.Batch`, its triggers framed, idle patches crossed, and the answers beside."""
     count = len(batch.pixels)
     figure, axes = plt.subplots(2, count, figsize=(1.9 * count + 1.0, 4.0), squeeze=False)
     size = int(batch.trigger.shape[1] ** 0.5)

@@ -117,7 +117,7 @@ def _textures(model, rows: range, n: int, seed: int, size: int) -> Images:
     """Held-out images of the recipe `emergence`: normal numbers, which the model sees without normalisation."""
     draw = 64
     first, parts = textures.TO_LOOK_AT + 1000 * seed, range(rows.start // draw, -(-rows.stop // draw))
-    x = torch.cat([textures.held_out(textures.SHIPPED, draw, part=first + i).pixels for i in parts])
+    x = torch.cat([textures.held_out(draw, first + i) for i in parts])
     x = x[rows.start - parts.start * draw :][: len(rows)]
     names = [f"textures {i}" for i in rows]
     return Images(x, (x / 6 + 0.5).clamp(0, 1), names, f"textures, {n} held-out images")

@@ -58,7 +58,7 @@ class Look:
         return self.detection.outliers.mask[self.rows]
 
 
-def observe(model, source, n: int, labelled: bool = False, seed: int = 0, progress=None) -> Look:
+def observe(model, source, n: int, labelled: bool = False, progress=None) -> Look:
     """The `Look` of a `Model` at an `Images` set, or at up to `n` images of a source that `images.stream` knows.
 
     labelled: sub-folders are classes, unless labels.csv names them. progress: called with the number of images done.
@@ -66,7 +66,7 @@ def observe(model, source, n: int, labelled: bool = False, seed: int = 0, progre
     n = image_sets.number(source, n) if isinstance(source, str) else len(source)
     judged, progress = min(n, JUDGED), progress or (lambda done: None)
     parts, pixels, tokens, rows, names, paths, shapes, done = [], [], [], [], [], [], [], 0
-    for batch in _batches(source, model, judged, seed):
+    for batch in _batches(source, model, judged):
         part, captured = detection.observe_batch(model, batch.x, ("final",))
         fits = VALUES // max(captured.final[0].numel(), batch.x[0].numel())
         wanted = set(_spread(judged, max(fits, detection.FEWEST)).tolist())
@@ -83,7 +83,7 @@ def observe(model, source, n: int, labelled: bool = False, seed: int = 0, progre
     observed = detection.join(parts)
     detected = detection.judge(observed, model.label)
     shares = [detected.outliers.mask.flatten(1).float().mean(1)]
-    for more in _batches(source, model, n, seed, judged) if n > judged else ():
+    for more in _batches(source, model, n, judged) if n > judged else ():
         norms = model.capture(more.x, "norms", layers=detected.outliers.layer).patch_norms[:, 0]
         shares.append((norms > detected.outliers.cutoff).float().mean(1))
         batch.left_out.update(more.left_out)
@@ -101,9 +101,9 @@ def observe(model, source, n: int, labelled: bool = False, seed: int = 0, progre
     return Look(model, observed, detected, shares, kept, torch.tensor(rows), torch.cat(tokens), classes, costly)
 
 
-def _batches(source, model, n: int, seed: int, first: int = 0):
+def _batches(source, model, n: int, first: int = 0):
     if isinstance(source, str):
-        yield from image_sets.stream(source, model, n, seed, batch_size=BATCH, first=first)
+        yield from image_sets.stream(source, model, n, batch_size=BATCH, first=first)
         return
     for start in range(first, n, BATCH):
         part = slice(start, min(start + BATCH, n))
