@@ -17,9 +17,7 @@ def histograms(
     """Histogram of patch norms for each model, on log axes, with its cutoff and the share of tokens above it."""
     import seaborn as sns
 
-    columns = min(columns, len(norms))
-    rows = -(-len(norms) // columns)
-    figure, axes = plt.subplots(rows, columns, figsize=(2.5 * columns + 0.4, 2.3 * rows), squeeze=False, sharey=True)
+    figure, axes = _panels(len(norms), columns, sharey=True)
     for axis, (name, values) in zip(axes.flat, norms.items(), strict=False):
         values, cut = values.flatten().cpu(), cutoffs[name]
         highest = max(float(values.max()), cut if np.isfinite(cut) else 0)
@@ -38,8 +36,6 @@ def histograms(
         plain_log(axis.yaxis)
     lines = {text: line for axis in axes.flat for line, text in zip(*axis.get_legend_handles_labels(), strict=True)}
     figure.legend(lines.values(), lines.keys(), loc="outside right upper")
-    for axis in axes.flat[len(norms) :]:
-        axis.set_visible(False)
     if paper:
         figure.suptitle(paper, fontsize=8, color=PAPER)
     return figure
@@ -61,8 +57,8 @@ def quantile_levels(table: pd.DataFrame) -> dict[float, np.ndarray]:
 @styled
 def norms_by_layer(tables: dict[str, pd.DataFrame], onsets: dict[str, int]) -> Figure:
     """Figure 4(a): quantiles of patch norms after each block, one panel per model; tables as `telemetry.table`."""
-    figure, axes = plt.subplots(1, len(tables), figsize=(2.6 * len(tables) + 0.4, 2.9), squeeze=False)
-    for axis, (name, table) in zip(axes[0], tables.items(), strict=True):
+    figure, axes = _panels(len(tables), 4)
+    for axis, (name, table) in zip(axes.flat, tables.items(), strict=False):
         bands(axis, table.layer, quantile_levels(table), PALETTE[0])
         onset = onsets.get(name)
         text = "no outliers" if pd.isna(onset) else f"outliers from block {onset} of {len(table)}"
@@ -71,9 +67,22 @@ def norms_by_layer(tables: dict[str, pd.DataFrame], onsets: dict[str, int]) -> F
         axis.set(title=f"{name}\n{text}", xlabel="block (from 0)", yscale="log")
         plain_log(axis.yaxis)
         axis.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(integer=True, nbins=7))
-    axes[0, 0].set_ylabel("L2 norm of patch tokens")
+    for axis in axes[:, 0]:
+        axis.set_ylabel("L2 norm of patch tokens")
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=4)
     return figure
+
+
+def _panels(count: int, most: int, **options):
+    """(figure, axes (rows, columns)) for panels in rows of at most `most`; those beyond `count` are hidden."""
+    columns = min(most, count)
+    rows = -(-count // columns)
+    figure, axes = plt.subplots(
+        rows, columns, figsize=(2.5 * columns + 0.4, 2.4 * rows + 0.3), squeeze=False, **options
+    )
+    for axis in axes.flat[count:]:
+        axis.set_visible(False)
+    return figure, axes
 
 
 @styled
@@ -116,19 +125,27 @@ def training(log: pd.DataFrame, telemetry: pd.DataFrame, steps: int, title: str 
 
 @styled
 def token_kinds(tables: dict[str, dict[str, torch.Tensor]]) -> Figure:
-    """Figure 15: norms of patches, cls and each register; one panel per model, one violin per kind of token.
+    """Figure 15: norms of patches, cls and each register; one panel per model, one violin per kind of token, in rows.
 
     tables: {model: {kind: norms}}. Each violin ends at the least and largest norm; a line marks its median. A kind with
     equal norms in all images is a line.
     """
     import seaborn as sns
 
-    widths = [len(kinds) + 1 for kinds in tables.values()]
-    figure, axes = plt.subplots(
-        1, len(tables), figsize=(0.45 * sum(widths) + 1.4, 3.0), squeeze=False, sharey=True, width_ratios=widths
+    rows = [[]]
+    for name, kinds in tables.items():
+        if len(rows[-1]) + len(kinds) > 26:
+            rows.append([])
+        rows[-1] += [name] * (len(kinds) + 1)
+    widest = max(map(len, rows))
+    figure, axes = plt.subplot_mosaic(
+        [row + ["."] * (widest - len(row)) for row in rows],
+        figsize=(0.36 * widest + 1.4, 2.6 * len(rows) + 0.4),
+        sharey=True,
     )
     style = dict(inner=None, cut=0, density_norm="width", linewidth=0.5, log_scale=True)
-    for axis, (name, kinds) in zip(axes[0], tables.items(), strict=True):
+    for name, kinds in tables.items():
+        axis = axes[name]
         norms = {kind: values.flatten().cpu().numpy() for kind, values in kinds.items()}
         colours = [{"patches": PALETTE[0], "cls": PALETTE[2]}.get(kind, PALETTE[1]) for kind in kinds]
         sns.violinplot(norms, palette=colours, ax=axis, **style)
@@ -136,6 +153,7 @@ def token_kinds(tables: dict[str, dict[str, torch.Tensor]]) -> Figure:
             axis.plot([place - 0.3, place + 0.3], [np.median(values)] * 2, color="black", lw=1.2)
         axis.tick_params(axis="x", rotation=45)
         axis.set_title(name)
-    plain_log(axes[0, 0].yaxis)
-    axes[0, 0].set_ylabel("L2 norm (line: median)")
+    plain_log(axes[rows[0][0]].yaxis)
+    for row in rows:
+        axes[row[0]].set_ylabel("L2 norm (line: median)")
     return figure
