@@ -21,6 +21,7 @@ import pytest
 
 from vitreg_lib import cli
 from vitreg_lib.base import ROOT, UserError
+from vitreg_lib.data import images
 from vitreg_lib.record import run as record
 
 
@@ -114,7 +115,8 @@ def test_lists(capsys):
     assert cli.main(["run", "fig3", "--parameters"]) == 0
     assert "n_images" in capsys.readouterr().out
     assert cli.main(["data"]) == 0
-    assert "scenes" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert all(f"\n{source} " in f"\n{told}" for source in (*images.PROCEDURAL, "photos"))
 
 
 def test_values_take_the_type_of_the_default():

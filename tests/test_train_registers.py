@@ -352,6 +352,15 @@ class TestRemedies:
             assert row.answers_kl == pytest.approx((p * (p / q).log()).sum().item(), abs=1e-5)
             assert row.right == float(q.argmax() == i) and row.same_answer == float(p.argmax() == q.argmax())
 
+    def test_a_distillation_token_is_no_register(self):
+        distilled = zoo.load("random:deit_tiny_distilled_patch16_224", "cpu")
+        x = torch.randn(2, 3, 224, 224)
+        assert remedies.effect(distilled, distilled, x, 1.0).attention_on_registers.isna().all()
+        given = mend.with_empty_tokens(distilled, 2)
+        row = given.capture(x, "attention", layers=-1, queries=[0]).attention[11][:, :, 0].mean(1)
+        effects = remedies.effect(distilled, given, x, 1.0)  # tokens: cls, dist, two of zeros, patches
+        assert effects.attention_on_registers.tolist() == pytest.approx(row[:, 2:4].sum(1).tolist())
+
     def test_the_table_names_the_remedy_that_does_better(self, planted):
         """The planted norm is written by neurons whatever other tokens there are: zeros do not help, moving it does."""
         tried = remedies.trial(planted, mend.handful(planted).x, counts=(4,))

@@ -32,13 +32,14 @@ SHIFTED = f"mean of {VIEWS} shifted views"
 
 @dataclass(frozen=True)
 class Outputs:
-    """What is compared of one model: norms (images, patches) after a block and attention of cls there (images,
-    tokens), NaN without cls; log probabilities (images, classes), None without classes; features (images, dim);
-    patches (images, patches, dim) after the final LayerNorm; norms of registers (images, registers)."""
+    """What is compared of one model: norms (images, patches) after a block and attention of cls there, NaN without cls,
+    on patches and on registers (images, patches or registers); log probabilities (images, classes), None without
+    classes; features (images, dim); patches (images, patches, dim) after the final LayerNorm; norms of registers
+    (images, registers)."""
 
     norms: torch.Tensor
     attention: torch.Tensor
-    num_prefix_tokens: int
+    on_registers: torch.Tensor
     answers: torch.Tensor | None
     features: torch.Tensor
     patches: torch.Tensor
@@ -61,7 +62,8 @@ def outputs_of(model, images, layer: int = -1) -> Outputs:
             answers = logits.log_softmax(1)
     pooled = features if features.ndim == 2 else features.mean(1)
     norms, patches = captured.patch_norms[:, -1], captured.patches(captured.final)
-    return Outputs(norms, row, captured.num_prefix_tokens, answers, pooled, patches, captured.register_norms[:, -1])
+    on_patches, on_registers = captured.patches(row), row[:, captured.registers]
+    return Outputs(norms, on_patches, on_registers, answers, pooled, patches, captured.register_norms[:, -1])
 
 
 def effect(model, remedied, images, cutoff: float, layer: int = -1, labels: torch.Tensor | None = None):
@@ -80,14 +82,14 @@ def effect(model, remedied, images, cutoff: float, layer: int = -1, labels: torc
     mask = before.norms > cutoff
     nothing = torch.full((len(mask),), NAN)
     first, last = before.answers, after.answers
-    named, prefix = first is not None, after.num_prefix_tokens
+    named, registers = first is not None, after.on_registers
     labelled = named and labels is not None
     columns = {
         "outliers_before": mask.float().mean(1),
         "outliers": (after.norms > cutoff).float().mean(1),
         "attention_on_outliers_before": _attention_on(before, mask),
         "attention_on_outliers": _attention_on(after, mask),
-        "attention_on_registers": after.attention[:, 1:prefix].sum(1) if prefix > 1 else nothing,
+        "attention_on_registers": registers.sum(1) if registers.shape[1] else nothing,
         "features_apart": 1 - F.cosine_similarity(before.features, after.features, dim=1),
         "answers_kl": F.kl_div(last, first, reduction="none", log_target=True).sum(1) if named else nothing,
         "same_answer": (first.argmax(1) == last.argmax(1)).float() if named else nothing,
@@ -232,4 +234,4 @@ def best(shares) -> str:
 
 
 def _attention_on(of: Outputs, mask: torch.Tensor) -> torch.Tensor:
-    return (of.attention[:, of.num_prefix_tokens :] * mask).sum(1).where(mask.any(1), NAN)
+    return (of.attention * mask).sum(1).where(mask.any(1), NAN)
