@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
 import pickle
 import re
 
@@ -266,6 +267,21 @@ class Harmful:
         return (print, ("this ran",))
 
 
+@pytest.mark.parametrize(
+    "kind, spec",
+    [
+        ("transformers", {"class": "CLIPVisionModel", "config": {"hidden_size": 30, "num_attention_heads": 4}}),
+        ("transformers", {"config": {}}),
+        ("torchvision", {"image_size": 32, "patch_size": 5}),
+        ("timm", "vit_tiny_patch16_224"),
+    ],
+)
+def test_metadata_that_contradict_themselves_are_refused_in_a_line(kind, spec, tmp_path):
+    save_file({"w": torch.zeros(1)}, tmp_path / "w.safetensors", {kind: json.dumps(spec)})
+    with pytest.raises(UserError, match=f"w.safetensors: what its metadata say of {kind} builds no model: [^\n]*onto"):
+        zoo.load(f"file:{tmp_path / 'w.safetensors'}")
+
+
 def test_a_file_that_would_run_code_is_refused(tmp_path, capsys):
     torch.save({"model": {"w": torch.zeros(1)}, "args": Harmful()}, tmp_path / "evil.pt")
     (tmp_path / "evil.bin").write_bytes(pickle.dumps(Harmful(), protocol=2))
@@ -282,7 +298,10 @@ def test_options_of_the_command_line_set_size_and_preprocessing(tmp_path, capsys
     torch.save({"state_dict": module.state_dict()}, path)
     name = f"file:{path}#vit_tiny_patch16_224"
     measured = tmp_path / "measured.safetensors"
-    options = ["--n-images", "1", "--out", str(measured), "--size", "64", "96", "--crop", "0.5"]
+    options = ["--n-images", "1", "--out", str(measured), "--crop", "0.5", "--size"]
+    assert cli.main(["measure", *options, "64", name]) == 0
+    assert "64 x 64 pixels" in capsys.readouterr().out
+    options += ["64", "96"]
     assert cli.main(["measure", name, *options, "--std", "0.1", "0.2", "0.3"]) == 0
     said = capsys.readouterr().out
     assert (

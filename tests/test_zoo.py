@@ -437,7 +437,7 @@ def test_a_file_of_unknown_architecture_says_how_to_name_it(tmp_path, tiny):
     assert f"no usual one is like it: write file:{path}#ARCH" in refused(f"file:{path}")
     assert "no such file" in refused(f"file:{tmp_path / 'none.pt'}")
     (tmp_path / "mine.bin").write_bytes(b"")
-    assert "mine.bin cannot be read as weights only" in refused(f"file:{tmp_path / 'mine.bin'}")
+    assert "mine.bin holds no weights: neither" in refused(f"file:{tmp_path / 'mine.bin'}")
 
 
 def test_the_digest_of_weights_sees_names_shapes_types_and_values(tiny):

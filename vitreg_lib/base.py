@@ -128,7 +128,10 @@ def written(path: Path):
     temporary = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.touch()  # so the system itself refuses, in its words, and sets the rights
+        rights = temporary.stat().st_mode
         yield temporary
+        temporary.chmod(rights)  # safetensors gives the owner alone the right to read
         os.replace(temporary, path)
     except OSError as error:
         raise UserError(f"{shown(path)} cannot be written: {error.strerror or error}") from error

@@ -5,6 +5,7 @@ import importlib
 import inspect
 import os
 import sys
+import warnings
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -31,7 +32,9 @@ Which = Annotated[
     Literal["ema", "raw", "torchscript"],
     typer.Option("--weights", help="averaged or raw, where a file has both; torchscript runs a trusted file's code"),
 ]
-Size = Annotated[tuple[int, int] | None, typer.Option("--size", metavar="H W", help="another input size, in pixels")]
+Size = Annotated[
+    tuple[int, int] | None, typer.Option("--size", metavar="H W", help="input size in pixels; H alone: a square")
+]
 Mean = Annotated[tuple[float, float, float] | None, typer.Option("--mean", metavar="R G B", help="of pixels 0 to 1")]
 Std = Annotated[tuple[float, float, float] | None, typer.Option("--std", metavar="R G B", help="of pixels 0 to 1")]
 Crop = Annotated[float | None, typer.Option("--crop", min=0.1, max=1, help="share of a photo's side that is kept")]
@@ -64,6 +67,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Run a command; return 0, or another exit code after one line on stderr (a traceback with --debug)."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in given
+    warnings.formatwarning = lambda message, *where, **more: f"{message}\n"  # one line, as errors are
     try:
         command = typer.main.get_command(app)
         with command.make_context("vitreg", _joined(given)) as context:
@@ -92,13 +96,16 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _joined(arguments: list[str]) -> list[str]:
-    """Arguments with `-p NAME VALUE` rewritten as `-p NAME=VALUE`, an option of one value; without --debug."""
+    """Arguments with `-p NAME VALUE` as `-p NAME=VALUE` and `--size N` as `--size N N`; without --debug."""
     rest, joined = iter(a for a in arguments if a != "--debug"), []
     for argument in rest:
         joined.append(argument)
         if argument == "-p" and (name := next(rest, None)) is not None:
             value = None if "=" in name else next(rest, None)
             joined.append(name if value is None else f"{name}={value}")
+        if joined[-2:-1] == ["--size"] and argument.isdigit() and joined[0] != "train":
+            other = next(rest, None)  # one number is both sides
+            joined += [argument] if other is None else [other] if other.isdigit() else [argument, other]
     return joined
 
 
@@ -193,6 +200,8 @@ def mend(
     better. The mean over shifted views is a measurement; no file can hold it."""
     from .model import mend, names, remedies, saved
 
+    if save:
+        saved.check(save)
     counts = registers.split(",")
     if not all(count.strip().isdigit() for count in counts):
         raise UserError(f"--registers {registers!r}: write numbers separated by commas, such as 0,1,4")
@@ -213,7 +222,7 @@ def mend(
     if search.share_after > mend.MENDED * search.share_before:
         print("but moving them removes few of the outliers: this model is not mended this way\n")
     print(f"what the remedies do and cost on the {len(pictures) - half} other images, the simplest first:")
-    print(tried.table.round(3).to_string())
+    print((tried.table.round(3) + 0.0).to_string())  # no -0.0
     print(f"fewest outliers on the first {half}, by the simplest means: {best}")
     if save:
         kind, number = (kind, number) if kind else names.split(best)[1:]

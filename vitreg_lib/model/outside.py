@@ -25,6 +25,8 @@ def create(architecture: str, image_size: int | None, **options) -> nn.Module:
             names = [*entries(), *timm.list_models("*vit*")]
         elif "Invalid pretrained tag" in str(error):
             names = timm.list_pretrained(architecture.split(".")[0] + ".*")
+        elif image_size and "sizes should be greater than 0" in str(error):
+            raise UserError(f"{architecture}: images of {image_size} pixels are smaller than a patch") from error
         else:
             raise
         raise unknown("model", architecture.split(":")[-1], names, f"{damaged()}See `vitreg models`.") from None

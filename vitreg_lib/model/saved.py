@@ -21,7 +21,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from ..base import UserError, written
+from ..base import UserError, line, written
 from ..data.images import sides
 from ..data.scenes import ATTRIBUTES
 from . import added
@@ -30,6 +30,7 @@ from .names import entries
 from .outside import create, of_module, with_config
 from .weights import file_sha256, fill, read_safetensors
 
+SUFFIXES = (".safetensors", ".pt2", ".onnx")
 KINDS = ("vit", "timm", "transformers", "open_clip", "torchvision", "own")
 CONFIG = ("mean", "std", "interpolation", "crop_pct", "crop_mode")  # of timm's pretrained_cfg: how to feed a model
 STATED = (*FACTS, "about", "input_size", "mean", "std", "interpolation", "crop", "crop_mode")  # fields of `Model`
@@ -42,13 +43,20 @@ def write(model: Model, path: Path) -> None:
     PATH.pt2 and PATH.onnx become a program instead (`export`). Raises UserError where the file cannot be written.
     """
     path = Path(path)
-    if path.suffix in (".pt2", ".onnx"):
+    check(path)
+    if path.suffix != ".safetensors":
         return export(model, path)
     facts = {name: getattr(model, name) for name in STATED}
     metadata = {**how_built(model.module), "facts": json.dumps(facts), "format": "pt"}
     tensors = {k: v.detach().cpu().clone().contiguous() for k, v in model.module.state_dict().items()}
     with written(path) as temporary:
         save_file(tensors, temporary, metadata)
+
+
+def check(path: Path) -> None:
+    """Raise UserError for a name that does not end as one of a model's file."""
+    if path.suffix not in SUFFIXES:
+        raise UserError(f"{path.name}: a model is written into a file whose name ends in {', '.join(SUFFIXES)}")
 
 
 def how_built(module: nn.Module) -> dict[str, str]:
@@ -86,10 +94,16 @@ def read(name: str, path: Path, image_size: int | None = None) -> Model | None:
     kind = next((kind for kind in KINDS if kind in metadata), None)
     if kind is None:
         return None
-    spec, facts, config = (json.loads(metadata.get(key, "{}")) for key in (kind, "facts", "config"))
+    try:
+        spec, facts, config = (json.loads(metadata.get(key, "{}")) for key in (kind, "facts", "config"))
+        module = build(name, kind, spec, image_size)
+    except UserError:
+        raise
+    except Exception as error:  # libraries raise many kinds for arguments that contradict one another
+        remedy = "try another size" if image_size else "write it anew, or vr.saved.onto(module, PATH)"
+        raise UserError(f"{name}: what its metadata say of {kind} builds no model: {line(error)}; {remedy}") from error
     tensors = {k: v.float() if v.is_floating_point() else v for k, v in tensors.items()}
     additions, tensors = added.of_state(tensors)
-    module = build(name, kind, spec, image_size)
     fill(name, module, tensors, convert=kind == "timm")
     if kind == "vit":
         model = _mini(name, module, config, image_size)

@@ -118,6 +118,9 @@ def _read_pickle(path: Path):
         with torch.serialization.safe_globals(allowed):
             return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # truncated archives and refused pickles raise several kinds
+        with open(path, "rb") as f:
+            if f.read(1) not in (b"P", b"\x80"):  # of a zip archive, of a pickle
+                raise UserError(f"{path.name} holds no weights: neither safetensors nor torch.save wrote it") from error
         raise UserError(f"{path.name} cannot be read as weights only: {line(error)}") from error
 
 

@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from ..base import CHECKPOINTS, UserError, hub, line
+from ..base import CHECKPOINTS, UserError, hub, line, unknown
 from . import added, saved
 from .model import FACTS, Model, weights_sha256, with_facts
 from .names import available, damaged, entries, file_parts, folder, made, split
@@ -74,6 +74,8 @@ def load(
         model = of_open_clip(base, rest)
     elif base in entries():
         model = _entry(base, image_size)
+    elif Path(base).exists():
+        raise UserError(f"{base} is a file or folder here: write file:{base}")
     else:
         model = _timm(base, base.removeprefix("timm:"), image_size)
     model.label = model.label or base
@@ -206,6 +208,8 @@ def _in_timm(name, path, architecture: str, options: dict, tensors, image_size: 
     import timm
 
     if not timm.is_model(architecture.partition(".")[0]):
+        if name.endswith(f"#{architecture}"):
+            raise unknown("architecture of timm's", architecture, timm.list_models("*vit*"))
         raise UserError(
             f"{name}: the file does not say its architecture, and no usual one is like it: write {name}#ARCH with a "
             "name of timm's"
