@@ -135,7 +135,7 @@ def loss(module, config, step, device):
     assert parallel.world() == 1
     batch = draw(config, step, images.rendered(config, step, device), device)
     error, value, _ = _losses(module, config, batch)
-    return value, {"trigger_error": error[batch.trigger].mean().item()}
+    return value, {"trigger_error": error[batch.trigger].mean()}
 
 
 def telemetry_images(config) -> torch.Tensor:

@@ -227,10 +227,10 @@ def errors(module, batch: Batch) -> torch.Tensor:
     return (given - batch.answer).square().mean(-1)
 
 
-def named(error: torch.Tensor, batch: Batch) -> dict[str, float]:
+def named(error: torch.Tensor, batch: Batch) -> dict[str, torch.Tensor]:
     """The error at triggers and at the other patches that are asked."""
-    others = error[batch.asked & ~batch.trigger].mean().item()
-    return {"trigger_error": error[batch.trigger].mean().item(), "other_error": others}
+    others = error[batch.asked & ~batch.trigger].mean()
+    return {"trigger_error": error[batch.trigger].mean(), "other_error": others}
 
 
 def loss(module, config, step, device):
@@ -251,4 +251,4 @@ def telemetry_images(config) -> torch.Tensor:
 def evaluate(module, config, device) -> dict[str, float]:
     """Errors on held-out images, at triggers and at other patches; 1 is what a blank answer to a texture costs."""
     batch = held_out(config, config.eval_images, device, part=1)
-    return named(errors(module, batch), batch)
+    return {name: value.item() for name, value in named(errors(module, batch), batch).items()}

@@ -112,7 +112,7 @@ def run(
         if step + 1 not in measured_at:
             return
         module.eval()  # without dropout; the loop's next step sets it back
-        error = emergence.named(emergence.errors(module, batch).detach(), batch)
+        error = {k: v.item() for k, v in emergence.named(emergence.errors(module, batch).detach(), batch).items()}
         rows = sinks.measure(module, batch.pixels, places).assign(cell=name, seed=seed, step=step + 1, **error)
         before = pd.read_parquet(path) if path.exists() else rows.iloc[:0]
         rows = pd.concat([before[before.step <= step], rows], ignore_index=True)

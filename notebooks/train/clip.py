@@ -123,7 +123,7 @@ def loss(module, config, step, device):
     value = ClipLoss()(image, text, scale)
     with torch.no_grad():
         correct = (image @ text.T).argmax(1) == torch.arange(len(image), device=device)
-    return value, {"accuracy": correct.float().mean().item(), "scale": scale.item()}
+    return value, {"accuracy": correct.float().mean(), "scale": scale}
 
 
 def class_embeddings(encode_text, attribute: str, device="cpu") -> torch.Tensor:

@@ -47,7 +47,7 @@ def loss(module, config, step, device):
     logits = module((batch.pixels - MEAN) / STD)
     wanted = torch.cat([F.one_hot(t, len(ATTRIBUTES[name])) for name, t in targets(batch).items()], 1).to(logits.dtype)
     value = F.binary_cross_entropy_with_logits(logits, wanted, reduction="none").sum(1).mean()
-    return value, {"accuracy": (logits[:, :8].argmax(1) == batch.label).float().mean().item()}
+    return value, {"accuracy": (logits[:, :8].argmax(1) == batch.label).float().mean()}
 
 
 def evaluate(module, config, device) -> dict[str, float]:

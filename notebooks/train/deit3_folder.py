@@ -79,7 +79,7 @@ def loss(module, config, step, device):
         threshold = None if config.smoothing else 0.0
         value = BinaryCrossEntropy(smoothing=config.smoothing, target_threshold=threshold)(logits, target)
     strongest = target.argmax(1) if target.ndim == 2 else target
-    return value, {"accuracy": (logits.argmax(1) == strongest).float().mean().item()}
+    return value, {"accuracy": (logits.argmax(1) == strongest).float().mean()}
 
 
 def telemetry_images(config) -> torch.Tensor:

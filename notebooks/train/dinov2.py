@@ -119,7 +119,7 @@ def loss(module, config, step, device):
     dino = module.dino(list(answers), given, teacher_temp=1.0)
     ibot = module.ibot(hidden, predicted, mask, teacher_temp=1.0)
     koleo = sum(KoLeoLoss()(parallel.gather(part)) for part in cls.chunk(2)) / 2
-    numbers = {"dino": dino.item(), "ibot": ibot.item(), "koleo": koleo.item()}
+    numbers = {"dino": dino, "ibot": ibot, "koleo": koleo}
     return dino + ibot + KOLEO * koleo, numbers
 
 

@@ -72,7 +72,7 @@ def loss(module, config, step, device):
     given = module.projector(cls).float().unflatten(0, (len(crops), len(index)))  # (views, n, WIDTH)
     agree = (given - given[:2].mean(0)).square().mean()
     gauss = sigreg(torch.stack([parallel.gather(part) for part in given]))
-    return (1 - WEIGHT) * agree + WEIGHT * gauss, {"agree": agree.item(), "sigreg": gauss.item()}
+    return (1 - WEIGHT) * agree + WEIGHT * gauss, {"agree": agree, "sigreg": gauss}
 
 
 def sigreg(embeddings: torch.Tensor) -> torch.Tensor:

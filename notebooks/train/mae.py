@@ -70,7 +70,7 @@ def loss(module, config, step, device):
     if config.data:
         pixels = views.crop(pixels, index, config.image_size, SCALE, config.seed, 0, lit=False)
     value, plain = _error(module, config, pixels, index)
-    return value, {"of_mean": (value / plain).item()}
+    return value, {"of_mean": value / plain}
 
 
 def split(index: torch.Tensor, patches: int, mask_ratio: float, seed: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -3,7 +3,7 @@
 A recipe is a file (see `recipes`) with these functions:
 
     build(config) -> nn.Module                   the module that is trained
-    loss(module, config, step, device) -> (loss, {name: number})
+    loss(module, config, step, device) -> (loss, {name: tensor})    scalars, for the log
     evaluate(module, config, device) -> {name: number}        without gradients or dropout
     backbone(module) -> nn.Module                the timm ViT inside, which is measured and saved
 
@@ -204,7 +204,7 @@ def _gradients(run: Run, loss, config, step: int, device, asked) -> dict[str, fl
     """Compute the gradients of the whole batch, micro-batch by micro-batch; return the numbers of `_step`."""
     run.optimizer.zero_grad(set_to_none=True)
     share = config.batch_size // parallel.world()
-    total: dict[str, float] = {}
+    total = 0.0
     for part in range(run.accumulate):
         torch.manual_seed(_seed(config, step, parallel.rank() * run.accumulate + part))
         with parallel.micro_batch(part, run.accumulate):
@@ -212,13 +212,11 @@ def _gradients(run: Run, loss, config, step: int, device, asked) -> dict[str, fl
             with parallel.without_sync(loss, last=part == run.accumulate - 1):
                 value, numbers = loss(step)
                 (value * weight).backward()
-        for name, number in ({"loss": value.item()} | numbers).items():
-            total[name] = total.get(name, 0.0) + weight * number
-    total["stop"] = float(asked())
-    if parallel.world() == 1:
-        return total
-    sums = parallel.all_reduce_sum(torch.tensor(list(total.values()), dtype=torch.float64, device=device))
-    return dict(zip(total, (sums / parallel.world()).tolist(), strict=True))
+        numbers = {"loss": value.detach()} | numbers
+        total = total + weight * torch.stack([n.to(device, torch.float64) for n in numbers.values()])
+    sums = parallel.all_reduce_sum(torch.cat([total, total.new_tensor([float(asked())])]))
+    # `tolist` is the only place of a step that waits for a GPU
+    return dict(zip([*numbers, "stop"], (sums / parallel.world()).tolist(), strict=True))
 
 
 def _seed(config: TrainConfig, step: int, stream: int) -> int:

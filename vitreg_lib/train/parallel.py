@@ -137,7 +137,8 @@ class Loss(nn.Module):
 
     def forward(self, step: int):
         with torch.autocast("cuda", torch.bfloat16, enabled=torch.device(self.device).type == "cuda"):
-            return self.recipe.loss(self.module, self.config, step, self.device)
+            value, numbers = self.recipe.loss(self.module, self.config, step, self.device)
+        return value, {name: torch.as_tensor(number).detach() for name, number in numbers.items()}
 
 
 def blocks(module: nn.Module) -> list[nn.Module]:

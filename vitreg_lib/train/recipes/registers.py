@@ -137,7 +137,7 @@ def loss(module, config, step, device):
     else:
         other = 1 - F.cosine_similarity(answers.float(), wanted_answers.float(), dim=-1).mean()
     value = config.patch_weight * apart + config.answer_weight * other
-    return value, {"patches": apart.item(), "answers": other.item()}
+    return value, {"patches": apart, "answers": other}
 
 
 def distance(tokens: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
