@@ -71,7 +71,11 @@ def gather(x: torch.Tensor) -> torch.Tensor:
     The gradient that all ranks' losses send to this rank's rows is summed. Where every rank computes the same loss from
     gathered tensors, that is W times too much; averaging the gradients over ranks corrects it.
     """
-    return _Gather.apply(x) if _many() else x
+    if not _many():
+        return x
+    from lightly.utils.dist import gather
+
+    return torch.cat(gather(x.contiguous()))
 
 
 @torch.no_grad()
@@ -111,21 +115,6 @@ def barrier() -> None:
 
 def _many() -> bool:
     return dist.is_available() and dist.is_initialized()
-
-
-class _Gather(torch.autograd.Function):
-    """all_gather forward; backward sums over ranks and keeps the own rows (all backends have all_reduce)."""
-
-    @staticmethod
-    def forward(ctx, x):
-        ctx.rows = len(x)
-        parts = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(world())]
-        dist.all_gather(parts, x.contiguous())
-        return torch.cat(parts)
-
-    @staticmethod
-    def backward(ctx, gradient):
-        return all_reduce_sum(gradient.contiguous())[rank() * ctx.rows : (rank() + 1) * ctx.rows]
 
 
 class Loss(nn.Module):
