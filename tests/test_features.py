@@ -12,8 +12,8 @@ import time
 
 import feature_cache as features
 import pytest
-import tables
 import tables_tasks
+import tables_tokens
 import torch
 
 from vitreg_lib.base import ROOT
@@ -54,7 +54,7 @@ def counting(source):
 
 
 def test_features_are_what_capture_gives(model, source):
-    found = tables.classification_tokens(model, source, cutoff=0.0, draws=2)
+    found = tables_tokens.classification_tokens(model, source, cutoff=0.0, draws=2)
     x = model.normalise(source.pixels(source.rows[:], model))
     seen = model.capture(x, ("norms", "final"), layers=[model.anatomy.depth - 1])
     same = {"atol": 1e-5, "rtol": 1e-5}
@@ -72,7 +72,7 @@ def test_drawn_tokens_belong_to_their_group_and_do_not_hang_on_the_batch(model, 
     seen = model.capture(x, ("norms", "final"), layers=[model.anatomy.depth - 1])
     norms, patches = seen.patch_norms[:, 0], seen.patches(seen.final)
     cut = float(norms.quantile(0.97))
-    found = tables.classification_tokens(model, source, cut, draws=4, seed=1)
+    found = tables_tokens.classification_tokens(model, source, cut, draws=4, seed=1)
     mask = norms > cut
     assert torch.equal(found.column("is_outlier").bool(), mask)
     partners = local.matched_normal(mask.unflatten(1, seen.grid)).flatten(1)
@@ -84,44 +84,44 @@ def test_drawn_tokens_belong_to_their_group_and_do_not_hang_on_the_batch(model, 
             assert distance.max() < 1e-5, name
     assert len(found.column("normal")[0].unique(dim=0)) > 1  # draws differ
     part = dataclasses.replace(source, rows=source.rows.select(range(10)), digest="part")
-    some = tables.classification_tokens(model, part, cut, draws=4, seed=1)
+    some = tables_tokens.classification_tokens(model, part, cut, draws=4, seed=1)
     torch.testing.assert_close(some.column("normal"), found.column("normal")[:10], atol=1e-5, rtol=1e-5)
 
 
 def test_drawing_is_uniform_over_the_members():
     members = torch.tensor([[False, True, True, False, True]]).expand(3000, -1)
     u = torch.rand(3000, 1, generator=torch.Generator().manual_seed(0)).double()
-    count = tables._drawn(members, u).flatten().bincount(minlength=5)
+    count = tables_tokens._drawn(members, u).flatten().bincount(minlength=5)
     assert count[[0, 3]].sum() == 0 and count[[1, 2, 4]].min() > 900
-    assert tables._drawn(torch.zeros(2, 5, dtype=torch.bool), torch.full((2, 1), 0.9).double()).max() <= 4
+    assert tables_tokens._drawn(torch.zeros(2, 5, dtype=torch.bool), torch.full((2, 1), 0.9).double()).max() <= 4
 
 
 def test_borrowed_places_are_those_of_the_other_model(model, source):
-    owner = tables.classification_tokens(model, source, cutoff=0.0)
+    owner = tables_tokens.classification_tokens(model, source, cutoff=0.0)
     own = dataclasses.replace(owner)
     other = dataclasses.replace(model, name="other", sha256="2" * 64)
-    found = tables.classification_tokens(other, source, float("inf"), places=own)
+    found = tables_tokens.classification_tokens(other, source, float("inf"), places=own)
     assert (
         torch.equal(found.column("is_outlier"), owner.column("is_outlier")) and found.about["places"] == own.fingerprint
     )
     short = dataclasses.replace(source, rows=source.rows.select(range(5)))
     with pytest.raises(ValueError, match="places of 40 images do not fit 5"):
-        tables.classification_tokens(other, short, 1.0, places=own)
+        tables_tokens.classification_tokens(other, short, 1.0, places=own)
 
 
 def test_the_same_is_computed_once_and_anything_else_anew(model, source):
     source, made = counting(source)
-    first = tables.classification_tokens(model, source, 1.0)
+    first = tables_tokens.classification_tokens(model, source, 1.0)
     count = sum(made)
-    again = tables.classification_tokens(model, source, 1.0)
+    again = tables_tokens.classification_tokens(model, source, 1.0)
     assert sum(made) == count == 40 and again.fingerprint == first.fingerprint
     assert torch.equal(again.column("cls"), first.column("cls"))
     others = [
-        tables.classification_tokens(dataclasses.replace(model, sha256="3" * 64), source, 1.0),
-        tables.classification_tokens(dataclasses.replace(model, crop=0.9), source, 1.0),
-        tables.classification_tokens(model, dataclasses.replace(source, digest="other"), 1.0),
-        tables.classification_tokens(model, source, 2.0),
-        tables.classification_tokens(model, source, 1.0, seed=1),
+        tables_tokens.classification_tokens(dataclasses.replace(model, sha256="3" * 64), source, 1.0),
+        tables_tokens.classification_tokens(dataclasses.replace(model, crop=0.9), source, 1.0),
+        tables_tokens.classification_tokens(model, dataclasses.replace(source, digest="other"), 1.0),
+        tables_tokens.classification_tokens(model, source, 2.0),
+        tables_tokens.classification_tokens(model, source, 1.0, seed=1),
     ]
     assert len({f.fingerprint for f in [first, *others]}) == 6 and sum(made) == 6 * 40
 
@@ -129,7 +129,7 @@ def test_the_same_is_computed_once_and_anything_else_anew(model, source):
 @pytest.mark.parametrize("damage", ["truncated", "no description", "half a description", "flipped bits"])
 def test_a_cache_that_is_not_whole_is_computed_anew(model, source, cache, damage):
     source, made = counting(source)
-    whole = tables.classification_tokens(model, source, 1.0).column("cls")
+    whole = tables_tokens.classification_tokens(model, source, 1.0).column("cls")
     path, beside = next(cache.glob("*.arrow")), next(cache.glob("*.json"))
     content = path.read_bytes()
     if damage == "truncated":
@@ -142,10 +142,10 @@ def test_a_cache_that_is_not_whole_is_computed_anew(model, source, cache, damage
     else:
         beside.write_text(beside.read_text()[:50])
     made.clear()
-    assert torch.equal(tables.classification_tokens(model, source, 1.0).column("cls"), whole)
+    assert torch.equal(tables_tokens.classification_tokens(model, source, 1.0).column("cls"), whole)
     assert sum(made) == 40
     made.clear()
-    tables.classification_tokens(model, source, 1.0)
+    tables_tokens.classification_tokens(model, source, 1.0)
     assert not made
 
 
@@ -189,11 +189,11 @@ def test_killed_on_the_way_nothing_is_taken_for_whole(cache):
 def test_remembered_results_survive_and_damaged_ones_are_computed_anew(cache):
     calls = []
     compute = lambda: calls.append(1) or {"a": [1, 2.5]}  # noqa: E731
-    assert tables.remembered({"k": 1}, compute) == tables.remembered({"k": 1}, compute) == {"a": [1, 2.5]}
+    assert tables_tokens.remembered({"k": 1}, compute) == tables_tokens.remembered({"k": 1}, compute) == {"a": [1, 2.5]}
     assert len(calls) == 1
     next(cache.glob("*.result.json")).write_text('{"about": {"k"')
-    assert tables.remembered({"k": 1}, compute) == {"a": [1, 2.5]} and len(calls) == 2
-    tables.remembered({"k": 2}, compute)
+    assert tables_tokens.remembered({"k": 1}, compute) == {"a": [1, 2.5]} and len(calls) == 2
+    tables_tokens.remembered({"k": 2}, compute)
     assert len(calls) == 3
 
 
@@ -217,6 +217,6 @@ def test_a_capture_on_disk_is_the_capture(model, cache):
 
 
 def test_descriptions_hold_no_path(model, source, cache):
-    tables.classification_tokens(model, source, 1.0)
+    tables_tokens.classification_tokens(model, source, 1.0)
     told = json.loads(next(cache.glob("*.json")).read_text())
     assert "/" not in json.dumps(told["about"]) and told["rows"] == 40

@@ -10,6 +10,7 @@ import fig20
 import pytest
 import tables
 import tables_tasks
+import tables_tokens
 import torch
 
 import vitreg_lib as vr
@@ -158,7 +159,7 @@ def test_measured_features_and_maps_are_those_of_the_model(real, tmp_path, monke
     _, parts = tables.kept_problem(replayed, "cifar10-small")
     facts = replayed.measured["sets"]["cifar10-small"]
     (problem,) = tables_tasks.load("cifar10-small", len(parts[0].column("cls")), len(parts[1].column("cls")))
-    live = tables.classification_tokens(model, problem.test, facts["cutoff"], draws=2)
+    live = tables_tokens.classification_tokens(model, problem.test, facts["cutoff"], draws=2)
     for name in ("cls", "normal", "outlier", "matched"):
         torch.testing.assert_close(parts[1].column(name), live.column(name), rtol=0, atol=0.02)
     pictures = images.load("photos", model, 10)

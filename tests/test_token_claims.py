@@ -9,6 +9,7 @@ import pandas as pd
 import pytest
 import tables
 import tables_claims
+import tables_plots
 import torch
 
 from vitreg_lib.base import DATA
@@ -160,7 +161,7 @@ def test_figures_take_what_there_is():
 
     found = classified(row("a", "x", cls=90, normal=30, matched=50, outlier=80), {"a": "a"})
     table = found.table.xs("a", level="model")
-    tables_claims.by_task({"a": table, "paper": tables_claims.reported()})
-    tables_claims.gaps_by_task({"a": {t: tables.gaps(found, "outlier", t).loc["a"] for t in ("normal", "matched")}})
-    tables_claims.by_registers(found.table.xs("x", level="task"), {"a": {"a": 0}}, "%", {"cls": {0: 84.6, 1: 85.2}})
+    tables_plots.by_task({"a": table, "paper": tables_claims.reported()})
+    tables_plots.gaps_by_task({"a": {t: tables.gaps(found, "outlier", t).loc["a"] for t in ("normal", "matched")}})
+    tables_plots.by_registers(found.table.xs("x", level="task"), {"a": {"a": 0}}, "%", {"cls": {0: 84.6, 1: 85.2}})
     plt.close("all")

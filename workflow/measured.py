@@ -29,8 +29,8 @@ import fig09  # noqa: E402
 import fig14  # noqa: E402
 import tab02  # noqa: E402
 import tab03  # noqa: E402
-import tables  # noqa: E402
 import tables_tasks  # noqa: E402
+import tables_tokens  # noqa: E402
 
 PHOTOS = 10
 TRAIN, TEST, DRAWS = 160, 100, 2  # labelled photos of each set, tokens of a kind from each
@@ -111,16 +111,17 @@ def on_boxes(model) -> tuple[dict[str, torch.Tensor], dict]:
 def labelled(model, problem, tokens) -> tuple[dict[str, torch.Tensor], dict]:
     """(tensors by name, facts) of a few tokens of labelled photos; a model with registers borrows its pair's places."""
     base = zoo.load(model.base, "cpu") if model.base else model
-    cut, task = tables.cutoff_of(base, problem.train), problem.tasks[0]
+    cut, task = tables_tokens.cutoff_of(base, problem.train), problem.tasks[0]
     facts = dict(about=task.about, metric=task.metric, classes=task.classes, owner=base.label)
     facts["cutoff"] = cut if cut < float("inf") and base is model else None
     columns = {}
     for split in ("train", "test"):
         source = getattr(problem, split)
-        places = tables.classification_tokens(base, source, cut, DRAWS)
-        part = places if base is model else tables.classification_tokens(model, source, cut, DRAWS, places=places)
+        part = places = tables_tokens.classification_tokens(base, source, cut, DRAWS)
+        if base is not model:
+            part = tables_tokens.classification_tokens(model, source, cut, DRAWS, places=places)
         facts[split] = [part.fingerprint, {k: v for k, v in part.about.items() if v != float("inf")}]
-        kept = [*tokens, *(f"has_{group}" for group in tables.GROUPS)]
+        kept = [*tokens, *(f"has_{group}" for group in tables_tokens.GROUPS)]
         columns |= {f"set.{problem.name}.{split}.{name}": part.column(name) for name in kept}
         columns[f"set.{problem.name}.{split}.labels"] = getattr(task, split)
     facts["share"] = part.column("is_outlier").double().mean().item()  # of the test photos' tokens

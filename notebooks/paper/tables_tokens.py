@@ -1,0 +1,124 @@
+"""The tokens of Tables 1, 4 and 6: cls, registers, and patch tokens drawn by kind; kept on disk.
+
+A token counts as an outlier by the cutoff of `vr.detect` (`cutoff_of`). Which tokens are drawn depends on seed and
+image alone. `feature_cache` keeps the tokens, `remembered` results that JSON can hold.
+"""
+
+from __future__ import annotations
+
+import json
+
+import torch
+from feature_cache import Features, described, fingerprint, mapped, source_sha256
+from verdicts import cutoff_after
+
+from vitreg_lib.base import cache, write_atomically
+from vitreg_lib.data.scenes import uniform
+from vitreg_lib.measure import detection, outliers
+from vitreg_lib.model.planted import PAIRS
+from vitreg_lib.probes.local import matched_normal
+
+GROUPS = ("normal", "outlier", "matched")
+CALIBRATION = 256  # images by whose norms a model's cutoff is chosen
+
+
+def classification_tokens(
+    model, source, cutoff: float, draws: int = 5, seed: int = 0, places: Features | None = None, progress: bool = False
+) -> Features:
+    """Tokens after the final LayerNorm for probes of the whole image: cls, registers, and drawn patch tokens.
+
+    Columns, for each image: cls (dim); mean (dim) of the patches; registers (registers, dim); norms (patches) before
+    the final LayerNorm; is_outlier (patches): norms above `cutoff`, or those of `places`, the features of another model
+    on the same images whose places are borrowed; and for each of `GROUPS` `draws` tokens (draws, dim) drawn at random
+    with replacement among its members by (seed, row): normal ones, outliers, and `local.matched_normal` partners of
+    outliers. Where a group has no member the tokens are zero and `has_GROUP` is False. A planted control also has
+    `planted` (7), the part of cls that its outliers were made to carry.
+    """
+    if places is not None and len(places) != len(source):
+        raise ValueError(f"places of {len(places)} images do not fit {len(source)} images")
+    depth = model.anatomy.depth
+    about = described(model, source.digest, len(source)) | {
+        "kind": "classification tokens",
+        "cutoff": cutoff,
+        "draws": draws,
+        "seed": seed,
+        "places": places.fingerprint if places else "own",
+    }
+
+    def extract(batch, rows):
+        x = model.normalise(source.pixels(batch, model))
+        before = [model.onset - 1] if model.onset else []
+        keep = ("norms", "final", "tokens") if before else ("norms", "final")
+        seen = model.capture(x, keep, layers=[*before, depth - 1])
+        tokens, norms = seen.final.float(), seen.patch_norms[:, -1]
+        patches = seen.patches(tokens)
+        mask = norms > cutoff if places is None else places.column("is_outlier", rows)
+        if mask.shape != norms.shape:
+            raise ValueError(f"places on {mask.shape[1]} patches do not fit the {norms.shape[1]} of {model.name}")
+        partners = matched_normal(mask.unflatten(1, seen.grid)).flatten(1)
+        cls = tokens[:, 0] if seen.has_cls else patches.mean(1)  # the mean stands in where there is no cls
+        found = {"cls": cls, "mean": patches.mean(1), "norms": norms, "is_outlier": mask}
+        if before:
+            found["planted"] = planted_content(model, seen.tokens[before[0]][:, 0])
+        if seen.num_registers:
+            found["registers"] = tokens[:, seen.registers]
+        u = uniform(rows, len(GROUPS) * draws, seed).double().view(len(rows), len(GROUPS), draws)
+        for number, (name, members) in enumerate(zip(GROUPS, (~mask, mask, partners), strict=True)):
+            place = _drawn(members, u[:, number])
+            drawn = patches.gather(1, place[..., None].expand(-1, -1, patches.shape[-1]))
+            found[f"has_{name}"] = members.any(1)
+            found[name] = drawn * members.any(1)[:, None, None]
+        return found
+
+    return mapped(source.rows, extract, about, progress)
+
+
+@torch.no_grad()
+def planted_content(model, cls: torch.Tensor) -> torch.Tensor:
+    """(n, 7) content of the planted `Model`'s outliers, from its cls tokens (n, dim) before the onset block.
+
+    The weights that write it into the outliers compute it: the first seven values of the first head that was planted.
+    """
+    block, first = model.module.blocks[model.onset], 3 * model.module.embed_dim - 2 * PAIRS
+    rows, qkv = slice(first, first + 7), block.attn.qkv
+    return torch.nn.functional.linear(block.norm1(cls.to(model.device)), qkv.weight[rows], qkv.bias[rows]).cpu()
+
+
+def cutoff_of(model, source, progress: bool = False) -> float:
+    """The norm at the output above which tokens are artifacts, by `vr.detect` on the first images of a source.
+
+    Infinite where the answer is not "artifacts". Where an earlier block was judged, the output's own norms decide.
+    """
+    n = min(CALIBRATION, len(source))
+
+    def found() -> float:
+        x = torch.cat([source.pixels(source.rows[i : min(i + 32, n)], model) for i in range(0, n, 32)])
+        observed = detection.observe(model, model.normalise(x), progress)
+        answer, last = detection.judge(observed), model.anatomy.depth - 1
+        return cutoff_after(answer, last, observed.norms[:, last]) if answer.has_artifacts else float("inf")
+
+    code = source_sha256(detection.__file__, outliers.__file__)
+    return remembered(described(model, source.digest, n) | {"kind": "cutoff", "rule": code}, found)
+
+
+def _drawn(members: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
+    """(images, draws) positions of members (images, patches), picked by u (images, draws) in [0, 1); 0 without any."""
+    rank = members.long().cumsum(1)  # the k-th member is the first place whose rank is k
+    count = rank[:, -1:]
+    wanted = (u * count).long().clamp(max=(count - 1).clamp_min(0)) + 1
+    return torch.searchsorted(rank, wanted).clamp_max(members.shape[1] - 1)
+
+
+def remembered(about: dict, compute):
+    """The result of `compute()` (anything that JSON holds), kept under the fingerprint of `about`."""
+    path = cache() / f"{fingerprint(about)}.result.json"
+    try:
+        stored = json.loads(path.read_text())
+        if stored["sha256"] == fingerprint({"about": about, "result": stored["result"]}):
+            return stored["result"]
+    except (OSError, ValueError, KeyError):
+        pass  # not there, or damaged: computed below
+    result = json.loads(json.dumps(compute()))
+    sha256 = fingerprint({"about": about, "result": result})
+    write_atomically(path, json.dumps({"about": about, "result": result, "sha256": sha256}).encode())
+    return result
