@@ -56,15 +56,13 @@ def differences(record: dict) -> list[str]:
     if not path(record["item"]).exists():
         return [f"nothing is recorded; make refresh NOTEBOOKS={record['item']} writes it"]
     now, before = digest(record), json.loads(path(record["item"]).read_text())
-    # A hundred steps of training make another model of other rounding: with AVX2 kernels instead of AVX-512 the CLIP
-    # notebook's best attribute went from 25 to 30 %. So shares count within ten points and other numbers within a
-    # quarter, and a claim that is undecided on one side says nothing against the other.
-    live = record["item"].startswith("train_")
-    lines = _numbers(now["measured"], before["measured"], live)
+    trained = record["item"].startswith("train_")
+    lines = _numbers(now["measured"], before["measured"], after_training if trained else tolerance)
     judged = [dict(side["verdicts"]) for side in (now, before)]
     for claim in judged[1] | judged[0]:
         new, old = (verdicts.get(claim, "absent") for verdicts in judged)
-        if new != old and not (live and "undecided" in (new, old)):
+        # after a training, a claim that is undecided on one side says nothing against the other
+        if new != old and not (trained and "undecided" in (new, old)):
             lines.append(f"claim {claim}: {new}, recorded {old}")
     for name in dict.fromkeys([*before["drawn"], *now["drawn"]]):
         if name not in now["drawn"] or name not in before["drawn"]:
@@ -95,18 +93,32 @@ def show(item: str, parameters: dict, every: bool = False) -> None:
         print(verdict(items.read(item, parameters), every))
 
 
-def close(now: float | None, before: float | None, scale: float, live: bool = False) -> bool:
-    """Whether two numbers agree: within the tolerance that figures have, of `scale`, the largest number of that name.
+def close(now: float | None, before: float | None, allowed: float) -> bool:
+    """Whether two numbers differ by what is allowed at most; None agrees with None alone."""
+    if now is None or before is None:
+        return now is before
+    return abs(now - before) <= allowed
+
+
+def tolerance(scale: float) -> float:
+    """What a number may differ by: the tolerance that figures have, of `scale`, the largest number of that name.
 
     One rule for all: of shares it forgives a few images of a hundred (a probe trained on another processor, an end of a
     bootstrap interval), of differences near zero what is small beside the others; a block or a neuron more is noticed.
     """
-    if now is None or before is None:
-        return now is before
-    return abs(now - before) <= ((0.1 if scale <= 1 else scale / 4) if live else TOLERANCE * scale)
+    return TOLERANCE * scale
 
 
-def _numbers(now: list, before: list, live: bool = False) -> list[str]:
+def after_training(scale: float) -> float:
+    """What a number of a training in a notebook may differ by: ten points of shares, a quarter of other numbers.
+
+    A hundred steps make another model of other rounding: with AVX2 kernels instead of AVX-512 the CLIP notebook's best
+    attribute went from 25 to 30 %.
+    """
+    return 0.1 if scale <= 1 else scale / 4
+
+
+def _numbers(now: list, before: list, allowed=tolerance) -> list[str]:
     """Differences of measured numbers, matched by name and model; names may hold numbers, which may differ a little."""
     new, old = _by_name(now), _by_name(before)
     scales = {}
@@ -122,7 +134,7 @@ def _numbers(now: list, before: list, live: bool = False) -> list[str]:
         for (name, model, value), (name_before, _, value_before) in zip(rows, recorded, strict=True):
             if not same_text(name, name_before):
                 lines.append(f"measured '{name}' for {model}, recorded '{name_before}'")
-            elif not close(value, value_before, scales[key[0]], live):
+            elif not close(value, value_before, allowed(scales[key[0]])):
                 lines.append(f"{_named(name, model)} is {_text(value)}, recorded {_text(value_before)}")
     return lines
 

@@ -156,26 +156,32 @@ def over_folds(values) -> tuple[float, float, float]:
     return float(values.mean()), float(values.mean()) - half, float(values.mean()) + half
 
 
-def table(found: dict, norms: dict | None = None):
-    """A DataFrame with the numbers of records, one row a model; what needs outliers is empty where there are none.
-
-    found: {label: `Detection`}; or {label: `Outliers`}, with the norms (images, layers, patches) of all blocks.
-    """
-    rows = {}
-    for name, each in found.items():
-        own = each if norms else each.outliers
-        mask, cut, onset = own.mask.flatten(1), own.cutoff, None
-        if not norms:
-            onset = each.onset
-        elif mask.any():
-            onset = outliers.onset_of(norms[name], mask, cut, norms[name].shape[1] - 1)
-        rows[name] = {
-            "cutoff": cut if cut < math.inf else None,
-            "outlier_share": own.share,
-            "norm_ratio": own.norm_ratio,
-            "onset_layer": onset,
-            "median_norm": own.norms.median().item(),
-            "largest_norm": own.norms.max().item(),
+def table(found: dict[str, outliers.Outliers], onsets: dict[str, int | None]):
+    """A DataFrame with the numbers of records, one row a model; what needs outliers is empty where there are none."""
+    rows = {
+        name: {
+            "cutoff": each.cutoff if each.cutoff < math.inf else None,
+            "outlier_share": each.share,
+            "norm_ratio": each.norm_ratio,
+            "onset_layer": onsets[name],
+            "median_norm": each.norms.median().item(),
+            "largest_norm": each.norms.max().item(),
         }
-        rows[name] |= {} if norms else {"support": each.support}
+        for name, each in found.items()
+    }
     return pd.DataFrame.from_dict(rows, orient="index").astype({"onset_layer": "Int64"})
+
+
+def of_detections(found: dict[str, detection.Detection]):
+    """`table` of the outliers of detections, and the `support` of these."""
+    of = table({n: each.outliers for n, each in found.items()}, {n: each.onset for n, each in found.items()})
+    return of.assign(support=[each.support for each in found.values()])
+
+
+def onsets(found: dict[str, outliers.Outliers], norms: dict[str, torch.Tensor]) -> dict[str, int | None]:
+    """{label: the first block with outliers}, from norms (images, layers, patches) of all blocks; None without any."""
+    last = {name: each.shape[1] - 1 for name, each in norms.items()}
+    return {
+        name: outliers.onset_of(norms[name], each.mask.flatten(1), each.cutoff, last[name]) if each.mask.any() else None
+        for name, each in found.items()
+    }

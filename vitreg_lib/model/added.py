@@ -107,7 +107,8 @@ def _append(module: nn.Module, anatomy: Anatomy, n: int) -> None:
     weights = next(blocks[0].parameters())
     blocks[0].register_buffer(ADDED, torch.zeros(n, anatomy.embed_dim, dtype=weights.dtype, device=weights.device))
     _before(anatomy, 0, _with_new)
-    counting = [part for part in module.modules() if hasattr(part, "num_prefix_tokens") and _holds(part, blocks[0])]
+    around = [part for part in module.modules() if blocks[0] in set(part.modules())]
+    counting = [part for part in around if hasattr(part, "num_prefix_tokens")]
     if not counting:
         for block in blocks:
             block.register_forward_pre_hook(functools.partial(_without_mask, n=n, batch_first=first), with_kwargs=True)
@@ -116,10 +117,6 @@ def _append(module: nn.Module, anatomy: Anatomy, n: int) -> None:
         vit.__class__ = _counting(type(vit), n)
     for part in (*counting, *(attn for attn in anatomy.attention if hasattr(attn, "num_prefix_tokens"))):
         part.num_prefix_tokens += n
-
-
-def _holds(part: nn.Module, other: nn.Module) -> bool:
-    return any(inside is other for inside in part.modules())
 
 
 def _swapped(x: torch.Tensor, batch_first: bool) -> torch.Tensor:

@@ -19,7 +19,7 @@ MAX_TRIALS = 8  # steps in a row without a decrease that can be told from roundi
 
 
 def path(x: Tensor, targets: Tensor, strengths: list[float], variance: Tensor, max_iter: int, tol: float):
-    """One (params, objective, iterations, converged) for each strength, in the order given.
+    """One (params, objective, converged) for each strength, in the order given.
 
     x (samples, dim + 1) with a last column of ones; targets (samples,) class numbers for softmax, or bool (samples,
     classes) for one-vs-rest; variance (dim + 1,) of the columns of x; strengths as scikit-learn's `C`.
@@ -63,7 +63,7 @@ def _minimise(x, targets, penalty, variance, w, at_zero, max_iter, tol):
         goal = tol * max(min(f, at_zero - f), 1e-3 * f)
         # Without a pair the step rests on a rough Hessian: it must promise far less to be believed
         if -slope / 2 <= (goal if pairs else 0.01 * goal) or trials == MAX_TRIALS or iteration == max_iter:
-            return w, f, iteration, -slope / 2 <= max(10 * goal, 1e-5 * f)
+            return w, f, -slope / 2 <= max(10 * goal, 1e-5 * f)
         iteration += 1
         trial = torch.add(w, d, alpha=step)
         f_new, g_new, curvature_new = evaluate(x, targets, trial, penalty)

@@ -32,7 +32,6 @@ class LogisticFit:
     weights: Tensor
     biases: Tensor
     objective: Tensor  # C * sum of losses + |W|^2 / 2
-    iterations: Tensor
     converged: Tensor
 
 
@@ -78,8 +77,7 @@ def fit_logistic(x: Tensor, y: Tensor, strengths=DINOV2_STRENGTHS, tol: float = 
     weights = params[..., :-1] @ axes.T
     biases = params[..., -1] - weights @ centre
     objective = torch.tensor([fit[1] for fit in fits], dtype=torch.float64) * c * len(x)
-    iterations, converged = (torch.tensor([fit[i] for fit in fits]) for i in (2, 3))
-    return LogisticFit(c, weights.to(dtype), biases.to(dtype), objective, iterations, converged)
+    return LogisticFit(c, weights.to(dtype), biases.to(dtype), objective, torch.tensor([fit[2] for fit in fits]))
 
 
 def fit_ridge(x: Tensor, y: Tensor, strengths=(1.0,)) -> RidgeFit:

@@ -4,7 +4,6 @@
 without. The sentences stand in sentences.yaml.
 """
 
-import functools
 import math
 from collections import Counter
 from dataclasses import dataclass, field
@@ -30,6 +29,7 @@ QUESTIONS = {
     "hurt": "Do they hurt?",
     "helps": "What helps?",
 }
+SENTENCES: dict[str, str] = yaml.safe_load(Path(__file__).with_name("sentences.yaml").read_text())
 NOT_ASKED = {"none": "none to ask about", "undecided": "undecided"}  # the answer, by the detector's
 PER_CLASS = 5  # images of a class, for five-fold cross-validation
 TOKENS = 4000  # for training a local probe
@@ -57,18 +57,13 @@ class Answer:
         self.sentences.append(self.text(name, **words))
 
     def text(self, name: str, /, **words) -> str:
-        return _sentences()[name].format(**self.numbers | words)
+        return SENTENCES[name].format(**self.numbers | words)
 
     def average(self, name: str, values: torch.Tensor) -> None:
         """Keep the mean of values (images,) and the ends of its 95 % interval as NAME, NAME_low and NAME_high."""
         low, high = interval(values)
         mean = (values.double() if values.dtype == torch.bool else values).mean().item()
         self.numbers |= {name: mean, f"{name}_low": low, f"{name}_high": high}
-
-
-@functools.cache
-def _sentences() -> dict[str, str]:
-    return yaml.safe_load(Path(__file__).with_name("sentences.yaml").read_text())
 
 
 def ask(question: str, look: Look) -> Answer:

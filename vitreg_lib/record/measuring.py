@@ -44,15 +44,11 @@ def write(model: Model, images, tensors: dict, path: Path, command: str, **more)
     facts = {f.name: getattr(model, f.name) for f in dataclasses.fields(Model) if f.name != "module"}
     sizes = {name: getattr(anatomy, name) for name in ("prefix", "depth", "patch_size", *SIZES)}
     source = images.source.split(",")[0]
-    metadata = dict(model=facts, anatomy=sizes, source=source, size=images.x.shape[-1], photos=_hashes(images))
+    photos = {path.stem: file_sha256(path) for path in images.paths}
+    metadata = dict(model=facts, anatomy=sizes, source=source, size=images.x.shape[-1], photos=photos)
     metadata |= dict(command=command, commit=commit(), date=datetime.date.today().isoformat()) | more
     metadata["queries"] = queries(model, images)
     path.parent.mkdir(parents=True, exist_ok=True)
     with written(path) as temporary:
         save_file(tensors, temporary, {key: json.dumps(value) for key, value in metadata.items()})
     return path
-
-
-def _hashes(images) -> dict[str, str]:
-    """{name: sha256 of its file} of photos; empty for procedural images."""
-    return {path.stem: file_sha256(path) for path in images.paths}

@@ -263,8 +263,9 @@ class Page:
                 made.append(button)
             self.heads.children = made
         for head, button in enumerate(self.heads.children[1:], -1):
+            tip = "mean of all heads" if head < 0 else f"head {head}: several are averaged"
             button.value = head in heads if head >= 0 else not heads
-            button.disabled, button.tooltip = bool(self.no_heads), self.no_heads or _tip(head)
+            button.disabled, button.tooltip = bool(self.no_heads), self.no_heads or tip
 
     def _toggle(self, head: int | None) -> None:
         if not self.quiet:
@@ -325,10 +326,6 @@ def _sources(current: str) -> list[tuple[str, str]]:
     sources = ["photos", "scenes"] + (["imagenet"] if images.named_folder("imagenet") else [])
     more = [] if current in sources else [(Path(current).name, current)]
     return [(name, name) for name in sources] + more
-
-
-def _tip(head: int) -> str:
-    return "mean of all heads" if head < 0 else f"head {head}: several are averaged"
 
 
 def _models(chosen: tuple[str, ...]) -> list[tuple[str, str]]:
