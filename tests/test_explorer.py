@@ -7,9 +7,11 @@ import shlex
 from dataclasses import replace
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import torch
+from matplotlib.figure import Figure
 from safetensors.torch import load_file
 
 import vitreg_lib as vr
@@ -248,6 +250,25 @@ def test_what_was_not_measured_is_disabled_with_its_reason(no_models):
 
 def test_a_replayed_model_is_given_as_a_value(no_models):
     assert [view.label for view in widgets.explore([measured.load("deit-ti")]).views] == ["deit-ti"]
+
+
+def test_a_control_draws_anew_and_batch_draws_once(monkeypatch):
+    seen = []
+
+    def draw(layer, of):
+        seen.append((layer, of))
+        return plt.figure()
+
+    menu = ("Dropdown", {"value": "a", "options": ["a", "b"]})
+    controls = {"layer": ("IntSlider", {"value": 2, "max": 5}), "of": menu}
+    monkeypatch.delenv("VITREG_BATCH", raising=False)
+    slider, menu, _ = widgets.interact(draw, **controls).children
+    assert (slider.description, slider.continuous_update) == ("layer", False)
+    slider.value, menu.value = 4, "b"
+    assert seen == [(2, "a"), (4, "a"), (4, "b")]
+    monkeypatch.setenv("VITREG_BATCH", "1")
+    assert isinstance(widgets.interact(draw, **controls), Figure) and seen[3:] == [(2, "a")]
+    assert not plt.get_fignums()
 
 
 def test_in_batch_it_is_a_picture_and_otherwise_a_page(monkeypatch):

@@ -142,7 +142,7 @@ def test_selection_takes_the_strongest_penalty_among_equals():
         torch.tensor([10.0, 0.1, 1.0]),
         torch.tensor([[[1.0], [-1.0]], [[1.0], [-1.0]], [[-1.0], [1.0]]]),
         torch.zeros(3, 2),
-        *[torch.zeros(3)] * 3,
+        *[torch.zeros(3)] * 2,
     )
     x, y = torch.tensor([[1.0], [-1.0]]), torch.tensor([0, 1])
     assert linear.accuracy(fit, x, y).tolist() == [1, 1, 0]
@@ -151,7 +151,7 @@ def test_selection_takes_the_strongest_penalty_among_equals():
 
 
 def test_mean_of_classes_differs_from_mean_of_samples():
-    fit = linear.LogisticFit(torch.ones(1), torch.zeros(1, 2, 1), torch.tensor([[1.0, 0.0]]), *[torch.zeros(1)] * 3)
+    fit = linear.LogisticFit(torch.ones(1), torch.zeros(1, 2, 1), torch.tensor([[1.0, 0.0]]), *[torch.zeros(1)] * 2)
     y = torch.tensor([0, 0, 0, 1])
     assert float(linear.accuracy(fit, torch.zeros(4, 1), y)) == 0.75
     assert float(linear.accuracy(fit, torch.zeros(4, 1), y, per_class=True)) == 0.5
@@ -166,7 +166,7 @@ def test_selected_fit_uses_training_and_validation_data():
 
 
 def test_average_precision_by_hand():
-    fit = linear.LogisticFit(torch.ones(1), torch.eye(2)[None], torch.zeros(1, 2), *[torch.zeros(1)] * 3)
+    fit = linear.LogisticFit(torch.ones(1), torch.eye(2)[None], torch.zeros(1, 2), *[torch.zeros(1)] * 2)
     x = torch.tensor([[3.0, 0.0], [2.0, 0.0], [1.0, 0.0]])
     y = torch.tensor([[1, 0], [0, 0], [1, 0]])  # ranks 1 and 3: (1/1 + 2/3) / 2; second class never present
     assert float(tables_sgd.average_precision(fit, x, y)) == pytest.approx(5 / 6)

@@ -14,32 +14,19 @@ def interact(draw, **controls):
     controls: (widget class name, options) by argument of `draw`, for instance layer=("IntSlider", {"max": 11}).
     """
     import matplotlib.pyplot as plt
-    from IPython.display import display
 
-    values = {name: options["value"] for name, (_, options) in controls.items()}
-    if in_batch():
+    def drawn(**values):
         figure = draw(**values)
-        plt.close(figure)
+        plt.close(figure)  # so that the notebook shows it once
         return figure
+
+    if in_batch():
+        return drawn(**{name: options["value"] for name, (_, options) in controls.items()})
     import ipywidgets
 
-    made = {}
-    for name, (kind, options) in controls.items():
-        once = {"continuous_update": False} if "Slider" in kind else {}
-        made[name] = getattr(ipywidgets, kind)(description=name, **once, **options)
-    output = ipywidgets.Output()
-
-    def update(change=None):
-        with output:  # shows errors of `draw` too, which JupyterLab would hide in its log
-            output.clear_output(wait=True)
-            figure = draw(**{name: widget.value for name, widget in made.items()})
-            plt.close(figure)
-            display(figure)
-
-    for widget in made.values():
-        widget.observe(update, "value")
-    update()
-    return ipywidgets.VBox([ipywidgets.HBox(list(made.values())), output])
+    once = {name: {"continuous_update": False} if "Slider" in kind else {} for name, (kind, _) in controls.items()}
+    made = {name: getattr(ipywidgets, kind)(**once[name], **options) for name, (kind, options) in controls.items()}
+    return ipywidgets.interactive(drawn, {"auto_display": True}, **made)
 
 
 def token_kinds(captures: dict):
