@@ -1,6 +1,6 @@
 """How nbval runs and compares the notebooks: text and numbers, neither HTML (tables are compared as text) nor stderr.
 
-Their kernels fork from one process that has imported the libraries (`workflow/forked.py`), that of all pytest's workers.
+Their kernels fork from one process that has imported the libraries (`workflow/forked.py`), for all workers of pytest.
 A notebook's record is compared with the committed one after its last cell.
 """
 

@@ -52,7 +52,7 @@ def serving(environment: dict):
 
 
 def ask(arguments: list[str]) -> int:
-    """Let the process run `vitreg ARGUMENTS`, or a kernel; the exit code. Does not return where it runs the plain way."""
+    """Let the process run `vitreg ARGUMENTS`, or a kernel; its exit code. Does not return where it is run plainly."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the runner gets it too and says what is to be said
     try:
         with socket.socket(socket.AF_UNIX) as connection:
