@@ -16,7 +16,7 @@ import tables_tasks
 import tables_tokens
 import torch
 
-from vitreg_lib.base import ROOT
+from vitreg_lib.base import ROOT, remembered
 from vitreg_lib.data import images
 from vitreg_lib.model import mini
 from vitreg_lib.model.model import Model
@@ -189,11 +189,11 @@ def test_killed_on_the_way_nothing_is_taken_for_whole(cache):
 def test_remembered_results_survive_and_damaged_ones_are_computed_anew(cache):
     calls = []
     compute = lambda: calls.append(1) or {"a": [1, 2.5]}  # noqa: E731
-    assert tables_tokens.remembered({"k": 1}, compute) == tables_tokens.remembered({"k": 1}, compute) == {"a": [1, 2.5]}
+    assert remembered({"k": 1}, compute) == remembered({"k": 1}, compute) == {"a": [1, 2.5]}
     assert len(calls) == 1
     next(cache.glob("*.result.json")).write_text('{"about": {"k"')
-    assert tables_tokens.remembered({"k": 1}, compute) == {"a": [1, 2.5]} and len(calls) == 2
-    tables_tokens.remembered({"k": 2}, compute)
+    assert remembered({"k": 1}, compute) == {"a": [1, 2.5]} and len(calls) == 2
+    remembered({"k": 2}, compute)
     assert len(calls) == 3
 
 

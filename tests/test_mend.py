@@ -44,6 +44,19 @@ def found(control, pictures):
     return mend.find(control, pictures)
 
 
+def test_a_search_is_kept_for_the_same_weights_alone(control, results, monkeypatch):
+    first = mend.with_test_time_registers(control, 1)
+    searched, find = [], mend.find
+    monkeypatch.setattr(mend, "find", lambda *given: searched.append(given) or find(*given))
+    again = mend.with_test_time_registers(control, 2)
+    assert not searched and again.about.partition("time, ")[2] == first.about.partition("time, ")[2]
+    other = copy.deepcopy(control)
+    with torch.no_grad():
+        other.module.blocks[-1].mlp.fc2.bias.add_(1e-3)
+    mend.with_test_time_registers(other, 1)
+    assert len(searched) == 1
+
+
 def outlier_share(model, x, cutoff):
     return (model.capture(x, layers=-1).patch_norms > cutoff).float().mean().item()
 

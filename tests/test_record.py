@@ -229,18 +229,28 @@ def test_a_record_without_its_products_is_not_taken_for_whole(run):
         read()
 
 
+def test_models_that_are_fed_alike_get_one_set_of_images(run):
+    planted, plain, other = run.load("planted"), run.load("mini-deit3"), run.load("planted")
+    other[0].mean = (0.4, 0.5, 0.6)
+    first, same, normed = (run.images(m[0], 3) for m in (planted, plain, other))
+    assert same is first and torch.equal(normed.pixels, first.pixels)
+    assert torch.equal(normed.x, other[0].normalise(first.pixels)) and not torch.equal(normed.x, first.x)
+    assert len(run.images(planted[0], 2)) == 2
+
+
 def test_a_figure_that_fails_half_way_leaves_the_old_one(run):
     run.save(some_figure())
     before = {p.name: p.read_bytes() for p in run.folder.glob("figure.*")}
     assert before.keys() == {"figure.svg", "figure.png"}
 
-    class Broken:
-        def savefig(self, path, **options):
-            Path(path).write_bytes(b"half")
-            raise OSError("disk full")
+    def half(path, **options):
+        Path(path).write_bytes(b"half")
+        raise OSError("disk full")
 
+    figure = some_figure()
+    figure.savefig = half
     with pytest.raises(UserError, match="figure.svg cannot be written: disk full"):
-        run.save(Broken())
+        run.save(figure)
     assert {p.name: p.read_bytes() for p in run.folder.glob("figure.*")} == before
 
 

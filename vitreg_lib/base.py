@@ -1,7 +1,7 @@
 """What everything else rests on: errors a user can mend, where things lie, the environment, files written whole.
 
 VITREG_RESULTS   where results go, by default results/ of the repository, or of the working folder without one
-VITREG_CACHE     where features are kept, by default cache/ of the results
+VITREG_CACHE     where features and other intermediate results are kept, by default cache/ of the results
 VITREG_MODELS    a folder of models in timm's hub layout, looked in before the hub
 VITREG_DATA      a folder of data sets, one folder each
 VITREG_MAKING    where the run of a notebook writes until it is whole; set by `vitreg run`
@@ -10,6 +10,9 @@ VITREG_PLAIN     set: in a run of several notebooks each imports the libraries f
 """
 
 import difflib
+import functools
+import hashlib
+import json
 import os
 import socket
 import subprocess
@@ -19,7 +22,8 @@ from collections.abc import Iterable
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-_PACKAGED = Path(__file__).resolve().parent / "_data"  # in a wheel: the repository's data/ (see setup.py)
+_LIBRARY = Path(__file__).resolve().parent
+_PACKAGED = _LIBRARY / "_data"  # in a wheel: the repository's data/ (see setup.py)
 IS_REPOSITORY = not _PACKAGED.is_dir()
 ROOT = Path(__file__).resolve().parents[1] if IS_REPOSITORY else Path.cwd()  # where results, runs and notebooks lie
 DATA = ROOT / "data" if IS_REPOSITORY else _PACKAGED
@@ -88,8 +92,42 @@ def results() -> Path:
 
 
 def cache() -> Path:
-    """Where features are kept."""
+    """Where features and other intermediate results are kept."""
     return env_folder("VITREG_CACHE") or results() / "cache"
+
+
+def read_yaml(path: Path):
+    """The content of a yaml file, by the parser in C where PyYAML has it: ten times as fast."""
+    import yaml
+
+    return yaml.load(path.read_text(), getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+
+
+def fingerprint(about: dict) -> str:
+    """sha256 of a description that JSON can hold."""
+    return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
+
+
+def remembered(about: dict, compute):
+    """The result of `compute()` (anything that JSON holds), kept in `cache` under the fingerprint of `about`."""
+    path = cache() / f"{fingerprint(about)}.result.json"
+    try:
+        stored = json.loads(path.read_text())
+        if stored["sha256"] == fingerprint({"about": about, "result": stored["result"]}):
+            return stored["result"]
+    except (OSError, ValueError, KeyError):
+        pass  # not there, or damaged: computed below
+    result = json.loads(json.dumps(compute()))
+    sha256 = fingerprint({"about": about, "result": result})
+    with suppress(UserError):  # without room or rights it is computed each time
+        write_atomically(path, json.dumps({"about": about, "result": result, "sha256": sha256}).encode())
+    return result
+
+
+@functools.cache
+def code_sha256() -> str:
+    """sha256 of the library's code: what other code computed is computed anew."""
+    return hashlib.sha256(b"".join(path.read_bytes() for path in sorted(_LIBRARY.rglob("*.py")))).hexdigest()
 
 
 def in_batch() -> bool:

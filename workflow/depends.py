@@ -8,10 +8,8 @@ import json
 import re
 from pathlib import Path
 
-import yaml
-
 import vitreg_lib
-from vitreg_lib.base import CHECKPOINTS, DATA, ROOT
+from vitreg_lib.base import CHECKPOINTS, DATA, ROOT, read_yaml
 from vitreg_lib.model import names as model_names
 from vitreg_lib.record import run as record
 from vitreg_lib.record import verdicts
@@ -45,8 +43,13 @@ def data_sets(item: str, parameters: dict) -> dict[str, dict]:
     entry = record.items().get(item, {})
     settings = {**entry.get("mini", {}), **entry.get(parameters["profile"], {})}
     words = " ".join(str(value) for value in [*settings.values(), *parameters.values()]).split()
-    known = yaml.safe_load((DATA / "datasets.yaml").read_text())
+    known = _data_sets()
     return {word: known[word] for word in words if word in known}
+
+
+@functools.cache
+def _data_sets() -> dict[str, dict]:
+    return read_yaml(DATA / "datasets.yaml")
 
 
 def checkpoints(item: str, parameters: dict) -> list[Path]:

@@ -20,7 +20,7 @@ import torch
 from datasets import Dataset
 from datasets.utils import logging
 
-from vitreg_lib.base import cache, write_atomically
+from vitreg_lib.base import cache, fingerprint, write_atomically
 from vitreg_lib.hooks import anatomy, capture
 from vitreg_lib.hooks.capture import SITES, WHOLE, Capture
 from vitreg_lib.probes import local
@@ -121,11 +121,6 @@ def mapped(rows, extract, about: dict, progress: bool = False) -> Features:
         write_atomically(beside, json.dumps(description, indent=1).encode())
     stored = json.loads(beside.read_text())["shapes"]
     return Features(Dataset.from_file(str(path)), key, about, {k: tuple(v) for k, v in stored.items()})
-
-
-def fingerprint(about: dict) -> str:
-    """sha256 of a description that JSON can hold."""
-    return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
 
 
 def _is_whole(path: Path, beside: Path, rows: int) -> bool:

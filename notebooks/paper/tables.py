@@ -22,10 +22,10 @@ import tables_sgd
 import torch
 from feature_cache import source_sha256
 from tables_tasks import Problem, Source, Task
-from tables_tokens import GROUPS, classification_tokens, cutoff_of, remembered
+from tables_tokens import GROUPS, classification_tokens, cutoff_of
 from torch import Tensor
 
-from vitreg_lib.base import UserError
+from vitreg_lib.base import UserError, remembered
 from vitreg_lib.measure import pairs
 from vitreg_lib.probes import _lbfgs, linear
 from vitreg_lib.probes.linear import held_out

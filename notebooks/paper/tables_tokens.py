@@ -1,18 +1,16 @@
 """The tokens of Tables 1, 4 and 6: cls, registers, and patch tokens drawn by kind; kept on disk.
 
 A token counts as an outlier by the cutoff of `vr.detect` (`cutoff_of`). Which tokens are drawn depends on seed and
-image alone. `feature_cache` keeps the tokens, `remembered` results that JSON can hold.
+image alone. `feature_cache` keeps the tokens, `base.remembered` the cutoffs.
 """
 
 from __future__ import annotations
 
-import json
-
 import torch
-from feature_cache import Features, described, fingerprint, mapped, source_sha256
-from verdicts import cutoff_after
+from feature_cache import Features, described, mapped, source_sha256
+from verdicts import Judged, cutoff_after
 
-from vitreg_lib.base import cache, write_atomically
+from vitreg_lib.base import remembered
 from vitreg_lib.data.scenes import uniform
 from vitreg_lib.measure import detection, outliers
 from vitreg_lib.model.planted import PAIRS
@@ -95,7 +93,7 @@ def cutoff_of(model, source, progress: bool = False) -> float:
         x = torch.cat([source.pixels(source.rows[i : min(i + 32, n)], model) for i in range(0, n, 32)])
         observed = detection.observe(model, model.normalise(x), progress)
         answer, last = detection.judge(observed), model.anatomy.depth - 1
-        return cutoff_after(answer, last, observed.norms[:, last]) if answer.has_artifacts else float("inf")
+        return cutoff_after(Judged.of(answer), last, observed.norms[:, last]) if answer.has_artifacts else float("inf")
 
     code = source_sha256(detection.__file__, outliers.__file__)
     return remembered(described(model, source.digest, n) | {"kind": "cutoff", "rule": code}, found)
@@ -107,18 +105,3 @@ def _drawn(members: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
     count = rank[:, -1:]
     wanted = (u * count).long().clamp(max=(count - 1).clamp_min(0)) + 1
     return torch.searchsorted(rank, wanted).clamp_max(members.shape[1] - 1)
-
-
-def remembered(about: dict, compute):
-    """The result of `compute()` (anything that JSON holds), kept under the fingerprint of `about`."""
-    path = cache() / f"{fingerprint(about)}.result.json"
-    try:
-        stored = json.loads(path.read_text())
-        if stored["sha256"] == fingerprint({"about": about, "result": stored["result"]}):
-            return stored["result"]
-    except (OSError, ValueError, KeyError):
-        pass  # not there, or damaged: computed below
-    result = json.loads(json.dumps(compute()))
-    sha256 = fingerprint({"about": about, "result": result})
-    write_atomically(path, json.dumps({"about": about, "result": result, "sha256": sha256}).encode())
-    return result

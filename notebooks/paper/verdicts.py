@@ -13,11 +13,13 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from typing import NamedTuple
 
 import pandas as pd
 import torch
 from scipy.stats import binomtest, t
 
+from vitreg_lib.base import remembered
 from vitreg_lib.measure import detection, outliers
 from vitreg_lib.measure.pairs import pairs as of_models
 
@@ -46,25 +48,44 @@ def detected(run, models, seen: dict, pictures: dict | None = None) -> tuple[dic
     own, having = {}, set()
     for model in models:
         name = model.label
-        answer = detection.detect(model, pictures[name] if pictures else run.images(model))
+        answer = judged(model, pictures[name] if pictures else run.images(model))
         last = outliers.find(seen[name], cut=math.inf)
         cut = cutoff_after(answer, last.layer, last.norms)
         own[name] = dataclasses.replace(outliers.find(seen[name], cut=cut), cutoff_from=name)
-        having |= {name} if answer.has_artifacts else set()
+        having |= {name} if answer.answer == "artifacts" else set()
     pairs = of_models(models)
     found = {name: outliers.find(seen[name], cut=own.get(pairs.get(name), each)) for name, each in own.items()}
     return found, having
 
 
-def cutoff_after(answer: detection.Detection, block: int, norms: torch.Tensor) -> float:
+class Judged(NamedTuple):
+    """What is kept of a `Detection`: its answer, its cutoff, and the block that was judged."""
+
+    answer: str
+    cutoff: float
+    block: int
+
+    @classmethod
+    def of(cls, found: detection.Detection) -> Judged:
+        return cls(found.answer, found.outliers.cutoff, found.outliers.layer)
+
+
+def judged(model, images) -> Judged:
+    """`vr.detect` of a model on images; kept, for many notebooks ask it about the same."""
+    if model.replayed:  # it has no weights to know it by, and takes no time
+        return Judged.of(detection.detect(model, images))
+    about = model.fingerprint(images) | {"kind": "detection"}
+    return Judged(*remembered(about, lambda: Judged.of(detection.detect(model, images))))
+
+
+def cutoff_after(answer: Judged, block: int, norms: torch.Tensor) -> float:
     """The norm above which a token of `norms`, after a block, is an outlier; infinite for the answer "none".
 
     After the judged block it is the detection's own, after another one or if undecided that of the norms alone.
     """
     if answer.answer == "none":
         return math.inf
-    judged = answer.has_artifacts and block == answer.outliers.layer
-    return answer.outliers.cutoff if judged else outliers.cutoff(norms)
+    return answer.cutoff if (answer.answer, answer.block) == ("artifacts", block) else outliers.cutoff(norms)
 
 
 def specimen(models, having):

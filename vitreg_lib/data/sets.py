@@ -15,9 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import yaml
 
-from ..base import DATA, UserError, env_folder, unknown
+from ..base import DATA, UserError, env_folder, read_yaml, unknown
 from . import formats, images
 from .images import Images, preprocessing, read
 
@@ -38,7 +37,7 @@ class Part:
 @functools.cache
 def entries() -> dict[str, dict]:
     """The entries of data/datasets.yaml by name."""
-    return yaml.safe_load((DATA / "datasets.yaml").read_text())
+    return read_yaml(DATA / "datasets.yaml")
 
 
 def entry(name: str) -> dict:

@@ -22,7 +22,7 @@ import hashlib
 import torch
 from torch import nn
 
-from ..base import UserError
+from ..base import UserError, remembered
 from ..data import images as image_sets
 from ..hooks.anatomy import Anatomy, dissect, layer_scale
 from ..hooks.capture import capture
@@ -170,13 +170,20 @@ def _remedied(model, module: nn.Module, kind: str, n: int, about: str, neurons: 
 
 
 def _searched_neurons(model) -> tuple[tuple[int, int], ...]:
-    search = find(model)
+    """The neurons of `find` on a few images; kept, for many models and notebooks ask for them again."""
+    x = handful(model).x
+    found = remembered(model.fingerprint(x) | {"kind": "neurons"}, lambda: _mending(model, x))
+    return tuple(map(tuple, found))
+
+
+def _mending(model, x: torch.Tensor) -> list[tuple[int, int]]:
+    search = find(model, x)
     if search.share_after > MENDED * search.share_before:
         raise NothingToMend(
             f"{model.name} cannot be mended this way: moving its {len(search.neurons)} likeliest neurons leaves "
             f"{search.share_after:.2%} of the patch tokens outliers, of {search.share_before:.2%}"
         )
-    return search.neurons
+    return [(int(block), int(neuron)) for block, neuron in search.neurons]
 
 
 def handful(model, source: str = "", n: int = 32) -> image_sets.Images:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
+from ..base import code_sha256
 from ..data.images import sides
 from ..hooks import capture as _capture
 from ..hooks.anatomy import Anatomy, dissect
@@ -90,6 +91,12 @@ class Model:
     def capture(self, images: torch.Tensor, keep="norms", **options) -> _capture.Capture:
         """`capture.capture` of this model; `images` are normalised, or an `Images` set."""
         return _capture.capture(self.module, getattr(images, "x", images), keep, **options)
+
+    def fingerprint(self, images) -> dict:
+        """What a result on normalised images follows from, for `base.remembered`: weights, images, code."""
+        pixels = getattr(images, "x", images).cpu().contiguous().numpy()
+        x = hashlib.sha256(pixels).hexdigest()
+        return {"model": self.name, "weights": weights_sha256(self.module), "images": x, "code": code_sha256()}
 
     def truth(self, images) -> torch.Tensor | None:
         """(n, patches) bool: where the planted control has artifacts; all False for the random one, None for others."""

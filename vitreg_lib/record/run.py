@@ -25,14 +25,25 @@ from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
 
-import yaml
-
-from ..base import DATA, NOTEBOOKS, UserError, commit, env_folder, in_batch, results, unknown, write_atomically, written
+from ..base import (
+    DATA,
+    NOTEBOOKS,
+    UserError,
+    commit,
+    env_folder,
+    in_batch,
+    read_yaml,
+    results,
+    unknown,
+    write_atomically,
+    written,
+)
 from ..model import names as model_names
 from . import values
 from .verdicts import Verdicts, reported_claims
 
 PROFILES = ("mini", "small", "large", "paper")
+KEPT = 2**23  # numbers of a set of images up to which a run keeps it, for what asks for it again
 
 
 def start(item: str, namespace: dict) -> Run:
@@ -131,7 +142,7 @@ def _injected(cells: list[str]) -> dict:
 @functools.cache
 def items() -> dict[str, dict]:
     """data/items.yaml: title, and models, images and sizes of every profile, by item."""
-    return yaml.safe_load((DATA / "items.yaml").read_text())
+    return read_yaml(DATA / "items.yaml")
 
 
 class Run:
@@ -149,7 +160,7 @@ class Run:
         self.at = SimpleNamespace(**{k: v for k, v in self.settings.items() if k != "profile"})
         self.folder = env_folder("VITREG_MAKING") or folder(item, parameters)
         self.models, self.not_here, self._measured, self._claims = [], [], [], []
-        self._features, self._drawn = {}, {}
+        self._features, self._drawn, self._images = {}, {}, {}
         self.progress = not in_batch()  # no bars in committed outputs
         self._began = time.perf_counter()
         print(f"{item}: {self.title}. Profile {self.profile}: {self.settings.get('models', '')}".rstrip(": "))
@@ -218,13 +229,24 @@ class Run:
         source = self.source(model)
         if source == "imagenet" and not images.named_folder("imagenet"):
             source = "photos"  # these ship with the packages, and replace a missing folder of photos
-        return images.load(source, model, n or self.settings["n_images"], self.parameters.get("seed", 0))
+        return self._loaded(source, model, n or self.settings["n_images"])
 
     def examples(self, model, n: int = 4):
         """A few images to show: the first of the run's own, or photos that may be published (`source`)."""
+
+        return self._loaded(self.source(model, to_show=True), model, n)
+
+    def _loaded(self, source: str, model, n: int):
+        """`images.load`; the same set again for models that are fed in the same way."""
         from ..data import images
 
-        return images.load(self.source(model, to_show=True), model, n, self.parameters.get("seed", 0))
+        key = (source, n, model.input_size, model.mean, model.std, model.interpolation, model.crop, model.crop_mode)
+        if key in self._images:
+            return self._images[key]
+        loaded = images.load(source, model, n, self.parameters.get("seed", 0))
+        if loaded.x.numel() <= KEPT:
+            self._images[key] = loaded
+        return loaded
 
     def measure(self, name: str, value, model: str = "", unit: str = "", paper=None, features: str = "") -> None:
         """Put one number into the record; null if it does not exist, such as the cutoff of one mode.
@@ -301,13 +323,17 @@ class Run:
     def save(self, figure, name: str = "figure") -> None:
         """Write a matplotlib figure as SVG and PNG into the run's folder, and a summary of it into the record.
 
-        It stays open for the notebook to show.
+        It stays open for the notebook to show. It is laid out here, once for both files and the notebook.
         """
         from . import drawn
 
+        if layout := figure.get_layout_engine():
+            layout.execute(figure)
+            figure.set_layout_engine("none")
+        box = figure.get_tightbbox().padded(0.1)
         for kind, options in (("svg", {"metadata": {"Date": None}}), ("png", {"dpi": 150})):
             with written(self.folder / f"{name}.{kind}") as temporary:
-                figure.savefig(temporary, format=kind, bbox_inches="tight", **options)
+                figure.savefig(temporary, format=kind, bbox_inches=box, **options)
         self._drawn[name] = drawn.summary(figure)
 
     def claims(self, judged=()):
