@@ -55,7 +55,7 @@ class TestClip:
         value, numbers = clip.loss(module, chosen, 3, "cpu")
         batch = scenes.render(range(24, 32), 64)
         image = module.visual((batch.pixels - 0.5) / 0.5)
-        text = module.text(tokenizer()(batch.captions()))
+        text = module.text(tokenizer()(clip.captions_of(batch)))
         similarity = torch.stack(
             [torch.stack([F.cosine_similarity(i, t, dim=0) for t in text]) for i in image]
         ) / torch.tensor(0.07)
@@ -65,7 +65,7 @@ class TestClip:
         assert numbers["scale"].item() == pytest.approx(1 / 0.07)
 
     def test_no_caption_is_cut(self):
-        captions = scenes.render(range(2000), 64).captions()
+        captions = clip.captions_of(scenes.render(range(2000), 64))
         ids = tokenizer()(captions)
         end = tokenizer().eot_token_id
         assert (ids == end).sum(1).eq(1).all()  # a caption that is cut ends in the end token too, but is full

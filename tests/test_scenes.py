@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import re
 
+import clip
 import numpy as np
 import pytest
 import torch
@@ -123,7 +124,7 @@ def test_captions_follow_the_grammar_and_name_what_is_there(batch):
     grammar = re.compile(
         rf"{noun}(?: (left of|right of|above|below) {noun})? on a ({'|'.join(scenes.BACKGROUNDS)}) background"
     )
-    for i, caption in enumerate(batch.captions()):
+    for i, caption in enumerate(clip.captions_of(batch)):
         words = grammar.fullmatch(caption).groups()
         named = [(words[:3], 0)]
         others = [k for k in range(1, 5) if batch.visible[i, k]]
@@ -192,7 +193,7 @@ def test_the_frozen_set_equals_scenes_rendered_anew(frozen, tmp_path):
     assert len(table) == frozen.COUNT == 256
     assert table.features["label"].names == list(scenes.SHAPES)
     batch = scenes.render(range(frozen.FIRST, frozen.FIRST + frozen.COUNT), frozen.SIZE)
-    captions = batch.captions()
+    captions = clip.captions_of(batch)
     for i in range(0, 256, 5):
         row, visible = table[i], batch.visible[i]
         pixels = np.asarray(row["image"], dtype=np.float32).transpose(2, 0, 1) / 255

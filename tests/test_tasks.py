@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
+import clip
 import pandas as pd
 import pytest
 import tables
@@ -44,7 +45,7 @@ def test_labels_are_what_the_scene_shows(problem):
     found = {t.name: t.train for t in problem.tasks}
     assert torch.equal(found["shape"], truth.label) and torch.equal(found["background"], truth.background)
     assert torch.equal(found["kind"] // 4, found["shape"]) and torch.equal(found["kind"] % 4, found["texture"])
-    for i, words in enumerate(truth.captions()):
+    for i, words in enumerate(clip.captions_of(truth)):
         side = {0: "left of", 1: "right of", 2: "above", 3: "below"}.get(found["relation"][i].item())
         assert (side in words) if side else " a " not in words[2:].split(" on a ")[0], words
         present = {scenes.SHAPES[k] for k in found["shapes"][i].nonzero()[:, 0]}

@@ -8,13 +8,17 @@ gives the same pixels; the file is for use outside this project, and shows when 
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import torch
 
-from vitreg_lib.base import DATA, written
+from vitreg_lib.base import DATA, NOTEBOOKS, written
 from vitreg_lib.data import scenes
 from vitreg_lib.data.images import SCENES_FROM
+
+sys.path.insert(0, str(NOTEBOOKS / "train"))
+from clip import captions_of  # noqa: E402
 
 PATH = DATA / "scenes" / "eval.parquet"
 FIRST, COUNT, SIZE = SCENES_FROM + 50_000, 256, 96
@@ -37,7 +41,7 @@ def write(path: Path = PATH) -> Path:
         depth=Image(),
     )
     columns: dict[str, list] = {name: [] for name in features}
-    for i, caption in enumerate(batch.captions()):
+    for i, caption in enumerate(captions_of(batch)):
         visible = batch.visible[i]
         columns["image"].append(_picture((batch.pixels[i] * 255).round().to(torch.uint8).permute(1, 2, 0)))
         columns["label"].append(batch.label[i].item())

@@ -22,7 +22,7 @@ import training_images
 from torch import nn
 
 from vitreg_lib.base import UserError
-from vitreg_lib.data.scenes import ATTRIBUTES, MEAN, STD
+from vitreg_lib.data.scenes import ATTRIBUTES, BACKGROUNDS, COLOURS, MAX_OBJECTS, MEAN, SHAPES, STD, TEXTURES, Scenes
 from vitreg_lib.model.text import TEMPLATES, text_tower, tokenizer
 from vitreg_lib.probes import zeroshot
 from vitreg_lib.train import images, parallel
@@ -71,10 +71,31 @@ def pairs(config, step: int, device) -> tuple[torch.Tensor, list[str]]:
     """This process's images (n, 3, size, size) of a step, in [0, 1], and their captions."""
     if not config.data:
         batch = images.rendered(config, step, device)
-        return batch.pixels, batch.captions()
+        return batch.pixels, captions_of(batch)
     source = captioned(config.data, "train")
     pixels, captions = training_images.stream(config, str(device), source, config.image_size).batch(step)
     return pixels, list(captions)
+
+
+def captions_of(batch: Scenes) -> list[str]:
+    """One sentence a scene: the main object, one other with its relation, the background."""
+    colour, shape, texture = (getattr(batch, name).tolist() for name in ("colour", "shape", "texture"))
+    visible, place, background = batch.visible.tolist(), batch.place.cpu(), batch.background.tolist()
+
+    def noun(i: int, k: int) -> str:
+        words = [TEXTURES[texture[i][k]], COLOURS[colour[i][k]], SHAPES[shape[i][k]]]
+        return " ".join(words if words[0] != "plain" else words[1:])
+
+    captions = []
+    for i in range(len(batch)):
+        text = f"a {noun(i, 0)}"
+        other = next((k for k in range(1, MAX_OBJECTS) if visible[i][k]), None)
+        if other is not None:
+            dx, dy = (place[i, 0] - place[i, other]).tolist()
+            side = ("right of" if dx > 0 else "left of") if abs(dx) > abs(dy) else ("below" if dy > 0 else "above")
+            text += f" {side} a {noun(i, other)}"
+        captions.append(f"{text} on a {BACKGROUNDS[background[i]]} background")
+    return captions
 
 
 @functools.lru_cache(maxsize=2)

@@ -12,7 +12,7 @@ image's side.
 
 import functools
 import math
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 
 import torch
 import torch.nn.functional as F
@@ -38,7 +38,6 @@ _ANGLES = 512  # steps of the tables that hold each shape's outline as a functio
 _TILT = math.pi / 6  # objects stand upright, give or take thirty degrees
 _NEAR, _FAR, _BACKDROP = 1.5, 8.0, 10.0  # depth of the nearest and farthest object and of the background
 _DRAWS_PER_OBJECT, _DRAWS_PER_SCENE, _NOISE = 10, 24, 6  # independent uniform numbers; soft noise is 6 x 6
-_CAPTIONED = {"colour", "shape", "texture", "visible", "place", "background"}  # what captions speak of
 HELD_OUT = 1 << 40  # scenes from this index on are never trained on
 MEAN = STD = 0.5
 ATTRIBUTES = {
@@ -86,25 +85,6 @@ class Scenes:
     def visible_boxes(self) -> list[torch.Tensor]:
         """(objects, 4) boxes of the visible objects, for each image."""
         return [boxes[visible] for boxes, visible in zip(self.boxes, self.visible, strict=True)]
-
-    def captions(self) -> list[str]:
-        """One sentence an image: the main object, one other with its relation, the background."""
-        here = replace(self, **{f.name: getattr(self, f.name).cpu() for f in fields(self) if f.name in _CAPTIONED})
-        return [here._caption(i) for i in range(len(self))]
-
-    def _caption(self, i: int) -> str:
-        def noun(k):
-            texture = TEXTURES[self.texture[i, k]]
-            words = [COLOURS[self.colour[i, k]], SHAPES[self.shape[i, k]]]
-            return " ".join(words if texture == "plain" else [texture, *words])
-
-        text = f"a {noun(0)}"
-        others = [k for k in range(1, MAX_OBJECTS) if self.visible[i, k]]
-        if others:
-            dx, dy = (self.place[i, 0] - self.place[i, others[0]]).tolist()
-            side = ("right of" if dx > 0 else "left of") if abs(dx) > abs(dy) else ("below" if dy > 0 else "above")
-            text += f" {side} a {noun(others[0])}"
-        return f"{text} on a {BACKGROUNDS[self.background[i]]} background"
 
 
 def render(index: torch.Tensor | range, size: int = 96, seed: int = 0, device: str = "cpu") -> Scenes:
