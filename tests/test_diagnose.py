@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
+import shlex
 import shutil
 
 import pandas as pd
@@ -57,6 +59,17 @@ def test_planted_artifacts_are_of_place_and_content_and_hold_what_was_planted(pl
     assert numbers["follows_place"] > numbers["follows_content"] == 0, "the inner places were never allowed"
     assert numbers["outliers_in_grey"] > 1, "every allowed place is quiet in a grey image"
     assert numbers["pixels_error_outlier"] > numbers["pixels_error_matched"], "they lost their own patch"
+
+
+def test_the_command_that_is_printed_mends_as_printed(planted, tmp_path, monkeypatch, capsys):
+    command = re.search("`(vitreg mend .*?)`", planted.answers["helps"].sentence)[1]
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(shlex.split(command)[1:]) == 0
+    mended = vr.load("file:mended.safetensors", "cpu")
+    x = vr.images.load("scenes", mended, 32).x
+    cutoff, before = planted.numbers["cutoff"], planted.model.capture(x, layers=-1).patch_norms
+    after = mended.capture(x, layers=-1).patch_norms
+    assert (after > cutoff).float().mean() < 0.1 * (before > cutoff).float().mean()
 
 
 def test_attention_on_outliers_is_the_mean_over_images(planted):
@@ -201,7 +214,7 @@ def test_page_and_report_of_several_models_on_a_folder(photos, results, capsys):
         assert list(asked(report, number)) == ["any_there", "kind", "held", "hurt", "helps"]
         for each in asked(report, number).values():
             assert each.keys() == {"question", "answer", "sentence", "numbers", "tables"}
-            assert each["sentence"] and str(escape(each["sentence"])) in text
+            assert each["sentence"] and str(escape(each["sentence"])).replace("`", "") in re.sub("</?code>", "", text)
     assert "0.png" in text and "http" not in text and "NaN" not in out
     assert "planted-and-1-more_photos_" in page
     table = pd.read_parquet(kept.replace(".json", ".parquet"))

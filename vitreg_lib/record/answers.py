@@ -5,6 +5,7 @@ without. The sentences stand in sentences.yaml.
 """
 
 import math
+import shlex
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,7 +18,7 @@ from ..hooks.capture import attention_rows, evaluating, hooks
 from ..measure import maps, objects, places
 from ..measure.detection import FEWEST, registers_alike
 from ..measure.pairs import interval
-from ..model import mend, remedies
+from ..model import mend, names, remedies
 from ..probes import local
 from .look import BATCH, SHOWN, Look
 
@@ -159,8 +160,8 @@ def held(look: Look) -> Answer:
         return answer
     errors = {}
     for what, table in probes.items():
-        title = f"{what.capitalize()} of a token's own patch, read linearly, {len(look.kept)} images"
-        answer.tables[title] = table
+        title = f"{what.capitalize()} of a token's own patch, read linearly, {len(look.kept)} images; by group and by "
+        answer.tables[title + "what the probe was fitted on; relative: to the error of a constant guess"] = table
         best = {group: table.relative.xs(group).min() for group in ("outlier", "matched")}
         errors |= {f"{what}_error_{group}": value for group, value in best.items()}
     answer.numbers |= errors
@@ -323,22 +324,41 @@ def helps(look: Look) -> Answer:
         tried = remedies.trial(look.model, look.kept.x[sample], look.detection.outliers, labels=labels)
     except (UserError, TypeError) as error:
         answer.say("not_tried", error=error)
-        answer.say("train", name=look.name)
+        _advise_training(look, answer)
         return answer
     table, best = tried.table, remedies.best(tried.shares)
     first, at = table.iloc[0], table.loc[best]
     answer.numbers = {f"best_{column}": at[column] for column in table} | {"outliers_before": first.outliers}
     answer.numbers["random_neurons_outliers"] = table.loc[remedies.RANDOM].outliers
     answer.numbers["neurons"] = len(tried.search.neurons)
-    answer.tables[f"Remedies on {len(sample) - len(sample) // 2} images on which nothing was chosen"] = table
+    images = len(sample) - len(sample) // 2
+    title = f"Remedies on {images} images on which nothing was chosen. Outliers and attention: shares; "
+    answer.tables[title + "answers kl: in nats; apart: 1 - cosine"] = table
     answer.maps = {name: norms[:SHOWN].unflatten(1, look.mask.shape[1:]) for name, norms in tried.norms.items()}
     if at.outliers > mend.MENDED * first.outliers:
         answer.say("helps_not", best=best)
     else:
         answer.answer = best.removeprefix(look.name)
-        answer.say("helps", best=best, name=look.name, answers=answer.text("answers") if "same_answer" in table else "")
-    answer.say("train", name=look.name)
+        kept = answer.text("answers", images=images) if "same_answer" in table else ""
+        answer.say("helps", best=best, command=_mending(look, best), answers=kept)
+    _advise_training(look, answer)
     return answer
+
+
+def _advise_training(look: Look, answer: Answer) -> None:
+    if hasattr(look.model.module, "reg_token"):  # timm's, which alone can have registers trained in
+        answer.say("train", name=shlex.quote(look.name))
+
+
+def _mending(look: Look, best: str) -> str:
+    """The command that mends the model as `best` does and saves it; the call for a module that has no name."""
+    try:
+        names.check(look.name)
+    except UserError:
+        _, kind, number = names.split(best)
+        return f"vr.mend.with_added(model, {kind!r}, {number})"
+    images = f" --images {shlex.quote(look.source)}" * bool(look.source)
+    return f"vitreg mend {shlex.quote(best)}{images} --save mended.safetensors"
 
 
 ASKED = {each.__name__: each for each in (any_there, kind, held, hurt, helps)}

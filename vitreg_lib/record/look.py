@@ -26,6 +26,7 @@ class Look:
     observed, detection: of the judged images. shares: (n,) share of outliers in every image. kept: `Images`, spread
     evenly over the judged ones, with their tokens after the final LayerNorm (images, tokens, dim) and their `rows`
     among the judged images. labels: (images,) their classes, or None. costly: number of them for interventions.
+    source: as given, "" for an `Images` set.
     """
 
     model: object
@@ -37,6 +38,7 @@ class Look:
     tokens: torch.Tensor
     labels: torch.Tensor | None
     costly: int
+    source: str
 
     @property
     def name(self) -> str:
@@ -98,7 +100,8 @@ def observe(model, source, n: int, labelled: bool = False, progress=None) -> Loo
         classes = image_sets.labels(source, labelled)
         classes = None if classes is None else classes[rows]
     costly = min(32, max(8, int(WORK / work)))
-    return Look(model, observed, detected, shares, kept, torch.tensor(rows), torch.cat(tokens), classes, costly)
+    source = source if isinstance(source, str) else ""
+    return Look(model, observed, detected, shares, kept, torch.tensor(rows), torch.cat(tokens), classes, costly, source)
 
 
 def _batches(source, model, n: int, first: int = 0):
