@@ -346,19 +346,25 @@ def helps(look: Look) -> Answer:
 
 
 def _advise_training(look: Look, answer: Answer) -> None:
-    if hasattr(look.model.module, "reg_token"):  # timm's, which alone can have registers trained in
+    if hasattr(look.model.module, "reg_token") and _has_name(look):  # timm's alone can have registers trained in
         answer.say("train", name=shlex.quote(look.name))
 
 
 def _mending(look: Look, best: str) -> str:
     """The command that mends the model as `best` does and saves it; the call for a module that has no name."""
+    if not _has_name(look):
+        return "vr.mend.with_added(model, {1!r}, {2})".format(*names.split(best))
+    images = f" --images {shlex.quote(look.source)}" * bool(look.source)
+    return f"vitreg mend {shlex.quote(best)}{images} --save mended.safetensors"
+
+
+def _has_name(look: Look) -> bool:
+    """Whether the model can be loaded by its name; a module in memory goes by that of its class."""
     try:
         names.check(look.name)
     except UserError:
-        _, kind, number = names.split(best)
-        return f"vr.mend.with_added(model, {kind!r}, {number})"
-    images = f" --images {shlex.quote(look.source)}" * bool(look.source)
-    return f"vitreg mend {shlex.quote(best)}{images} --save mended.safetensors"
+        return False
+    return True
 
 
 ASKED = {each.__name__: each for each in (any_there, kind, held, hurt, helps)}
