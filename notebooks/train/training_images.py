@@ -32,7 +32,7 @@ def batch(config, step: int, device) -> tuple[torch.Tensor, torch.Tensor]:
 def held_out(config, first: int, count: int) -> torch.Tensor:
     """Images (n, 3, size, size) in [0, 1] outside the training set: at most `count`, from number `first` on."""
     if not config.data:
-        return images.held_out(config, first, count).pixels
+        return scenes.render(range(HELD_OUT + first, HELD_OUT + first + count), config.image_size, config.seed).pixels
     source = pictures(config.data, "val")
     return read(config, source, order(len(source), config.seed)[first : first + count])[0]
 

@@ -28,14 +28,10 @@ def rendered(config, step: int, device) -> scenes.Scenes:
     return scenes.render(parallel.batch_range(config, step), config.image_size, config.seed, device)
 
 
-def held_out(config, first: int, count: int, device="cpu") -> scenes.Scenes:
-    """`count` scenes outside the training set, from number `first` on."""
-    return scenes.render(range(HELD_OUT + first, HELD_OUT + first + count), config.image_size, config.seed, device)
-
-
 def telemetry_images(config) -> torch.Tensor:
     """Held-out scenes for telemetry, normalised; a recipe may have its own function of this name."""
-    return (held_out(config, 0, config.telemetry_images).pixels - MEAN) / STD
+    held_out = range(HELD_OUT, HELD_OUT + config.telemetry_images)
+    return (scenes.render(held_out, config.image_size, config.seed).pixels - MEAN) / STD
 
 
 class Pictures:
