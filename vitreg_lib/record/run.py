@@ -233,7 +233,6 @@ class Run:
 
     def examples(self, model, n: int = 4):
         """A few images to show: the first of the run's own, or photos that may be published (`source`)."""
-
         return self._loaded(self.source(model, to_show=True), model, n)
 
     def _loaded(self, source: str, model, n: int):
