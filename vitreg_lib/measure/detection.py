@@ -200,8 +200,7 @@ def judge(observed: Observed, label: str = "", draws: int = 200) -> Detection:
     It judges the last block with artifacts, else the last block. `draws` are those of the bootstrap.
     """
     images, depth, _ = observed.norms.shape
-    blocks = [i for i in range(depth) if _stand_out(observed, i)[0]]
-    block = blocks[-1] if blocks else depth - 1
+    block = next((i for i in reversed(range(depth)) if _stand_out(observed, i)[0]), depth - 1)
     there, valley, product = _stand_out(observed, block)
     support = _support(observed, block, draws)
     norms = observed.norms[:, block]
