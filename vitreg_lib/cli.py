@@ -210,7 +210,7 @@ def mend(
     pictures = mend.handful(loaded, images, n_images)
     counts = [*map(int, counts), *([number] if kind == "ttr" else [])]
     try:
-        tried = remedies.trial(loaded, pictures.x, cutoff, counts, number if kind == "empty" else 4)
+        tried = remedies.trial(loaded, pictures.x, cutoff, counts, number if kind == "empty" else 4, progress=True)
     except mend.NothingToMend as nothing:
         print(nothing)
         return

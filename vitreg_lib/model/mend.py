@@ -120,7 +120,8 @@ def with_test_time_registers(model, n: int, neurons: Neurons | None = None):
     """
     neurons = _searched_neurons(model) if neurons is None else tuple(neurons)
     which = ", ".join(f"{block}:{neuron}" for block, neuron in neurons[:5]) + (" …" if len(neurons) > 5 else "")
-    about = f"{model.name}, {n} registers added at test time, {len(neurons)} neurons moved (block:neuron {which})"
+    added, moved = f"{n} register{'s' * (n != 1)}", f"{len(neurons)} neuron{'s' * (len(neurons) != 1)}"
+    about = f"{model.name}, {added} added at test time, {moved} moved (block:neuron {which})"
     return _remedied(model, add_registers(model.module, neurons, n), "ttr", n, about, neurons)
 
 

@@ -117,7 +117,7 @@ class Trial:
 
 
 def trial(
-    model: Model, x: torch.Tensor, cutoff=None, counts=DOSES, empty: int = 4, labels: torch.Tensor | None = None
+    model: Model, x: torch.Tensor, cutoff=None, counts=DOSES, empty: int = 4, labels=None, progress: bool = False
 ) -> Trial:
     """The `Trial` of a model on normalised images, of `counts` registers at test time and `empty` tokens of zeros.
 
@@ -127,6 +127,7 @@ def trial(
     image and mends the patch tokens alone.
     """
     import pandas as pd
+    from tqdm.auto import tqdm
 
     if len(x) < 2:
         raise UserError("at least two images are needed: one to choose a remedy on, one to try it on")
@@ -146,7 +147,8 @@ def trial(
     own = model.label or model.name
     score(own, before)
     shares[own] = mend.share_above(model.module, first, search.layer, search.cutoff)
-    for name, remedied in _remedied(model, first, search, counts, empty):
+    made = _remedied(model, first, search, counts, empty)
+    for name, remedied in tqdm(made, "remedies", unit="", disable=not progress, leave=False):
         score(name, outputs_of(remedied, second, search.layer))
         if name not in (RANDOM, f"{own}+minus1", f"{own}+ttr0"):
             shares[name] = mend.share_above(remedied.module, first, search.layer, search.cutoff)
