@@ -7,6 +7,8 @@ PYTHON  ?= python3
 BIN     := .venv/bin
 READY   := .venv/.ready
 OFFLINE  = $(if $(wildcard wheelhouse/*.whl),--no-index --find-links wheelhouse)
+# in the order of folders, the short notebooks of the workshop last: then no worker waits long for the other
+WORKERS  = -n "$$JOBS" --dist loadscope --no-loadscope-reorder
 NBVAL    = --nbval --nbval-current-env --nbval-kernel-startup-timeout 180 --nbval-cell-timeout 600 --nbval-sanitize-with tests/nbval.cfg
 # as they were typed: make would run what stands in $(…), and a shell what stands in a command line
 override PARAMS  := $(value PARAMS)
@@ -52,13 +54,13 @@ report: $(READY) ## a page of all results of PROFILE
 
 test: $(READY) ## all tests, the notebooks (by nbval) and the page in a browser among them
 	@sh workflow/chromium.sh >/dev/null || true  # without it the browser test errors and says what is wanted
-	@VITREG_BATCH=1 VITREG_RESULTS="$(CURDIR)/results/test" $(BIN)/python -m pytest -q -n "$$JOBS" --dist loadscope $(NBVAL) tests notebooks
+	@VITREG_BATCH=1 VITREG_RESULTS="$(CURDIR)/results/test" $(BIN)/python -m pytest -q $(WORKERS) $(NBVAL) tests notebooks
 
 test-fast: $(READY) ## what to run at every change: no notebooks, nothing marked slow
 	@$(BIN)/python -m pytest -q -n "$$JOBS" --dist loadscope -m "not slow" tests
 
 test-notebooks: $(READY) ## the notebooks alone
-	@VITREG_BATCH=1 VITREG_RESULTS="$(CURDIR)/results/test" $(BIN)/python -m pytest -q -n "$$JOBS" --dist loadscope $(NBVAL) notebooks
+	@VITREG_BATCH=1 VITREG_RESULTS="$(CURDIR)/results/test" $(BIN)/python -m pytest -q $(WORKERS) $(NBVAL) notebooks
 
 test-browser: $(READY) ## the explorer in JupyterLab and Chromium, which is installed where it is missing
 	@sh workflow/chromium.sh >/dev/null
