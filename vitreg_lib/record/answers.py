@@ -318,53 +318,41 @@ def _head_labels(look: Look) -> torch.Tensor | None:
 
 def helps(look: Look) -> Answer:
     """Each remedy, chosen on one half of the sample and scored on the other, beside as many random neurons."""
-    sample, labels, answer = look.sample, _head_labels(look), Answer("trained registers")
-    labels = None if labels is None else labels[sample]
+    labels, answer = _head_labels(look), Answer("trained registers")
+    labels = None if labels is None else labels[look.sample]
+    # a module in memory, or NAME+ttrN already: no command can name what is made of it
+    unnamed = look.name == type(look.model.module).__name__ or names.split(look.name)[1] != ""
     try:
-        tried = remedies.trial(look.model, look.kept.x[sample], look.detection.outliers, labels=labels)
+        tried = remedies.trial(look.model, look.kept.x[look.sample], look.detection.outliers, labels=labels)
     except (UserError, TypeError) as error:
         answer.say("not_tried", error=error)
-        _advise_training(look, answer)
-        return answer
+    else:
+        _scored(look, tried, answer, unnamed)
+    if hasattr(look.model.module, "reg_token") and not unnamed:  # timm's alone can have registers trained in
+        answer.say("train", name=shlex.quote(look.name))
+    return answer
+
+
+def _scored(look: Look, tried: remedies.Trial, answer: Answer, unnamed: bool) -> None:
+    """What the remedies did, and how to mend the model as the best one does."""
     table, best = tried.table, remedies.best(tried.shares)
-    first, at = table.iloc[0], table.loc[best]
+    first, at, images = table.iloc[0], table.loc[best], len(look.sample) - len(look.sample) // 2
     answer.numbers = {f"best_{column}": at[column] for column in table} | {"outliers_before": first.outliers}
     answer.numbers["random_neurons_outliers"] = table.loc[remedies.RANDOM].outliers
     answer.numbers["neurons"] = len(tried.search.neurons)
-    images = len(sample) - len(sample) // 2
     title = f"Remedies on {images} images on which nothing was chosen. Outliers and attention: shares; "
     answer.tables[title + "answers kl: in nats; apart: 1 - cosine"] = table
     answer.maps = {name: norms[:SHOWN].unflatten(1, look.mask.shape[1:]) for name, norms in tried.norms.items()}
     if at.outliers > mend.MENDED * first.outliers:
         answer.say("helps_not", best=best)
-    else:
-        answer.answer = best.removeprefix(look.name)
-        kept = answer.text("answers", images=images) if "same_answer" in table else ""
-        answer.say("helps", best=best, command=_mending(look, best), answers=kept)
-    _advise_training(look, answer)
-    return answer
-
-
-def _advise_training(look: Look, answer: Answer) -> None:
-    if hasattr(look.model.module, "reg_token") and _has_name(look):  # timm's alone can have registers trained in
-        answer.say("train", name=shlex.quote(look.name))
-
-
-def _mending(look: Look, best: str) -> str:
-    """The command that mends the model as `best` does and saves it; the call for a module that has no name."""
-    if not _has_name(look):
-        return "vr.mend.with_added(model, {1!r}, {2})".format(*names.split(best))
-    images = f" --images {shlex.quote(look.source)}" * bool(look.source)
-    return f"vitreg mend {shlex.quote(best)}{images} --save mended.safetensors"
-
-
-def _has_name(look: Look) -> bool:
-    """Whether the model can be loaded by its name; a module in memory goes by that of its class."""
-    try:
-        names.check(look.name)
-    except UserError:
-        return False
-    return True
+        return
+    answer.answer = best.removeprefix(look.name)
+    _, kind, number = names.split(answer.answer)
+    source = f" --images {shlex.quote(look.source)}" * bool(look.source)
+    command = f"vitreg mend {shlex.quote(best)}{source} --save mended.safetensors"
+    command = f"vr.mend.with_added(model, {kind!r}, {number})" if unnamed else command
+    kept = answer.text("answers", images=images) if "same_answer" in table else ""
+    answer.say("helps", best=best, command=command, answers=kept)
 
 
 ASKED = {each.__name__: each for each in (any_there, kind, held, hurt, helps)}
