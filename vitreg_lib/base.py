@@ -96,13 +96,6 @@ def cache() -> Path:
     return env_folder("VITREG_CACHE") or results() / "cache"
 
 
-def read_yaml(path: Path):
-    """The content of a yaml file, by the parser in C where PyYAML has it: ten times as fast."""
-    import yaml
-
-    return yaml.load(path.read_text(), getattr(yaml, "CSafeLoader", yaml.SafeLoader))
-
-
 def fingerprint(about: dict) -> str:
     """sha256 of a description that JSON can hold."""
     return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()

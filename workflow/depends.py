@@ -8,8 +8,10 @@ import json
 import re
 from pathlib import Path
 
+import yaml
+
 import vitreg_lib
-from vitreg_lib.base import CHECKPOINTS, DATA, ROOT, read_yaml
+from vitreg_lib.base import CHECKPOINTS, DATA, ROOT
 from vitreg_lib.model import names as model_names
 from vitreg_lib.record import run as record
 from vitreg_lib.record import verdicts
@@ -49,7 +51,7 @@ def data_sets(item: str, parameters: dict) -> dict[str, dict]:
 
 @functools.cache
 def _data_sets() -> dict[str, dict]:
-    return read_yaml(DATA / "datasets.yaml")
+    return yaml.safe_load((DATA / "datasets.yaml").read_text())
 
 
 def checkpoints(item: str, parameters: dict) -> list[Path]:

@@ -107,6 +107,8 @@ def _import_all() -> None:
     for name in (*PACKAGES, "vitreg_lib.cli", "execute"):
         importlib.import_module(name)
     sys.path.pop()  # kernels do not have it
+    sys.modules["vitreg_lib.record.run"].items()  # what is read once in a process, and takes a while
+    sys.modules["vitreg_lib.model.names"].entries()
 
 
 def _run(connection: socket.socket) -> int:

@@ -15,8 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import yaml
 
-from ..base import DATA, UserError, env_folder, read_yaml, unknown
+from ..base import DATA, UserError, env_folder, unknown
 from . import formats, images
 from .images import Images, preprocessing, read
 
@@ -37,7 +38,7 @@ class Part:
 @functools.cache
 def entries() -> dict[str, dict]:
     """The entries of data/datasets.yaml by name."""
-    return read_yaml(DATA / "datasets.yaml")
+    return yaml.safe_load((DATA / "datasets.yaml").read_text())
 
 
 def entry(name: str) -> dict:

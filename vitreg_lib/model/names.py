@@ -5,7 +5,9 @@ import json
 import re
 from pathlib import Path
 
-from ..base import CHECKPOINTS, DATA, ROOT, UserError, env_folder, read_yaml, unknown
+import yaml
+
+from ..base import CHECKPOINTS, DATA, ROOT, UserError, env_folder, unknown
 
 MOST_TOKENS = 64  # that can be added at test time; and directions removed
 TWINS = ROOT / "runs" / "twins"  # where workflow/twins.py puts its models
@@ -15,7 +17,7 @@ OTHERS = ("timm:", "random:", "file:", "open_clip:", "hf:")
 @functools.cache
 def entries() -> dict[str, dict]:
     """The entries of data/models.yaml by name."""
-    return read_yaml(DATA / "models.yaml")
+    return yaml.safe_load((DATA / "models.yaml").read_text())
 
 
 def split(name: str) -> tuple[str, str, int]:

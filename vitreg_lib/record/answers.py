@@ -11,8 +11,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+import yaml
 
-from ..base import UserError, read_yaml
+from ..base import UserError
 from ..data import images as image_sets
 from ..hooks.capture import attention_rows, evaluating, hooks
 from ..measure import maps, objects, places
@@ -29,7 +30,7 @@ QUESTIONS = {
     "hurt": "Do they hurt?",
     "helps": "What helps?",
 }
-SENTENCES: dict[str, str] = read_yaml(Path(__file__).with_name("sentences.yaml"))
+SENTENCES: dict[str, str] = yaml.safe_load(Path(__file__).with_name("sentences.yaml").read_text())
 NOT_ASKED = {"none": "none to ask about", "undecided": "undecided"}  # the answer, by the detector's
 PER_CLASS = 5  # images of a class, for five-fold cross-validation
 TOKENS = 4000  # for training a local probe

@@ -25,19 +25,9 @@ from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
 
-from ..base import (
-    DATA,
-    NOTEBOOKS,
-    UserError,
-    commit,
-    env_folder,
-    in_batch,
-    read_yaml,
-    results,
-    unknown,
-    write_atomically,
-    written,
-)
+import yaml
+
+from ..base import DATA, NOTEBOOKS, UserError, commit, env_folder, in_batch, results, unknown, write_atomically, written
 from ..model import names as model_names
 from . import values
 from .verdicts import Verdicts, reported_claims
@@ -142,7 +132,7 @@ def _injected(cells: list[str]) -> dict:
 @functools.cache
 def items() -> dict[str, dict]:
     """data/items.yaml: title, and models, images and sizes of every profile, by item."""
-    return read_yaml(DATA / "items.yaml")
+    return yaml.safe_load((DATA / "items.yaml").read_text())
 
 
 class Run:
