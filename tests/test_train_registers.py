@@ -366,10 +366,10 @@ class TestRemedies:
         tried = remedies.trial(planted, mend.handful(planted).x, counts=(4,))
         removed, random, shifted = "planted+minus1", remedies.RANDOM, remedies.SHIFTED
         assert list(tried.table.index) == ["planted", "planted+empty4", "planted+ttr4", removed, random, shifted]
-        assert list(tried.shares.index) == ["planted", "planted+empty4", "planted+ttr4"]
+        assert list(tried.chosen_on.index) == ["planted", "planted+empty4", "planted+ttr4"]
         assert tried.table.outliers["planted+empty4"] == pytest.approx(tried.table.outliers["planted"], rel=0.2)
         assert tried.table.register_norm.dropna().index.tolist() == ["planted+empty4", "planted+ttr4", random]
-        assert remedies.best(tried.shares) == "planted+ttr4"
+        assert remedies.best(tried.chosen_on) == "planted+ttr4"
 
     def test_a_remedy_is_chosen_on_the_first_half_and_scored_on_the_second(self, planted):
         """The first half holds outliers, the second none: whatever is chosen, the scores are those of the second."""
@@ -378,8 +378,8 @@ class TestRemedies:
         with_outliers, without = share.argsort(descending=True)[:6], share.argsort()[:6]
         assert share[without].max() == 0 < share[with_outliers].min()
         tried = remedies.trial(planted, x[torch.cat([with_outliers, without])], cutoff, counts=(4,))
-        assert tried.shares["planted"] == pytest.approx(share[with_outliers].mean().item())
-        assert tried.table.outliers["planted"] == 0 and remedies.best(tried.shares) == "planted+ttr4"
+        assert tried.chosen_on.outliers["planted"] == pytest.approx(share[with_outliers].mean().item())
+        assert tried.table.outliers["planted"] == 0 and remedies.best(tried.chosen_on) == "planted+ttr4"
 
     def test_a_removed_direction_takes_away_what_lies_along_it(self, planted):
         """Outliers of place alone lie along the first axis of the places' means; what is left is orthogonal to it."""
@@ -403,20 +403,22 @@ class TestRemedies:
         got = entering[0][:, model.anatomy.num_prefix_tokens :]
         torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-4)
 
-    def test_of_equal_remedies_the_simplest_is_best(self):
-        def table(*shares):
-            return pd.Series(shares, index=["plain", "empty", "ttr"])
+    def test_the_best_remedy_leaves_fewest_outliers_then_turns_features_least_then_is_the_simplest(self):
+        def table(*outliers, apart=(0.0, 0.1, 0.1)):
+            return pd.DataFrame({"outliers": outliers, "features_apart": apart}, ["plain", "empty", "ttr"])
 
         assert remedies.best(table(0.1, 0.0, 0.0)) == "empty"
         assert remedies.best(table(0.1, 0.0005, 0.0)) == "empty"
         assert remedies.best(table(0.1, 0.01, 0.0)) == "ttr"
         assert remedies.best(table(0.1, 0.2, 0.1)) == "plain"
+        assert remedies.best(table(0.1, 0.0, 0.0005, apart=(0.0, 0.3, 0.1))) == "ttr"
+        assert remedies.best(table(0.1, 0.0, 0.01, apart=(0.0, 0.3, 0.1))) == "empty"
 
     def test_the_command_tries_the_empty_tokens_first(self, capsys):
         assert cli.main(["mend", "planted", "--registers", "4"]) == 0
         said = capsys.readouterr().out
         assert said.index("planted+empty4") < said.index("planted+ttr4")
-        assert "by the simplest means: planted+ttr4" in said
+        assert "that turn least: planted+ttr4" in said
 
 
 class TestExperiment:

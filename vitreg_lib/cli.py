@@ -214,7 +214,7 @@ def mend(
     except mend.NothingToMend as nothing:
         print(nothing)
         return
-    search, half, best = tried.search, len(pictures) // 2, remedies.best(tried.shares)
+    search, half, best = tried.search, len(pictures) // 2, remedies.best(tried.chosen_on)
     print(f"{loaded.name} on {pictures.source} ({loaded.preprocessing}):\n{half} to search, the others to try.")
     print(f"{search.share_before:.2%} of the patch tokens are outliers after block {search.layer}, from block")
     print(f"{search.onset} on. These neurons make most of them (block:neuron):")
@@ -223,7 +223,7 @@ def mend(
         print("but moving them removes few of the outliers: this model is not mended this way\n")
     print(f"what the remedies do and cost on the {len(pictures) - half} other images, the simplest first:")
     print((tried.table.round(3) + 0.0).to_string())  # no -0.0
-    print(f"fewest outliers on the first {half}, by the simplest means: {best}")
+    print(f"fewest outliers on the first {half}, and of these the features that turn least: {best}")
     if save:
         kind, number = (kind, number) if kind else names.split(best)[1:]
         if not kind:

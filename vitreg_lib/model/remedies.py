@@ -103,15 +103,15 @@ def effect(model, remedied, images, cutoff: float, layer: int = -1, labels: torc
 class Trial:
     """Effects of the remedies that need no training.
 
-    search: the neurons, searched on the first half of the images. shares: a Series with the share of outliers in that
-    half with each remedy, the original model first, then the simplest remedies. table: a DataFrame with a row per
-    remedy or control, from the second half alone: the means of `effect`; patches_apart, 1 - cosine of the patch tokens,
-    after the final LayerNorm, that were no outliers; largest_norm of a patch token; register_norm. norms: {name:
-    (images, patches)} of the second half.
+    search: the neurons, searched on the first half of the images. chosen_on: a DataFrame with the columns outliers and
+    features_apart of `effect` in that half, a row per remedy, the original model first, then the simplest remedies.
+    table: a DataFrame with a row per remedy or control, from the second half alone: the means of `effect`;
+    patches_apart, 1 - cosine of the patch tokens, after the final LayerNorm, that were no outliers; largest_norm of a
+    patch token; register_norm. norms: {name: (images, patches)} of the second half.
     """
 
     search: mend.Search
-    shares: object
+    chosen_on: object
     table: object
     norms: dict[str, torch.Tensor]
 
@@ -135,7 +135,8 @@ def trial(
     first, second = x[:half], x[half:]
     search = mend.find(model, first, cutoff=cutoff)
     where = dict(cutoff=search.cutoff, layer=search.layer, labels=None if labels is None else labels[half:])
-    before, shares, rows, norms = outputs_of(model, second, search.layer), {}, {}, {}
+    at_first, before = (outputs_of(model, part, search.layer) for part in (first, second))
+    chosen_on, rows, norms = {}, {}, {}
     normal = before.norms <= search.cutoff
 
     def score(name: str, after: Outputs) -> None:
@@ -144,16 +145,20 @@ def trial(
         more["register_norm"] = after.registers.mean().item()  # NaN without any
         rows[name], norms[name] = means(effect(before, after, second, **where)) | more, after.norms
 
+    def choose(name: str, after: Outputs) -> None:
+        found = effect(at_first, after, first, search.cutoff)
+        chosen_on[name] = found[["outliers", "features_apart"]].mean()
+
     own = model.label or model.name
     score(own, before)
-    shares[own] = mend.share_above(model.module, first, search.layer, search.cutoff)
+    choose(own, at_first)
     made = _remedied(model, first, search, counts, empty)
     for name, remedied in tqdm(made, "remedies", unit="", disable=not progress, leave=False):
         score(name, outputs_of(remedied, second, search.layer))
         if name not in (RANDOM, f"{own}+minus1", f"{own}+ttr0"):
-            shares[name] = mend.share_above(remedied.module, first, search.layer, search.cutoff)
+            choose(name, outputs_of(remedied, first, search.layer))
     score(SHIFTED, _shifted(model, second, before, search.layer))
-    return Trial(search, pd.Series(shares), pd.DataFrame.from_dict(rows, orient="index"), norms)
+    return Trial(search, pd.DataFrame(chosen_on).T, pd.DataFrame.from_dict(rows, orient="index"), norms)
 
 
 def _shifted(model: Model, x: torch.Tensor, before: Outputs, layer: int) -> Outputs:
@@ -230,9 +235,12 @@ def means(effects) -> dict[str, float]:
     return {name: float(measured[name].mean()) for name in (*MEANS, "right") if name in measured}
 
 
-def best(shares) -> str:
-    """The name in `Trial.shares` with fewest outliers; among those within 1 % of the share before, the simplest."""
-    return shares.index[(shares <= shares.min() + BETTER * shares.iloc[0]).argmax()]
+def best(chosen_on) -> str:
+    """The name in `Trial.chosen_on` with fewest outliers; among those within 1 % of the share before, the one that
+    turns features least, and of equal ones the simplest."""
+    outliers = chosen_on.outliers
+    fewest = outliers <= outliers.min() + BETTER * outliers.iloc[0]
+    return chosen_on.features_apart[fewest].idxmin()
 
 
 def _attention_on(of: Outputs, mask: torch.Tensor) -> torch.Tensor:

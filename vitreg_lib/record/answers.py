@@ -336,7 +336,7 @@ def helps(look: Look) -> Answer:
 
 def _scored(look: Look, tried: remedies.Trial, answer: Answer, unnamed: bool) -> None:
     """What the remedies did, and how to mend the model as the best one does."""
-    table, best = tried.table, remedies.best(tried.shares)
+    table, best = tried.table, remedies.best(tried.chosen_on)
     first, at, images = table.iloc[0], table.loc[best], len(look.sample) - len(look.sample) // 2
     answer.numbers = {f"best_{column}": at[column] for column in table} | {"outliers_before": first.outliers}
     answer.numbers["random_neurons_outliers"] = table.loc[remedies.RANDOM].outliers
