@@ -184,11 +184,13 @@ def _fork_kernel(connection: socket.socket) -> None:
 def _be_kernel(command: list[str], environment: dict, folder: str) -> int:
     from ipykernel import kernelapp
 
-    _become(environment | {"JPY_PARENT_PID": str(os.getppid())}, folder)
+    _become(environment, folder)
     sys.modules["torch"].set_num_threads(int(environment.get("OMP_NUM_THREADS", 1)))
     sys.modules["pandas"].set_option("display.max_columns", 20)  # as in a kernel; without one it was set for a terminal
     sys.path.insert(0, "")  # the notebook's folder
-    sys.argv = ["ipykernel_launcher", *command[command.index("-f") :]]
+    # a kernel without a parent tells how to connect to it; with one it ends after it
+    parent = f"--IPKernelApp.parent_handle={os.getppid()}"
+    sys.argv = ["ipykernel_launcher", parent, *command[command.index("-f") :]]
     kernelapp.launch_new_instance()
     return 0
 
