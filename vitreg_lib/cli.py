@@ -262,8 +262,9 @@ def data(name: Annotated[str, typer.Argument(help="everything about one data set
         return
     photos = len(images.find("photos")[0])
     print(f"{'scenes':16} always         procedural images with exact ground truth")
-    print(f"{'stamps':16} always         scenes with a stamp and dots in every patch, for mini-stamps (64 pixels)")
-    print(f"{'textures':16} always         random textures, for mini-corners (12 pixels)")
+    about = {"stamps": "scenes with a stamp and dots in every patch", "textures": "random textures"}
+    for name, (pixels, model) in images.ONE_SIZE.items():
+        print(f"{name:16} always         {about[name]}, for {model} ({pixels} pixels)")
     print(f"{'photos':16} always         {photos} photos shipped with scikit-image, scikit-learn")
     for name in ("imagenet", "coco"):
         state = "here" if images.named_folder(name) else "not here"

@@ -91,7 +91,7 @@ class Task:
     idle: str = "corners"
     blank: bool = False
     kind: str = "copy"
-    trigger_share: float = 0.25
+    trigger_share: float = textures.MARKED
     noise: float = 0.0
     dim: int = 24
     depth: int = 1

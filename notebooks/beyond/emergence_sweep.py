@@ -301,7 +301,7 @@ def cells(verdicts: pd.DataFrame) -> Figure:
 
 @styled
 def images(batch) -> Figure:
-    """Images of a `emergence.Batch`, its triggers framed, idle patches crossed, and the answers beside."""
+    """Images of an `emergence.Batch`, its triggers framed, idle patches crossed, and the answers beside."""
     count = len(batch.pixels)
     figure, axes = plt.subplots(2, count, figsize=(1.9 * count + 1.0, 4.0), squeeze=False)
     size = int(batch.trigger.shape[1] ** 0.5)
