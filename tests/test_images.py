@@ -15,7 +15,7 @@ from vitreg_lib.base import UserError
 from vitreg_lib.data import images, textures
 from vitreg_lib.model import zoo
 from vitreg_lib.model.model import Model
-from vitreg_lib.model.outside import with_config
+from vitreg_lib.model.outside import of_module
 from vitreg_lib.train import loop, state
 
 
@@ -48,7 +48,7 @@ def folder(tmp_path):
 def test_preprocessing_equals_timms_own(name):
     module = timm.create_model(name, depth=1, embed_dim=48, num_heads=1)
     config = resolve_model_data_config(module)
-    model = with_config(name, module, "", None)
+    model = of_module(module, name)
     photo = Image.open(images.find("photos")[0][1]).convert("RGB")
     assert photo.width != photo.height
     pixels = images.preprocessing(model, model.input_size)(photo)[None]

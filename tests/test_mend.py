@@ -270,9 +270,9 @@ def test_timms_own_functions_and_files_know_the_added_registers(name, tmp_path):
     said, weights = added.of_state(torch.load(tmp_path / "m.pth"))
     module.load_state_dict(weights)
     with torch.no_grad():
-        assert torch.equal(added.again(module, said)(x), mended.module(x))
+        assert torch.equal(added.with_additions(module, said)(x), mended.module(x))
     with pytest.raises(UserError, match="belongs to no part of this"):
-        added.again(mini.build("xxs"), {"blocks.7.mlp.fc2.moved_neurons": torch.ones(3, dtype=torch.bool)})
+        added.with_additions(mini.build("xxs"), {"blocks.7.mlp.fc2.moved_neurons": torch.ones(3, dtype=torch.bool)})
 
 
 def test_removed_directions_are_saved_and_loaded_by_name(tmp_path):

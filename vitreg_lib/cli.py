@@ -165,15 +165,14 @@ def measure(
 ):
     """Measure norms, attention and components of a model on a few images, into a file that replays them."""
     from .data import images as image_sets
-    from .model.measured import FOLDER
-    from .record import measuring
+    from .model import measured
 
     loaded = load(model)
     pictures = image_sets.load(images, loaded, n_images)
-    tensors = measuring.measure(loaded, pictures)
-    path = out or (FOLDER if IS_REPOSITORY else Path()) / f"{loaded.label}.safetensors"
+    tensors = measured.measure(loaded, pictures)
+    path = out or (measured.FOLDER if IS_REPOSITORY else Path()) / f"{loaded.label}.safetensors"
     command = f"vitreg measure {model} --images {Path(images).name} --n-images {len(pictures)}"
-    measuring.write(loaded, pictures, tensors, path, command)
+    measured.write(loaded, pictures, tensors, path, command)
     print(f"{shown(path)}: {path.stat().st_size / 1e6:.2f} MB, {pictures.source}, {loaded.preprocessing}")
 
 

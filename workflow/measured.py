@@ -22,7 +22,6 @@ from vitreg_lib.base import NOTEBOOKS, commit  # noqa: E402
 from vitreg_lib.data import images, sets  # noqa: E402
 from vitreg_lib.measure import objects  # noqa: E402
 from vitreg_lib.model import measured, zoo  # noqa: E402
-from vitreg_lib.record import measuring  # noqa: E402
 
 sys.path.insert(0, str(NOTEBOOKS / "paper"))
 import fig09  # noqa: E402
@@ -66,7 +65,7 @@ def write(name: str, state: str, late=False, lost=False, scores=None, sets=(), t
     """Measure one model into its file."""
     model = zoo.load(name, "cpu")
     pictures = images.load("photos", model, PHOTOS)
-    tensors, more = measuring.measure(model, pictures, last=not late), {"commit": state}
+    tensors, more = measured.measure(model, pictures, last=not late), {"commit": state}
     if lost:
         tensors |= discovery(model, pictures)
         scored, more["lost"] = on_boxes(model)
@@ -83,7 +82,7 @@ def write(name: str, state: str, late=False, lost=False, scores=None, sets=(), t
             columns, more["sets"][problem.name] = labelled(model, problem, tokens)
             tensors |= columns
     path = measured.FOLDER / f"{name}.safetensors"
-    measuring.write(model, pictures, tensors, path, f"python workflow/measured.py {name}", **more)
+    measured.write(model, pictures, tensors, path, f"python workflow/measured.py {name}", **more)
     print(f"{path.name}: {path.stat().st_size / 1e6:.2f} MB", flush=True)
 
 

@@ -32,28 +32,21 @@ def add_registers(module: nn.Module, neurons: Neurons, n: int) -> nn.Module:
     Raises ValueError for a neuron that does not exist, and UserError for attention with a bias for each pair of
     positions, which a new token lacks, and for a model that already has added tokens.
     """
-    _check(module, neurons, n)
-    module = copy.deepcopy(module)
-    anatomy = dissect(module)
-    old, first = anatomy.num_prefix_tokens, anatomy.batch_first
-    if n:
-        _append(module, anatomy, n)
+    anatomy, names = dissect(module), {part: name for name, part in module.named_modules()}
+    _check(anatomy, neurons, n)
+    additions = {f"{names[anatomy.blocks[0]]}.{ADDED}": torch.zeros(n, anatomy.embed_dim)} if n else {}
     for block in sorted({block for block, _ in neurons}):
         linear = anatomy.mlp_out[block]
-        chosen = torch.zeros(linear.in_features, dtype=torch.bool, device=linear.weight.device)
+        chosen = torch.zeros(linear.in_features, dtype=torch.bool)
         chosen[[neuron for b, neuron in neurons if b == block]] = True
-        linear.register_buffer(MOVED, chosen)
-        linear.register_forward_pre_hook(functools.partial(_before_second_linear, old=old, n=n, batch_first=first))
-    return module
+        additions[f"{names[linear]}.{MOVED}"] = chosen
+    return with_additions(module, additions)
 
 
 def remove_directions(module: nn.Module, block: int, axes: torch.Tensor) -> nn.Module:
     """A copy of a ViT whose patch tokens lose their part along orthonormal `axes` (n, dim) before a block runs."""
-    module = copy.deepcopy(module)
-    anatomy = dissect(module)
-    anatomy.blocks[block].register_buffer(REMOVED, axes.to(next(module.parameters())).contiguous())
-    _before(anatomy, block, _without_directions)
-    return module
+    names = {part: name for name, part in module.named_modules()}
+    return with_additions(module, {f"{names[dissect(module).blocks[block]]}.{REMOVED}": axes})
 
 
 def of_state(tensors: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
@@ -62,28 +55,44 @@ def of_state(tensors: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor],
     return additions, {k: v for k, v in tensors.items() if k not in additions}
 
 
-def again(module: nn.Module, additions: dict[str, torch.Tensor]) -> nn.Module:
-    """A copy of a ViT with the added tokens that `of_state` read from a model of the same architecture.
+def registers_from(module: nn.Module, otherwise: str) -> str:
+    """`Model.registers_from` of a module with added tokens: "test time" where neurons move to them, else "empty"."""
+    kinds = {name.rpartition(".")[2] for name in of_state(module.state_dict())[0]}
+    return "test time" if MOVED in kinds else "empty" if ADDED in kinds else otherwise
 
-    Raises UserError where a name does not belong to the matching part of this ViT.
+
+def with_additions(module: nn.Module, additions: dict[str, torch.Tensor]) -> nn.Module:
+    """A copy of a ViT with the buffers {name: tensor} of `of_state`, and with the hooks that use them.
+
+    Raises UserError where a name does not belong to the matching part of this ViT, and as `add_registers` does.
     """
-    anatomy, n, neurons, removed = dissect(module), 0, [], {}
-    parts = dict(module.named_modules())
+    kinds = {name.rpartition(".")[2] for name in additions}
+    if kinds & {ADDED, MOVED} and of_state(module.state_dict())[0]:
+        raise UserError("this model is mended already: start from the model without")
+    weights = " ".join(name for name, _ in module.named_parameters())
+    if ADDED in kinds and ("relative_position" in weights or "rel_pos" in weights):
+        raise UserError(
+            "this model's attention adds a bias for each pair of places, in which a new token has no place: registers "
+            "cannot be added at test time"
+        )
+    module = copy.deepcopy(module)
+    anatomy, parts = dissect(module), dict(module.named_modules())
+    matching = {ADDED: anatomy.blocks[:1], MOVED: anatomy.mlp_out, REMOVED: anatomy.blocks}
+    n = next((len(value) for name, value in additions.items() if name.endswith(ADDED)), 0)
+    where = dict(old=anatomy.num_prefix_tokens, n=n, batch_first=anatomy.batch_first)
+    if n:
+        _append(module, anatomy, **where)
     for name, value in additions.items():
         place, _, what = name.rpartition(".")
         part = parts.get(place)
-        if what == ADDED and part is anatomy.blocks[0]:
-            n = len(value)
-        elif what == MOVED and part in anatomy.mlp_out:
-            neurons += [(anatomy.mlp_out.index(part), int(neuron)) for neuron in value.nonzero()]
-        elif what == REMOVED and part in anatomy.blocks:
-            removed[anatomy.blocks.index(part)] = value
-        else:
+        if part not in matching[what]:
             raise UserError(f"{name} belongs to no part of this {type(module).__name__}: the file is of another model")
-    module = add_registers(module, neurons, n)
-    for block, axes in removed.items():
-        module = remove_directions(module, block, axes)
-    module.load_state_dict(additions, strict=False)
+        like = next(part.parameters())
+        part.register_buffer(what, value.to(like if value.is_floating_point() else like.device).contiguous())
+        if what == MOVED:
+            part.register_forward_pre_hook(functools.partial(_before_second_linear, **where))
+        if what == REMOVED:
+            _before(part, _without_directions, where)
     return module
 
 
@@ -101,18 +110,16 @@ def move(activations: torch.Tensor, neurons: torch.Tensor, old: int, n: int) -> 
     return torch.cat([prefix, new, patches], 1)
 
 
-def _append(module: nn.Module, anatomy: Anatomy, n: int) -> None:
+def _append(module: nn.Module, anatomy: Anatomy, old: int, n: int, batch_first: bool) -> None:
     """Feed `n` zero tokens without position into the first block; timm's models count them, others drop them."""
-    blocks, old, first = anatomy.blocks, anatomy.num_prefix_tokens, anatomy.batch_first
-    weights = next(blocks[0].parameters())
-    blocks[0].register_buffer(ADDED, torch.zeros(n, anatomy.embed_dim, dtype=weights.dtype, device=weights.device))
-    _before(anatomy, 0, _with_new)
+    blocks, where = anatomy.blocks, dict(old=old, n=n, batch_first=batch_first)
+    _before(blocks[0], _with_new, where)
     around = [part for part in module.modules() if blocks[0] in set(part.modules())]
     counting = [part for part in around if hasattr(part, "num_prefix_tokens")]
     if not counting:
         for block in blocks:
-            block.register_forward_pre_hook(functools.partial(_without_mask, n=n, batch_first=first), with_kwargs=True)
-        blocks[-1].register_forward_hook(functools.partial(_after_blocks, old=old, n=n, batch_first=first))
+            block.register_forward_pre_hook(functools.partial(_without_mask, **where), with_kwargs=True)
+        blocks[-1].register_forward_hook(functools.partial(_after_blocks, **where))
     for vit in counting:
         vit.__class__ = _counting(type(vit), n)
     for part in (*counting, *(attn for attn in anatomy.attention if hasattr(attn, "num_prefix_tokens"))):
@@ -123,30 +130,29 @@ def _swapped(x: torch.Tensor, batch_first: bool) -> torch.Tensor:
     return x if batch_first else x.transpose(0, 1)
 
 
-def _before(anatomy: Anatomy, block: int, change) -> None:
-    """Let `change`, a function of (block, prefix tokens, patches), replace the tokens that enter a block."""
-    place = dict(change=change, old=anatomy.num_prefix_tokens, batch_first=anatomy.batch_first)
-    anatomy.blocks[block].register_forward_pre_hook(functools.partial(_before_block, **place), with_kwargs=True)
+def _before(block: nn.Module, change, where: dict) -> None:
+    """Let `change` of (block, tokens, old, n) replace the tokens (batch, tokens, dim) that enter a block."""
+    block.register_forward_pre_hook(functools.partial(_before_block, change=change, **where), with_kwargs=True)
 
 
-def _before_block(block, args, kwargs, *, change, old: int, batch_first: bool):
+def _before_block(block, args, kwargs, *, change, old: int, n: int, batch_first: bool):
     name = None if args else "hidden_states"  # how transformers names it
     x = _swapped(args[0] if args else kwargs[name], batch_first)
-    x = _swapped(torch.cat(change(block, x[:, :old], x[:, old:]), 1), batch_first)
+    x = _swapped(change(block, x, old, n), batch_first)
     return ((x, *args[1:]), kwargs) if args else (args, {**kwargs, name: x})
 
 
-def _with_new(block, prefix, patches):
-    new = getattr(block, ADDED).to(patches.dtype)
-    return prefix, new.expand(patches.shape[0], -1, -1), patches  # len would fix the batch in an export
+def _with_new(block, x, old: int, n: int):
+    new = getattr(block, ADDED).to(x.dtype).expand(x.shape[0], -1, -1)  # len would fix the batch in an export
+    return torch.cat([x[:, :old], new, x[:, old:]], 1)
 
 
-def _without_directions(block, prefix, patches):
-    axes = getattr(block, REMOVED).to(patches.dtype)
-    return prefix, patches - (patches @ axes.T) @ axes
+def _without_directions(block, x, old: int, n: int):
+    axes, patches = getattr(block, REMOVED).to(x.dtype), x[:, old + n :]
+    return torch.cat([x[:, : old + n], patches - (patches @ axes.T) @ axes], 1)
 
 
-def _without_mask(block, args, kwargs, *, n: int, batch_first: bool):
+def _without_mask(block, args, kwargs, *, n: int, batch_first: bool, **_):
     """Drop the mask that transformers makes in an export: it hides nothing and lacks the new tokens."""
     tokens = _swapped(args[0] if args else kwargs["hidden_states"], batch_first).shape[1] - n
 
@@ -190,8 +196,7 @@ def _counting(base: type, n: int) -> type:
     return made
 
 
-def _check(module: nn.Module, neurons: Neurons, n: int) -> None:
-    anatomy = dissect(module)
+def _check(anatomy: Anatomy, neurons: Neurons, n: int) -> None:
     if n < 0:
         raise ValueError(f"{n} registers: 0 or more")
     if neurons and not anatomy.mlp_out:
@@ -202,10 +207,3 @@ def _check(module: nn.Module, neurons: Neurons, n: int) -> None:
         width = anatomy.mlp_out[block].in_features
         if not 0 <= neuron < width:
             raise ValueError(f"neuron {neuron} out of range for the {width} of block {block} (0…{width - 1})")
-    if (n or neurons) and of_state(module.state_dict())[0]:
-        raise UserError("this model is mended already: start from the model without")
-    if n and any("relative_position" in name or "rel_pos" in name for name, _ in module.named_parameters()):
-        raise UserError(
-            "this model's attention adds a bias for each pair of places, in which a new token has no place: registers "
-            "cannot be added at test time"
-        )

@@ -1,6 +1,6 @@
 """Measurements of real models in files, which the default figures show where the weights are missing.
 
-    vitreg measure deit-ti                      # writes data/measured/deit-ti.safetensors
+    vitreg measure deit-ti                      # `measure` and `write` make data/measured/deit-ti.safetensors
     model = vr.measured.load("deit-ti")         # a `Replayed` model: it answers for the measured photos, from the file
     model.capture(photos, "norms")              # a `Capture`, as of the model itself, to half precision
 
@@ -18,22 +18,25 @@ name the model, photos (by sha256), command, commit and date. A file holds no ph
 
 from __future__ import annotations
 
+import dataclasses
+import datetime
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import nn
 
-from ..base import DATA, UserError, unknown
+from ..base import DATA, UserError, commit, unknown, written
 from ..hooks.anatomy import Anatomy
 from ..hooks.capture import Capture
-from ..measure.detection import Observed
+from ..measure import detection, maps
 from . import names as model_names
 from . import zoo
-from .model import Model
+from .model import Model, with_facts
+from .weights import file_sha256, read_safetensors
 
 FOLDER = DATA / "measured"
 SIZES = ("embed_dim", "num_heads", "head_dim", "channels")  # fields of `Anatomy`, kept unchanged
@@ -50,12 +53,12 @@ def load(name: str) -> Replayed:
     path = Path(name) if name.endswith(".safetensors") else FOLDER / f"{name}.safetensors"
     if not path.exists():
         raise unknown("measured model", name, names(), "`vitreg measure MODEL` writes such a file.")
-    with safe_open(path, "pt") as file:
-        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (no mapping)
-        about = {key: json.loads(value) for key, value in file.metadata().items()}
-    facts = {k: tuple(v) if isinstance(v, list) else v for k, v in about["model"].items()}
-    facts["head"] = {k: tuple(v) for k, v in facts["head"].items()}
-    return Replayed(**facts, module=_NoWeights(facts["label"]), tensors=tensors, measured=about)
+    metadata, tensors = read_safetensors(path)
+    about = {key: json.loads(value) for key, value in metadata.items()}
+    facts = about["model"]
+    module = _NoWeights(facts["label"])
+    replayed = Replayed(facts["name"], module, facts["sha256"], tensors=tensors, measured=about)
+    return with_facts(replayed, facts, which=tuple(facts))
 
 
 def live_or_replayed(name: str) -> Model:
@@ -66,6 +69,46 @@ def live_or_replayed(name: str) -> Model:
     base, _, _ = model_names.split(name)
     here = base in model_names.entries() and model_names.available(base) != "not here"
     return load(name) if name in names() and not here else zoo.load(name)
+
+
+def measure(model: Model, images, last: bool = False) -> dict:
+    """The tensors of a file, for an `Images` set. last: attention of the last block alone."""
+    observed = detection.observe(model, images)
+    blocks = list(observed.by_patches)[-1 if last else 0 :]
+    seen = model.capture(images, ("attention", "tokens", "final"), layers=blocks, queries=queries(model, images))
+    tensors = {"norms": observed.seen.norms, "thumbnails": thumbnails(images.x)}
+    before, after = (seen.patches(tokens) for tokens in (seen.tokens[blocks[-1]], seen.final))
+    options = dict(clip=None, grid=seen.grid)
+    each = maps.principal_components(before, 3, per_image=True, **options)
+    tensors["components"] = each.unflatten(1, seen.grid)
+    for name, tokens in (("component", before), ("component_after", after)):
+        tensors[name] = maps.principal_components(tokens, 1, **options)[..., 0].unflatten(1, seen.grid)
+    tensors |= {f"by_patches.{i}": observed.by_patches[i] for i in blocks}
+    return tensors | {f"attention.{i}": at for i, at in seen.attention.items()}
+
+
+def queries(model: Model, images) -> list[int]:
+    """The tokens whose attention is kept: the prefix tokens and the patch at the centre."""
+    rows, cols = model.anatomy.grid(images.x)
+    prefix = model.anatomy.num_prefix_tokens
+    return [*range(prefix), prefix + rows // 2 * cols + cols // 2]
+
+
+def write(model: Model, images, tensors: dict, path: Path, command: str, **more) -> Path:
+    """Write a file of measurements in half precision with its metadata, including `more`; return its path."""
+    tensors = {name: t.half().contiguous() if t.is_floating_point() else t for name, t in tensors.items()}
+    anatomy = model.anatomy
+    facts = {f.name: getattr(model, f.name) for f in dataclasses.fields(Model) if f.name != "module"}
+    sizes = {name: getattr(anatomy, name) for name in ("prefix", "depth", "patch_size", *SIZES)}
+    source = images.source.split(",")[0]
+    photos = {path.stem: file_sha256(path) for path in images.paths}
+    metadata = dict(model=facts, anatomy=sizes, source=source, size=images.x.shape[-1], photos=photos)
+    metadata |= dict(command=command, commit=commit(), date=datetime.date.today().isoformat()) | more
+    metadata["queries"] = queries(model, images)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with written(path) as temporary:
+        save_file(tensors, temporary, {key: json.dumps(value) for key, value in metadata.items()})
+    return path
 
 
 @dataclass
@@ -114,12 +157,12 @@ class Replayed(Model):
             captured.attention = {i: self.kept(f"attention.{i}", images)[:, :, picked] for i in layers}
         return captured
 
-    def observed(self, images) -> Observed:
+    def observed(self, images) -> detection.Observed:
         """The measurements that `detect` judges."""
         blocks, first = self.measured_blocks, self.anatomy.num_prefix_tokens
         by_patches = {i: self.kept(f"by_patches.{i}", images) for i in blocks}
         by_cls = {i: self.kept(f"attention.{i}", images).mean(1)[:, 0, first:] for i in blocks}
-        return Observed(self.capture(images), by_cls if self.anatomy.has_cls else {}, by_patches)
+        return detection.Observed(self.capture(images), by_cls if self.anatomy.has_cls else {}, by_patches)
 
     def kept(self, name: str, images=None) -> torch.Tensor:
         """The tensor of that name, or its rows for measured photos; UserError where there is none."""

@@ -28,7 +28,7 @@ from ..hooks.anatomy import Anatomy, dissect, layer_scale
 from ..hooks.capture import capture
 from ..measure.detection import detect
 from ..measure.outliers import Outliers, onset_of
-from .added import Neurons, add_registers, remove_directions
+from .added import Neurons, add_registers, registers_from, remove_directions
 from .names import entries
 
 COUNTS = (1, 2, 3, 5, 7, 10, 15, 20, 30, 50)  # how many neurons are tried, fewest first
@@ -142,9 +142,8 @@ def without_directions(model, n: int = 1, images=None, layer: int | None = None)
     places = captured.patches(captured.tokens[layer]).float().mean(0)
     axes = torch.linalg.svd(places - places.mean(0), full_matrices=False)[2][:n]
     what = f"{n} direction{'s' * (n != 1)} of the patch tokens after block {layer}, in which places differ most"
-    return _remedied(
-        model, remove_directions(model.module, layer + 1, axes), "minus", n, f"{model.name} without {what}", ()
-    )
+    removed = remove_directions(model.module, layer + 1, axes)
+    return _remedied(model, removed, "minus", n, f"{model.name} without {what}", ())
 
 
 def with_added(model, kind: str, n: int, neurons: Neurons | None = None):
@@ -165,7 +164,7 @@ def _remedied(model, module: nn.Module, kind: str, n: int, about: str, neurons: 
         sha256=hashlib.sha256(f"{model.sha256} {what}".encode()).hexdigest(),
         role="mended",
         base=model.label or model.name,
-        registers_from={"ttr": "test time", "empty": "empty", "minus": model.registers_from}[kind],
+        registers_from="test time" if kind == "ttr" else registers_from(module, model.registers_from),
         about=about,
     )
 
@@ -173,18 +172,17 @@ def _remedied(model, module: nn.Module, kind: str, n: int, about: str, neurons: 
 def _searched_neurons(model) -> tuple[tuple[int, int], ...]:
     """The neurons of `find` on a few images; kept, for many models and notebooks ask for them again."""
     x = handful(model).x
-    found = remembered(model.fingerprint(x) | {"kind": "neurons"}, lambda: _mending(model, x))
-    return tuple(map(tuple, found))
 
+    def searched() -> tuple[tuple[int, int], ...]:
+        search = find(model, x)
+        if search.share_after > MENDED * search.share_before:
+            raise NothingToMend(
+                f"{model.name} cannot be mended this way: moving its {len(search.neurons)} likeliest neurons leaves "
+                f"{search.share_after:.2%} of the patch tokens outliers, of {search.share_before:.2%}"
+            )
+        return search.neurons
 
-def _mending(model, x: torch.Tensor) -> list[tuple[int, int]]:
-    search = find(model, x)
-    if search.share_after > MENDED * search.share_before:
-        raise NothingToMend(
-            f"{model.name} cannot be mended this way: moving its {len(search.neurons)} likeliest neurons leaves "
-            f"{search.share_after:.2%} of the patch tokens outliers, of {search.share_before:.2%}"
-        )
-    return [(int(block), int(neuron)) for block, neuron in search.neurons]
+    return tuple(map(tuple, remembered(model.fingerprint(x) | {"kind": "neurons"}, searched)))
 
 
 def handful(model, source: str = "", n: int = 32) -> image_sets.Images:

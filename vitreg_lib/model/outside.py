@@ -1,4 +1,4 @@
-"""Models from modules: the user's own, those of transformers and open_clip, and timm's with their configuration."""
+"""Modules of other libraries, and of the user's own, as models."""
 
 import dataclasses
 from pathlib import Path
@@ -6,7 +6,7 @@ from pathlib import Path
 from torch import nn
 
 from ..base import UserError, hub, line, unknown
-from .added import of_state
+from .added import of_state, registers_from
 from .model import Model, weights_sha256
 from .names import damaged, entries
 from .weights import IMAGENET
@@ -36,36 +36,41 @@ def create(architecture: str, image_size: int | None, **options) -> nn.Module:
         raise UserError(f"{architecture} is not made for another image size: {line(error)}") from error
 
 
-def with_config(name: str, module: nn.Module, sha256: str, image_size: int | None) -> Model:
-    """A timm module as a `Model`, with the preprocessing of its configuration."""
-    import timm.data
+def of_module(
+    module: nn.Module, name: str = "", sha256: str = "", image_size: int | tuple[int, int] | None = None
+) -> Model:
+    """A module of any library as a `Model`, by default named by its class; device, mode and gradients stay unchanged.
 
-    config = timm.data.resolve_model_data_config(module)
-    size = image_size or config["input_size"][1:]
+    Size and preprocessing are those that the module states, else 224 pixels and ImageNet's. sha256: of its file, by
+    default of its weights. image_size: of its images where it differs from what the module states.
+    """
+    stated_size, facts = _stated(module)
+    size = image_size or stated_size
     size = size if isinstance(size, int) or size[0] != size[1] else size[0]
-    head = {"imagenet": (0, 1000)} if timm.data.infer_imagenet_subset(module) == "imagenet-1k" else {}
-    options = dict(
-        head=head, mean=tuple(config["mean"]), std=tuple(config["std"]), interpolation=config["interpolation"]
-    )
-    options |= dict(crop=config["crop_pct"], crop_mode=config["crop_mode"])
-    return Model(name, module, sha256, input_size=size, **options)
+    kind = type(module).__name__
+    model = Model(name or kind, module, sha256 or weights_sha256(module), input_size=size, **facts)
+    model.label = "" if name else kind
+    model.role = "mended" if of_state(module.state_dict())[0] else "trained"
+    model.registers_from = registers_from(module, "trained" if model.registers else "none")
+    return model
 
 
-def of_module(module: nn.Module) -> Model:
-    """The user's own module as a `Model`; its device, mode and gradients stay unchanged."""
-    name, digest = type(module).__name__, weights_sha256(module)
+def _stated(module: nn.Module) -> tuple[int | tuple[int, int], dict]:
+    """(input size, preprocessing and head as fields of `Model`) that a module states."""
+    if hasattr(module, "vit_arguments"):  # a mini ViT: the defaults
+        return module.patch_embed.img_size, {}
     if getattr(module, "pretrained_cfg", None):
-        return dataclasses.replace(with_config(name, module, digest, None), label=name)
+        import timm.data
+
+        config = timm.data.resolve_model_data_config(module)
+        facts = dict(mean=tuple(config["mean"]), std=tuple(config["std"]), interpolation=config["interpolation"])
+        facts |= dict(crop=config["crop_pct"], crop_mode=config["crop_mode"])
+        if timm.data.infer_imagenet_subset(module) == "imagenet-1k":
+            facts["head"] = {"imagenet": (0, 1000)}
+        return config["input_size"][1:], facts
     config = getattr(module, "config", None)
     sizes = (getattr(part, "image_size", None) for part in (config, getattr(config, "vision_config", None), module))
-    size = next((size for size in sizes if size), 224)
-    size = size if isinstance(size, int) else size[0]
-    model = Model(name, module, digest, input_size=size, label=name, **IMAGENET)
-    if of_state(module.state_dict())[0]:
-        model.role, model.registers_from = "mended", "test time" if model.registers else "none"
-    else:
-        model.registers_from = "trained" if model.registers else "none"
-    return model
+    return next((size for size in sizes if size), 224), IMAGENET
 
 
 def of_transformers(name: str, repository: str) -> Model:
@@ -77,7 +82,7 @@ def of_transformers(name: str, repository: str) -> Model:
     place = str(Path(repository).expanduser())
     with hub(name, "give the folder of a downloaded model, as hf:FOLDER, or a name of timm's"):
         module = transformers.AutoModel.from_pretrained(place)
-    model = dataclasses.replace(of_module(module), name=name, label=name)
+    model = of_module(module, name)
     try:
         spec = transformers.AutoImageProcessor.from_pretrained(place).to_dict()
     except Exception:  # without a stored one, ImageNet's stays
@@ -104,6 +109,5 @@ def of_open_clip(name: str, rest: str) -> Model:
     tower, spec = clip.visual, open_clip.get_model_preprocess_cfg(clip)
     quick = any(type(part).__name__ == "QuickGELU" for part in tower.modules())
     tower.open_clip = {"architecture": architecture, "quick_gelu": quick}  # what builds it again
-    size = spec["size"] if isinstance(spec["size"], int) else spec["size"][0]
-    options = dict(mean=tuple(spec["mean"]), std=tuple(spec["std"]), interpolation=spec["interpolation"])
-    return Model(name, tower, weights_sha256(tower), input_size=size, family="clip", label=name, **options)
+    facts = dict(mean=tuple(spec["mean"]), std=tuple(spec["std"]), interpolation=spec["interpolation"])
+    return dataclasses.replace(of_module(tower, name, image_size=spec["size"]), family="clip", **facts)

@@ -131,34 +131,31 @@ def trial(
 
     if len(x) < 2:
         raise UserError("at least two images are needed: one to choose a remedy on, one to try it on")
-    half = len(x) // 2
+    half, own = len(x) // 2, model.label or model.name
     first, second = x[:half], x[half:]
     search = mend.find(model, first, cutoff=cutoff)
-    where = dict(cutoff=search.cutoff, layer=search.layer, labels=None if labels is None else labels[half:])
     at_first, before = (outputs_of(model, part, search.layer) for part in (first, second))
-    chosen_on, rows, norms = {}, {}, {}
-    normal = before.norms <= search.cutoff
-
-    def score(name: str, after: Outputs) -> None:
-        apart = (1 - F.cosine_similarity(before.patches, after.patches, dim=2))[normal].mean().item()
-        more = {"patches_apart": apart, "largest_norm": after.norms.max().item()}
-        more["register_norm"] = after.registers.mean().item()  # NaN without any
-        rows[name], norms[name] = means(effect(before, after, second, **where)) | more, after.norms
-
-    def choose(name: str, after: Outputs) -> None:
-        found = effect(at_first, after, first, search.cutoff)
-        chosen_on[name] = found[["outliers", "features_apart"]].mean()
-
-    own = model.label or model.name
-    score(own, before)
-    choose(own, at_first)
+    labels = None if labels is None else labels[half:]
+    chosen_on = {own: effect(at_first, at_first, first, search.cutoff)}
+    rows, norms = {own: _row(before, before, search.cutoff, labels)}, {own: before.norms}
     made = _remedied(model, first, search, counts, empty)
     for name, remedied in tqdm(made, "remedies", unit="", disable=not progress, leave=False):
-        score(name, outputs_of(remedied, second, search.layer))
+        after = outputs_of(remedied, second, search.layer)
+        rows[name], norms[name] = _row(before, after, search.cutoff, labels), after.norms
         if name not in (RANDOM, f"{own}+minus1", f"{own}+ttr0"):
-            choose(name, outputs_of(remedied, first, search.layer))
-    score(SHIFTED, _shifted(model, second, before, search.layer))
+            chosen_on[name] = effect(at_first, remedied, first, search.cutoff, search.layer)
+    after = _shifted(model, second, before, search.layer)
+    rows[SHIFTED], norms[SHIFTED] = _row(before, after, search.cutoff, labels), after.norms
+    chosen_on = {name: effects[["outliers", "features_apart"]].mean() for name, effects in chosen_on.items()}
     return Trial(search, pd.DataFrame(chosen_on).T, pd.DataFrame.from_dict(rows, orient="index"), norms)
+
+
+def _row(before: Outputs, after: Outputs, cutoff: float, labels: torch.Tensor | None) -> dict[str, float]:
+    """A row of `Trial.table`."""
+    apart = (1 - F.cosine_similarity(before.patches, after.patches, dim=2))[before.norms <= cutoff].mean().item()
+    more = {"patches_apart": apart, "largest_norm": after.norms.max().item()}
+    more["register_norm"] = after.registers.mean().item()  # NaN without any
+    return means(effect(before, after, None, cutoff, labels=labels)) | more
 
 
 def _shifted(model: Model, x: torch.Tensor, before: Outputs, layer: int) -> Outputs:

@@ -12,7 +12,6 @@ The metadata hold one of
 and `facts`: the fields of `Model` that stay true. The buffers of a mended model (see `added`) are among the tensors.
 """
 
-import dataclasses
 import itertools
 import json
 from pathlib import Path
@@ -27,7 +26,7 @@ from ..data.scenes import ATTRIBUTES
 from . import added
 from .model import FACTS, Model, with_facts
 from .names import entries
-from .outside import create, of_module, with_config
+from .outside import create, of_module
 from .weights import file_sha256, fill, read_safetensors
 
 SUFFIXES = (".safetensors", ".pt2", ".onnx")
@@ -105,31 +104,18 @@ def read(name: str, path: Path, image_size: int | None = None) -> Model | None:
     tensors = {k: v.float() if v.is_floating_point() else v for k, v in tensors.items()}
     additions, tensors = added.of_state(tensors)
     fill(name, module, tensors, convert=kind == "timm")
-    if kind == "vit":
-        model = _mini(name, module, config, image_size)
-    elif kind == "timm":
-        model = with_config(name, module, "", image_size)
-    else:
-        model = dataclasses.replace(of_module(module), name=name, label="")
-    model.sha256 = file_sha256(path)
-    facts |= _facts_of_grown(config) | ({"input_size": image_size} if image_size else {})
-    return with_facts(with_added(model, additions), facts, which=STATED)
-
-
-def with_added(model: Model, additions: dict[str, torch.Tensor]) -> Model:
-    """The model with the additions that the tensors `additions` describe (see `added.of_state`); itself without any."""
-    if not additions:
-        return model
-    kinds = {name.rpartition(".")[2] for name in additions}
-    source = "test time" if added.MOVED in kinds else "empty" if added.ADDED in kinds else model.registers_from
-    return dataclasses.replace(model, module=added.again(model.module, additions), role="mended", registers_from=source)
+    if kind == "vit" and image_size:
+        module.set_input_size(sides(image_size))
+    module = added.with_additions(module, additions) if additions else module
+    facts = _facts_of_training(config, module) | facts | ({"input_size": image_size} if image_size else {})
+    return with_facts(of_module(module, name, file_sha256(path)), facts, which=STATED)
 
 
 def onto(module: nn.Module, path: str | Path) -> nn.Module:
     """A copy of a module of one's own with the weights of a mended file and what was added there: for a model that no
     name builds. Raises UserError for the file of another model."""
     additions, tensors = added.of_state(read_safetensors(Path(path))[1])
-    module = added.again(module, additions)
+    module = added.with_additions(module, additions)
     fill(type(module).__name__, module, {**tensors, **additions}, convert=False)
     return module
 
@@ -219,21 +205,16 @@ def build(name: str, kind: str, spec, image_size: int | None = None) -> nn.Modul
     return module
 
 
-def _mini(name: str, module: nn.Module, config: dict, image_size: int | None) -> Model:
-    """A mini ViT with the facts in its training's settings."""
-    if image_size:
-        module.set_input_size(sides(image_size))
-    head = _scenes_head(module) if config.get("recipe", "deit3") == "deit3" and not config.get("data") else {}
-    size = image_size or module.patch_embed.img_size[0]
-    return Model(name, module, "", input_size=size, head=head, family=Path(config.get("recipe", "")).stem)
-
-
-def _facts_of_grown(config: dict) -> dict:
-    """Facts of a model whose registers were trained in afterwards, from its training's settings; empty for others."""
-    if config.get("recipe") != "registers" or not config["registers"]:
+def _facts_of_training(config: dict, module: nn.Module) -> dict:
+    """Facts about a model from the settings of its training here."""
+    recipe = config.get("recipe", "")
+    if recipe == "registers" and config["registers"]:
+        family = entries().get(config["model"], {}).get("family", "")
+        return {"base": config["model"], "family": family, "registers_from": "fine-tuned"}
+    if not hasattr(module, "vit_arguments"):
         return {}
-    family = entries().get(config["model"], {}).get("family", "")
-    return {"base": config["model"], "family": family, "registers_from": "fine-tuned"}
+    of_scenes = recipe in ("", "deit3") and not config.get("data")
+    return {"family": Path(recipe).stem, "head": _scenes_head(module) if of_scenes else {}}
 
 
 def _scenes_head(module: nn.Module) -> dict[str, tuple[int, int]]:

@@ -23,7 +23,7 @@ from ..base import CHECKPOINTS, UserError, hub, line, unknown
 from . import added, saved
 from .model import FACTS, Model, weights_sha256, with_facts
 from .names import available, damaged, entries, file_parts, folder, made, split
-from .outside import create, of_module, of_open_clip, of_transformers, with_config
+from .outside import create, of_module, of_open_clip, of_transformers
 from .weights import (
     Layout,
     file_sha256,
@@ -79,8 +79,6 @@ def load(
     else:
         model = _timm(base, base.removeprefix("timm:"), image_size)
     model.label = model.label or base
-    if model.registers and model.registers_from == "none":
-        model.registers_from = "trained" if model.role == "trained" else "random"
     model.module.eval().requires_grad_(False)
     model.module.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     return dataclasses.replace(model, **preprocessing)
@@ -98,18 +96,17 @@ def _entry(name: str, image_size: int | None) -> Model:
     entry = entries()[name]
     if "random" in entry:
         model = _random(f"random:{entry['random']}", image_size)
-        model.name = name
-    elif "made_by" in entry:
-        model = _made(name, entry, image_size)
     elif "timm" in entry:
         model = _timm(name, entry["timm"], image_size or entry.get("input_size"))
+    elif "file" in entry:
+        model = with_facts(saved.read(name, _shipped(name, entry), image_size), entry, name)
     else:
-        model = _shipped(name, entry, image_size)
-    model.about = entry.get("about", "")
-    return model
+        model = with_facts(_file(f"file:{_made(name, entry)}", image_size, "ema"), entry, name)
+    named = model.name if "timm" in entry else name
+    return dataclasses.replace(model, name=named, about=entry.get("about", ""))
 
 
-def _shipped(name: str, entry: dict, image_size: int | None) -> Model:
+def _shipped(name: str, entry: dict) -> Path:
     path = CHECKPOINTS / entry["file"]
     sha256 = file_sha256(path) if path.exists() else ""
     if sha256 != entry["sha256"]:
@@ -118,17 +115,17 @@ def _shipped(name: str, entry: dict, image_size: int | None) -> Model:
             f"{name}: data/checkpoints/{path.name} {wrong if sha256 else 'is not here'}; `git checkout -- "
             "data/checkpoints` restores it"
         )
-    return with_facts(saved.read(name, path, image_size), entry, name)
+    return path
 
 
-def _made(name: str, entry: dict, image_size: int | None) -> Model:
+def _made(name: str, entry: dict) -> Path:
     path = made(name)
     if path is None:
         raise UserError(
             f"{name}: its weights are made here, from those of {entry['base']}: `{entry['made_by']} --only {name}`; "
             f"or put a folder {name} with its model.safetensors into one named by VITREG_MODELS"
         )
-    return dataclasses.replace(with_facts(_file(f"file:{path}", image_size, "ema"), entry, name), name=name)
+    return path
 
 
 def _random(name: str, image_size: int | None) -> Model:
@@ -140,12 +137,12 @@ def _random(name: str, image_size: int | None) -> Model:
             model = _entry(inner, image_size)
             model.module.init_weights("")
         else:
-            module = create(entry.get("timm", inner.removeprefix("timm:")), image_size, pretrained=False)
-            model = with_config(name, module, "", image_size)
+            architecture = entry.get("timm", inner.removeprefix("timm:"))
+            model = of_module(create(architecture, image_size, pretrained=False), name, "", image_size)
     base = f"random:{entry['base']}" if "base" in entry else ""
     facts = dict(role="random control", entry=inner if entry else "", family="", base=base, onset=None)
-    facts |= dict(name=name, about="", registers_from="none", sha256=weights_sha256(model.module))
-    return dataclasses.replace(model, **facts)
+    facts |= dict(name=name, about="", registers_from="random" if model.registers else "none")
+    return dataclasses.replace(model, **facts, sha256=weights_sha256(model.module))
 
 
 def _timm(name: str, timm_name: str, image_size: int | None) -> Model:
@@ -159,7 +156,7 @@ def _timm(name: str, timm_name: str, image_size: int | None) -> Model:
     )
     with hub(f"{name}: its weights", instead):
         module = create(timm_name, image_size, pretrained=True)
-    return with_facts(with_config(timm_name, module, weights_sha256(module), image_size), entry, label)
+    return with_facts(of_module(module, timm_name, "", image_size), entry, label)
 
 
 def _hub_folder(name: str, folder: Path, image_size: int | None) -> Model:
@@ -175,7 +172,7 @@ def _hub_folder(name: str, folder: Path, image_size: int | None) -> Model:
         raise UserError(f"{name}: model.safetensors in {folder.name} cannot be read: {line(error)}") from error
     if arguments:
         module.timm_config = {"model_args": arguments}
-    return with_config(name, module, file_sha256(weights), image_size)
+    return of_module(module, name, file_sha256(weights), image_size)
 
 
 def _file(name: str, image_size: int | None, which: str) -> Model:
@@ -196,15 +193,16 @@ def _file(name: str, image_size: int | None, which: str) -> Model:
         layout = Layout("timm's", architecture, {}, {})
     if layout.architecture == "torchvision" and not architecture:
         module = torchvision_vit(name, tensors)
-        model = Model(name, module, file_sha256(path), input_size=module.image_size)
     else:
-        model = _in_timm(name, path, architecture or layout.architecture, layout.options, tensors, image_size)
+        module = _in_timm(name, architecture or layout.architecture, layout.options, tensors, image_size)
+    module = added.with_additions(module, additions) if additions else module
+    model = of_module(module, name, file_sha256(path), image_size)
     stated = {} if "." in architecture else layout.preprocessing  # a tag of timm's says its own
     about = f"weights in the layout {layout.name}" + (f", of {taken}" if taken else "")
-    return saved.with_added(dataclasses.replace(model, about=about, **stated), additions)
+    return dataclasses.replace(model, about=about, **stated)
 
 
-def _in_timm(name, path, architecture: str, options: dict, tensors, image_size: int | None) -> Model:
+def _in_timm(name: str, architecture: str, options: dict, tensors, image_size: int | None) -> nn.Module:
     import timm
 
     if not timm.is_model(architecture.partition(".")[0]):
@@ -216,4 +214,4 @@ def _in_timm(name, path, architecture: str, options: dict, tensors, image_size: 
         )
     module = create(architecture, image_size, pretrained=False, **options)
     fill(name, module, tensors)
-    return with_config(name, module, file_sha256(path), image_size)
+    return module
