@@ -84,8 +84,8 @@ wheelhouse: $(READY) ## all packages as files in wheelhouse/, to set up laptops 
 bench: $(READY) ## timings, as ratios within one run, into docs/performance.md
 	@env -u OMP_NUM_THREADS PYTHONPATH="$(CURDIR):$(CURDIR)/notebooks/paper" $(BIN)/python -m tests.bench
 
-bench-train: $(READY) ## images a second of training, against timm's way, and what registers cost
-	@env -u OMP_NUM_THREADS $(BIN)/python -m tests.bench_train
+bench-train: $(READY) ## the parts on training alone: images a second beside timm's way, what registers cost
+	@env -u OMP_NUM_THREADS $(BIN)/python -m tests.bench train gpu
 
 twins: $(READY) ## registers trained into DeiT-Ti and ViT-Ti: ten models, then every way compared (on a CPU hours; goes on)
 	@$(BIN)/python workflow/twins.py weights

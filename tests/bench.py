@@ -2,7 +2,8 @@
 
 Not a test: nothing is asserted. What is compared takes turns, round by round, and each ratio is the median over rounds:
 other work on the machine then weighs on both alike. The parts are `bench_PART.py`; each has `rows()` and may have
-`figures()`. A part that is named is run alone and replaces its section of the page.
+`figures()`. A part that is named is run alone and replaces its section of the page; a part without rows, as `gpu` where
+there is none, leaves it as it is.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import torch
 
 from vitreg_lib.base import ROOT, write_atomically
 
-PARTS = ("capture", "growth", "probes", "widgets", "start")
+PARTS = ("capture", "growth", "probes", "widgets", "start", "train", "gpu")
 PAGE = ROOT / "docs" / "performance.md"
 HEAD = """# Performance
 
@@ -71,16 +72,17 @@ def compared(what: str, one: Callable, other: Callable, goal: str = "", rounds: 
     return Row(what, 1e3 * first, 1e3 * second, "ms", goal, ratio)
 
 
-def machine() -> str:
-    """What the timings rest on, in a sentence."""
+def machine(part: str) -> str:
+    """What the timings of a part rest on, in a sentence."""
     names = {platform.processor()}
     if sys.platform == "linux":
         names = {line.partition(":")[2].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")}
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30 if hasattr(os, "sysconf") else 0
     load = os.getloadavg()[0]
+    gpu = f"one {torch.cuda.get_device_name()}" if part == "gpu" and torch.cuda.is_available() else "no GPU used"
     return (
         f"{time.strftime('%Y-%m-%d')}, {' / '.join(sorted(names))}, {os.cpu_count()} cores, {memory:.0f} GiB, "
-        f"torch {torch.__version__} with {torch.get_num_threads()} threads, no GPU used; the load of the machine was "
+        f"torch {torch.__version__} with {torch.get_num_threads()} threads, {gpu}; the load of the machine was "
         f"{load:.1f} when the measurement began"
     )
 
@@ -88,11 +90,13 @@ def machine() -> str:
 def main(chosen: list[str]) -> None:
     """Run the parts (all by default), print their rows, and put each into its place in the page."""
     for part in chosen or PARTS:
-        module, rows, about = importlib.import_module(f"tests.bench_{part}"), [], machine()
+        module, rows, about = importlib.import_module(f"tests.bench_{part}"), [], machine(part)
         print(f"{part}: {about}", flush=True)
         for row in module.rows():
             rows.append(row)
             print(" | ".join(row.cells()), flush=True)
+        if not rows:
+            continue
         pictures = module.figures(ROOT / "docs" / "performance") if hasattr(module, "figures") else []
         title, _, text = module.__doc__.partition("\n\n")
         table = ["| | here | beside it | ratio | goal |", "|---|---|---|---|---|"]

@@ -1,16 +1,15 @@
-"""Throughput of training (`make bench-train`, or `python -m tests.bench_train`). Nothing is asserted.
+"""Training
 
-Ours is a step of the loop. The plain one is what timm's training script (train.py of its repository) does for a batch
-at the same batch size and precision: forward under autocast, loss, backward, clipping, optimiser step. Both train the
-same model on the same scenes, rendered in the step, with the recipe's labels and loss. They take turns, and ratios are
-medians over rounds. What registers cost is measured on the loop, beside the FLOPs that they add.
-
-On a GPU, ViT-B/16 at 224 pixels follows, with the share of the card's peak that the model's arithmetic makes (MFU).
+A step of the training loop beside what timm's training script (train.py of its repository) does for a batch, at the
+same batch size and precision: forward under autocast, loss, backward, clipping, optimiser step. Both train the same
+model on the same scenes, which are rendered in the step, with the recipe's labels and loss. What registers cost is
+measured on the loop, beside the FLOPs that they add.
 """
 
 from __future__ import annotations
 
-import sys
+from collections import deque
+from collections.abc import Iterator
 from dataclasses import replace
 
 import torch
@@ -22,23 +21,25 @@ from tests.bench import Row, compared, taking_turns
 from vitreg_lib.data import scenes
 from vitreg_lib.train import images, loop, parallel, recipes, telemetry
 from vitreg_lib.train.config import TrainConfig
-from vitreg_lib.train.state import Run
 
 deit3 = recipes.load("deit3")
-PEAK = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12, "4090": 165e12}  # dense bfloat16
 
 
 def ours(config: TrainConfig, device: str, steps: int):
-    """A function that takes `steps` steps of the loop."""
-    module = deit3.build(config).to(device)
-    run = Run(module, parallel.optimizer(module, config, device), accumulate=config.accumulate)
-    if config.compile:
-        parallel.compile_blocks(module, device)
-    loss = parallel.Loss(module, deit3, config, device)
+    """A function that takes the next `steps` steps of the loop."""
+    run, loss = loop._prepare(deit3.build(config).to(device), deit3, config, device)
+    graph, unread = None, deque()
 
     def train():
-        for step in range(steps):
-            loop._step(run, loss, deit3, config, step, device)
+        nonlocal graph
+        for step in range(run.step, run.step + steps):
+            if step == 1 and loop._capturable(run, deit3, config, device):
+                graph = loop._capture(run, loss, config, step, device)
+            unread.append(loop._step(run, loss, deit3, config, step, device, graph=graph))
+            while len(unread) > (device == "cuda"):
+                unread.popleft().read()
+        if device == "cuda":
+            torch.cuda.synchronize()
 
     return train
 
@@ -46,6 +47,8 @@ def ours(config: TrainConfig, device: str, steps: int):
 def plain(config: TrainConfig, device: str, steps: int):
     """A function that takes `steps` steps as timm's training script does."""
     model = deit3.build(config).to(device).train()
+    if config.compile:
+        parallel.compile_blocks(model, device)
     optimizer = create_optimizer_v2(
         model, opt=config.optimizer, lr=config.learning_rate, weight_decay=config.weight_decay
     )
@@ -81,47 +84,37 @@ def flops(config: TrainConfig) -> float:
     return counter.get_total_flops()
 
 
-def show(row: Row) -> None:
-    print(" | ".join(row.cells()), flush=True)
+def beside_timm(config: TrainConfig, device: str, steps: int, rounds: int) -> Iterator[Row]:
+    """The loop beside timm's way: time of a step, and images a second."""
+    what = f"{config.size}, {config.image_size} pixels, {config.batch_size} images" + ", compiled" * config.compile
+    row = compared(what, ours(config, device, steps), plain(config, device, steps), "at most 1", rounds)
+    row.ours, row.other = row.ours / steps, row.other / steps
+    yield row
+    rates = (1e3 * config.batch_size / value for value in (row.ours, row.other))
+    yield Row(f"{what}: images a second", *rates, "")
 
 
-def main(config: TrainConfig, device: str, steps: int, rounds: int) -> None:
-    images = config.batch_size * steps
-    label = f"{steps} steps, {config.size}, {config.batch_size} images"
-    both = ours(config, device, steps), plain(config, device, steps)
-    way = compared(f"{label}: the loop beside timm's way", *both, "at most 1", rounds)
-    first, second = way.ours / 1e3, way.other / 1e3
-    show(way)
-    show(Row("images a second", images / first, images / second, ""))
-    for registers in (4, 16):
-        more = replace(config, registers=registers)
-        wanted = f"FLOPs {flops(more) / flops(config):.3f}"
-        both = ours(more, device, steps), ours(config, device, steps)
-        show(compared(f"{label}: {registers} registers beside none", *both, wanted, rounds))
-    if device == "cuda":
-        name = torch.cuda.get_device_name()
-        peak = next((p for key, p in PEAK.items() if key in name), None)
-        share = f"{flops(config) * images / first / peak:.1%} of the peak of {peak / 1e12:.0f} TFLOP/s" if peak else ""
-        print(f"model FLOPs utilisation of {config.size} on {name}: {share or 'unknown peak'}")
+def registers(config: TrainConfig, device: str, steps: int, rounds: int) -> Iterator[Row]:
+    """What 4 and 16 registers cost."""
+    for count in (4, 16):
+        more = replace(config, registers=count)
+        added = f"FLOPs {flops(more) / flops(config):.3f}"
+        what = f"{config.size}: {count} registers beside none"
+        yield compared(what, ours(more, device, steps), ours(config, device, steps), added, rounds)
 
 
-def watching(config: TrainConfig, device: str) -> None:
+def watching(config: TrainConfig, device: str) -> Row:
     """Share of the training time that telemetry takes at this size, over a run of the default length."""
     model, watched = deit3.build(config).to(device), images.telemetry_images(config)
     taken = taking_turns(lambda: telemetry.measure(model, watched, 0), ours(config, device, 1), 5)
     count = len(telemetry.measured_steps(config.steps))
-    share = count * taken[0] / (config.steps * taken[1])
-    print(f"telemetry: {count} measurements in {config.steps} steps take {share:.2%} of the time  (goal: below 1 %)")
+    shares = count * taken[0], config.steps * taken[1]
+    return Row(f"{count} measurements of norms beside {config.steps} steps", *shares, "s", "at most 0.01")
 
 
-if __name__ == "__main__":
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    print(f"torch {torch.__version__}, {device}, {torch.get_num_threads()} threads")
-    main(TrainConfig(size="s", batch_size=64), device, steps=1, rounds=7)
-    watching(TrainConfig(), device)
-    if device == "cuda":
-        config = TrainConfig(size="b/16", image_size=224, batch_size=256)
-        for compiled in (False, True):
-            main(replace(config, compile=compiled), device, steps=10, rounds=int(sys.argv[1]) if sys.argv[1:] else 5)
-    else:
-        print("no GPU here: the table of ViT-B/16 at 224 pixels was not run")
+def rows() -> Iterator[Row]:
+    """At mini size on the CPU."""
+    config = TrainConfig(size="s", batch_size=64)
+    yield from beside_timm(config, "cpu", steps=1, rounds=7)
+    yield from registers(config, "cpu", steps=1, rounds=7)
+    yield watching(TrainConfig(), "cpu")

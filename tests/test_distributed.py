@@ -49,8 +49,8 @@ def gradients(config, recipe, steps: int = 2) -> dict[str, torch.Tensor]:
     loss = parallel.distribute(loss, config)
     found = {}
     for step in range(steps):
-        numbers = loop._gradients(run, loss, config, step, "cpu", lambda: False)
-        found |= {f"{step} {name}": torch.tensor(value) for name, value in numbers.items()}
+        names, values = loop._gradients(run, loss, config, step, "cpu")
+        found |= {f"{step} {name}": value for name, value in zip(names, values, strict=True) if name != "stop"}
         found |= {
             f"{step} gradient of {name}": parallel.full(p.grad).clone()
             for name, p in run.module.named_parameters()

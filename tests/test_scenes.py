@@ -37,6 +37,13 @@ def test_a_scene_does_not_hang_on_its_batch(indices, seed, others):
             assert torch.equal(getattr(together, field)[others + i], getattr(alone, field)[0]), field
 
 
+def test_a_gpu_which_computes_every_row_gives_the_same_scenes(batch, monkeypatch):
+    monkeypatch.setattr(scenes, "_rows", lambda mask: [slice(None)])
+    every_row = scenes.render(range(7000, 7160), 96, seed=3)
+    for field in FIELDS:
+        assert torch.equal(getattr(every_row, field), getattr(batch, field)), field
+
+
 def test_seeds_and_indices_give_different_scenes():
     pixels = torch.cat([scenes.render(range(8), 64, seed).pixels for seed in (0, 1)])
     differ = torch.cdist(pixels.flatten(1), pixels.flatten(1)) > 1

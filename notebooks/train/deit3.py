@@ -28,6 +28,7 @@ OPTIONS = {
     "cutmix": (1.0, "with --data: alpha of CutMix, 0 for none"),
     "smoothing": (0.0, "with --data: label smoothing"),
 }
+GRAPH = True
 NUM_LABELS = sum(map(len, ATTRIBUTES.values()))
 
 

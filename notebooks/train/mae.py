@@ -24,6 +24,7 @@ from vitreg_lib.probes.local import patch_pixels
 LEARNS_FROM = "images alone: pixels of masked patches"
 OPTIONS = {"mask_ratio": (0.75, "share of patches that are hidden")}
 DEFAULTS = {"steps": 500, "batch_size": 128}
+GRAPH = True
 DECODER = {"dim": 48, "depth": 2, "heads": 3}  # of mini ViTs
 FULL_DECODER = {"dim": 512, "depth": 8, "heads": 16}  # MAE's, from sizes ti/16 on
 SCALE = (0.2, 1.0)  # share of an own image's area in a crop, as MAE's; scenes never repeat and stay whole

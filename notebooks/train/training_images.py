@@ -21,8 +21,7 @@ SPLITS = {"train": ("train",), "val": ("val", "validation", "valid", "test")}
 
 def batch(config, step: int, device) -> tuple[torch.Tensor, torch.Tensor]:
     """This process's images (n, 3, size, size) of a step, in [0, 1], and their positions (n,), on the device."""
-    mine = parallel.batch_range(config, step)
-    index = torch.arange(mine.start, mine.stop, device=device)
+    index = parallel.positions(config, step, device)
     if not config.data:
         return images.rendered(config, step, device).pixels, index
     size = round(MARGIN * config.image_size)

@@ -12,6 +12,7 @@ image's side.
 
 import functools
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, fields
 
 import torch
@@ -38,6 +39,7 @@ _ANGLES = 512  # steps of the tables that hold each shape's outline as a functio
 _TILT = math.pi / 6  # objects stand upright, give or take thirty degrees
 _NEAR, _FAR, _BACKDROP = 1.5, 8.0, 10.0  # depth of the nearest and farthest object and of the background
 _DRAWS_PER_OBJECT, _DRAWS_PER_SCENE, _NOISE = 10, 24, 6  # independent uniform numbers; soft noise is 6 x 6
+_DRAWS = MAX_OBJECTS * _DRAWS_PER_OBJECT + _DRAWS_PER_SCENE + 3 * _NOISE * _NOISE
 HELD_OUT = 1 << 40  # scenes from this index on are never trained on
 MEAN = STD = 0.5
 ATTRIBUTES = {
@@ -87,16 +89,22 @@ class Scenes:
         return [boxes[visible] for boxes, visible in zip(self.boxes, self.visible, strict=True)]
 
 
-def render(index: torch.Tensor | range, size: int = 96, seed: int = 0, device: str = "cpu") -> Scenes:
+def render(
+    index: torch.Tensor | range, size: int = 96, seed: int = 0, device: str = "cpu", compiled: bool = False
+) -> Scenes:
     """Scenes `index` of world `seed` as `Scenes`, at `size` pixels a side (64 to 224).
 
-    Rendered in chunks that fit a CPU's cache. Raises ValueError for a size outside 64…224.
+    Rendered in chunks that fit a CPU's cache; `compiled`, for a GPU, in few kernels by torch.compile, equal to 1e-5.
+    Raises ValueError for a size outside 64…224.
     """
     if not 64 <= size <= 224:
         raise ValueError(f"size {size} is out of range: scenes are rendered at 64 to 224 pixels a side")
     index = torch.as_tensor(index, dtype=torch.int64, device=device)
     chunk = 32 if index.device.type == "cpu" else 4096
-    parts = [_render(part, size, seed) for part in index.split(chunk)]
+    draw = _compiled() if compiled else _render
+    parts = [draw(part, uniform(part, _DRAWS, seed), size, *_tables(index.device)) for part in index.split(chunk)]
+    if len(parts) == 1:
+        return parts[0]
     return Scenes(**{f.name: torch.cat([getattr(p, f.name) for p in parts]) for f in fields(Scenes)})
 
 
@@ -116,9 +124,19 @@ def uniform(index: torch.Tensor, draws: int, seed: int) -> torch.Tensor:
     return ((h >> 8) & 0xFFFFFF).float() / 0x1000000
 
 
-def _render(index: torch.Tensor, size: int, seed: int) -> Scenes:
+@functools.cache
+def _compiled():
+    return torch.compile(_render, dynamic=False)
+
+
+@functools.cache
+def _tables(device) -> tuple[torch.Tensor, torch.Tensor]:
+    return _RGB.to(device), _outlines().to(device)
+
+
+def _render(index, u, size: int, colours, outlines) -> Scenes:
+    """Scenes `index` from independent numbers u (n, `_DRAWS`), which a compiler's integers are too narrow to draw."""
     n, device = len(index), index.device
-    u = uniform(index, MAX_OBJECTS * _DRAWS_PER_OBJECT + _DRAWS_PER_SCENE + 3 * _NOISE * _NOISE, seed)
     objects = u[:, : MAX_OBJECTS * _DRAWS_PER_OBJECT].view(n, MAX_OBJECTS, _DRAWS_PER_OBJECT)
     scene = u[:, MAX_OBJECTS * _DRAWS_PER_OBJECT :]
     objects, exists, place, radius, z = _layout(objects, scene)
@@ -133,15 +151,15 @@ def _render(index: torch.Tensor, size: int, seed: int) -> Scenes:
     # the backdrop comes nearer towards the lower edge, as ground does
     depth = (_BACKDROP - 2 * axis)[None, :, None].expand(n, size, size).clone()
     for k in reversed(range(MAX_OBJECTS)):  # far to near
-        i = exists[:, k].nonzero()[:, 0]
-        if not len(i):
-            continue
-        inside, shade = _object(objects[i, k], place[i, k], radius[i, k], shape[i, k], texture[i, k], axis)
-        rgb = (_RGB.to(device)[colour[i, k]] * (0.85 + 0.15 * objects[i, k, 7, None]))[:, :, None, None]
-        pixels[i] = torch.lerp(pixels[i], rgb * shade[:, None], inside[:, None])
-        solid = inside >= 0.5
-        instances[i] = torch.where(solid, k + 1, instances[i])
-        depth[i] = torch.where(solid, z[i, k, None, None], depth[i])
+        for i in _rows(exists[:, k]):
+            outline = outlines[shape[i, k]]
+            inside, shade = _object(objects[i, k], place[i, k], radius[i, k], shape[i, k], texture[i, k], axis, outline)
+            inside = inside * exists[i, k, None, None]
+            rgb = (colours[colour[i, k]] * (0.85 + 0.15 * objects[i, k, 7, None]))[:, :, None, None]
+            pixels[i] = torch.lerp(pixels[i], rgb * shade[:, None], inside[:, None])
+            solid = inside >= 0.5
+            instances[i] = torch.where(solid, k + 1, instances[i])
+            depth[i] = torch.where(solid, z[i, k, None, None], depth[i])
     boxes, visible = _boxes(instances)
     table = torch.cat([torch.zeros(n, 1, dtype=torch.int64, device=device), shape + 1], 1)
     semantic = table.gather(1, instances.flatten(1)).view_as(instances)
@@ -149,6 +167,17 @@ def _render(index: torch.Tensor, size: int, seed: int) -> Scenes:
     return Scenes(
         pixels.clamp_(0, 1), shape[:, 0], instances, semantic, depth, boxes, visible, index=index, **attributes
     )
+
+
+def _rows(mask: torch.Tensor) -> Iterator:
+    """An index of the rows where a mask (n,) holds, if there are any; on a GPU, which would wait for the count, of all.
+
+    Callers therefore apply the mask to what they compute.
+    """
+    if mask.device.type != "cpu":
+        yield slice(None)
+    elif len(rows := mask.nonzero()[:, 0]):
+        yield rows
 
 
 def _layout(objects, scene):
@@ -165,27 +194,26 @@ def _layout(objects, scene):
     return objects, exists, place, radius, depth
 
 
-def _object(draws, place, radius, shape, texture, axis):
+def _object(draws, place, radius, shape, texture, axis, outline):
     """Coverage in [0, 1] and shade of the surface, both (objects, size, size)."""
     x = (axis - place[:, :1])[:, None, :]
     y = (axis - place[:, 1:])[:, :, None]
     turn = (draws[:, 3, None, None] - 0.5) * (2 * _TILT)
     distance = torch.sqrt(x * x + y * y) / radius[:, None, None]
     step = ((torch.atan2(y, x) + turn) * (_ANGLES / (2 * math.pi))).long() % _ANGLES
-    outer = _outlines(axis.device)[shape].flatten()[
-        step + (torch.arange(len(shape), device=step.device) * _ANGLES)[:, None, None]
-    ]
+    outer = outline.flatten()[step + (torch.arange(len(shape), device=step.device) * _ANGLES)[:, None, None]]
     soft = (radius * len(axis))[:, None, None]  # pixels in a radius: edges are one pixel wide
     inside = ((outer - distance) * soft + 0.5).clamp_(0, 1)
     is_ring = shape == SHAPES.index("ring")
-    if is_ring.any():
-        hole = ((distance[is_ring] - 0.55) * soft[is_ring] + 0.5).clamp_(0, 1)
-        inside[is_ring] = torch.minimum(inside[is_ring], hole)
+    for i in _rows(is_ring):
+        hole = ((distance[i] - 0.55) * soft[i] + 0.5).clamp_(0, 1)
+        inside[i] = torch.where(is_ring[i, None, None], torch.minimum(inside[i], hole), inside[i])
     shade = torch.ones_like(inside)
     for kind in range(1, len(TEXTURES)):
-        i = (texture == kind).nonzero()[:, 0]
-        if len(i):
-            shade[i] = _surface(kind, x[i], y[i], turn[i], 16 + 10 * draws[i, 9, None, None])
+        is_kind = texture == kind
+        for i in _rows(is_kind):
+            surface = _surface(kind, x[i], y[i], turn[i], 16 + 10 * draws[i, 9, None, None])
+            shade[i] = torch.where(is_kind[i, None, None], surface, shade[i])
     return inside, shade
 
 
@@ -201,8 +229,7 @@ def _surface(kind, x, y, turn, frequency):
     return 1 - 0.5 * dark
 
 
-@functools.cache
-def _outlines(device) -> torch.Tensor:
+def _outlines() -> torch.Tensor:
     """(shapes, angles): the outline's distance from the centre, as a share of the radius."""
     angle = torch.arange(_ANGLES) * (2 * math.pi / _ANGLES)
     turn = [2 * math.pi * k / 10 for k in range(10)]
@@ -220,7 +247,7 @@ def _outlines(device) -> torch.Tensor:
         "bar": _polygon([(1.0, 0.3), (-1.0, 0.3), (-1.0, -0.3), (1.0, -0.3)], angle),
         "moon": _half_disc(angle),
     }
-    return torch.stack([table[name] for name in SHAPES]).to(device)
+    return torch.stack([table[name] for name in SHAPES])
 
 
 def _polygon(corners, angle):
@@ -254,12 +281,12 @@ def _background(kind, scene, axis):
     mix = torch.where((kind == BACKGROUNDS.index("gradient"))[:, None, None], slope * 0.8 + 0.5, mix)
     pixels = torch.lerp(first[:, :, None, None], second[:, :, None, None], mix[:, None])
     noise = scene[:, _DRAWS_PER_SCENE:].view(n, 3, _NOISE, _NOISE) - 0.5
-    i = (kind == BACKGROUNDS.index("soft")).nonzero()[:, 0]
-    if len(i):
-        pixels[i] += 0.35 * F.interpolate(noise[i], size=(size, size), mode="bilinear", align_corners=True)
-    i = (kind == BACKGROUNDS.index("busy")).nonzero()[:, 0]
-    if len(i):
-        pixels[i] += _busy(scene[i], noise[i], axis)
+    is_soft, is_busy = (kind == BACKGROUNDS.index(name) for name in ("soft", "busy"))
+    for i in _rows(is_soft):
+        soft = 0.35 * F.interpolate(noise[i], size=(size, size), mode="bilinear", align_corners=True)
+        pixels[i] += soft * is_soft[i, None, None, None]
+    for i in _rows(is_busy):
+        pixels[i] += _busy(scene[i], noise[i], axis) * is_busy[i, None, None, None]
     return pixels
 
 

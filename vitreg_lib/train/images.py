@@ -25,7 +25,8 @@ HELD_OUT_EVERY = 20  # of photos without a split of their own every twentieth is
 
 def rendered(config, step: int, device) -> scenes.Scenes:
     """This process's scenes of a step, on the device."""
-    return scenes.render(parallel.batch_range(config, step), config.image_size, config.seed, device)
+    compiled = config.compile and torch.device(device).type == "cuda" and parallel.compiles(device)
+    return scenes.render(parallel.positions(config, step, device), config.image_size, config.seed, device, compiled)
 
 
 def telemetry_images(config) -> torch.Tensor:

@@ -13,10 +13,15 @@ and, optionally:
     after_step(module, config, step)             work after an optimiser step, such as a teacher's update
     companions(module) -> {name: state}          states saved beside the backbone
     SEPARABLE = False                            the loss compares the images of a batch with each other
+    GRAPH = True                                 without --data the loss depends on the step by `parallel.positions`
+                                                 alone, has fixed shapes and never waits for a GPU
 
 The number of a step determines its batch; every process computes its part (see `parallel`). The random state is set
 from (seed, step) at every step. A resumed run therefore ends with the same weights as an uninterrupted one, on a CPU
 bit for bit. `state` describes the folder of a run; a finished run adds model.safetensors and result.json.
+
+A GPU is not waited for: a step's numbers are read while it computes the next one. With GRAPH, a step is one CUDA graph,
+since at mini sizes the launches of its kernels take longer than the kernels.
 """
 
 import json
@@ -25,9 +30,10 @@ import signal
 import threading
 import time
 import warnings
+from collections import deque
 from collections.abc import Callable
 from contextlib import contextmanager
-from dataclasses import asdict, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from types import ModuleType
 
@@ -52,7 +58,7 @@ def train(
     The stop button, Ctrl-C and SIGTERM let the step end, save the state and raise KeyboardInterrupt, whose message says
     how to resume. Ranks other than 0 write nothing, and their result is empty. Raises UserError where the folder holds
     a run of another configuration or the state cannot be read or written, and FloatingPointError when the loss is no
-    longer finite. The last good state is always kept.
+    longer finite (on a GPU a step later). The last good state is always kept.
     """
     from tqdm.auto import tqdm
 
@@ -77,18 +83,31 @@ def train(
     start, began = run.step, time.perf_counter()
     measured_at = set(telemetry.measured_steps(config.steps))
     hidden = not progress or parallel.rank() > 0
+    on_gpu, graph, stop, unread = torch.device(device).type == "cuda", None, False, deque()
+
+    def read(all_but: int = 0) -> bool:
+        """Put the numbers of steps into the log; return whether one asks to stop."""
+        asks = [_note(run, *unread.popleft(), folder, on_step) for _ in range(len(unread) - all_but)]
+        return any(asks)
+
     with _stop_button() as asked:
         for step in tqdm(range(start, config.steps), initial=start, total=config.steps, disable=hidden, desc="steps"):
             if step in measured_at:
                 measure()
             if step > start and step % config.save_every == 0:
+                stop |= read()
                 state.save(folder, run)
-            numbers = _step(run, loss, recipe, config, step, device, asked)
-            if _note(run, step, numbers, folder, on_step) or (parallel.world() == 1 and asked()):
+            if step == start + 1 and _capturable(run, recipe, config, device):
+                graph = _capture(run, loss, config, step, device)
+            unread.append((step, _step(run, loss, recipe, config, step, device, asked, graph)))
+            stop |= read(all_but=int(on_gpu))
+            if stop or (parallel.world() == 1 and asked()):
+                read()
                 state.save(folder, run)
                 raise KeyboardInterrupt(
                     f"stopped after step {run.step} of {config.steps}; go on with: vitreg train --resume {folder}"
                 )
+    read()
     measure()
     state.save(folder, run)
     result = _finish(folder, run, recipe, config, device, began)
@@ -148,18 +167,116 @@ def _prepare(module, recipe, config: TrainConfig, device: str) -> tuple[Run, tor
     return Run(module, parallel.optimizer(module, config, device), ema, config.accumulate), loss
 
 
-def _step(run: Run, loss, recipe, config, step: int, device, asked=lambda: False) -> dict[str, float]:
-    """One optimiser step; its numbers, averaged over images, with `loss` and `stop` (above 0: a process was asked to).
+@dataclass
+class Numbers:
+    """A step's numbers by name, averaged over images, on their way from the device."""
 
-    Where the loss is not finite, nothing is changed.
+    names: list[str]
+    values: torch.Tensor
+
+    def __post_init__(self):
+        self.arrived = torch.cuda.Event() if self.values.is_cuda else None
+        self.values = self.values.to("cpu", non_blocking=True)
+        if self.arrived:
+            self.arrived.record()
+
+    def read(self) -> dict[str, float]:
+        if self.arrived:
+            self.arrived.synchronize()
+        return dict(zip(self.names, self.values.tolist(), strict=True))
+
+
+def _step(run: Run, loss, recipe, config, step: int, device, asked=lambda: False, graph=None) -> Numbers:
+    """One optimiser step; its numbers, with `loss` and, of several processes, `stop` (above 0: one was asked to).
+
+    Where the loss is not finite, nothing is changed, except on a GPU, which is not waited for.
     """
     for group in run.optimizer.param_groups:
-        group["lr"] = learning_rate(config, step) * group.get("lr_scale", 1.0)
+        rate = learning_rate(config, step) * group.get("lr_scale", 1.0)
+        group["lr"] = group["lr"].fill_(rate) if torch.is_tensor(group["lr"]) else rate
     run.module.train()
+    if graph:
+        numbers = Numbers(*graph(step))
+    else:
+        names, values = _gradients_that_fit(run, loss, recipe, config, step, device, asked)
+        numbers = Numbers(names, values)
+        if not values.is_cuda and not values[0].isfinite():
+            return numbers
+        _update(run, config)
+    if hasattr(recipe, "after_step"):
+        recipe.after_step(run.module, config, step)
+    if run.ema is not None:
+        run.ema.update(run.module, step=step)
+    run.step = step + 1
+    return numbers
+
+
+def _update(run: Run, config: TrainConfig) -> None:
+    """The optimiser's step from the gradients."""
+    if config.clip_grad:
+        torch.nn.utils.clip_grad_norm_(run.module.parameters(), config.clip_grad)
+    run.optimizer.step()
+
+
+def _capturable(run: Run, recipe, config: TrainConfig, device) -> bool:
+    """Whether a step can be one CUDA graph."""
+    return (
+        torch.device(device).type == "cuda"
+        and getattr(recipe, "GRAPH", False)
+        and not config.data
+        and parallel.world() == run.accumulate == 1
+        and all(group.get("capturable") for group in run.optimizer.param_groups)
+    )
+
+
+def _capture(run: Run, loss, config: TrainConfig, step: int, device) -> Callable[[int], tuple]:
+    """A function that takes a step as one CUDA graph and returns the names and values of its numbers.
+
+    A step before must have made the optimiser's state.
+    """
+    positions = parallel.positions(config, step, device)
+    graph = torch.cuda.CUDAGraph()
+    run.module.train()
+    run.optimizer.zero_grad(set_to_none=True)
+    with parallel.fixed_positions(positions), torch.cuda.graph(graph):
+        numbers = _gradients(run, loss, config, step, device)
+        _update(run, config)
+
+    def replay(step: int):
+        torch.manual_seed(_seed(config, step, stream=0))
+        positions.copy_(parallel.positions(config, step, device))
+        graph.replay()
+        return numbers
+
+    return replay
+
+
+def _note(run: Run, step: int, numbers: Numbers, folder: Path, on_step) -> bool:
+    """Put a step's numbers into the log; return whether a process, or `on_step` by KeyboardInterrupt, asks to stop.
+
+    Raises FloatingPointError where the loss is not finite.
+    """
+    values = numbers.read()
+    if not math.isfinite(values["loss"]):
+        raise FloatingPointError(
+            f"loss is {values['loss']} at step {step}; the last good state is kept in {folder}. "
+            "A smaller --learning-rate or a longer --warmup may help, in another folder"
+        )
+    stop = bool(values.pop("stop", False))
+    run.log.append({"step": step, **values})
+    try:
+        if on_step:
+            on_step(step, values["loss"])
+    except KeyboardInterrupt:
+        stop = True
+    return stop
+
+
+def _gradients_that_fit(run: Run, loss, recipe, config, step: int, device, asked) -> tuple[list[str], torch.Tensor]:
+    """`_gradients`, in smaller micro-batches where memory runs out."""
     while True:
         try:
-            numbers = _gradients(run, loss, config, step, device, asked)
-            break
+            return _gradients(run, loss, config, step, device, asked)
         except torch.OutOfMemoryError as error:
             reason = line(error)
         # outside of the handler, which would keep the failed step's tensors alive
@@ -167,46 +284,16 @@ def _step(run: Run, loss, recipe, config, step: int, device, asked=lambda: False
             more = f"go on with --resume and --accumulate {2 * run.accumulate}" if _separable(recipe) else ""
             raise UserError(f"out of memory at step {step} ({reason}): {more or 'use more processes'}")
         _halve(run, recipe, config, step, reason)
-    if not math.isfinite(numbers["loss"]):
-        return numbers
-    if config.clip_grad:
-        torch.nn.utils.clip_grad_norm_(run.module.parameters(), config.clip_grad)
-    run.optimizer.step()
-    if hasattr(recipe, "after_step"):
-        recipe.after_step(run.module, config, step)
-    if run.ema is not None:
-        run.ema.update(run.module, step=step)
-    return numbers
 
 
-def _note(run: Run, step: int, numbers: dict[str, float], folder: Path, on_step) -> bool:
-    """Put a step's numbers into the log; return whether a process, or `on_step` by KeyboardInterrupt, asks to stop.
-
-    Raises FloatingPointError for a loss that is not finite.
-    """
-    if not math.isfinite(numbers["loss"]):
-        raise FloatingPointError(
-            f"loss is {numbers['loss']} at step {step}; the last good state is kept in {folder}. "
-            "A smaller --learning-rate or a longer --warmup may help, in another folder"
-        )
-    stop = bool(numbers.pop("stop"))
-    run.step = step + 1
-    run.log.append({"step": step, **numbers})
-    try:
-        if on_step:
-            on_step(step, numbers["loss"])
-    except KeyboardInterrupt:
-        stop = True
-    return stop
-
-
-def _gradients(run: Run, loss, config, step: int, device, asked) -> dict[str, float]:
-    """Compute the gradients of the whole batch, micro-batch by micro-batch; return the numbers of `_step`."""
+def _gradients(run: Run, loss, config, step: int, device, asked=lambda: False) -> tuple[list[str], torch.Tensor]:
+    """Compute the gradients of the whole batch, micro-batch by micro-batch; return names and values of its numbers."""
     run.optimizer.zero_grad(set_to_none=True)
     share = config.batch_size // parallel.world()
     total = 0.0
     for part in range(run.accumulate):
-        torch.manual_seed(_seed(config, step, parallel.rank() * run.accumulate + part))
+        if not parallel.capturing():  # a graph draws from the state that is set before it is launched
+            torch.manual_seed(_seed(config, step, parallel.rank() * run.accumulate + part))
         with parallel.micro_batch(part, run.accumulate):
             weight = len(parallel.batch_range(config, step)) / share
             with parallel.without_sync(loss, last=part == run.accumulate - 1):
@@ -214,9 +301,10 @@ def _gradients(run: Run, loss, config, step: int, device, asked) -> dict[str, fl
                 (value * weight).backward()
         numbers = {"loss": value.detach()} | numbers
         total = total + weight * torch.stack([n.to(device, torch.float64) for n in numbers.values()])
+    if parallel.world() == 1:
+        return [*numbers], total
     sums = parallel.all_reduce_sum(torch.cat([total, total.new_tensor([float(asked())])]))
-    # `tolist` is the only place of a step that waits for a GPU
-    return dict(zip([*numbers, "stop"], (sums / parallel.world()).tolist(), strict=True))
+    return [*numbers, "stop"], sums / parallel.world()
 
 
 def _seed(config: TrainConfig, step: int, stream: int) -> int:

@@ -8,6 +8,7 @@ torchrun there is one rank, and all functions here are the identity.
 """
 
 import contextlib
+import functools
 import warnings
 from collections.abc import Iterator
 
@@ -18,6 +19,7 @@ from torch import nn
 from ..base import UserError, line, local_rank
 
 _part = (0, 1)  # (current micro-batch, number of micro-batches); set by `micro_batch` alone
+_fixed: torch.Tensor | None = None  # what `positions` gives while a step is captured; set by `fixed_positions` alone
 
 
 def rank() -> int:
@@ -41,6 +43,30 @@ def batch_range(config, step: int) -> range:
     first = step * config.batch_size + rank() * share
     part, parts = _part
     return range(first + part * share // parts, first + (part + 1) * share // parts)
+
+
+def positions(config, step: int, device) -> torch.Tensor:
+    """`batch_range` as a tensor (n,) on the device; a loss that is captured as a CUDA graph finds its images by it."""
+    if _fixed is not None:
+        return _fixed
+    mine = batch_range(config, step)
+    return torch.arange(mine.start, mine.stop, device=device)
+
+
+@contextlib.contextmanager
+def fixed_positions(held: torch.Tensor):
+    """A context in which `positions` gives the tensor `held`, whose content changes from step to step."""
+    global _fixed
+    _fixed = held
+    try:
+        yield
+    finally:
+        _fixed = None
+
+
+def capturing() -> bool:
+    """Whether `positions` are fixed, because a step is being captured."""
+    return _fixed is not None
 
 
 def following(config, step: int) -> Iterator[range]:
@@ -137,23 +163,25 @@ def blocks(module: nn.Module) -> list[nn.Module]:
 
 
 def compile_blocks(module: nn.Module, device: str) -> None:
-    """Compile every block in place, since blocks take most of the time; where that fails, warn and leave them.
-
-    A forward and backward pass of the first block tests whether this machine can compile.
-    """
+    """Compile every block in place, since blocks take most of the time, where this machine can compile."""
+    if not compiles(device):
+        return
     modules = blocks(module)
     # blocks differ in their rate of stochastic depth alone, and are called with and without gradient
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 4 * len(modules))
     for block in modules:
         block.compile(dynamic=False)
-    dim = next(p.shape[0] for name, p in modules[0].named_parameters() if name.endswith("norm1.weight"))
+
+
+@functools.cache
+def compiles(device) -> bool:
+    """Whether torch.compile works here, by a forward and backward pass of a small function; else a warning says why."""
     try:
-        modules[0](torch.zeros(2, 8, dim, device=device, requires_grad=True)).sum().backward()
+        torch.compile(lambda x: x.sin().sum())(torch.zeros(8, device=device, requires_grad=True)).backward()
     except Exception as error:  # any error of the compiler, the driver or the tool chain
-        for block in modules:
-            block._compiled_call_impl = None  # what nn.Module.compile sets; it has no public inverse
-        warnings.warn(f"torch.compile does not work here, going on without: {line(error)}", stacklevel=2)
-    module.zero_grad(set_to_none=True)
+        warnings.warn(f"torch.compile does not work here, going on without: {line(error)}", stacklevel=3)
+        return False
+    return True
 
 
 def eager(config):
@@ -183,17 +211,28 @@ def distribute(loss: Loss, config) -> nn.Module:
 
 
 def optimizer(module: nn.Module, config, device: str) -> torch.optim.Optimizer:
-    """timm's optimiser of that name, with a fused step on a GPU where it has one.
+    """timm's optimiser of that name, on a GPU with a fused step, and one that a CUDA graph can hold, where it has them.
 
     Vectors have no weight decay, nor do the parameters that a ViT excludes: positions, cls token, registers.
     """
     from timm.optim import create_optimizer_v2, param_groups_weight_decay
+
+    from .muon import Muon
 
     parts = [(prefix, part) for prefix, part in module.named_modules() if hasattr(part, "no_weight_decay")]
     kept = [f"{prefix}.{name}".lstrip(".") for prefix, part in parts for name in part.no_weight_decay()]
     groups = param_groups_weight_decay(module, config.weight_decay, no_weight_decay_list=kept)
     options = dict(opt=config.optimizer, lr=config.learning_rate)
     if torch.device(device).type == "cuda":
+        if world() == 1:  # a graph reads the learning rate from the device
+            for group in groups:
+                group["lr"] = torch.tensor(config.learning_rate, device=device)
+            if config.optimizer == "muon":
+                return Muon(groups, capturable=True)
+            with contextlib.suppress(TypeError, RuntimeError, ValueError):
+                return create_optimizer_v2(groups, **options, fused=True, capturable=True)
+            for group in groups:
+                del group["lr"]
         with contextlib.suppress(TypeError, RuntimeError):
             return create_optimizer_v2(groups, **options, fused=True)
     try:

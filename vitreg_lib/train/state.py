@@ -151,7 +151,7 @@ def _tensors(run: Run) -> dict[str, torch.Tensor]:
     for number, values in run.optimizer.state_dict()["state"].items():
         named |= {f"optimizer.{number}.{k}": v for k, v in values.items() if torch.is_tensor(v)}
     for number, group in enumerate(run.optimizer.param_groups):  # where LAMB counts its steps
-        named |= {f"group.{number}.{k}": v for k, v in group.items() if torch.is_tensor(v)}
+        named |= {f"group.{number}.{k}": v for k, v in group.items() if torch.is_tensor(v) and k != "lr"}
     return parallel.gathered(named)
 
 
