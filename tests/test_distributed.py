@@ -56,7 +56,7 @@ def gradients(config, recipe, steps: int = 2) -> dict[str, torch.Tensor]:
             for name, p in run.module.named_parameters()
             if p.grad is not None
         }
-        loop._step(run, loss, recipe, config, step, "cpu")
+        loop.take_step(run, loss, recipe, config, step, "cpu")
     return found | {name: parallel.full(p.detach()).clone() for name, p in run.module.state_dict().items()}
 
 

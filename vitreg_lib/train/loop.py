@@ -33,15 +33,16 @@ import warnings
 from collections import deque
 from collections.abc import Callable
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, fields
 from pathlib import Path
 from types import ModuleType
 
 import torch
 
 from ..base import UserError, line, unknown, write_atomically
-from . import images, parallel, recipes, state, telemetry
+from . import graph, images, parallel, recipes, state, telemetry
 from .config import TrainConfig
+from .graph import Numbers
 from .state import Run
 
 
@@ -83,23 +84,23 @@ def train(
     start, began = run.step, time.perf_counter()
     measured_at = set(telemetry.measured_steps(config.steps))
     hidden = not progress or parallel.rank() > 0
-    on_gpu, graph, stop, unread = torch.device(device).type == "cuda", None, False, deque()
+    on_gpu, replay, stop, unread = torch.device(device).type == "cuda", None, False, deque()
 
     def read(all_but: int = 0) -> bool:
         """Put the numbers of steps into the log; return whether one asks to stop."""
         asks = [_note(run, *unread.popleft(), folder, on_step) for _ in range(len(unread) - all_but)]
         return any(asks)
 
-    with _stop_button() as asked:
+    with _stop_button() as asked, _tensor_cores(device):
         for step in tqdm(range(start, config.steps), initial=start, total=config.steps, disable=hidden, desc="steps"):
             if step in measured_at:
                 measure()
             if step > start and step % config.save_every == 0:
                 stop |= read()
                 state.save(folder, run)
-            if step == start + 1 and _capturable(run, recipe, config, device):
-                graph = _capture(run, loss, config, step, device)
-            unread.append((step, _step(run, loss, recipe, config, step, device, asked, graph)))
+            if step == start + 1 and graph.possible(run, recipe, config, device):
+                replay = capture(run, loss, config, step, device)
+            unread.append((step, take_step(run, loss, recipe, config, step, device, asked, replay)))
             stop |= read(all_but=int(on_gpu))
             if stop or (parallel.world() == 1 and asked()):
                 read()
@@ -150,8 +151,6 @@ def _separable(recipe) -> bool:
 
 def _prepare(module, recipe, config: TrainConfig, device: str) -> tuple[Run, torch.nn.Module]:
     """The run at step 0 and its loss as a module."""
-    if torch.device(device).type == "cuda":
-        torch.set_float32_matmul_precision("high")  # operations that autocast leaves in float32 use tensor cores too
     ema = None
     if config.ema:
         from timm.utils import ModelEmaV3
@@ -167,36 +166,19 @@ def _prepare(module, recipe, config: TrainConfig, device: str) -> tuple[Run, tor
     return Run(module, parallel.optimizer(module, config, device), ema, config.accumulate), loss
 
 
-@dataclass
-class Numbers:
-    """A step's numbers by name, averaged over images, on their way from the device."""
-
-    names: list[str]
-    values: torch.Tensor
-
-    def __post_init__(self):
-        self.arrived = torch.cuda.Event() if self.values.is_cuda else None
-        self.values = self.values.to("cpu", non_blocking=True)
-        if self.arrived:
-            self.arrived.record()
-
-    def read(self) -> dict[str, float]:
-        if self.arrived:
-            self.arrived.synchronize()
-        return dict(zip(self.names, self.values.tolist(), strict=True))
-
-
-def _step(run: Run, loss, recipe, config, step: int, device, asked=lambda: False, graph=None) -> Numbers:
+def take_step(run: Run, loss, recipe, config, step: int, device, asked=lambda: False, replay=None) -> Numbers:
     """One optimiser step; its numbers, with `loss` and, of several processes, `stop` (above 0: one was asked to).
 
-    Where the loss is not finite, nothing is changed, except on a GPU, which is not waited for.
+    replay: the step as a CUDA graph, by `capture`. Where the loss is not finite, nothing is changed, except on a GPU,
+    which is not waited for.
     """
     for group in run.optimizer.param_groups:
         rate = learning_rate(config, step) * group.get("lr_scale", 1.0)
         group["lr"] = group["lr"].fill_(rate) if torch.is_tensor(group["lr"]) else rate
     run.module.train()
-    if graph:
-        numbers = Numbers(*graph(step))
+    if replay:
+        torch.manual_seed(_seed(config, step, stream=0))
+        numbers = Numbers(*replay(step))
     else:
         names, values = _gradients_that_fit(run, loss, recipe, config, step, device, asked)
         numbers = Numbers(names, values)
@@ -211,44 +193,24 @@ def _step(run: Run, loss, recipe, config, step: int, device, asked=lambda: False
     return numbers
 
 
+def capture(run: Run, loss, config: TrainConfig, step: int, device) -> Callable[[int], tuple]:
+    """The gradients and the optimiser's step as one CUDA graph: step → (names, values) of its numbers."""
+
+    def take():
+        numbers = _gradients(run, loss, config, step, device)
+        _update(run, config)
+        return numbers
+
+    run.module.train()
+    run.optimizer.zero_grad(set_to_none=True)
+    return graph.capture(take, config, step, device)
+
+
 def _update(run: Run, config: TrainConfig) -> None:
     """The optimiser's step from the gradients."""
     if config.clip_grad:
         torch.nn.utils.clip_grad_norm_(run.module.parameters(), config.clip_grad)
     run.optimizer.step()
-
-
-def _capturable(run: Run, recipe, config: TrainConfig, device) -> bool:
-    """Whether a step can be one CUDA graph."""
-    return (
-        torch.device(device).type == "cuda"
-        and getattr(recipe, "GRAPH", False)
-        and not config.data
-        and parallel.world() == run.accumulate == 1
-        and all(group.get("capturable") for group in run.optimizer.param_groups)
-    )
-
-
-def _capture(run: Run, loss, config: TrainConfig, step: int, device) -> Callable[[int], tuple]:
-    """A function that takes a step as one CUDA graph and returns the names and values of its numbers.
-
-    A step before must have made the optimiser's state.
-    """
-    positions = parallel.positions(config, step, device)
-    graph = torch.cuda.CUDAGraph()
-    run.module.train()
-    run.optimizer.zero_grad(set_to_none=True)
-    with parallel.fixed_positions(positions), torch.cuda.graph(graph):
-        numbers = _gradients(run, loss, config, step, device)
-        _update(run, config)
-
-    def replay(step: int):
-        torch.manual_seed(_seed(config, step, stream=0))
-        positions.copy_(parallel.positions(config, step, device))
-        graph.replay()
-        return numbers
-
-    return replay
 
 
 def _note(run: Run, step: int, numbers: Numbers, folder: Path, on_step) -> bool:
@@ -379,6 +341,18 @@ def _stop_button():
     finally:
         for number, handler in before.items():
             signal.signal(number, handler or signal.SIG_DFL)
+
+
+@contextmanager
+def _tensor_cores(device):
+    """A context in which a GPU computes what autocast leaves in float32 with its tensor cores too, less precisely."""
+    before = torch.get_float32_matmul_precision()
+    if torch.device(device).type == "cuda":
+        torch.set_float32_matmul_precision("high")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def _finish(folder: Path, run: Run, recipe, config: TrainConfig, device, began: float) -> dict:
