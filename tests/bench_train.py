@@ -19,7 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from tests.bench import Row, compared, taking_turns
 from vitreg_lib.data import scenes
-from vitreg_lib.train import images, loop, parallel, recipes, telemetry
+from vitreg_lib.train import graph, images, loop, parallel, recipes, telemetry
 from vitreg_lib.train.config import TrainConfig
 
 deit3 = recipes.load("deit3")
@@ -28,14 +28,14 @@ deit3 = recipes.load("deit3")
 def ours(config: TrainConfig, device: str, steps: int):
     """A function that takes the next `steps` steps of the loop."""
     run, loss = loop._prepare(deit3.build(config).to(device), deit3, config, device)
-    graph, unread = None, deque()
+    replay, unread = None, deque()
 
     def train():
-        nonlocal graph
+        nonlocal replay
         for step in range(run.step, run.step + steps):
-            if step == 1 and loop._capturable(run, deit3, config, device):
-                graph = loop._capture(run, loss, config, step, device)
-            unread.append(loop._step(run, loss, deit3, config, step, device, graph=graph))
+            if step == 1 and graph.possible(run, deit3, config, device):
+                replay = loop.capture(run, loss, config, step, device)
+            unread.append(loop.take_step(run, loss, deit3, config, step, device, replay=replay))
             while len(unread) > (device == "cuda"):
                 unread.popleft().read()
         if device == "cuda":
@@ -86,12 +86,13 @@ def flops(config: TrainConfig) -> float:
 
 def beside_timm(config: TrainConfig, device: str, steps: int, rounds: int) -> Iterator[Row]:
     """The loop beside timm's way: time of a step, and images a second."""
-    what = f"{config.size}, {config.image_size} pixels, {config.batch_size} images" + ", compiled" * config.compile
+    what = f"a step of {config.batch_size} images of {config.image_size} pixels, size {config.size}"
+    what += ", compiled" * config.compile
     row = compared(what, ours(config, device, steps), plain(config, device, steps), "at most 1", rounds)
-    row.ours, row.other = row.ours / steps, row.other / steps
+    row = replace(row, ours=row.ours / steps, other=row.other / steps)
     yield row
     rates = (1e3 * config.batch_size / value for value in (row.ours, row.other))
-    yield Row(f"{what}: images a second", *rates, "")
+    yield Row("the same, images a second", *rates, "")
 
 
 def registers(config: TrainConfig, device: str, steps: int, rounds: int) -> Iterator[Row]:
@@ -99,8 +100,9 @@ def registers(config: TrainConfig, device: str, steps: int, rounds: int) -> Iter
     for count in (4, 16):
         more = replace(config, registers=count)
         added = f"FLOPs {flops(more) / flops(config):.3f}"
-        what = f"{config.size}: {count} registers beside none"
-        yield compared(what, ours(more, device, steps), ours(config, device, steps), added, rounds)
+        what = f"size {config.size}: {count} registers beside none"
+        row = compared(what, ours(more, device, steps), ours(config, device, steps), added, rounds)
+        yield replace(row, ours=row.ours / steps, other=row.other / steps)
 
 
 def watching(config: TrainConfig, device: str) -> Row:
