@@ -318,11 +318,12 @@ class Run:
 
         if layout := figure.get_layout_engine():
             layout.execute(figure)
-            figure.set_layout_engine("none")
+            figure.set_layout_engine(None)  # under "none" each drawing would be rehearsed
         box = figure.get_tightbbox().padded(0.1)
         for kind, options in (("svg", {"metadata": {"Date": None}}), ("png", {"dpi": 150})):
             with written(self.folder / f"{name}.{kind}") as temporary:
                 figure.savefig(temporary, format=kind, bbox_inches=box, **options)
+        figure.stale = False  # else pyplot draws it once more after the cell, for nobody
         self._drawn[name] = drawn.summary(figure)
 
     def claims(self, judged=()):
