@@ -159,11 +159,11 @@ def _remedied(model, module: nn.Module, kind: str, n: int, about: str, neurons: 
     return dataclasses.replace(
         model,
         name=f"{model.name}+{kind}{n}",
-        label=f"{model.label or model.name}+{kind}{n}",
+        label=f"{model.label}+{kind}{n}",
         module=module,
         sha256=hashlib.sha256(f"{model.sha256} {what}".encode()).hexdigest(),
         role="mended",
-        base=model.label or model.name,
+        base=model.label,
         registers_from="test time" if kind == "ttr" else registers_from(module, model.registers_from),
         about=about,
     )

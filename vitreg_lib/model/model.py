@@ -19,7 +19,7 @@ FACTS = ("role", "family", "base", "registers_from", "head", "onset")  # fields 
 class Model:
     """A model and the facts about it: how to feed it, how to name it, what it is.
 
-    name: its full name; label: the name by which it was loaded, short enough for a figure.
+    name: its full name; label: the name by which it was loaded, short enough for a figure; by default the full name.
     sha256: of its weights file, or of its weights where there is no single file.
     role: "trained", "planted control", "random control" or "mended". about: one sentence.
     input_size: pixels a side, or (height, width). mean, std, interpolation, crop, crop_mode: its preprocessing, in
@@ -52,6 +52,9 @@ class Model:
     registers_from: str = "none"
     head: dict[str, tuple[int, int]] = field(default_factory=dict)
     replayed = False  # True for a model without weights, which reads a file of measurements (`model.measured`)
+
+    def __post_init__(self):
+        self.label = self.label or self.name
 
     @property
     def anatomy(self) -> Anatomy:

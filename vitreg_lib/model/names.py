@@ -98,9 +98,10 @@ def folder(timm_name: str) -> Path | None:
         raise UserError(f"VITREG_MODELS={root}: no such folder")
     if (root / timm_name / "config.json").exists():
         return root / timm_name
-    for place, content in _configs(root):
-        config = content.get("pretrained_cfg", {}) if content else {}
-        if content and f"{content.get('architecture')}.{config.get('tag', '')}".removesuffix(".") == timm_name:
+    for place in _with_config(root):
+        content = config(place)
+        tag = content.get("pretrained_cfg", {}).get("tag", "")
+        if f"{content.get('architecture')}.{tag}".removesuffix(".") == timm_name:
             return place
     return None
 
@@ -108,17 +109,18 @@ def folder(timm_name: str) -> Path | None:
 def damaged() -> str:
     """A sentence on folders of VITREG_MODELS whose config.json cannot be read; empty where there are none."""
     root = env_folder("VITREG_MODELS")
-    bad = [place.name for place, content in _configs(root) if not content] if root else []
+    bad = [place.name for place in _with_config(root) if not config(place)] if root else []
     return f"config.json in {', '.join(bad)} cannot be read; " if bad else ""
 
 
-def _configs(root: Path) -> list[tuple[Path, dict | None]]:
-    """(folder, contents of its config.json, or None where unreadable) of each folder with one."""
-    configs = []
-    for path in sorted(root.glob("*/config.json")):
-        try:
-            content = json.loads(path.read_text())
-        except (OSError, ValueError):
-            content = None
-        configs.append((path.parent, content if isinstance(content, dict) else None))
-    return configs
+def _with_config(root: Path) -> list[Path]:
+    return [path.parent for path in sorted(root.glob("*/config.json"))]
+
+
+def config(folder: Path) -> dict:
+    """The config.json of a folder in hub layout; empty where it cannot be read."""
+    try:
+        content = json.loads((folder / "config.json").read_text())
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}

@@ -47,9 +47,7 @@ def of_module(
     stated_size, facts = _stated(module)
     size = image_size or stated_size
     size = size if isinstance(size, int) or size[0] != size[1] else size[0]
-    kind = type(module).__name__
-    model = Model(name or kind, module, sha256 or weights_sha256(module), input_size=size, **facts)
-    model.label = "" if name else kind
+    model = Model(name or type(module).__name__, module, sha256 or weights_sha256(module), input_size=size, **facts)
     model.role = "mended" if of_state(module.state_dict())[0] else "trained"
     model.registers_from = registers_from(module, "trained" if model.registers else "none")
     return model

@@ -131,7 +131,7 @@ def trial(
 
     if len(x) < 2:
         raise UserError("at least two images are needed: one to choose a remedy on, one to try it on")
-    half, own = len(x) // 2, model.label or model.name
+    half, own = len(x) // 2, model.label
     first, second = x[:half], x[half:]
     search = mend.find(model, first, cutoff=cutoff)
     at_first, before = (outputs_of(model, part, search.layer) for part in (first, second))

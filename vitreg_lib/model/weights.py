@@ -13,7 +13,6 @@ import argparse
 import contextlib
 import hashlib
 import io
-import json
 import re
 import sys
 import zipfile
@@ -50,14 +49,6 @@ def file_sha256(path: Path) -> str:
     """A digest of a file's bytes."""
     with open(path, "rb") as f:
         return hashlib.file_digest(f, "sha256").hexdigest()
-
-
-def read_json(path: Path) -> dict:
-    """A JSON file. Raises UserError for a damaged one."""
-    try:
-        return json.loads(path.read_text())
-    except ValueError as error:
-        raise UserError(f"{path.name} in {path.parent.name} cannot be read: {line(error)}") from error
 
 
 def read_safetensors(path: Path) -> tuple[dict, dict[str, torch.Tensor]]:

@@ -22,14 +22,13 @@ from torch import nn
 from ..base import CHECKPOINTS, UserError, hub, line, unknown
 from . import added, saved
 from .model import FACTS, Model, weights_sha256, with_facts
-from .names import available, damaged, entries, file_parts, folder, made, split
+from .names import available, config, damaged, entries, file_parts, folder, made, split
 from .outside import create, of_module, of_open_clip, of_transformers
 from .weights import (
     Layout,
     file_sha256,
     fill,
     is_safetensors,
-    read_json,
     read_weights,
     recognise,
     torchvision_vit,
@@ -78,7 +77,7 @@ def load(
         raise UserError(f"{base} is a file or folder here: write file:{base}")
     else:
         model = _timm(base, base.removeprefix("timm:"), image_size)
-    model.label = model.label or base
+    model.label = base
     model.module.eval().requires_grad_(False)
     model.module.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     return dataclasses.replace(model, **preprocessing)
@@ -160,8 +159,9 @@ def _timm(name: str, timm_name: str, image_size: int | None) -> Model:
 
 
 def _hub_folder(name: str, folder: Path, image_size: int | None) -> Model:
-    arguments = read_json(folder / "config.json").get("model_args")
-    weights = folder / "model.safetensors"
+    weights, stated = folder / "model.safetensors", config(folder)
+    if not stated:
+        raise UserError(f"{name}: config.json in {folder.name} cannot be read")
     if not weights.exists():
         raise UserError(f"{name}: {folder.name} has a config.json but no model.safetensors")
     try:
@@ -170,8 +170,7 @@ def _hub_folder(name: str, folder: Path, image_size: int | None) -> Model:
         raise
     except Exception as error:  # safetensors and timm raise many kinds for damaged files
         raise UserError(f"{name}: model.safetensors in {folder.name} cannot be read: {line(error)}") from error
-    if arguments:
-        module.timm_config = {"model_args": arguments}
+    module.timm_config = {"model_args": stated.get("model_args", {})}
     return of_module(module, name, file_sha256(weights), image_size)
 
 

@@ -322,7 +322,7 @@ def helps(look: Look) -> Answer:
     labels, answer = _head_labels(look), Answer("trained registers")
     labels = None if labels is None else labels[look.sample]
     # a module in memory, or NAME+ttrN already: no command can name what is made of it
-    unnamed = look.name == type(look.model.module).__name__ or names.split(look.name)[1] != ""
+    unnamed = look.model.label == type(look.model.module).__name__ or names.split(look.model.label)[1] != ""
     try:
         tried = remedies.trial(look.model, look.kept.x[look.sample], look.detection.outliers, labels=labels)
     except (UserError, TypeError) as error:
@@ -330,7 +330,7 @@ def helps(look: Look) -> Answer:
     else:
         _scored(look, tried, answer, unnamed)
     if hasattr(look.model.module, "reg_token") and not unnamed:  # timm's alone can have registers trained in
-        answer.say("train", name=shlex.quote(look.name))
+        answer.say("train", name=shlex.quote(look.model.label))
     return answer
 
 
@@ -347,7 +347,7 @@ def _scored(look: Look, tried: remedies.Trial, answer: Answer, unnamed: bool) ->
     if at.outliers > mend.MENDED * first.outliers:
         answer.say("helps_not", best=best)
         return
-    answer.answer = best.removeprefix(look.name)
+    answer.answer = best.removeprefix(look.model.label)
     _, kind, number = names.split(answer.answer)
     source = f" --images {shlex.quote(look.source)}" * bool(look.source)
     command = f"vitreg mend {shlex.quote(best)}{source} --save mended.safetensors"

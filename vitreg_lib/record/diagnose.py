@@ -52,7 +52,7 @@ class Diagnosis:
     @property
     def name(self) -> str:
         """A name short enough for a figure, without characters that a figure reads as a formula."""
-        return self.look.name.rpartition("/")[2][-32:].replace("$", r"\$")
+        return self.look.model.label.rpartition("/")[2][-32:].replace("$", r"\$")
 
     @property
     def verdict(self) -> str:
@@ -76,7 +76,7 @@ def diagnose(
     from tqdm.auto import tqdm
 
     model = zoo.load(model)
-    with tqdm(desc=f"{model.label or model.name}: images", unit="", disable=not progress, leave=False) as bar:
+    with tqdm(desc=f"{model.label}: images", unit="", disable=not progress, leave=False) as bar:
         look = observe(model, images, n, labelled, progress=bar.update)
         if labelled and look.labels is None:
             raise UserError(
@@ -85,7 +85,7 @@ def diagnose(
             )
         answers = {}
         for name in list(QUESTIONS)[: 1 if briefly else None]:
-            bar.set_description(f"{model.label or model.name}: {QUESTIONS[name]}")
+            bar.set_description(f"{model.label}: {QUESTIONS[name]}")
             answers[name] = ask(name, look)
     return Diagnosis(model, look, answers)
 
@@ -115,7 +115,7 @@ def _checkpoint(each: Diagnosis) -> dict:
     """A row of "over_time": the quantities of Figure 4(b) after the last block, and the answer."""
     last = telemetry.table(each.look.observed.seen).iloc[-1]
     ratio = last["q1"] / last["q0.5"]
-    row = {"of": each.look.name.rpartition("/")[2], "largest_norm": last["q1"], "largest_over_median": ratio}
+    row = {"of": each.look.model.label.rpartition("/")[2], "largest_norm": last["q1"], "largest_over_median": ratio}
     row |= {"share_above_3_medians": last.outlier_share, "outlier_share": each.look.shares.mean().item()}
     return row | {"answer": each.answers["any_there"].answer}
 

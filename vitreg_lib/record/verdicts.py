@@ -2,9 +2,9 @@
 
 import csv
 import functools
-import html
 
 from ..base import DATA
+from .page import PAGES, page
 
 VERDICTS = {  # colour and mark, safe for colour-blind readers and legible without colour
     "holds": ("#0072B2", "✓"),
@@ -41,20 +41,4 @@ class Verdicts:
         return "\n".join(rows)
 
     def _repr_html_(self) -> str:
-        left = "text-align:left;vertical-align:top"
-        head = "".join(f'<th style="{left}">{name}</th>' for name in ("verdict", "claim", "measured here", "the paper"))
-        rows = []
-        for title, claims in self.parts.items():
-            if claims:
-                rows.append(f'<tr><td colspan="4" style="{left}"><b>{title}</b></td></tr>')
-            for claim in claims:
-                colour, mark = VERDICTS[claim["verdict"]]
-                chip = f'<b style="border-left:6px solid {colour};padding-left:6px;white-space:nowrap">'
-                text = f"{html.escape(claim['text'])} <small>({html.escape(claim['id'])})</small>"
-                cells = (
-                    f"{chip}{mark} {claim['verdict']}</b>",
-                    text,
-                    *map(html.escape, (claim["measured"], claim["paper"])),
-                )
-                rows.append("<tr>" + "".join(f'<td style="{left}">{cell}</td>' for cell in cells) + "</tr>")
-        return f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
+        return page(PAGES / "verdicts.html", parts=self.parts, verdicts=VERDICTS)
