@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import csv
 import warnings
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -47,6 +47,13 @@ class Images:
 
     def __len__(self) -> int:
         return len(self.x)
+
+    def at(self, rows: Iterable[int]) -> Images:
+        """The images of these rows."""
+        rows = list(rows)
+        of = self.scenes and replace(self.scenes, **{k: value[rows] for k, value in vars(self.scenes).items()})
+        names, paths = [self.names[i] for i in rows], [self.paths[i] for i in rows if self.paths]
+        return replace(self, x=self.x[rows], pixels=self.pixels[rows], names=names, scenes=of, paths=paths)
 
 
 def load(source: str, model, n: int, seed: int = 0, size: int | tuple[int, int] | None = None) -> Images:

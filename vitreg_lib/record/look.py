@@ -4,7 +4,6 @@ Memory does not grow with the number of images beyond `JUDGED`: norms and attent
 pixels for fewer, and only the share of outliers for other images.
 """
 
-import dataclasses
 from dataclasses import dataclass
 
 import torch
@@ -41,10 +40,6 @@ class Look:
     source: str
 
     @property
-    def name(self) -> str:
-        return self.model.label or self.model.name
-
-    @property
     def sample(self) -> torch.Tensor:
         """Rows of `kept`, evenly spread, for work that takes several forward passes."""
         return _spread(len(self.kept), self.costly)
@@ -67,19 +62,16 @@ def observe(model, source, n: int, labelled: bool = False, progress=None) -> Loo
     """
     n = image_sets.number(source, n) if isinstance(source, str) else len(source)
     judged, progress = min(n, JUDGED), progress or (lambda done: None)
-    parts, pixels, tokens, rows, names, paths, shapes, done = [], [], [], [], [], [], [], 0
+    parts, chosen, tokens, rows, done = [], [], [], [], 0
     for batch in _batches(source, model, judged):
         part, captured = detection.observe_batch(model, batch.x, ("final",))
         fits = VALUES // max(captured.final[0].numel(), batch.x[0].numel())
         wanted = set(_spread(judged, max(fits, detection.FEWEST)).tolist())
         here = [i for i in range(len(batch)) if done + i in wanted]
         parts.append(part)
-        pixels.append(batch.pixels[here])
+        chosen.append(batch.at(here))
         tokens.append(captured.final[here].clone())
         rows += [done + i for i in here]
-        names += [batch.names[i] for i in here]
-        paths += [batch.paths[i] for i in here if batch.paths]
-        shapes += [batch.scenes.label[here]] if isinstance(source, str) and batch.scenes is not None else []
         done += len(batch)
         progress(len(batch))
     observed = detection.join(parts)
@@ -90,15 +82,19 @@ def observe(model, source, n: int, labelled: bool = False, progress=None) -> Loo
         shares.append((norms > detected.outliers.cutoff).float().mean(1))
         batch.left_out.update(more.left_out)
         progress(len(more))
-    shares, pixels = torch.cat(shares), torch.cat(pixels)
+    shares = torch.cat(shares)
+    x, pixels = torch.cat([each.x for each in chosen]), torch.cat([each.pixels for each in chosen])
+    names, paths = ([each for part in chosen for each in getattr(part, name)] for name in ("names", "paths"))
     about = f"{batch.source.split(',')[0]}, {len(shares)} image{'s' * (len(shares) > 1)}"
-    kept = image_sets.Images(model.normalise(pixels), pixels, names, about, None, batch.left_out, paths)
-    work = sum(p.numel() for p in model.module.parameters()) * captured.final.shape[1]
-    if isinstance(source, str):
-        classes = torch.cat(shapes) if shapes else image_sets.labels(kept, True) if labelled else None
-    else:
+    kept = image_sets.Images(x, pixels, names, about, None, batch.left_out, paths)
+    if not isinstance(source, str):
         classes = image_sets.labels(source, labelled)
         classes = None if classes is None else classes[rows]
+    elif batch.scenes is not None:
+        classes = torch.cat([each.scenes.label for each in chosen])
+    else:
+        classes = image_sets.labels(kept, True) if labelled else None
+    work = sum(p.numel() for p in model.module.parameters()) * captured.final.shape[1]
     costly = min(32, max(8, int(WORK / work)))
     source = source if isinstance(source, str) else ""
     return Look(model, observed, detected, shares, kept, torch.tensor(rows), torch.cat(tokens), classes, costly, source)
@@ -109,10 +105,7 @@ def _batches(source, model, n: int, first: int = 0):
         yield from image_sets.stream(source, model, n, batch_size=BATCH, first=first)
         return
     for start in range(first, n, BATCH):
-        part = slice(start, min(start + BATCH, n))
-        yield dataclasses.replace(
-            source, x=source.x[part], pixels=source.pixels[part], names=source.names[part], paths=source.paths[part]
-        )
+        yield source.at(range(start, min(start + BATCH, n)))
 
 
 def _spread(n: int, most: int) -> torch.Tensor:

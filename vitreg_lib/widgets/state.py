@@ -222,7 +222,7 @@ class Store:
             raise UserError(f"image {image} out of range for the {count} images of {source!r} (0…{count - 1})")
         model = self.model(name)
         self.busy(f"{name}: all layers of {batch.names[image]} …")
-        one = replace(batch, x=batch.x[[image]], pixels=batch.pixels[[image]], names=[batch.names[image]])
+        one = batch.at([image])
         facts = (model.anatomy.num_heads, norms, detected, batch.pixels[image], batch.names[image])
         if model.replayed:
             asked = dict(layers=model.measured_blocks, queries=model.measured["queries"])
