@@ -74,7 +74,7 @@ def find(model, images=None, max_neurons: int = 50, cutoff: float | Outliers | N
     before, best = is_outlier.float().mean().item(), None
     for count in [c for c in COUNTS if c <= max_neurons]:
         mended = add_registers(model.module, ranked[:count], 1)
-        after = share_above(mended, x, layer, cutoff)
+        after = (capture(mended, x, layers=layer).patch_norms > cutoff).float().mean().item()
         if best is None or after < best[0]:
             best = (after, count)
         if after < REMAINING * before:
@@ -228,11 +228,6 @@ def _output_length(anatomy: Anatomy, layer: int) -> torch.Tensor:
     weight = anatomy.mlp_out[layer].weight.detach().float()
     scale = layer_scale(anatomy.blocks[layer], 2)
     return torch.linalg.vector_norm(weight if scale is None else weight * scale.detach()[:, None], dim=0)
-
-
-def share_above(module: nn.Module, x: torch.Tensor, layer: int, cutoff: float) -> float:
-    """Share (0 to 1) of patch tokens whose norm after a block is above the cutoff."""
-    return (capture(module, x, layers=layer).patch_norms > cutoff).float().mean().item()
 
 
 def _pixels(images) -> torch.Tensor:

@@ -139,8 +139,8 @@ def trial(
     chosen_on = {own: effect(at_first, at_first, first, search.cutoff)}
     rows, norms = {own: _row(before, before, search.cutoff, labels)}, {own: before.norms}
     made = _remedied(model, first, search, counts, empty)
-    for name, remedied in tqdm(made, "remedies", unit="", disable=not progress, leave=False):
-        after = outputs_of(remedied, second, search.layer)
+    for remedied in tqdm(made, "remedies", unit="", disable=not progress, leave=False):
+        name, after = remedied.label, outputs_of(remedied, second, search.layer)
         rows[name], norms[name] = _row(before, after, search.cutoff, labels), after.norms
         if name not in (RANDOM, f"{own}+minus1", f"{own}+ttr0"):
             chosen_on[name] = effect(at_first, remedied, first, search.cutoff, search.layer)
@@ -168,19 +168,16 @@ def _shifted(model: Model, x: torch.Tensor, before: Outputs, layer: int) -> Outp
     return dataclasses.replace(before, norms=norms, attention=before.attention * NAN, patches=final)
 
 
-def _remedied(model: Model, x, search: mend.Search, counts, empty: int) -> Iterator[tuple[str, Model]]:
-    """(name, model) pairs, made one at a time to save memory."""
-    made = mend.with_empty_tokens(model, empty)
-    yield made.label, made
+def _remedied(model: Model, x, search: mend.Search, counts, empty: int) -> Iterator[Model]:
+    """The remedied models, made one at a time to save memory; the control is labelled RANDOM."""
+    yield mend.with_empty_tokens(model, empty)
     for count in sorted(set(counts)):
-        made = mend.with_test_time_registers(model, count, search.neurons)
-        yield made.label, made
+        yield mend.with_test_time_registers(model, count, search.neurons)
     if search.onset + 1 < model.anatomy.depth:
-        made = mend.without_directions(model, 1, x, search.onset)
-        yield made.label, made
+        yield mend.without_directions(model, 1, x, search.onset)
     noise, widths = torch.Generator().manual_seed(0), [linear.in_features for linear in model.anatomy.mlp_out]
     drawn = {(block, int(torch.randint(widths[block], (1,), generator=noise))) for block, _ in search.neurons}
-    yield RANDOM, mend.with_test_time_registers(model, 4, sorted(drawn))
+    yield dataclasses.replace(mend.with_test_time_registers(model, 4, sorted(drawn)), label=RANDOM)
 
 
 def patches_and_answers(module: nn.Module, x: torch.Tensor, layer: int = -1) -> tuple[torch.Tensor, torch.Tensor]:

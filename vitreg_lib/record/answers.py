@@ -40,8 +40,8 @@ SINK = 10.0  # even shares of the attention of other patches
 
 @dataclass
 class Answer:
-    """answer: a word or two. numbers: None where not measured. tables: DataFrames by title. maps: of the shown images,
-    by name, (images, rows, cols), or boxes (images, 4) in pixels."""
+    """answer: a word or two. numbers: None where not measured. tables: DataFrames by title, rows by name. maps: of the
+    shown images, by name, (images, rows, cols), or boxes (images, 4) in pixels."""
 
     answer: str
     sentences: list[str] = field(default_factory=list)
@@ -162,7 +162,8 @@ def held(look: Look) -> Answer:
     errors = {}
     for what, table in probes.items():
         title = f"{what.capitalize()} of a token's own patch, read linearly, {len(look.kept)} images; by group and by "
-        answer.tables[title + "what the probe was fitted on; relative: to the error of a constant guess"] = table
+        title += "what the probe was fitted on; relative: to the error of a constant guess"
+        answer.tables[title] = table.set_axis(table.index.map(", ".join))
         best = {group: table.relative.xs(group).min() for group in ("outlier", "matched")}
         errors |= {f"{what}_error_{group}": value for group, value in best.items()}
     answer.numbers |= errors

@@ -131,16 +131,11 @@ def _model(each: Diagnosis) -> dict:
     facts |= {"blocks": each.model.anatomy.depth, "tokens_kept": len(each.look.kept)}
     asked = {}
     for name, answer in each.answers.items():
-        tables = [{"title": title, "rows": _rows(table)} for title, table in answer.tables.items()]
+        tables = {title: table.reset_index(names="of").to_dict("records") for title, table in answer.tables.items()}
+        tables = [{"title": title, "rows": rows} for title, rows in tables.items()]
         parts = dict(answer=answer.answer, sentence=answer.sentence, numbers=answer.numbers, tables=tables)
         asked[name] = {"question": QUESTIONS[name], **parts}
     return facts | {"questions": asked}
-
-
-def _rows(table) -> list[dict]:
-    """A DataFrame as rows, the index first, under the name "of"."""
-    of = [", ".join(map(str, key)) if isinstance(key, tuple) else str(key) for key in table.index]
-    return [{"of": key} | row for key, row in zip(of, table.to_dict("records"), strict=True)]
 
 
 def _plain(value):

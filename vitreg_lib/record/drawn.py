@@ -16,14 +16,17 @@ PHOTO = 32  # pixels; a picture with a longer side is a photo
 
 def summary(figure) -> list[dict]:
     """One entry per visible panel of a matplotlib figure, with insets and colour bars, ready for JSON."""
-    axes = [a for axis in figure.axes for a in (axis, *axis.child_axes) if axis.get_visible() and a.get_visible()]
-    axes = [axis for axis in axes if axis.get_gid() != THIS_MACHINE]
+    axes = [a for axis in figure.axes if axis.get_visible() for a in (axis, *axis.child_axes) if _counts(a)]
     return [_panel(axis) for axis in dict.fromkeys(axes)]
 
 
+def _counts(artist) -> bool:
+    return artist.get_visible() and artist.get_gid() != THIS_MACHINE
+
+
 def _panel(axis) -> dict:
-    artists = [*_patches(axis), *map(_line, axis.lines), *map(_collection, axis.collections), *map(_image, axis.images)]
-    artists = [artist for artist in artists if artist]
+    lines, collections, images = (filter(_counts, each) for each in (axis.lines, axis.collections, axis.images))
+    artists = [*_patches(axis), *map(_line, lines), *map(_collection, collections), *map(_image, images)]
     spans = {k: extent([_ends(artist[k]) for artist in artists if artist.get(k) is not None]) for k in ("x", "y")}
     drawn = []
     for artist in artists:
@@ -43,16 +46,17 @@ def _panel(axis) -> dict:
     return {key: text for key, text in words.items() if text} | {"drawn": drawn}
 
 
-def _line(line) -> dict | None:
+def _line(line) -> dict:
     return _artist(line, "line", np.column_stack([np.asarray(v, float) for v in line.get_data(orig=False)]))
 
 
-def _patches(axis) -> list[dict | None]:
+def _patches(axis) -> list[dict]:
     """One entry for bars drawn together and one for each other patch, all by their boxes."""
     together = [list(c.patches) for c in axis.containers if hasattr(c, "patches") and c.patches]
     grouped = {id(patch) for bars in together for patch in bars}
     drawn = []
-    for group in together + [[patch] for patch in axis.patches if id(patch) not in grouped]:
+    groups = together + [[patch] for patch in axis.patches if id(patch) not in grouped]
+    for group in (group for group in groups if _counts(group[0])):
         boxes = [patch.get_path().get_extents(patch.get_patch_transform()) for patch in group]
         corners = np.array([box.p0 for box in boxes] + [box.p1 for box in boxes])
         if id(group[0]) in grouped and axis.get_yscale() == "log":
@@ -62,7 +66,7 @@ def _patches(axis) -> list[dict | None]:
     return drawn
 
 
-def _collection(collection) -> dict | None:
+def _collection(collection) -> dict:
     from matplotlib.collections import LineCollection, PathCollection, PolyCollection, QuadMesh
 
     if isinstance(collection, QuadMesh):
@@ -75,11 +79,9 @@ def _collection(collection) -> dict | None:
     return _artist(collection, kind, np.concatenate(vertices) if vertices else np.empty((0, 2)))
 
 
-def _artist(artist, kind: str, xy: np.ndarray, n: int | None = None, label: str | None = None) -> dict | None:
+def _artist(artist, kind: str, xy: np.ndarray, n: int | None = None, label: str | None = None) -> dict:
     """Points (n, 2) as placed on the axes; a coordinate that is not in units of the data (of `axhline`) is left out."""
     axis = artist.axes
-    if artist.get_gid() == THIS_MACHINE or not artist.get_visible():
-        return None
     transform = artist.get_offset_transform() if kind == "points" else artist.get_transform()
     entry = {"kind": kind, "label": artist.get_label() if label is None else label}
     for key, values, scale, inside in zip(
@@ -93,10 +95,8 @@ def _artist(artist, kind: str, xy: np.ndarray, n: int | None = None, label: str 
     return entry
 
 
-def _image(image) -> dict | None:
+def _image(image) -> dict:
     """A picture or a mesh; colours count with unequal weights, so that exchanged channels are noticed."""
-    if image.get_gid() == THIS_MACHINE or not image.get_visible() or image.get_array() is None:
-        return None
     values = np.ma.filled(np.ma.asarray(image.get_array(), float), np.nan)
     limits = list(map(float, image.get_clim()))
     if values.ndim == 3:
