@@ -200,9 +200,15 @@ def judge(observed: Observed, label: str = "", draws: int = 200) -> Detection:
     It judges the last block with artifacts, else the last block. `draws` are those of the bootstrap.
     """
     images, depth, _ = observed.norms.shape
-    block = next((i for i in reversed(range(depth)) if _stand_out(observed, i)[0]), depth - 1)
-    there, valley, product = _stand_out(observed, block)
-    support = _support(observed, block, draws)
+    blocks = {}
+    for block in reversed(range(depth)):
+        blocks[block] = _stand_out(observed, block)
+        if blocks[block][0]:
+            break
+    else:
+        block = depth - 1
+    there, valley, product, sums = blocks[block]
+    support = _support(sums, draws)
     norms = observed.norms[:, block]
     cut = _separating(norms, product > product.median() * bin_middle(valley)) if there else math.inf
     answer, reason, needed = _answer(there, support, norms, bool(observed.received(block)))
@@ -264,9 +270,10 @@ def _binned(observed: Observed, block: int) -> tuple[torch.Tensor, torch.Tensor]
     received = list(observed.received(block).values())
     usual = torch.stack(received).clamp_min(1e-4).log().mean(0).exp() if received else torch.ones_like(norms)
     product = norms * usual**0.25
-    rank = (norms.flatten().argsort().argsort().float() / norms.numel()).view_as(norms)
-    weights = [torch.ones_like(norms), norms / norms.median(), rank, *received]
-    return torch.stack([histogram(product, each) for each in weights], 1), product
+    rank = torch.empty(norms.numel(), device=norms.device)
+    rank[norms.flatten().argsort()] = torch.arange(norms.numel(), device=norms.device) / norms.numel()
+    weights = [torch.ones_like(norms), norms / norms.median(), rank.view_as(norms), *received]
+    return histogram(product, torch.stack(weights)).transpose(0, 1).contiguous(), product
 
 
 def _tests(sums: torch.Tensor, valley: torch.Tensor) -> torch.Tensor:
@@ -282,17 +289,16 @@ def _tests(sums: torch.Tensor, valley: torch.Tensor) -> torch.Tensor:
     return (valley >= 0) & (share <= MINORITY) & (above >= LARGEST) & (ratio >= (RATIO if lifts else APART)) & attended
 
 
-def _stand_out(observed: Observed, block: int) -> tuple[bool, int, torch.Tensor]:
-    """(whether there are artifacts after a block by all images at once, the valley's bin, the product)."""
+def _stand_out(observed: Observed, block: int) -> tuple[bool, int, torch.Tensor, torch.Tensor]:
+    """(whether there are artifacts after a block by all images at once, the valley's bin, product and sums of it)."""
     sums, product = _binned(observed, block)
     total = sums.sum(0, keepdim=True)
     valley, _ = valleys(total[:, 0], STANDS if sums.shape[1] > 3 else STANDS_OUT, DIP)
-    return bool(_tests(total, valley)), int(valley), product
+    return bool(_tests(total, valley)), int(valley), product, sums
 
 
-def _support(observed: Observed, block: int, draws: int) -> float:
-    """Share of draws with artifacts beyond their valley in the images left out; NaN for one image."""
-    sums, _ = _binned(observed, block)
+def _support(sums: torch.Tensor, draws: int) -> float:
+    """Share of draws with artifacts beyond their valley in the images left out; NaN for one image. sums: `_binned`."""
     n = len(sums)
     drawn = torch.randint(n, (draws, n), generator=torch.Generator().manual_seed(0))
     times = torch.zeros(draws, n).scatter_add_(1, drawn, torch.ones(draws, n))

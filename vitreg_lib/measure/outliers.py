@@ -22,10 +22,14 @@ SEPARATED = 3.0  # times the median, for `separated_share`
 
 
 def histogram(norms: torch.Tensor, weights: torch.Tensor | None = None) -> torch.Tensor:
-    """(images, BINS) tokens, or their summed `weights`, by log(norm / median of all), for norms (images, patches)."""
+    """(images, BINS) tokens by log(norm / median of all), for norms (images, patches).
+
+    weights (…, images, patches): their sums in the place of the number of tokens, (…, images, BINS).
+    """
     bins = (((norms.float() / norms.median()).clamp_min(1e-9).log() - LOWEST) / BIN).long().clamp(0, BINS - 1)
     weights = torch.ones_like(norms) if weights is None else weights
-    return torch.zeros(len(norms), BINS, device=norms.device).scatter_add_(1, bins, weights.float())
+    sums = torch.zeros(*weights.shape[:-1], BINS, device=norms.device)
+    return sums.scatter_add_(-1, bins.expand_as(weights), weights.float())
 
 
 def valleys(
