@@ -35,7 +35,7 @@ def path(x: Tensor, targets: Tensor, strengths: list[float], variance: Tensor, m
     return [results[c] for c in strengths]
 
 
-def _stops(strengths, easy: float, decades: float = 1.0) -> list[float]:
+def _stops(strengths, easy: float, decades: float = 0.5) -> list[float]:
     """The strengths in rising order, from `easy` (penalty as large as the curvature) on, with small steps between."""
     ends = sorted(set(strengths))
     stops = [ends[0]] if ends[0] <= easy else [easy]
@@ -56,12 +56,9 @@ def _extrapolate(points, log_c: float, zero: Tensor) -> Tensor:
 def _minimise(x, targets, penalty, variance, w, at_zero, max_iter, tol):
     """L-BFGS from w, until the next step promises a decrease below `tol` of the objective and of the progress."""
     f, g, curvature = evaluate(x, targets, w, penalty)
-    diagonal = curvature[:, None] * variance
-    diagonal[:, :-1] += penalty  # the bias is free
-    rough = 1 / diagonal.clamp_min(1e-30)  # the inverse Hessian; one for all steps, as the pairs are relative to it
     pairs, step, trials, iteration = [], 1.0, 0, 0
     noise = 0.1 * torch.finfo(x.dtype).eps
-    d, slope = _aim(g, pairs, rough)
+    d, slope = _aim(g, pairs, curvature, variance, penalty)
     while True:
         goal = tol * max(min(f, at_zero - f), 1e-3 * f)
         # Without a pair the step rests on a rough Hessian: it must promise far less to be believed
@@ -69,7 +66,7 @@ def _minimise(x, targets, penalty, variance, w, at_zero, max_iter, tol):
             return w, f, -slope / 2 <= max(10 * goal, 1e-5 * f)
         iteration += 1
         trial = torch.add(w, d, alpha=step)
-        f_new, g_new, _ = evaluate(x, targets, trial, penalty, curved=False)
+        f_new, g_new, curvature_new = evaluate(x, targets, trial, penalty)
         flat = abs(f_new - f) <= noise * f  # then the slope decides (approximate Wolfe condition, Hager and Zhang 2005)
         trials = 0 if f_new < f and not flat else trials + 1
         if not (_dot(g_new, d) <= -0.8 * slope if flat else f_new <= f + 1e-4 * step * slope):
@@ -80,30 +77,30 @@ def _minimise(x, targets, penalty, variance, w, at_zero, max_iter, tol):
         sy = _dot(s, y)
         if sy > 1e-12 * math.sqrt(_dot(s, s) * _dot(y, y)):
             pairs = [*pairs, (s, y, sy)][-MEMORY:]
-        w, f, g, step = trial, f_new, g_new, 1.0
-        d, slope = _aim(g, pairs, rough)
+        w, f, g, curvature, step = trial, f_new, g_new, curvature_new, 1.0
+        d, slope = _aim(g, pairs, curvature, variance, penalty)
 
 
-def _aim(g, pairs, rough) -> tuple[Tensor, float]:
-    """The direction `-H g` by the two-loop recursion from the diagonal `rough`, and the slope along it."""
+def _aim(g, pairs, curvature, variance, penalty) -> tuple[Tensor, float]:
+    """The direction `-H g` by the two-loop recursion, and the slope along it."""
+    diagonal = curvature[:, None] * variance
+    diagonal[:, :-1] += penalty  # the bias is free
+    start = 1 / diagonal.clamp_min(1e-30)
     q, alphas = g.clone(), []
     for s, y, sy in reversed(pairs):
         alphas.append(_dot(s, q) / sy)
         q.sub_(y, alpha=alphas[-1])
-    q *= rough
+    q *= start
     for (s, y, sy), alpha in zip(pairs, reversed(alphas), strict=True):
         q.add_(s, alpha=alpha - _dot(y, q) / sy)
     slope = -_dot(q, g)
     if slope < 0:
         return -q, slope
-    return -rough * g, -_dot(rough * g, g)  # rounding spoilt the recursion
+    return -start * g, -_dot(start * g, g)  # rounding spoilt the recursion
 
 
-def evaluate(x: Tensor, targets: Tensor, w: Tensor, penalty: float, curved: bool = True):
-    """Objective, gradient (classes, dim + 1) and mean `p (1 - p)` (classes,) for params w (classes, dim + 1).
-
-    Without `curved` the last is 0.
-    """
+def evaluate(x: Tensor, targets: Tensor, w: Tensor, penalty: float) -> tuple[float, Tensor, Tensor]:
+    """Objective, gradient (classes, dim + 1) and mean `p (1 - p)` (classes,) for params w (classes, dim + 1)."""
     loss, grad, curvature = torch.zeros((), dtype=torch.float64, device=w.device), w.new_zeros(w.T.shape), 0
     block = max(256, BLOCK // len(w))
     for i in range(0, len(x), block):
@@ -111,8 +108,7 @@ def evaluate(x: Tensor, targets: Tensor, w: Tensor, penalty: float, curved: bool
         part, residual = (_softmax if targets.ndim == 1 else _one_vs_rest)(z, targets[i : i + block])
         loss += part
         grad.addmm_(rows.T, residual)  # faster so than its transpose
-        if curved:
-            curvature = curvature + (residual.abs() - residual.square()).sum(0)  # |residual| is p or 1 - p
+        curvature = curvature + (residual.abs() - residual.square()).sum(0)  # |residual| is p or 1 - p
     decay = penalty * w
     decay[:, -1] = 0
     return float(loss) / len(x) + 0.5 * _dot(decay, w), decay.add(grad.T, alpha=1 / len(x)), curvature / len(x)
