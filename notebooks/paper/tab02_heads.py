@@ -133,9 +133,12 @@ def fit_depth(
     if not valid.any():
         raise ValueError(f"no pixel has a depth above 0 and up to {max_depth}: check the unit of the depths")
 
+    complete = bool(valid.all())  # then no pixel needs to be picked, which takes a quarter of a step
+
     def loss(maps, rows):
-        depth = _resize(bin_depth(maps, min_depth, max_depth, upsample), depths.shape[1:])
-        return log_depth_loss(depth[valid[rows]], depths[rows][valid[rows]])
+        depth, truth = _resize(bin_depth(maps, min_depth, max_depth, upsample), depths.shape[1:]), depths[rows]
+        there = ... if complete else valid[rows]
+        return log_depth_loss(depth[there].flatten(), truth[there].flatten())
 
     return train_head(tokens, grid, bins, loss, steps, batch_size, lr, seed, weight_decay=0.01)
 
