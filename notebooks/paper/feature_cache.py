@@ -25,6 +25,8 @@ from vitreg_lib.hooks import anatomy, capture
 from vitreg_lib.hooks.capture import SITES, WHOLE, Capture
 from vitreg_lib.probes import local
 
+BATCH = 32  # images at a time
+
 
 @dataclass
 class Features:
@@ -110,7 +112,7 @@ def mapped(rows, extract, about: dict, progress: bool = False) -> Features:
                 flat,
                 with_indices=True,
                 batched=True,
-                batch_size=32,
+                batch_size=BATCH,
                 remove_columns=rows.column_names,
                 cache_file_name=str(path),
                 load_from_cache_file=False,

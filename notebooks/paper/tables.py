@@ -69,7 +69,8 @@ def classify(
     for model in (m for m in models if m.replayed):
         found += _replayed(model, result, strengths, seed)
     models = [m for m in models if not m.replayed]
-    result.cutoffs |= {(m.label, p.name): cutoff_of(m, p.train, progress) for p in problems for m in models}
+    seen: dict = {}  # batches captured for a cutoff, until the tokens are taken from them
+    result.cutoffs |= {(m.label, p.name): cutoff_of(m, p.train, seen) for p in problems for m in models}
     lowest = {m.label: min(result.cutoffs[m.label, p.name] for p in problems) for m in models}
     result.owner |= lenders(models, lowest)
     # owners first: others borrow from them
@@ -83,7 +84,7 @@ def classify(
             places = own.get((problem.name, lender, split)) if lender not in (None, model.label) else None
             source = getattr(problem, split)
             part = classification_tokens(
-                model, source, result.cutoffs[model.label, problem.name], draws, seed, places, progress
+                model, source, result.cutoffs[model.label, problem.name], draws, seed, places, progress, seen
             )
             own[problem.name, model.label, split] = part
             result.about[part.fingerprint] = part.about

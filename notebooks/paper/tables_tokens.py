@@ -6,8 +6,10 @@ image alone. `feature_cache` keeps the tokens, `base.remembered` the cutoffs.
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
-from feature_cache import Features, described, mapped, source_sha256
+from feature_cache import BATCH, Features, described, mapped, source_sha256
 from verdicts import Judged, cutoff_after
 
 from vitreg_lib.base import remembered
@@ -21,7 +23,14 @@ CALIBRATION = 256  # images by whose norms a model's cutoff is chosen
 
 
 def classification_tokens(
-    model, source, cutoff: float, draws: int = 5, seed: int = 0, places: Features | None = None, progress: bool = False
+    model,
+    source,
+    cutoff: float,
+    draws: int = 5,
+    seed: int = 0,
+    places: Features | None = None,
+    progress: bool = False,
+    seen: dict | None = None,
 ) -> Features:
     """Tokens after the final LayerNorm for probes of the whole image: cls, registers, and drawn patch tokens.
 
@@ -30,11 +39,10 @@ def classification_tokens(
     on the same images whose places are borrowed; and for each of `GROUPS` `draws` tokens (draws, dim) drawn at random
     with replacement among its members by (seed, row): normal ones, outliers, and `local.matched_normal` partners of
     outliers. Where a group has no member the tokens are zero and `has_GROUP` is False. A planted control also has
-    `planted` (7), the part of cls that its outliers were made to carry.
+    `planted` (7), the part of cls that its outliers were made to carry. seen: batches that `cutoff_of` captured.
     """
     if places is not None and len(places) != len(source):
         raise ValueError(f"places of {len(places)} images do not fit {len(source)} images")
-    depth = model.anatomy.depth
     about = described(model, source.digest, len(source)) | {
         "kind": "classification tokens",
         "cutoff": cutoff,
@@ -44,22 +52,22 @@ def classification_tokens(
     }
 
     def extract(batch, rows):
-        x = model.normalise(source.pixels(batch, model))
-        before = [model.onset - 1] if model.onset else []
-        keep = ("norms", "final", "tokens") if before else ("norms", "final")
-        seen = model.capture(x, keep, layers=[*before, depth - 1])
-        tokens, norms = seen.final.float(), seen.patch_norms[:, -1]
-        patches = seen.patches(tokens)
+        at = (seen or {}).pop((model.label, source.digest, int(rows[0])), None)
+        if at is None:
+            x, before = model.normalise(source.pixels(batch, model)), [model.onset - 1] if model.onset else []
+            at = model.capture(x, ("norms", *_sites(model)), layers=[*before, model.anatomy.depth - 1])
+        tokens, norms = at.final.float(), at.patch_norms[:, -1]
+        patches = at.patches(tokens)
         mask = norms > cutoff if places is None else places.column("is_outlier", rows)
         if mask.shape != norms.shape:
             raise ValueError(f"places on {mask.shape[1]} patches do not fit the {norms.shape[1]} of {model.name}")
-        partners = matched_normal(mask.unflatten(1, seen.grid)).flatten(1)
-        cls = tokens[:, 0] if seen.has_cls else patches.mean(1)  # the mean stands in where there is no cls
+        partners = matched_normal(mask.unflatten(1, at.grid)).flatten(1)
+        cls = tokens[:, 0] if at.has_cls else patches.mean(1)  # the mean stands in where there is no cls
         found = {"cls": cls, "mean": patches.mean(1), "norms": norms, "is_outlier": mask}
-        if before:
-            found["planted"] = planted_content(model, seen.tokens[before[0]][:, 0])
-        if seen.num_registers:
-            found["registers"] = tokens[:, seen.registers]
+        if model.onset:
+            found["planted"] = planted_content(model, at.tokens[model.onset - 1][:, 0])
+        if at.num_registers:
+            found["registers"] = tokens[:, at.registers]
         u = uniform(rows, len(GROUPS) * draws, seed).double().view(len(rows), len(GROUPS), draws)
         for number, (name, members) in enumerate(zip(GROUPS, (~mask, mask, partners), strict=True)):
             place = _drawn(members, u[:, number])
@@ -69,6 +77,11 @@ def classification_tokens(
         return found
 
     return mapped(source.rows, extract, about, progress)
+
+
+def _sites(model) -> tuple[str, ...]:
+    """What is captured for tokens, besides norms."""
+    return ("final", "tokens") if model.onset else ("final",)
 
 
 @torch.no_grad()
@@ -82,16 +95,22 @@ def planted_content(model, cls: torch.Tensor) -> torch.Tensor:
     return torch.nn.functional.linear(block.norm1(cls.to(model.device)), qkv.weight[rows], qkv.bias[rows]).cpu()
 
 
-def cutoff_of(model, source, progress: bool = False) -> float:
+def cutoff_of(model, source, seen: dict | None = None) -> float:
     """The norm at the output above which tokens are artifacts, by `vr.detect` on the first images of a source.
 
     Infinite where the answer is not "artifacts". Where an earlier block was judged, the output's own norms decide.
+    seen: what was captured is put there for `classification_tokens`, by model, source and first row of the batch.
     """
-    n = min(CALIBRATION, len(source))
+    n, seen = min(CALIBRATION, len(source)), {} if seen is None else seen
 
     def found() -> float:
-        x = torch.cat([source.pixels(source.rows[i : min(i + 32, n)], model) for i in range(0, n, 32)])
-        observed = detection.observe(model, model.normalise(x), progress)
+        parts = []
+        for i in range(0, n, BATCH):
+            x = model.normalise(source.pixels(source.rows[i : min(i + BATCH, n)], model))
+            part, at = detection.observe_batch(model, x, _sites(model))
+            parts.append(part)
+            seen[model.label, source.digest, i] = dataclasses.replace(at, attention={})
+        observed = detection.join(parts)
         answer, last = detection.judge(observed), model.anatomy.depth - 1
         return cutoff_after(Judged.of(answer), last, observed.norms[:, last]) if answer.has_artifacts else float("inf")
 
