@@ -39,7 +39,7 @@ from .model import Model, with_facts
 from .weights import file_sha256, read_safetensors
 
 FOLDER = DATA / "measured"
-SIZES = ("embed_dim", "num_heads", "head_dim", "channels")  # fields of `Anatomy`, kept unchanged
+SIZES = ("prefix", "depth", "patch_size", "embed_dim", "num_heads", "head_dim", "channels")  # kept of `Anatomy`
 SAME = 0.02  # largest difference of thumbnails' values of the same photo
 
 
@@ -99,7 +99,7 @@ def write(model: Model, images, tensors: dict, path: Path, command: str, **more)
     tensors = {name: t.half().contiguous() if t.is_floating_point() else t for name, t in tensors.items()}
     anatomy = model.anatomy
     facts = {f.name: getattr(model, f.name) for f in dataclasses.fields(Model) if f.name != "module"}
-    sizes = {name: getattr(anatomy, name) for name in ("prefix", "depth", "patch_size", *SIZES)}
+    sizes = {name: getattr(anatomy, name) for name in SIZES}
     source = images.source.split(",")[0]
     photos = {path.stem: file_sha256(path) for path in images.paths}
     metadata = dict(model=facts, anatomy=sizes, source=source, size=images.x.shape[-1], photos=photos)
@@ -122,11 +122,10 @@ class Replayed(Model):
     @property
     def anatomy(self) -> Anatomy:
         """Sizes of the measured model; the parts are empty modules."""
-        sizes, parts = self.measured["anatomy"], tuple(nn.Identity() for _ in range(self.measured["anatomy"]["depth"]))
-        fields = {name: sizes[name] for name in SIZES}
+        sizes = {k: tuple(v) if isinstance(v, list) else v for k, v in self.measured["anatomy"].items()}
+        parts = tuple(nn.Identity() for _ in range(sizes.pop("depth")))
         named = dict(blocks=parts, attention=parts, mlp_out=parts, patch_embed=nn.Identity(), norm=nn.Identity())
-        lists = {name: tuple(sizes[name]) for name in ("prefix", "patch_size")}
-        return Anatomy(**named, **fields, **lists, forward=self.module)
+        return Anatomy(**named, **sizes, forward=self.module)
 
     @property
     def weights(self) -> torch.Tensor:

@@ -226,7 +226,8 @@ def _unused(folder: Path, stem: str) -> Path:
 def _figures(each: Diagnosis) -> dict[str, dict[str, bytes]]:
     """{question: {title: PNG}}: the user's images, and the same measurements of the controls."""
     everyone = {each.name: each} | {f"{control.name}, control": control for control in controls()}
-    pixels, on_images = each.look.kept.pixels[each.look.shown], _on_images(each)
+    pixels = each.look.kept.pixels[each.look.shown]
+    on_images = {name: _on_images(one, None if one is each else pixels) for name, one in everyone.items()}
     figures = {"any_there": _norms(pixels, on_images, everyone)}
     if each.look.detection.has_artifacts:
         figures["kind"] = _places(everyone)
@@ -247,24 +248,18 @@ def _figures(each: Diagnosis) -> dict[str, dict[str, bytes]]:
     return {question: {title: _png(figure) for title, figure in some.items()} for question, some in figures.items()}
 
 
-def _on_images(each: Diagnosis) -> dict[str, tuple]:
-    """{model or control: (norms, outliers, attention of cls or None)} on the shown images, each (images, rows, cols).
+def _on_images(each: Diagnosis, pixels: torch.Tensor | None) -> tuple:
+    """(norms, outliers, attention of cls or None) on the shown images, each (images, rows, cols).
 
-    The controls get the same images at their own size. Without artifacts, no patch is an outlier.
+    pixels: of another model's images, which this one gets at its own size. Without artifacts, no patch is an outlier.
     """
-    shown = each.look.kept.pixels[each.look.shown]
-    measured = {each.name: (each, each.look.observed, each.look.rows[each.look.shown])}
-    for control in controls():
-        model = control.model
-        small = F.interpolate(shown, image_sets.sides(model.input_size), mode="bilinear", antialias=True)
-        observed = detection.observe_batch(model, model.normalise(small))[0]
-        measured[f"{control.name}, control"] = control, observed, torch.arange(len(small))
-    maps = {}
-    for name, (of, observed, rows) in measured.items():
-        layer, grid = of.look.detection.outliers.layer, observed.seen.grid
-        norms, of_cls = observed.norms[rows, layer].unflatten(1, grid), observed.received(layer).get("cls")
-        maps[name] = norms, norms > _cutoff(of), of_cls if of_cls is None else of_cls[rows].unflatten(1, grid)
-    return maps
+    observed, rows, layer = each.look.observed, each.look.rows[each.look.shown], each.look.detection.outliers.layer
+    if pixels is not None:
+        small = F.interpolate(pixels, image_sets.sides(each.model.input_size), mode="bilinear", antialias=True)
+        observed, rows = detection.observe_batch(each.model, each.model.normalise(small))[0], slice(None)
+    grid, of_cls = observed.seen.grid, observed.received(layer).get("cls")
+    norms = observed.norms[rows, layer].unflatten(1, grid)
+    return norms, norms > _cutoff(each), of_cls if of_cls is None else of_cls[rows].unflatten(1, grid)
 
 
 def _cutoff(each: Diagnosis) -> float:
