@@ -7,7 +7,7 @@ from torch import nn
 
 from ..base import UserError, line
 from ..hooks.anatomy import dissect
-from .saved import build, of_timm
+from .saved import build, how_built
 
 
 def with_registers(module: nn.Module, tokens: torch.Tensor) -> nn.Module:
@@ -36,12 +36,11 @@ def with_registers(module: nn.Module, tokens: torch.Tensor) -> nn.Module:
 
 def _fresh(module: nn.Module, registers: int) -> nn.Module:
     """A fresh model of the same kind with this number of registers; it carries the arguments that build it again."""
-    if hasattr(module, "vit_arguments"):  # a mini ViT
-        arguments = {**module.vit_arguments, "reg_tokens": registers, "img_size": module.patch_embed.img_size}
-        return build("", "vit", arguments)
+    kind, spec = how_built(module)
     parameters = inspect.signature(type(module).__init__).parameters
     name = next((n for n in ("reg_tokens", "num_reg_tokens") if n in parameters), None)
-    cfg = getattr(module, "pretrained_cfg", None) or {}
-    if name is None or not cfg.get("architecture"):
+    if name is None or kind not in ("vit", "timm"):
         raise UserError(f"timm has no registers for {type(module).__name__}: ViTs and Evas of timm's can get them")
-    return build(cfg["architecture"], "timm", of_timm(module, **{name: registers}))
+    if kind == "timm":
+        return build("", kind, spec | {"model_args": spec["model_args"] | {name: registers}})
+    return build("", kind, spec | {name: registers})

@@ -4,14 +4,14 @@ from torch import nn
 
 from ..base import UserError
 
-SIZES = {  # name: (embed_dim, depth); heads of 16
-    "xxs": (16, 2),
-    "xs": (16, 4),
-    "s": (32, 6),
-    "m": (48, 8),
-    "l": (64, 8),
+SIZES = {  # name: (embed_dim, depth, heads, mlp_ratio)
+    "xxs": (16, 2, 1, 4.0),
+    "xs": (16, 4, 1, 4.0),
+    "s": (32, 6, 2, 4.0),
+    "m": (48, 8, 3, 4.0),
+    "l": (64, 8, 4, 4.0),
 }
-FULL = {  # name: (embed_dim, depth, heads, mlp_ratio), written with the patch: b/16, l/14
+FULL = {  # the same, written with the patch: b/16, l/14
     "ti": (192, 12, 3, 4.0),
     "s": (384, 12, 6, 4.0),
     "b": (768, 12, 12, 4.0),
@@ -48,16 +48,13 @@ def build(
     from timm.models.vision_transformer import VisionTransformer
 
     name, _, patch = size.partition("/")
-    if size in SIZES:
-        dim, depth = SIZES[size]
-        heads, ratio, patch = dim // 16, 4.0, 8
-    elif name in FULL and patch.isdigit():
-        dim, depth, heads, ratio = FULL[name]
-    else:
+    sizes, patch = (FULL, patch) if "/" in size else (SIZES, "8")
+    if name not in sizes or not patch.isdigit():
         raise UserError(
             f"unknown mini size {size!r}; known are {', '.join(SIZES)}, and with a patch's side "
             + ", ".join(f"{name}/16" for name in FULL)
         )
+    dim, depth, heads, ratio = sizes[name]
     if image_size % int(patch):
         raise UserError(f"{image_size} pixels a side are not a multiple of the patch's {patch}")
     arguments = dict(

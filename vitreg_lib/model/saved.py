@@ -46,7 +46,8 @@ def write(model: Model, path: Path) -> None:
     if path.suffix != ".safetensors":
         return export(model, path)
     facts = {name: getattr(model, name) for name in STATED}
-    metadata = {**how_built(model.module), "facts": json.dumps(facts), "format": "pt"}
+    kind, spec = how_built(model.module)
+    metadata = {kind: json.dumps(spec), "facts": json.dumps(facts), "format": "pt"}
     tensors = {k: v.detach().cpu().clone().contiguous() for k, v in model.module.state_dict().items()}
     with written(path) as temporary:
         save_file(tensors, temporary, metadata)
@@ -58,33 +59,30 @@ def check(path: Path) -> None:
         raise UserError(f"{path.name}: a model is written into a file whose name ends in {', '.join(SUFFIXES)}")
 
 
-def how_built(module: nn.Module) -> dict[str, str]:
-    """{one of `KINDS`: JSON} that builds a module again, without its weights."""
+def how_built(module: nn.Module) -> tuple[str, dict | str]:
+    """(one of `KINDS`, its value): what `build` builds a module again from, without its weights."""
     if hasattr(module, "vit_arguments"):
-        spec = {"vit": {**module.vit_arguments, "img_size": module.patch_embed.img_size}}
-    elif (getattr(module, "pretrained_cfg", None) or {}).get("architecture"):
-        spec = {"timm": of_timm(module)}
-    elif type(module).__module__.startswith("transformers."):
-        spec = {"transformers": {"class": type(module).__name__, "config": json.loads(module.config.to_json_string())}}
-    elif hasattr(module, "open_clip"):
-        spec = {"open_clip": module.open_clip}
-    elif type(module).__module__.startswith("torchvision."):
-        first = module.encoder.layers[0]
+        return "vit", {**module.vit_arguments, "img_size": module.patch_embed.img_size}
+    if (getattr(module, "pretrained_cfg", None) or {}).get("architecture"):
+        return "timm", _of_timm(module)
+    if type(module).__module__.startswith("transformers."):
+        return "transformers", {"class": type(module).__name__, "config": json.loads(module.config.to_json_string())}
+    if hasattr(module, "open_clip"):
+        return "open_clip", module.open_clip
+    if type(module).__module__.startswith("torchvision."):
         spec = {name: getattr(module, name) for name in OF_TORCHVISION}
-        spec = {"torchvision": {**spec, "num_layers": len(module.encoder.layers), "num_heads": first.num_heads}}
-    else:
-        spec = {"own": type(module).__name__}
-    return {kind: json.dumps(value) for kind, value in spec.items()}
+        layers = module.encoder.layers
+        return "torchvision", {**spec, "num_layers": len(layers), "num_heads": layers[0].num_heads}
+    return "own", type(module).__name__
 
 
-def of_timm(module: nn.Module, **arguments) -> dict:
-    """Arguments that build a timm module again, with its image size and further `arguments` of its class."""
+def _of_timm(module: nn.Module) -> dict:
     cfg, model_args = module.pretrained_cfg, getattr(module, "timm_config", {}).get("model_args", {})
     overlay, size = {key: cfg[key] for key in CONFIG if key in cfg}, getattr(module.patch_embed, "img_size", None)
     if size:
         model_args, overlay = {**model_args, "img_size": list(size)}, overlay | {"input_size": (3, *size)}
     spec = {"architecture": cfg["architecture"], "num_classes": module.num_classes}
-    return spec | {"model_args": model_args | arguments, "pretrained_cfg": overlay}
+    return spec | {"model_args": model_args, "pretrained_cfg": overlay}
 
 
 def read(name: str, path: Path, image_size: int | None = None) -> Model | None:

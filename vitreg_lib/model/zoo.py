@@ -93,16 +93,17 @@ def capture(model, images, keep="norms", **options):
 
 def _entry(name: str, image_size: int | None) -> Model:
     entry = entries()[name]
-    if "random" in entry:
-        model = _random(f"random:{entry['random']}", image_size)
-    elif "timm" in entry:
+    if "timm" in entry:
         model = _timm(name, entry["timm"], image_size or entry.get("input_size"))
+    elif "random" in entry:
+        model = dataclasses.replace(_random(f"random:{entry['random']}", image_size), name=name)
     elif "file" in entry:
         model = with_facts(saved.read(name, _shipped(name, entry), image_size), entry, name)
     else:
-        model = with_facts(_file(f"file:{_made(name, entry)}", image_size, "ema"), entry, name)
-    named = model.name if "timm" in entry else name
-    return dataclasses.replace(model, name=named, about=entry.get("about", ""))
+        model = _file(f"file:{_made(name, entry)}", image_size, "ema")
+        model = dataclasses.replace(with_facts(model, entry, name), name=name)
+    model.about = entry.get("about", "")
+    return model
 
 
 def _shipped(name: str, entry: dict) -> Path:
