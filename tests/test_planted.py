@@ -183,7 +183,7 @@ def test_the_norm_follows_the_ratio_that_is_asked_for(pictures):
     assert norms[20.0] / norms[10.0] == pytest.approx(2, rel=0.02)
 
 
-@pytest.mark.parametrize("size", [size for size, (_, depth) in mini.SIZES.items() if depth > 2])
+@pytest.mark.parametrize("size", [size for size, (_, depth, *_) in mini.SIZES.items() if depth > 2])
 def test_every_mini_size_of_three_blocks_and_more_can_be_planted(size, pictures):
     torch.manual_seed(0)
     module = mini.build(size, num_classes=24).eval()
