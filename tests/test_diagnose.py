@@ -138,6 +138,10 @@ def test_artifacts_of_place_are_called_so():
     found = diagnose.diagnose("mini-corners", "textures", 16)
     assert found.answers["kind"].answer == "position-bound"
     assert found.numbers["follows_place"] > 0.8 > 0.2 > found.numbers["follows_content"]
+    measured = vr.images.load("textures", found.model, 16).x  # which the model sees without normalisation
+    assert torch.equal(found.look.kept.x, measured[found.look.rows]), (
+        "remedies are tried on the images that were judged"
+    )
 
 
 @pytest.mark.parametrize("n", [1, 2, 4])

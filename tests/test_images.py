@@ -57,6 +57,16 @@ def test_preprocessing_equals_timms_own(name):
     torch.testing.assert_close(model.normalise(pixels)[0], expected, atol=1e-5, rtol=0)
 
 
+def test_a_part_of_a_set_keeps_what_belongs_to_its_images():
+    model = zoo.load("mini-random", "cpu")
+    scenes, photos = (images.load(source, model, 4) for source in ("scenes", "photos"))
+    part = scenes.at([3, 1])
+    assert part.names == [scenes.names[3], scenes.names[1]] and torch.equal(part.pixels, scenes.pixels[[3, 1]])
+    assert torch.equal(part.x, scenes.x[[3, 1]]) and part.paths == [] and len(scenes) == 4
+    assert torch.equal(images.labels(part), scenes.scenes.label[[3, 1]])
+    assert photos.at(range(2, 4)).paths == photos.paths[2:] and photos.at([0]).scenes is None
+
+
 def test_photos_that_ship_with_the_packages_are_there():
     loaded = images.load("photos", any_model(mean=(0.1, 0.2, 0.3), std=(1.0, 2.0, 4.0)), 100)
     assert len(loaded) == len(loaded.names) == 10

@@ -20,7 +20,7 @@ from vitreg_lib import cli
 from vitreg_lib.base import UserError
 from vitreg_lib.data import images
 from vitreg_lib.hooks.capture import capture
-from vitreg_lib.model import zoo
+from vitreg_lib.model import added, mini, zoo
 from vitreg_lib.model.names import file_parts, split
 from vitreg_lib.model.weights import CLIP, IMAGENET, read_weights
 
@@ -219,8 +219,21 @@ def test_a_module_of_ones_own_is_a_model():
     x = torch.randn(1, 3, 224, 224)
     assert torch.equal(vr.capture(module, x).norms, capture(module, x).norms)
     assert dataclasses.replace(model, mean=(0, 0, 0)).normalise(x).mean() != model.normalise(x).mean()
-    vision = torchvision.models.VisionTransformer(32, 16, 1, 2, 32, 64)
-    assert (vr.load(vision).input_size, vr.load(vision).mean) == (32, IMAGENET["mean"])
+    assert (vr.load(vision()).input_size, vr.load(vision()).mean) == (32, IMAGENET["mean"])
+
+
+def test_a_module_of_ones_own_says_where_its_registers_come_from():
+    module = mini.build("xxs", registers=1)
+    model, empty, moved = map(vr.load, (module, *(added.add_registers(vision(), n, 2) for n in ([], [(0, 3)]))))
+    assert (model.input_size, model.mean, model.registers, model.registers_from) == (96, (0.5,) * 3, 1, "trained")
+    assert [(each.role, each.registers, each.registers_from) for each in (empty, moved)] == [
+        ("mended", 2, "empty"),
+        ("mended", 2, "test time"),
+    ]
+
+
+def vision():
+    return torchvision.models.VisionTransformer(32, 16, 1, 2, 32, 64)
 
 
 def test_what_looks_like_registers_or_an_architecture_inside_a_path_is_part_of_it(tmp_path):
