@@ -99,6 +99,7 @@ def may_fork() -> bool:
 
 
 def _import_all() -> None:
+    import gc
     import importlib
 
     # as ipykernel does before matplotlib is imported. What loads the backend, as our plots do, waits for the kernel.
@@ -109,6 +110,7 @@ def _import_all() -> None:
     sys.path.pop()  # kernels do not have it
     sys.modules["vitreg_lib.record.run"].items()  # what is read once in a process, and takes a while
     sys.modules["vitreg_lib.model.names"].entries()
+    gc.freeze()  # else each fork's collections walk through, and so copy, all that was imported
 
 
 def _run(connection: socket.socket) -> int:
