@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import pandas as pd
 import torch
 from matplotlib.figure import Figure
@@ -28,9 +26,7 @@ def held_out(run, model) -> images.Images:
     found = run.images(model)
     if run.source(model) != "photos":
         return found
-    rows = [i for i, name in enumerate(found.names) if name in REPORTED]
-    names = [found.names[i] for i in rows]
-    return dataclasses.replace(found, x=found.x[rows], pixels=found.pixels[rows], names=names)
+    return found.at(i for i, name in enumerate(found.names) if name in REPORTED)
 
 
 def table(effects: dict[str, pd.DataFrame]) -> pd.DataFrame:
