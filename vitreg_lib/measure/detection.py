@@ -200,14 +200,11 @@ def judge(observed: Observed, label: str = "", draws: int = 200) -> Detection:
     It judges the last block with artifacts, else the last block. `draws` are those of the bootstrap.
     """
     images, depth, _ = observed.norms.shape
-    blocks = {}
-    for block in reversed(range(depth)):
-        blocks[block] = _stand_out(observed, block)
-        if blocks[block][0]:
-            break
-    else:
-        block = depth - 1
-    there, valley, product, sums = blocks[block]
+    block = last = depth - 1
+    found = at_last = _stand_out(observed, last)
+    while not found[0] and block:
+        found = _stand_out(observed, block := block - 1)
+    block, (there, valley, product, sums) = (block, found) if found[0] else (last, at_last)
     support = _support(sums, draws)
     norms = observed.norms[:, block]
     cut = _separating(norms, product > product.median() * bin_middle(valley)) if there else math.inf

@@ -18,24 +18,25 @@ BLOCK = 2**17  # logits per block of samples: few enough to stay near the cache
 MAX_TRIALS = 8  # steps in a row without a decrease that can be told from rounding, after which a fit ends
 
 
-def path(x: Tensor, targets: Tensor, strengths: list[float], variance: Tensor, max_iter: int, tol: float):
+def path(x: Tensor, targets: Tensor, strengths: list[float], variance: Tensor, max_iter: int, tol, decades: float):
     """One (params, objective, converged) for each strength, in the order given.
 
     x (samples, dim + 1) with a last column of ones; targets (samples,) class numbers for softmax, or bool (samples,
-    classes) for one-vs-rest; variance (dim + 1,) of the columns of x; strengths as scikit-learn's `C`.
+    classes) for one-vs-rest; variance (dim + 1,) of the columns of x; strengths as scikit-learn's `C`, at most
+    `decades` from one stop of the path to the next.
     """
     classes = int(targets.max()) + 1 if targets.ndim == 1 else targets.shape[1]
     zero = x.new_zeros(classes, x.shape[1])
     at_zero, _, curvature = evaluate(x, targets, zero, 0.0)
     results, points = {}, []  # points: the last two (log strength, params)
-    for c in _stops(strengths, 1 / (len(x) * float(curvature.mean() * variance.max()) + 1e-30)):
+    for c in _stops(strengths, 1 / (len(x) * float(curvature.mean() * variance.max()) + 1e-30), decades):
         start = _extrapolate(points, math.log(c), zero)
         results[c] = _minimise(x, targets, 1 / (c * len(x)), variance, start, at_zero, max_iter, tol)
         points = [*points, (math.log(c), results[c][0])][-2:]
     return [results[c] for c in strengths]
 
 
-def _stops(strengths, easy: float, decades: float = 0.5) -> list[float]:
+def _stops(strengths, easy: float, decades: float) -> list[float]:
     """The strengths in rising order, from `easy` (penalty as large as the curvature) on, with small steps between."""
     ends = sorted(set(strengths))
     stops = [ends[0]] if ends[0] <= easy else [easy]

@@ -54,12 +54,12 @@ class Selection:
     scores: Tensor
 
 
-def fit_logistic(x: Tensor, y: Tensor, strengths=DINOV2_STRENGTHS, tol: float = 1e-6) -> LogisticFit:
+def fit_logistic(x: Tensor, y: Tensor, strengths=DINOV2_STRENGTHS, tol: float = 1e-6, decades=0.5) -> LogisticFit:
     """The optimum of logistic regression for every strength, on the device of `x`, in float32 or the float64 of `x`.
 
     x (samples, dim); y (samples,) class numbers for one multinomial model, or (samples, classes) of 0 and 1 for an
     independent binary model per class; strengths: `C` as in scikit-learn, larger is weaker regularisation. A fit stops
-    at an estimated distance `tol` from the optimum, relative to the objective.
+    at an estimated distance `tol` from the optimum, relative to the objective. decades: length of a step of the path.
     Raises ValueError for NaN or infinite features, fewer than two classes, a class without samples, a strength <= 0.
     """
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
@@ -72,7 +72,7 @@ def fit_logistic(x: Tensor, y: Tensor, strengths=DINOV2_STRENGTHS, tol: float = 
     variance, axes = torch.linalg.eigh(centred.T @ centred / len(x))
     rotated = torch.cat([(centred @ axes).to(dtype), x.new_ones(len(x), 1, dtype=dtype)], 1)
     variance = torch.cat([variance.clamp_min(0), variance.new_ones(1)]).to(dtype)
-    fits = path(rotated, targets, c.tolist(), variance, MAX_ITERATIONS, tol)
+    fits = path(rotated, targets, c.tolist(), variance, MAX_ITERATIONS, tol, decades)
     params = torch.stack([fit[0] for fit in fits]).double()
     weights = params[..., :-1] @ axes.T
     biases = params[..., -1] - weights @ centre

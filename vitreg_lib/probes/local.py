@@ -73,7 +73,7 @@ def position_probe(
         if len(places) < 2 or not val.any():
             return None
         number = torch.searchsorted(places, positions.clamp(max=int(places.max())))
-        model = fit_logistic(scaled(train), number[train], POSITION_STRENGTHS, tol=1e-5)
+        model = fit_logistic(scaled(train), number[train], POSITION_STRENGTHS, tol=1e-5, decades=1)  # a sixth quicker
         best = select(model, scaled(val), number[val]).index
         return lambda x: places[predict(model, x, best).argmax(-1)], len(places)
 
