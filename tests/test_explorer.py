@@ -253,7 +253,7 @@ def test_a_replayed_model_is_given_as_a_value(no_models):
 
 
 def test_a_control_draws_anew_and_batch_draws_once(monkeypatch):
-    seen = []
+    seen, open_before = [], plt.get_fignums()
 
     def draw(layer, of):
         seen.append((layer, of))
@@ -268,7 +268,7 @@ def test_a_control_draws_anew_and_batch_draws_once(monkeypatch):
     assert seen == [(2, "a"), (4, "a"), (4, "b")]
     monkeypatch.setenv("VITREG_BATCH", "1")
     assert isinstance(widgets.interact(draw, **controls), Figure) and seen[3:] == [(2, "a")]
-    assert not plt.get_fignums()
+    assert plt.get_fignums() == open_before
 
 
 def test_in_batch_it_is_a_picture_and_otherwise_a_page(monkeypatch):
