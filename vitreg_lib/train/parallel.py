@@ -171,8 +171,9 @@ def compile_blocks(module: nn.Module, device: str) -> None:
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 4 * len(modules))
     for block in modules:
         block.compile(dynamic=False)
-    for part in module.modules():
-        if torch.device(device).type == "cuda" and isinstance(part, nn.Conv2d) and part.stride == part.kernel_size:
+    for part in module.modules() if torch.device(device).type == "cuda" else ():
+        plain = type(part) is nn.Conv2d and part.padding == (0, 0) and part.groups == 1
+        if plain and part.stride == part.kernel_size:
             part.__class__ = Patches
 
 
