@@ -19,6 +19,14 @@ from vitreg_lib.train import loop, parallel
 SMALL = dict(size="xxs", image_size=64, steps=4, batch_size=8, warmup=1, eval_images=16, telemetry_images=4)
 
 
+@pytest.fixture(autouse=True)
+def asked_anew():
+    """Whether this machine compiles is kept for the process: no test may rest on the answer of another."""
+    parallel.compiles.cache_clear()
+    yield
+    parallel.compiles.cache_clear()
+
+
 def train(folder, name="deit3", **options):
     loop.train(*loop.configure(name, **SMALL | options), folder, progress=False)
     return load_file(folder / "model.safetensors")
