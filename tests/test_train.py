@@ -16,9 +16,9 @@ from safetensors.torch import load_file
 from vitreg_lib import base
 from vitreg_lib.base import UserError
 from vitreg_lib.data import scenes
-from vitreg_lib.model import names, zoo
+from vitreg_lib.model import names, weights, zoo
 from vitreg_lib.model.weights import file_sha256
-from vitreg_lib.train import command, loop, state, telemetry
+from vitreg_lib.train import command, loop, telemetry
 from vitreg_lib.train import images as train_images
 from workflow import ship
 
@@ -93,16 +93,16 @@ def test_a_loss_that_is_no_number_keeps_the_last_good_state(straight, tmp_path, 
 
 def test_tensors_are_written_whole_or_not_at_all(tmp_path, monkeypatch):
     path = tmp_path / "state.safetensors"
-    state.save_tensors(path, {"x": torch.ones(3)}, {"step": "1"})
+    weights.write_safetensors(path, {"x": torch.ones(3)}, {"step": "1"})
     before = path.read_bytes()
 
     def half(tensors, target, metadata):
         target.write_bytes(b"half")
         raise OSError("disk full")
 
-    monkeypatch.setattr(state, "save_file", half)
+    monkeypatch.setattr(weights, "save_file", half)
     with pytest.raises(UserError, match="state.safetensors cannot be written: disk full"):
-        state.save_tensors(path, {"x": torch.zeros(3)}, {"step": "2"})
+        weights.write_safetensors(path, {"x": torch.zeros(3)}, {"step": "2"})
     assert path.read_bytes() == before
 
 

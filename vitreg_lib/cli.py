@@ -218,7 +218,7 @@ def mend(
     print(f"{search.share_before:.2%} of the patch tokens are outliers after block {search.layer}, from block")
     print(f"{search.onset} on. These neurons make most of them (block:neuron):")
     print(", ".join(f"{block}:{number}" for block, number in search.neurons) + "\n")
-    if search.share_after > mend.MENDED * search.share_before:
+    if not search.mends:
         print("but moving them removes few of the outliers: this model is not mended this way\n")
     print(f"what the remedies do and cost on the {len(pictures) - half} other images, the simplest first:")
     print((tried.table.round(3) + 0.0).to_string())  # no -0.0

@@ -173,7 +173,7 @@ def dissect(model: nn.Module) -> Anatomy:
     parts = list(model.named_modules())
     embeddings = [name for name, _ in parts if name.split(".")[-1] == "patch_embed"]
     embeddings += [name for name, part in parts if type(part).__name__ in EMBEDS_CUT]
-    embeddings += [name for name, part in parts if _cuts_patches(part)]
+    embeddings += [name for name, part in parts if cuts_patches(part)]
     lists = [name for name, part in parts if _is_blocks(part)]
     lists = [name for name in lists if not any(name.startswith(f"{other}.") for other in lists if other != name)]
     if not embeddings or not lists:
@@ -190,10 +190,10 @@ def dissect(model: nn.Module) -> Anatomy:
     return _anatomy(vit, tuple(model.get_submodule(blocks)), model.get_submodule(embedding))
 
 
-def _cuts_patches(part: nn.Module) -> bool:
-    """Whether a layer is a convolution of images whose windows do not overlap."""
-    images = isinstance(part, nn.Conv2d) and part.in_channels < 16
-    return images and part.kernel_size == part.stride and min(part.stride) > 1
+def cuts_patches(part: nn.Module) -> bool:
+    """Whether a layer is a convolution of images that maps each patch by itself: its windows lie side by side."""
+    images = isinstance(part, nn.Conv2d) and part.in_channels < 16 and part.groups == 1
+    return images and part.kernel_size == part.stride and min(part.stride) > 1 and part.padding in ((0, 0), "valid")
 
 
 def _is_blocks(part: nn.Module) -> bool:
@@ -248,7 +248,7 @@ def _anatomy(vit: nn.Module, blocks: tuple, patch_embed: nn.Module, **given) -> 
 
 def _described(module, blocks, attention, mlp_out, prefix, patch, norm, patch_embed, heads, forward) -> Anatomy:
     part = tuple(_named(module, blocks))
-    embedding = _named(module, patch_embed) if patch_embed else next(filter(_cuts_patches, module.modules()), None)
+    embedding = _named(module, patch_embed) if patch_embed else next(filter(cuts_patches, module.modules()), None)
     if embedding is None:
         raise Unrecognised(f"{type(module).__name__} has no patch convolution: name it by patch_embed")
     given = dict(attention=tuple(_named(block, attention) for block in part), prefix=prefix, patch_size=patch)

@@ -26,17 +26,16 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
 from torch import nn
 
-from ..base import DATA, UserError, commit, unknown, written
+from ..base import DATA, UserError, commit, unknown
 from ..hooks.anatomy import Anatomy
 from ..hooks.capture import Capture
 from ..measure import detection, maps
 from . import names as model_names
 from . import zoo
 from .model import Model, with_facts
-from .weights import file_sha256, read_safetensors
+from .weights import file_sha256, read_safetensors, write_safetensors
 
 FOLDER = DATA / "measured"
 SIZES = ("prefix", "depth", "patch_size", "embed_dim", "num_heads", "head_dim", "channels")  # kept of `Anatomy`
@@ -96,7 +95,7 @@ def queries(model: Model, images) -> list[int]:
 
 def write(model: Model, images, tensors: dict, path: Path, command: str, **more) -> Path:
     """Write a file of measurements in half precision with its metadata, including `more`; return its path."""
-    tensors = {name: t.half().contiguous() if t.is_floating_point() else t for name, t in tensors.items()}
+    tensors = {name: t.half() if t.is_floating_point() else t for name, t in tensors.items()}
     anatomy = model.anatomy
     facts = {f.name: getattr(model, f.name) for f in dataclasses.fields(Model) if f.name != "module"}
     sizes = {name: getattr(anatomy, name) for name in SIZES}
@@ -105,9 +104,7 @@ def write(model: Model, images, tensors: dict, path: Path, command: str, **more)
     metadata = dict(model=facts, anatomy=sizes, source=source, size=images.x.shape[-1], photos=photos)
     metadata |= dict(command=command, commit=commit(), date=datetime.date.today().isoformat()) | more
     metadata["queries"] = queries(model, images)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with written(path) as temporary:
-        save_file(tensors, temporary, {key: json.dumps(value) for key, value in metadata.items()})
+    write_safetensors(path, tensors, {key: json.dumps(value) for key, value in metadata.items()})
     return path
 
 

@@ -57,6 +57,11 @@ class Search:
     share_after: float
     table: object
 
+    @property
+    def mends(self) -> bool:
+        """Whether moving the neurons removes at least half of the outliers."""
+        return self.share_after <= MENDED * self.share_before
+
 
 def find(model, images=None, max_neurons: int = 50, cutoff: float | Outliers | None = None) -> Search:
     """The MLP neurons that mark a `zoo.Model`'s outlier tokens, searched on `images` (see `handful`).
@@ -175,7 +180,7 @@ def _searched_neurons(model) -> tuple[tuple[int, int], ...]:
 
     def searched() -> tuple[tuple[int, int], ...]:
         search = find(model, x)
-        if search.share_after > MENDED * search.share_before:
+        if not search.mends:
             raise NothingToMend(
                 f"{model.name} cannot be mended this way: moving its {len(search.neurons)} likeliest neurons leaves "
                 f"{search.share_after:.2%} of the patch tokens outliers, of {search.share_before:.2%}"

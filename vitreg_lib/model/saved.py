@@ -17,7 +17,6 @@ import json
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import nn
 
 from ..base import UserError, line, written
@@ -27,7 +26,7 @@ from . import added
 from .model import FACTS, Model, with_facts
 from .names import entries
 from .outside import create, of_module
-from .weights import file_sha256, fill, read_safetensors
+from .weights import file_sha256, fill, read_safetensors, write_safetensors
 
 SUFFIXES = (".safetensors", ".pt2", ".onnx")
 KINDS = ("vit", "timm", "transformers", "open_clip", "torchvision", "own")
@@ -48,9 +47,7 @@ def write(model: Model, path: Path) -> None:
     facts = {name: getattr(model, name) for name in STATED}
     kind, spec = how_built(model.module)
     metadata = {kind: json.dumps(spec), "facts": json.dumps(facts), "format": "pt"}
-    tensors = {k: v.detach().cpu().clone().contiguous() for k, v in model.module.state_dict().items()}
-    with written(path) as temporary:
-        save_file(tensors, temporary, metadata)
+    write_safetensors(path, model.module.state_dict(), metadata)
 
 
 def check(path: Path) -> None:

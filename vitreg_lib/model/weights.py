@@ -13,6 +13,7 @@ import argparse
 import contextlib
 import hashlib
 import io
+import os
 import re
 import sys
 import zipfile
@@ -20,9 +21,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
-from ..base import UserError, line
+from ..base import UserError, line, written
 
 AVERAGED, RAW = ("model_ema", "state_dict_ema", "ema", "teacher"), ("student",)
 PLAIN = ("state_dict", "model", "module", "backbone")
@@ -60,6 +62,16 @@ def read_safetensors(path: Path) -> tuple[dict, dict[str, torch.Tensor]]:
             return f.metadata() or {}, {key: f.get_tensor(key) for key in f.keys()}
     except Exception as error:  # safetensors raises its own kind, OSError or ValueError
         raise UserError(f"{path.name} is no whole safetensors file: {line(error)}") from error
+
+
+def write_safetensors(
+    path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str], previous: Path | None = None
+) -> None:
+    """Write a safetensors file, whole or not at all; the file that was there before becomes `previous`."""
+    with written(path) as temporary:
+        save_file({k: v.detach().cpu().clone().contiguous() for k, v in tensors.items()}, temporary, metadata)
+        if previous is not None and path.exists():
+            os.replace(path, previous)
 
 
 def is_safetensors(path: Path) -> bool:

@@ -40,6 +40,7 @@ from types import ModuleType
 import torch
 
 from ..base import UserError, line, unknown, write_atomically
+from ..model.weights import write_safetensors
 from . import graph, images, parallel, recipes, state, telemetry
 from .config import TrainConfig
 from .graph import Numbers
@@ -373,6 +374,6 @@ def _finish(folder: Path, run: Run, recipe, config: TrainConfig, device, began: 
     state.save_weights(folder / "model.safetensors", recipe.backbone(whole), settings)
     for name, tensors in recipe.companions(whole).items() if hasattr(recipe, "companions") else ():
         half = {k: v.half() for k, v in tensors.items()}
-        state.save_tensors(folder / f"model.{name}.safetensors", half, settings)
+        write_safetensors(folder / f"model.{name}.safetensors", half, settings)
     write_atomically(folder / "result.json", json.dumps(result, indent=1).encode())
     return result

@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import nn
 
 from ..base import UserError, line, local_rank
+from ..hooks.anatomy import cuts_patches
 
 _part = (0, 1)  # (current micro-batch, number of micro-batches); set by `micro_batch` alone
 _fixed: torch.Tensor | None = None  # what `positions` gives while a step is captured; set by `fixed_positions` alone
@@ -172,8 +173,7 @@ def compile_blocks(module: nn.Module, device: str) -> None:
     for block in modules:
         block.compile(dynamic=False)
     for part in module.modules() if torch.device(device).type == "cuda" else ():
-        plain = type(part) is nn.Conv2d and part.padding == (0, 0) and part.groups == 1
-        if plain and part.stride == part.kernel_size:
+        if type(part) is nn.Conv2d and cuts_patches(part):
             part.__class__ = Patches
 
 

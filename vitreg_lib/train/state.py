@@ -10,7 +10,6 @@ and FSDP write the same file, and each can resume from it.
 """
 
 import json
-import os
 import warnings
 import zlib
 from dataclasses import asdict, dataclass, field, fields
@@ -19,10 +18,11 @@ from pathlib import Path
 import pandas as pd
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import nn
 
 from ..base import UserError, line, shown, write_atomically, written
+from ..model.saved import how_built
+from ..model.weights import write_safetensors
 from . import parallel, recipes
 from .config import MACHINE, TrainConfig
 
@@ -118,7 +118,7 @@ def save(folder: Path, run: Run) -> None:
             pd.concat(run.norms, ignore_index=True).to_parquet(temporary, index=False)
         write_atomically(folder / "log.csv", pd.DataFrame(run.log).to_csv(index=False).encode())
         metadata = {"step": str(run.step), "accumulate": str(run.accumulate), "crc32": _checksum(tensors)}
-        save_tensors(folder / "state.safetensors", tensors, metadata, previous=folder / "previous.safetensors")
+        write_safetensors(folder / "state.safetensors", tensors, metadata, previous=folder / "previous.safetensors")
     except (UserError, SafetensorError) as error:
         raise UserError(
             f"the state of step {run.step} could not be written ({error}); the last good one is kept. "
@@ -126,23 +126,12 @@ def save(folder: Path, run: Run) -> None:
         ) from error
 
 
-def save_tensors(
-    path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str], previous: Path | None = None
-) -> None:
-    """Write a safetensors file so that a half-written one never has its name; the one before becomes `previous`."""
-    with written(path) as temporary:
-        save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, temporary, metadata)
-        if previous is not None and path.exists():
-            os.replace(path, previous)
-
-
 def save_weights(path: Path, model: nn.Module, metadata: dict[str, str], dtype=torch.float16) -> None:
     """Write a model's weights and the metadata that build it, for the zoo: a mini ViT in half precision, as it ships; a
     model made from released weights in its own precision."""
-    if hasattr(model, "timm_config"):
-        return save_tensors(path, model.state_dict(), {**metadata, "timm": json.dumps(model.timm_config)})
-    metadata = {**metadata, "vit": json.dumps(model.vit_arguments)}
-    save_tensors(path, {k: v.to(dtype) for k, v in model.state_dict().items()}, metadata)
+    kind, spec = how_built(model)
+    tensors = {k: v.to(dtype) if kind == "vit" else v for k, v in model.state_dict().items()}
+    write_safetensors(path, tensors, {**metadata, kind: json.dumps(spec)})
 
 
 def _tensors(run: Run) -> dict[str, torch.Tensor]:

@@ -200,7 +200,7 @@ def _teacher(config, source: Source) -> nn.Module:
     model, found = source.model, source.found
     if config.teacher != "ttr":
         return added.add_registers(model.module, (), 0)
-    if found.share_after > mend.MENDED * found.share_before:
+    if not found.mends:
         raise UserError(
             f"--teacher ttr: moving the likeliest neurons of {model.name} leaves {found.share_after:.2%} of the patch "
             f"tokens outliers, of {found.share_before:.2%}; take --teacher shift"
