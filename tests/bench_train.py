@@ -27,15 +27,15 @@ deit3 = recipes.load("deit3")
 
 def ours(config: TrainConfig, device: str, steps: int):
     """A function that takes the next `steps` steps of the loop."""
-    run, loss = loop._prepare(deit3.build(config).to(device), deit3, config, device)
+    run = loop.prepare(deit3.build(config).to(device), deit3, config, device)
     replay, unread = None, deque()
 
     def train():
         nonlocal replay
         for step in range(run.step, run.step + steps):
-            if step == 1 and graph.possible(run, deit3, config, device):
-                replay = loop.capture(run, loss, config, step, device)
-            unread.append(loop.take_step(run, loss, deit3, config, step, device, replay=replay))
+            if step == 1 and graph.possible(run):
+                replay = loop.capture(run, step)
+            unread.append(loop.take_step(run, step, replay=replay))
             while len(unread) > (device == "cuda"):
                 unread.popleft().read()
         if device == "cuda":

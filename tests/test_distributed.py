@@ -45,18 +45,18 @@ def tiny(name: str, **options):
 def gradients(config, recipe, steps: int = 2) -> dict[str, torch.Tensor]:
     """Loss and gradients of each of some steps from the start, and the weights after them."""
     torch.manual_seed(config.seed)
-    run, loss = loop._prepare(recipe.build(config), recipe, config, "cpu")
-    loss = parallel.distribute(loss, config)
+    run = loop.prepare(recipe.build(config), recipe, config, "cpu")
+    run.loss = parallel.distribute(run.loss, config)
     found = {}
     for step in range(steps):
-        names, values = loop._gradients(run, loss, config, step, "cpu")
+        names, values = loop.gradients(run, step)
         found |= {f"{step} {name}": value for name, value in zip(names, values, strict=True) if name != "stop"}
         found |= {
             f"{step} gradient of {name}": parallel.full(p.grad).clone()
             for name, p in run.module.named_parameters()
             if p.grad is not None
         }
-        loop.take_step(run, loss, recipe, config, step, "cpu")
+        loop.take_step(run, step)
     return found | {name: parallel.full(p.detach()).clone() for name, p in run.module.state_dict().items()}
 
 
@@ -153,7 +153,7 @@ def test_out_of_memory_halves_the_batch_and_the_step_is_the_same(tmp_path):
     assert len([w for w in told if "out of memory" in str(w.message)]) == 2  # once halved, it stays
     large, small = (load_file(tmp_path / name / "state.safetensors") for name in ("large", "small"))
     assert_same(large, small)
-    run = loop._prepare(recipe.build(config), recipe, config, "cpu")[0]
+    run = loop.prepare(recipe.build(config), recipe, config, "cpu")
     state.load(tmp_path / "small", run)
     assert (run.step, run.accumulate) == (4, 4)  # a resumed run does not have to find out again
 
@@ -162,7 +162,7 @@ def short_on_one_rank(folder, limit):
     """Train where one process alone has less memory; how many micro-batches a step had in the end."""
     config, recipe = tiny("deit3")
     loop.train(config, short_of_memory(recipe, limit) if parallel.rank() else recipe, folder, progress=False)
-    run = loop._prepare(recipe.build(config), recipe, config, "cpu")[0]
+    run = loop.prepare(recipe.build(config), recipe, config, "cpu")
     state.load(folder, run)
     return {"accumulate": torch.tensor(run.accumulate)}
 
@@ -239,7 +239,7 @@ def test_a_model_shared_out_over_processes_resumes_to_the_bit(together, tmp_path
     loop.train(config, recipe, alone, progress=False)
     weights = [load_file(folder / "model.safetensors") for folder in (straight, alone)]
     assert_same(*({k: v.float() for k, v in found.items()} for found in weights), tolerance=2e-3)  # half precision
-    run = loop._prepare(recipe.build(config), recipe, config, "cpu")[0]
+    run = loop.prepare(recipe.build(config), recipe, config, "cpu")
     state.load(straight, run)
     assert run.step == 4
 

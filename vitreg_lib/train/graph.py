@@ -29,12 +29,12 @@ class Numbers:
         return dict(zip(self.names, self.values.tolist(), strict=True))
 
 
-def possible(run: Run, recipe, config, device) -> bool:
+def possible(run: Run) -> bool:
     """Whether a step of this training can be one CUDA graph."""
     return (
-        torch.device(device).type == "cuda"
-        and getattr(recipe, "GRAPH", False)
-        and not config.data
+        run.on_gpu
+        and getattr(run.recipe, "GRAPH", False)
+        and not run.config.data
         and parallel.world() == run.accumulate == 1
         and all(group.get("capturable") for group in run.optimizer.param_groups)
     )

@@ -62,8 +62,6 @@ def train(
     a run of another configuration or the state cannot be read or written, and FloatingPointError when the loss is no
     longer finite (on a GPU a step later). The last good state is always kept.
     """
-    from tqdm.auto import tqdm
-
     folder = Path(folder)
     _check(config, recipe)
     torch.manual_seed(config.seed)
@@ -71,38 +69,40 @@ def train(
     if parallel.rank() == 0:
         state.claim(folder, config)
     parallel.barrier()
-    run, loss = _prepare(module, recipe, config, device)
+    run, began = prepare(module, recipe, config, device), time.perf_counter()
     state.load(folder, run)
-    loss = parallel.distribute(loss, config)
-    _fit(run, loss, recipe, config, device)
-    watched = getattr(recipe, "telemetry_images", images.telemetry_images)(config)
+    run.loss = parallel.distribute(run.loss, config)
+    _fit(run)
+    _take_steps(run, folder, progress, on_step)
+    result = _finish(folder, run, began)
+    parallel.barrier()
+    return result
 
-    def measure():
-        if (whole := parallel.whole(run.module, recipe, config, device)) is not None:
-            with parallel.eager(config):
-                run.norms.append(telemetry.measure(recipe.backbone(whole), watched, run.step))
 
-    start, began = run.step, time.perf_counter()
+def _take_steps(run: Run, folder: Path, progress: bool, on_step) -> None:
+    """Take the steps from `run.step` to the last; measure norms and save the state along the way and at the end."""
+    from tqdm.auto import tqdm
+
+    config, start, unread, replay, stop = run.config, run.step, deque(), None, False
+    watched = getattr(run.recipe, "telemetry_images", images.telemetry_images)(config)
     measured_at = set(telemetry.measured_steps(config.steps))
-    hidden = not progress or parallel.rank() > 0
-    on_gpu, replay, stop, unread = torch.device(device).type == "cuda", None, False, deque()
 
     def read(all_but: int = 0) -> bool:
         """Put the numbers of steps into the log; return whether one asks to stop."""
-        asks = [_note(run, *unread.popleft(), folder, on_step) for _ in range(len(unread) - all_but)]
-        return any(asks)
+        return any([_note(run, *unread.popleft(), folder, on_step) for _ in range(len(unread) - all_but)])
 
-    with _stop_button() as asked, _tensor_cores(device):
+    hidden = not progress or parallel.rank() > 0
+    with _stop_button() as asked, _tensor_cores(run.device):
         for step in tqdm(range(start, config.steps), initial=start, total=config.steps, disable=hidden, desc="steps"):
             if step in measured_at:
-                measure()
+                _measure(run, watched)
             if step > start and step % config.save_every == 0:
                 stop |= read()
                 state.save(folder, run)
-            if step == start + 1 and graph.possible(run, recipe, config, device):
-                replay = capture(run, loss, config, step, device)
-            unread.append((step, take_step(run, loss, recipe, config, step, device, asked, replay)))
-            stop |= read(all_but=int(on_gpu))
+            if step == start + 1 and graph.possible(run):
+                replay = capture(run, step)
+            unread.append((step, take_step(run, step, asked, replay)))
+            stop |= read(all_but=int(run.on_gpu))
             if stop or (parallel.world() == 1 and asked()):
                 read()
                 state.save(folder, run)
@@ -110,11 +110,15 @@ def train(
                     f"stopped after step {run.step} of {config.steps}; go on with: vitreg train --resume {folder}"
                 )
     read()
-    measure()
+    _measure(run, watched)
     state.save(folder, run)
-    result = _finish(folder, run, recipe, config, device, began)
-    parallel.barrier()
-    return result
+
+
+def _measure(run: Run, watched: torch.Tensor) -> None:
+    """Add the norms on the images `watched` to `run.norms`."""
+    if (whole := parallel.whole(run.module, run)) is not None:
+        with parallel.eager(run.config):
+            run.norms.append(telemetry.measure(run.recipe.backbone(whole), watched, run.step))
 
 
 def configure(recipe: str, **options) -> tuple[TrainConfig, ModuleType]:
@@ -150,8 +154,8 @@ def _separable(recipe) -> bool:
     return getattr(recipe, "SEPARABLE", True)
 
 
-def _prepare(module, recipe, config: TrainConfig, device: str) -> tuple[Run, torch.nn.Module]:
-    """The run at step 0 and its loss as a module."""
+def prepare(module: torch.nn.Module, recipe, config: TrainConfig, device: str) -> Run:
+    """The run at step 0."""
     ema = None
     if config.ema:
         from timm.utils import ModelEmaV3
@@ -164,53 +168,54 @@ def _prepare(module, recipe, config: TrainConfig, device: str) -> tuple[Run, tor
         parallel.shard(loss)
         if ema is not None:
             parallel.shard(ema.module)
-    return Run(module, parallel.optimizer(module, config, device), ema, config.accumulate), loss
+    optimizer = parallel.optimizer(module, config, device)
+    return Run(recipe, config, device, module, loss, optimizer, ema, config.accumulate)
 
 
-def take_step(run: Run, loss, recipe, config, step: int, device, asked=lambda: False, replay=None) -> Numbers:
+def take_step(run: Run, step: int, asked=lambda: False, replay=None) -> Numbers:
     """One optimiser step; its numbers, with `loss` and, of several processes, `stop` (above 0: one was asked to).
 
     replay: the step as a CUDA graph, by `capture`. Where the loss is not finite, nothing is changed, except on a GPU,
     which is not waited for.
     """
     for group in run.optimizer.param_groups:
-        rate = learning_rate(config, step) * group.get("lr_scale", 1.0)
+        rate = learning_rate(run.config, step) * group.get("lr_scale", 1.0)
         group["lr"] = group["lr"].fill_(rate) if torch.is_tensor(group["lr"]) else rate
     run.module.train()
     if replay:
-        torch.manual_seed(_seed(config, step, stream=0))
+        torch.manual_seed(_seed(run.config, step, stream=0))
         numbers = Numbers(*replay(step))
     else:
-        names, values = _gradients_that_fit(run, loss, recipe, config, step, device, asked)
+        names, values = _gradients_that_fit(run, step, asked)
         numbers = Numbers(names, values)
         if not values.is_cuda and not values[0].isfinite():
             return numbers
-        _update(run, config)
-    if hasattr(recipe, "after_step"):
-        recipe.after_step(run.module, config, step)
+        _update(run)
+    if hasattr(run.recipe, "after_step"):
+        run.recipe.after_step(run.module, run.config, step)
     if run.ema is not None:
         run.ema.update(run.module, step=step)
     run.step = step + 1
     return numbers
 
 
-def capture(run: Run, loss, config: TrainConfig, step: int, device) -> Callable[[int], tuple]:
+def capture(run: Run, step: int) -> Callable[[int], tuple]:
     """The gradients and the optimiser's step as one CUDA graph: step → (names, values) of its numbers."""
 
     def take():
-        numbers = _gradients(run, loss, config, step, device)
-        _update(run, config)
+        numbers = gradients(run, step)
+        _update(run)
         return numbers
 
     run.module.train()
     run.optimizer.zero_grad(set_to_none=True)
-    return graph.capture(take, config, step, device)
+    return graph.capture(take, run.config, step, run.device)
 
 
-def _update(run: Run, config: TrainConfig) -> None:
+def _update(run: Run) -> None:
     """The optimiser's step from the gradients."""
-    if config.clip_grad:
-        torch.nn.utils.clip_grad_norm_(run.module.parameters(), config.clip_grad)
+    if run.config.clip_grad:
+        torch.nn.utils.clip_grad_norm_(run.module.parameters(), run.config.clip_grad)
     run.optimizer.step()
 
 
@@ -235,35 +240,35 @@ def _note(run: Run, step: int, numbers: Numbers, folder: Path, on_step) -> bool:
     return stop
 
 
-def _gradients_that_fit(run: Run, loss, recipe, config, step: int, device, asked) -> tuple[list[str], torch.Tensor]:
-    """`_gradients`, in smaller micro-batches where memory runs out."""
+def _gradients_that_fit(run: Run, step: int, asked) -> tuple[list[str], torch.Tensor]:
+    """`gradients`, in smaller micro-batches where memory runs out."""
     while True:
         try:
-            return _gradients(run, loss, config, step, device, asked)
+            return gradients(run, step, asked)
         except torch.OutOfMemoryError as error:
             reason = line(error)
         # outside of the handler, which would keep the failed step's tensors alive
         if parallel.world() > 1:  # the other processes are waiting for this one's gradients
-            more = f"go on with --resume and --accumulate {2 * run.accumulate}" if _separable(recipe) else ""
+            more = f"go on with --resume and --accumulate {2 * run.accumulate}" if _separable(run.recipe) else ""
             raise UserError(f"out of memory at step {step} ({reason}): {more or 'use more processes'}")
-        _halve(run, recipe, config, step, reason)
+        _halve(run, step, reason)
 
 
-def _gradients(run: Run, loss, config, step: int, device, asked=lambda: False) -> tuple[list[str], torch.Tensor]:
+def gradients(run: Run, step: int, asked=lambda: False) -> tuple[list[str], torch.Tensor]:
     """Compute the gradients of the whole batch, micro-batch by micro-batch; return names and values of its numbers."""
     run.optimizer.zero_grad(set_to_none=True)
-    share = config.batch_size // parallel.world()
+    share = run.config.batch_size // parallel.world()
     total = 0.0
     for part in range(run.accumulate):
         if not parallel.capturing():  # a graph draws from the state that is set before it is launched
-            torch.manual_seed(_seed(config, step, parallel.rank() * run.accumulate + part))
+            torch.manual_seed(_seed(run.config, step, parallel.rank() * run.accumulate + part))
         with parallel.micro_batch(part, run.accumulate):
-            weight = len(parallel.batch_range(config, step)) / share
-            with parallel.without_sync(loss, last=part == run.accumulate - 1):
-                value, numbers = loss(step)
+            weight = len(parallel.batch_range(run.config, step)) / share
+            with parallel.without_sync(run.loss, last=part == run.accumulate - 1):
+                value, numbers = run.loss(step)
                 (value * weight).backward()
         numbers = {"loss": value.detach()} | numbers
-        total = total + weight * torch.stack([n.to(device, torch.float64) for n in numbers.values()])
+        total = total + weight * torch.stack([n.to(run.device, torch.float64) for n in numbers.values()])
     if parallel.world() == 1:
         return [*numbers], total
     sums = parallel.all_reduce_sum(torch.cat([total, total.new_tensor([float(asked())])]))
@@ -278,45 +283,45 @@ def _seed(config: TrainConfig, step: int, stream: int) -> int:
     return (config.seed * 0x9E3779B1 + step + stream * 0x7F4A7C15) % 2**32
 
 
-def _fit(run: Run, loss, recipe, config: TrainConfig, device) -> None:
+def _fit(run: Run) -> None:
     """Under DDP: halve the micro-batches until one fits on every rank.
 
     A rank that runs out of memory in a step leaves the others waiting for its gradients. All ranks therefore try the
     first micro-batch before the training, without an exchange of gradients, and halve if one of them must.
     """
-    if parallel.world() == 1 or config.fsdp or not _separable(recipe):
+    if parallel.world() == 1 or run.config.fsdp or not _separable(run.recipe):
         return
     run.module.train()
     while True:
         reason = ""
         try:
-            with parallel.micro_batch(0, run.accumulate), parallel.without_sync(loss, last=False):
-                loss(run.step)[0].backward()
+            with parallel.micro_batch(0, run.accumulate), parallel.without_sync(run.loss, last=False):
+                run.loss(run.step)[0].backward()
         except torch.OutOfMemoryError as error:
             reason = line(error)
         run.optimizer.zero_grad(set_to_none=True)
-        if not parallel.all_reduce_sum(torch.tensor(float(bool(reason)), device=device)):
+        if not parallel.all_reduce_sum(torch.tensor(float(bool(reason)), device=run.device)):
             return
-        _halve(run, recipe, config, run.step, reason or "on another process")
+        _halve(run, run.step, reason or "on another process")
 
 
-def _halve(run: Run, recipe, config: TrainConfig, step: int, reason: str) -> None:
+def _halve(run: Run, step: int, reason: str) -> None:
     """Double the number of micro-batches, at half the size. Raises UserError where that cannot help or changes the
     loss."""
     run.optimizer.zero_grad(set_to_none=True)
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-    if not _separable(recipe):
+    if not _separable(run.recipe):
         raise UserError(
-            f"out of memory at step {step} ({reason}), and {config.name} needs its whole batch at once: "
+            f"out of memory at step {step} ({reason}), and {run.config.name} needs its whole batch at once: "
             "use more processes (torchrun), a smaller --batch-size or --size"
         )
-    if 2 * run.accumulate > config.batch_size // parallel.world():
+    if 2 * run.accumulate > run.config.batch_size // parallel.world():
         raise UserError(f"out of memory at step {step} with one image ({reason}): choose a smaller --size")
     run.accumulate *= 2
     warnings.warn(
         f"out of memory at step {step}: going on with {run.accumulate} micro-batches of half the size; "
-        f"the batch of {config.batch_size} images stays",
+        f"the batch of {run.config.batch_size} images stays",
         stacklevel=2,
     )
 
@@ -356,13 +361,14 @@ def _tensor_cores(device):
         torch.set_float32_matmul_precision(before)
 
 
-def _finish(folder: Path, run: Run, recipe, config: TrainConfig, device, began: float) -> dict:
+def _finish(folder: Path, run: Run, began: float) -> dict:
     """Measure the trained module (its moving average, if any), write weights and result, and return the result."""
-    whole = parallel.whole(run.ema.module if run.ema else run.module, recipe, config, device)
+    recipe, config = run.recipe, run.config
+    whole = parallel.whole(run.ema.module if run.ema else run.module, run)
     if whole is None:
         return {}
     with parallel.eager(config), torch.no_grad():
-        measured = recipe.evaluate(whole.eval(), config, device)
+        measured = recipe.evaluate(whole.eval(), config, run.device)
     result = {
         **measured,
         "steps": config.steps,

@@ -264,15 +264,15 @@ def without_sync(wrapped: nn.Module, last: bool):
     return contextlib.nullcontext()
 
 
-def whole(module: nn.Module, recipe, config, device: str) -> nn.Module | None:
+def whole(module: nn.Module, run) -> nn.Module | None:
     """The module with whole tensors: itself, or under FSDP a copy on rank 0 and None on the others (collective)."""
-    tensors = gathered(module.state_dict()) if config.fsdp else {}
+    tensors = gathered(module.state_dict()) if run.config.fsdp else {}
     if rank():
         return None
-    if config.fsdp:
-        module = recipe.build(config)
+    if run.config.fsdp:
+        module = run.recipe.build(run.config)
         module.load_state_dict(tensors)
-    return module.to(device)
+    return module.to(run.device)
 
 
 def gathered(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -14,6 +14,7 @@ import warnings
 import zlib
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
+from types import ModuleType
 
 import pandas as pd
 import torch
@@ -29,19 +30,28 @@ from .config import MACHINE, TrainConfig
 
 @dataclass
 class Run:
-    """The variables of a training.
+    """A training: what is learnt how and where, and its variables.
 
-    ema: the moving average of the weights, or None. accumulate: micro-batches per step, doubled when memory runs out.
-    step: optimiser steps taken. log, norms: rows for each step and for each measured step.
+    loss: a module from the step to (loss, numbers). ema: the moving average of the weights, or None. accumulate:
+    micro-batches per step, doubled when memory runs out. step: optimiser steps taken. log, norms: rows for each step
+    and for each measured step.
     """
 
+    recipe: ModuleType
+    config: TrainConfig
+    device: str
     module: nn.Module
+    loss: nn.Module
     optimizer: torch.optim.Optimizer
     ema: nn.Module | None = None
     accumulate: int = 1
     step: int = 0
     log: list[dict] = field(default_factory=list)
     norms: list[pd.DataFrame] = field(default_factory=list)
+
+    @property
+    def on_gpu(self) -> bool:
+        return torch.device(self.device).type == "cuda"
 
 
 def claim(folder: Path, config: TrainConfig) -> None:
