@@ -44,6 +44,23 @@ def test_modules_are_at_hand_by_their_short_name():
         vr.outlierz  # noqa: B018
 
 
+@pytest.mark.parametrize("path", [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))])
+def test_the_pages_name_only_what_the_library_has(path):
+    import vitreg_lib as vr
+
+    for name in re.findall(r"(?<![\w.])vr\.[\w.]+\w", path.read_text()):
+        part = vr
+        for attribute in name.split(".")[1:]:
+            assert hasattr(part, attribute), f"{path.name}: {name}"
+            part = getattr(part, attribute)
+
+
+def test_the_example_for_code_of_ones_own_runs(capsys):
+    example = re.search(r"```python\n(.*?)```", (ROOT / "docs" / "use.md").read_text(), re.DOTALL)[1]
+    exec(compile(example.replace("timm:vit_base_patch16_224.dino", "mini-deit3"), "docs/use.md", "exec"), {})  # noqa: S102
+    assert re.search(r"(?i)(artifacts|undecided).*\n.*% outliers", capsys.readouterr().out)
+
+
 def parameters_cell(path) -> str:
     cells = json.loads(path.read_text())["cells"]
     tagged = ["".join(c["source"]) for c in cells if "parameters" in c["metadata"].get("tags", [])]
