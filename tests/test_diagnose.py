@@ -150,7 +150,7 @@ def test_few_photos_claim_nothing(n, real, capsys, results):
     text = capsys.readouterr().out
     page, report = (next((results / "diagnose").glob(kind)) for kind in ("*.html", "*.json"))
     content = json.loads(report.read_text())
-    assert "Undecided" in text and "more would decide" in text
+    assert "Undecided" in text and "would do" in text
     assert {each["answer"] for each in asked(content).values()} == {"undecided"}
     for each in (text, page.read_text(), json.dumps(content["models"])):
         assert "None" not in each and "Artifacts," not in each and "No artifacts" not in each
@@ -250,10 +250,27 @@ def test_a_run_over_time_is_ordered_by_step(tmp_path, results, capsys):
         cli.main(["diagnose", f"file:{tmp_path}", "--over-time", "--images", "scenes", "--n-images", "24", "--json"])
         == 0
     )
-    rows = json.loads(capsys.readouterr().out)["over_time"]
+    report = json.loads(capsys.readouterr().out)
+    rows = report["over_time"]
+    assert report["over_time_in_short"] == "No artifacts at step 300; artifacts at step 2000"
     assert [row["step"] for row in rows] == [300, 2000]
     assert rows[1]["largest_over_median"] > 5 > rows[0]["largest_over_median"]
     assert rows[1]["answer"] == "artifacts"
+
+
+@pytest.mark.parametrize("kind", ["file", "hf"])
+def test_checkpoints_are_files_or_folders_in_order_of_their_numbers(kind, tmp_path):
+    for name in ("run-1000", "run-200", "best", "other"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / ("config.json" if name != "other" else "log.txt")).touch()
+    (tmp_path / "epoch=2-step=90.ckpt").touch()
+    names = diagnose.checkpoints(f"{kind}:{tmp_path}#vit_tiny_patch16_224")
+    assert [name.rpartition("/")[2].partition("#")[0] for name in names] == [
+        "epoch=2-step=90.ckpt", "run-200", "run-1000", "best"
+    ]  # fmt: skip
+    assert all(name.startswith(f"{kind}:") and name.endswith("#vit_tiny_patch16_224") for name in names)
+    assert diagnose._steps(names[1:3]) == [200, 1000] and diagnose._steps(names) == [0, 1, 2, 3]
+    assert diagnose._steps(["file:training_99/teacher.pth", "file:training_199/teacher.pth"]) == [99, 199]
 
 
 def test_missing_labels_are_one_line(tmp_path, capsys):

@@ -251,7 +251,8 @@ def _answer(there: bool, support: float, norms: torch.Tensor, attended: bool) ->
     largest, far = (norms.max() / norms.median()).item(), int((norms > FAR * norms.median()).sum())
     if 0 < far < A_TAIL:
         needed = math.ceil(images * A_TAIL / far)
-        return "undecided", f"{far} tokens of up to {largest:.0f} times the median are too few; {needed} images", needed
+        few = f"{far} tokens of up to {largest:.0f} times the median are too few, about {needed} images would do"
+        return "undecided", few, needed
     if not attended:
         return "undecided", f"norms have no second mode from {APART:.0f} times the median on; attention decides", None
     reason = f"no second mode of norm and attention in {many}, the largest norm is {largest:.1f} times the median"

@@ -99,9 +99,6 @@ def any_there(look: Look) -> Answer:
         answer.numbers |= dict(cutoff=detection.outliers.cutoff, norm_ratio=detection.norm_ratio)
         answer.numbers["onset_layer"] = detection.onset
     answer.say(detection.answer, reason=detection.reason, strength=detection.strength, layer=detection.outliers.layer)
-    more = (detection.images_needed or 0) - detection.images
-    if detection.answer == "undecided" and more > 0:
-        answer.say("more_images", more=more)
     return answer
 
 

@@ -30,10 +30,11 @@ from ..data import images as image_sets
 from ..measure import detection
 from ..model import names, zoo
 from ..model.model import Model
-from ..plots.style import bare, draw_box
+from ..plots.norms import bands, quantile_levels
+from ..plots.style import bare, draw_box, plain_log
 from ..train import telemetry
 from .answers import QUESTIONS, Answer, ask
-from .look import Look, observe
+from .look import Look, observe, spread
 from .page import PAGES, page
 
 CONTROLS = ("planted", "mini-random")
@@ -97,32 +98,48 @@ def controls() -> list[Diagnosis]:
 
 
 def checkpoints(name: str) -> list[str]:
-    """The model's name alone, or those of the weights in file:FOLDER, in the order of the numbers in their names."""
-    path = names.file_parts(name)[0] if name.startswith("file:") else Path()
-    if not name.startswith("file:") or not path.is_dir() or (path / "config.json").exists():
+    """The model's name alone, or those of the checkpoints in file:FOLDER or hf:FOLDER by the numbers in their names.
+
+    A checkpoint is a file of weights or a folder with a config.json. One without a number comes last.
+    """
+    kind, (path, architecture) = name.partition(":")[0], names.file_parts(name.removeprefix("hf:"))
+    if kind not in ("file", "hf") or not path.is_dir() or (path / "config.json").exists():
         return [name]
-    files = [file for file in path.iterdir() if file.suffix in SUFFIXES]
-    if not files:
+    found = [each for each in path.iterdir() if each.suffix in SUFFIXES or (each / "config.json").exists()]
+    if not found:
         raise UserError(f"{name}: no weights in this folder ({', '.join(sorted(SUFFIXES))})")
-    return [f"file:{file}" for file in sorted(files, key=lambda file: (_numbers(file.name), file.name))]
+    found.sort(key=lambda each: (_numbers(each.name) or [math.inf], each.name))
+    return [f"{kind}:{each}" + f"#{architecture}" * bool(architecture) for each in found]
 
 
 def _numbers(text: str) -> list[int]:
     return [int(digits) for digits in re.findall(r"\d+", text)]
 
 
-def _checkpoint(each: Diagnosis) -> dict:
-    """A row of "over_time": the quantities of Figure 4(b) after the last block, and the answer."""
-    last = telemetry.table(each.look.observed.seen).iloc[-1]
-    ratio = last["q1"] / last["q0.5"]
-    row = {"of": each.look.model.label.rpartition("/")[2], "largest_norm": last["q1"], "largest_over_median": ratio}
-    row |= {"share_above_3_medians": last.outlier_share, "outlier_share": each.look.shares.mean().item()}
-    return row | {"answer": each.answers["any_there"].answer}
+def _rows(models: list[dict], norms: list) -> list[dict]:
+    """The rows of "over_time": the answer, norms after the last block, and the share, None where it is undecided."""
+    rows = []
+    for model, step, last in zip(models, _steps([each["name"] for each in models]), norms, strict=True):
+        asked = model["questions"]["any_there"]
+        row = {"of": model["label"].rpartition("/")[2], "step": step, "answer": asked["answer"]}
+        row |= {"largest_norm": last["q1"], "largest_over_median": last["q1"] / last["q0.5"]}
+        row |= {"share_above_3_medians": last["outlier_share"]}
+        rows.append(row | {name: asked["numbers"][name] for name in ("outlier_share", "onset_layer")})
+    return rows
+
+
+def _in_short(rows: list[dict]) -> str:
+    """The answers in order: "Artifacts at step 1; no artifacts at step 40 to 80."; "" without rows."""
+    parts = []
+    for answer, some in itertools.groupby(rows, lambda row: row["answer"].replace("none", "no artifacts")):
+        steps = [row["step"] for row in some]
+        parts.append(f"{answer} at step {steps[0]}" + f" to {steps[-1]}" * (len(steps) > 1))
+    return "; ".join(parts).capitalize()
 
 
 def _steps(names: list[str]) -> list[int]:
     """The last number in each checkpoint's name if these increase, else its number in the order."""
-    steps = [(_numbers(Path(name.partition("#")[0]).stem) or [0])[-1] for name in names]
+    steps = [(_numbers(Path(name.partition("#")[0]).with_suffix("").as_posix()) or [0])[-1] for name in names]
     return steps if all(a < b for a, b in itertools.pairwise(steps)) else list(range(len(steps)))
 
 
@@ -160,17 +177,19 @@ def write(
     For every model and control, the report holds five questions with answer, sentence, numbers and tables; a number
     that was not measured is null.
     """
-    models, pictures, rows = [], {"": {}}, []
+    models, pictures, norms, maps = [], {"": {}}, [], []
     for number, each in enumerate(diagnoses):
         if not models:
             kept, count = each.look.kept, len(each.look.shares)
         models.append(_model(each))
         pictures[number] = {} if time else _figures(each)
-        rows += [_checkpoint(each)] if time else []
-    steps = _steps([model["name"] for model in models])
-    rows = [{"of": row.pop("of"), "step": step} | row for step, row in zip(steps, rows, strict=False)]
+        if time:
+            norms.append(telemetry.table(each.look.observed.seen).iloc[-1])
+            maps.append(_on_images(each, None)[:2])
+            pixels = each.look.kept.pixels[each.look.shown]
+    rows = _rows(models, norms) if time else []
     if time:
-        pictures[""] = {"Norms and outliers over the checkpoints": _png(_over_time(rows))}
+        pictures[""] = {title: _png(figure) for title, figure in _over_time(rows, norms, maps, pixels).items()}
     content = {
         "report": 1,
         "made_by": f"vitreg {importlib.metadata.version('vitreg')}",
@@ -179,6 +198,7 @@ def write(
         "models": models,
         "controls": [] if time else [_model(each) for each in controls()],
         "over_time": rows,
+        "over_time_in_short": _in_short(rows),
     }
     content, others = _plain(content), len(models) - 1
     stem = f"{_safe(models[0]['label'])}{f'-and-{others}-more' if others else ''}"
@@ -324,19 +344,34 @@ def _boxes(pixels: torch.Tensor, boxes: dict[str, torch.Tensor]):
     return figure
 
 
+def _over_time(rows: list[dict], norms: list, maps: list[tuple], pixels: torch.Tensor) -> dict:
+    """Figure 4(b) of one's own training, and the norms on two images at up to six checkpoints."""
+    some = {f"step {rows[i]['step']}": maps[i] for i in spread(len(rows), 6).tolist()}
+    relative = {name: each[:2] / each.median() for name, (each, _) in some.items()}
+    rings = {name: mask[:2] for name, (_, mask) in some.items()}
+    sheet = dict(label="L2 norm / median", scale="group", rings=rings)
+    return {
+        "Norms of patch tokens after the last block, and shares": _course(rows, norms),
+        "Norms on two images, outliers ringed": plots.sheet(pixels[:2], [relative], plots.NORMS, **sheet),
+    }
+
+
 @plots.styled
-def _over_time(rows: list[dict]):
-    """Figure 4(b) of one's own training: largest norm, and share of outliers, by checkpoint."""
+def _course(rows: list[dict], norms: list):
+    """Quantiles of norms, and share of outliers (a gap where that is undecided), by step."""
     import pandas as pd
 
-    table = pd.DataFrame(rows)
-    figure, (norms, shares) = plots.plt.subplots(1, 2, figsize=(8.4, 2.9))
-    norms.plot(table.step, table.largest_over_median, marker="o", ms=3)
-    norms.set(ylabel="largest norm / median", xlabel="checkpoint", yscale="log")
-    shares.plot(table.step, 100 * table.share_above_3_medians, marker="o", ms=3, label="above 3 medians")
-    shares.plot(table.step, 100 * table.outlier_share, marker="s", ms=3, ls="--", label="beyond the cutoff")
-    shares.set(ylabel="patch tokens (%)", xlabel="checkpoint")
-    shares.legend()
+    table, levels = pd.DataFrame(rows), quantile_levels(pd.DataFrame(norms))
+    figure, (left, right) = plots.plt.subplots(1, 2, figsize=(8.4, 3.1))
+    bands(left, table.step, levels, plots.PALETTE[0])
+    left.set(ylabel="L2 norm", xlabel="step", yscale="log")
+    plain_log(left.yaxis)
+    right.plot(table.step, 100 * table.share_above_3_medians, marker="o", ms=3, label="above 3 medians")
+    shares = 100 * table.outlier_share.astype(float)
+    right.plot(table.step, shares, marker="s", ms=3, ls="--", label="outliers (none drawn: undecided)")
+    right.set(ylabel="patch tokens (%)", xlabel="step")
+    for axis in (left, right):
+        axis.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2)
     return figure
 
 

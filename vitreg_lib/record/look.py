@@ -42,7 +42,7 @@ class Look:
     @property
     def sample(self) -> torch.Tensor:
         """Rows of `kept`, evenly spread, for work that takes several forward passes."""
-        return _spread(len(self.kept), self.costly)
+        return spread(len(self.kept), self.costly)
 
     @property
     def shown(self) -> torch.Tensor:
@@ -66,7 +66,7 @@ def observe(model, source, n: int, labelled: bool = False, progress=None) -> Loo
     for batch in _batches(source, model, judged):
         part, captured = detection.observe_batch(model, batch.x, ("final",))
         fits = VALUES // max(captured.final[0].numel(), batch.x[0].numel())
-        wanted = set(_spread(judged, max(fits, detection.FEWEST)).tolist())
+        wanted = set(spread(judged, max(fits, detection.FEWEST)).tolist())
         here = [i for i in range(len(batch)) if done + i in wanted]
         parts.append(part)
         chosen.append(batch.at(here))
@@ -108,6 +108,6 @@ def _batches(source, model, n: int, first: int = 0):
         yield source.at(range(start, min(start + BATCH, n)))
 
 
-def _spread(n: int, most: int) -> torch.Tensor:
+def spread(n: int, most: int) -> torch.Tensor:
     """(at most `most`,) numbers from 0 to n - 1, evenly spread."""
     return torch.linspace(0, n - 1, min(n, most)).round().long() if n else torch.zeros(0, dtype=torch.long)
