@@ -7,10 +7,11 @@ from map_scores import top_overlap
 
 
 def claims(models, pictures: dict, attention: dict, on_places: dict, having):
-    """Arguments of `Run.claim`: C001 and ours, by the attention on the places of outliers; then the controls.
+    """Yields the arguments of `Run.claim`: C001, our claim on added registers, and the controls.
 
-    By label: pictures; attention (images, rows, cols); on_places (images,), the share of attention at the places of
-    outliers of the model without registers. having: labels of the models with artifacts.
+    C001 and ours compare the attention on the places of outliers. Dictionaries by model label: pictures (`Images`);
+    attention (images, rows, cols); on_places (images,), the share of attention at the places where the model without
+    registers has outliers. having: labels of the models with artifacts.
     """
     compared = paired.compare(on_places, models)
     yield "C001", *paired.judge(compared, "trained", having)

@@ -7,19 +7,19 @@ from verdicts import WORDS, exists, majority, of_family
 
 
 def peak_is_outlier(attention: torch.Tensor, is_outlier: torch.Tensor, where: torch.Tensor | None) -> torch.Tensor:
-    """(images,) bool: is the patch with most attention an outlier by its norm? Maps (images, rows, cols).
+    """(images,) bool: is the patch with the most attention an outlier by its norm? Maps (images, rows, cols).
 
-    where: the patches that compete, such as the background; None: all.
+    where: bool, the patches that are considered, such as the background; None: all.
     """
     inside = attention if where is None else attention.where(where, torch.tensor(-1.0))
     return is_outlier.flatten(1).gather(1, inside.flatten(1).argmax(1, keepdim=True))[:, 0]
 
 
 def claims(models, table, peaks: dict, having, profile: str):
-    """Arguments of `Run.claim`: C002 to C006 by family, then the controls.
+    """Yields the arguments of `Run.claim`: C002 to C006, by family, then the controls.
 
-    table: scores by label with `kurtosis` and `outlier_share`; peaks: `peak_is_outlier` by label; having: labels of the
-    models with artifacts.
+    table: columns `kurtosis` and `outlier_share`, one row a model; peaks: `peak_is_outlier` by model label; having:
+    labels of the models with artifacts.
     """
     share = {name: f"{name}: {hits.float().mean():.0%} of the images" for name, hits in peaks.items()}
     for claim, family in {"C002": "deit3", "C003": "clip", "C004": "dinov2"}.items():

@@ -1,4 +1,4 @@
-"""Figure 3: the panel that the detector is scored on, the verdicts, and the cutoff on a slider."""
+"""Figure 3: the verdicts, the panel of models on which the detector is tested, and a slider for the cutoff."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ WITHOUT = (
     "random:mini-clip",
 )
 NUMBERS = (1, 2, 5, 10, 50)  # of images
-OTHER_SEED = 1000  # of scenes and textures that no threshold was set on
+OTHER_SEED = 1000  # of scenes and textures on which no threshold was set
 
 
 def claims(models, output: dict, table, is_outlier: dict, truths: dict):
-    """Arguments of `Run.claim`: C007 to C010 on the first trained model with artifacts, C011, then the controls.
+    """Yields the arguments of `Run.claim`: C007 to C010 on the first trained model with artifacts, C011, the controls.
 
-    By label: output, patch norms (images, patches); is_outlier and truths, bool of the same shape (None where the truth
-    is not known). table: `verdicts.table`.
+    Dictionaries by model label: output, patch norms (images, patches); is_outlier and truths, bool of the same shape
+    (None if the truth is not known). table: `verdicts.table`.
     """
     having = set(table.index[table.cutoff.notna()])
     model = specimen(models, having)
@@ -71,9 +71,10 @@ def claims(models, output: dict, table, is_outlier: dict, truths: dict):
 
 
 def calibration(run, seed: int = 0, draws: int = 5) -> pd.DataFrame:
-    """The detector's answer to `draws` draws of each number of images: columns model, has (artifacts), images, answer.
+    """The detector's answers on `draws` random sets of each number of images: a DataFrame, one row a set.
 
-    Models come from `run.load`; of photos there are ten, so a model on photos has no draw of 50.
+    Columns: model, has (whether the model has artifacts), images (their number), answer. Models come from `run.load`.
+    There are only ten photos, so a model on photos has no set of 50.
     """
     panel = {}
     for model in run.load(" ".join((*WITH, *WITHOUT))):
@@ -91,18 +92,18 @@ def calibration(run, seed: int = 0, draws: int = 5) -> pd.DataFrame:
 
 
 def chosen(observed: Observed, some: torch.Tensor) -> Observed:
-    """What was observed of some of the images."""
+    """The `Observed` restricted to the images `some`."""
     seen = Capture(observed.seen.layers, observed.seen.grid, observed.seen.prefix, norms=observed.seen.norms[some])
     maps = ({i: at[some] for i, at in each.items()} for each in (observed.by_cls, observed.by_patches))
     return Observed(seen, *maps)
 
 
 def synthetic(seed: int, n: int = 60) -> dict[str, tuple[bool, Observed]]:
-    """{name: (whether some tokens are outliers, norms and attention of n images)}, of known shape.
+    """{name: (whether some tokens are outliers, norms and attention of n images)}, with distributions of known shape.
 
-    One mode, narrow or with a heavy tail (Student's t of log norms), and a half of all tokens at ten times the rest,
-    all with attention that is even but for noise. Then 0.1, 0.5, 2 and 10 % of the tokens at 2, 3, 10 and 50 times the
-    median, which receive eight times as much attention as others.
+    Without outliers: one narrow mode; one mode with a heavy tail (Student's t of the log norms); half of the tokens at
+    ten times the norm of the rest. Their attention is even up to noise. With outliers: 0.1, 0.5, 2 and 10 % of the
+    tokens have 2, 3, 10 and 50 times the median norm and receive eight times as much attention as others.
     """
     noise = torch.Generator().manual_seed(seed)
 
@@ -130,7 +131,7 @@ def synthetic(seed: int, n: int = 60) -> dict[str, tuple[bool, Observed]]:
 
 
 def scores(answers: pd.DataFrame) -> pd.DataFrame:
-    """Precision, recall, denied and decided (0 to 1) by number of images; NaN where nothing was called so."""
+    """Precision, recall, denied and decided (0 to 1) by number of images; NaN if there is no such answer."""
     rows = {}
     for number, part in answers.groupby("images"):
         called, has = part.answer == "artifacts", part.has
@@ -145,7 +146,7 @@ def scores(answers: pd.DataFrame) -> pd.DataFrame:
 
 @styled
 def answers_by_images(answers: pd.DataFrame) -> Figure:
-    """Shares of the three answers, a row a model of the panel and a column a number of images."""
+    """Shares of the three answers, one row a model of the panel, one column a number of images."""
     names = list(dict.fromkeys(answers.model))[::-1]
     has = answers.groupby("model").has.first()
     figure, axes = plt.subplots(1, len(NUMBERS), figsize=(9, 0.17 * len(names) + 1.1), sharey=True)
@@ -165,9 +166,10 @@ def answers_by_images(answers: pd.DataFrame) -> Figure:
 
 
 def cutoff_slider(images, maps: dict[str, torch.Tensor]):
-    """Images and one model's norm maps (n, rows, cols), the tokens above a multiple of its median norm ringed.
+    """A widget: images and one model's norm maps, tokens above a multiple of its median norm ringed.
 
-    The multiple slides; it starts at 3, on the model whose largest norm stands out most.
+    maps: norms (n, rows, cols) by model label. A slider sets the multiple; it starts at 3, on the model with the
+    largest ratio of largest to median norm.
     """
     most = {name: (norms.max() / norms.median()).item() for name, norms in maps.items()}
 

@@ -16,7 +16,7 @@ SIZES = {192: "Ti", 384: "S", 768: "B"}  # below Large, by their width
 
 @styled
 def norms_by_step(tables: dict[str, pd.DataFrame]) -> Figure:
-    """Figure 4(b): norms of the last block along training (above) and the share set apart at any block (below)."""
+    """Figure 4(b): norms of the last block along training (above), largest outlier share of any block (below)."""
     figure, axes = plt.subplots(2, len(tables), figsize=(2.3 * len(tables) + 0.6, 4.8), squeeze=False, sharex=True)
     for (above, below), (name, table) in zip(axes.T, tables.items(), strict=True):
         last = table[table.layer == table.layer.max()]
@@ -44,7 +44,7 @@ def norms_by_size(norms: dict[str, torch.Tensor]) -> Figure:
     ratios = {name.replace(" ", "\n"): (v.flatten() / v.median()).cpu() for name, v in norms.items()}
     style = dict(color=PALETTE[5], inner=None, cut=0, density_norm="width", linewidth=0.5, log_scale=True)
     sns.violinplot({name: ratio.numpy() for name, ratio in ratios.items()}, ax=axis, **style)
-    # a violin shows the bulk and hides the few that matter: the highest 0.5 % are drawn as points
+    # a violin shows the bulk and hides a few outliers: the highest 0.5 % are drawn as points
     for place, ratio in enumerate(ratios.values()):
         top = ratio.sort(descending=True).values[: max(1, len(ratio) // 200)]
         axis.scatter(
@@ -69,12 +69,12 @@ def share_at(table: pd.DataFrame, part: float) -> float:
 
 
 def claims(models, norms: dict, detections: dict, trained: dict, shares: dict, alike: bool):
-    """Arguments of `Run.claim`: C012 and C013 on a model with artifacts, C014 on telemetry, C015 on sizes; a control.
+    """Yields the arguments of `Run.claim`: C012 and C013 on a model with artifacts, C014, C015 and the control.
 
-    C015 fails on a trained model smaller than Large (1,024 wide) that has artifacts, of whatever training.
-
-    By label: norms (images, blocks, patches); detections; trained, telemetry tables; shares, the outlier share by size,
-    smallest first. alike: whether the sizes were trained alike.
+    C014 is judged on telemetry, C015 on models of several sizes. C015 fails if any trained model narrower than Large
+    (1,024) has artifacts, however it was trained. Dictionaries by model label: norms (images, blocks, patches);
+    detections; trained, telemetry tables; shares, outlier shares of the sizes, smallest first. alike: whether the
+    sizes were trained in the same way.
     """
     found = {name: (detections[name].onset, values.shape[1]) for name, values in norms.items()}
     having = {name for name, each in detections.items() if each.has_artifacts}

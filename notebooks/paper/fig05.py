@@ -1,4 +1,4 @@
-"""Figure 5: its plots, the scores of likeness to the neighbours, and its verdicts."""
+"""Figure 5: its plots, the similarity to the neighbours, the local probes, and the verdicts."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from vitreg_lib.probes.linear import FOLDS
 from vitreg_lib.probes.local import groups, patch_pixels, position_probe, reconstruction_probe
 
 PER_PLACE = 40  # training tokens that the position probe needs for each place
-READABLE = 5  # times chance: from there on a position counts as read
+READABLE = 5  # times chance: a position counts as readable from this accuracy on
 GROUPS = {"normal": PALETTE[0], "outlier": PALETTE[1], "matched": PALETTE[2], "border": PALETTE[5]}
 FITS = {"normal": "trained on normal", "all": "trained on all", "own": "trained on the group"}
 REPORTED = {  # Figure 5b, by the names under which a `local_probes` table is measured
@@ -29,7 +29,7 @@ REPORTED = {  # Figure 5b, by the names under which a `local_probes` table is me
 def densities(values: dict[str, dict[str, torch.Tensor]], label: str, titles: dict[str, str] | None = None) -> Figure:
     """Densities of cosines by group, one panel a model, medians dotted. values: {model: {group: cosines}}.
 
-    The axis is stretched towards 1 (by the logarithm of 1 - cosine), where uniform patches crowd.
+    The axis is stretched near 1 (by the logarithm of 1 - cosine), since uniform patches have cosines close to 1.
     """
     import pandas as pd
     import seaborn as sns
@@ -63,10 +63,10 @@ def _stretched(cosine):
 
 @styled
 def by_group(tables: dict, columns: dict[str, str], cap: dict[str, float] | None = None, titles=None) -> Figure:
-    """Dots of probe scores: a row a column of the tables, a panel a model, groups along x, a marker for each fit.
+    """Dots of probe scores: one row of panels for each score, one column for each model.
 
-    tables: {model: DataFrame indexed by (group, fit)}; columns: {column: axis label}; cap: the top of a column's axis,
-    where larger values are drawn with their number.
+    Groups are along x; each fit has a marker. tables: {model: DataFrame indexed by (group, fit)}; columns: {column of
+    the tables: axis label}; cap: the top of a column's axis. Larger values are drawn at the top, with their number.
     """
     styles = dict(zip(FITS, zip((PAPER, PALETTE[4], PALETTE[0]), "soD", strict=True), strict=True))
     size = (2.2 * len(tables) + 1.0, 1.9 * len(columns) + 0.6)
@@ -93,7 +93,7 @@ def by_group(tables: dict, columns: dict[str, str], cap: dict[str, float] | None
 
 
 def titles(masks: dict[str, Tensor], borrowed: dict[str, str]) -> dict[str, str]:
-    """What to write above a model's panel: its share of outliers, or whose places it is looked at in."""
+    """The title of each model's panel: its share of outliers, or the model whose outlier places it is measured at."""
     texts = {name: f"{mask.float().mean():.2%} outliers" for name, mask in masks.items()}
     texts |= {name: f"places of {owner}" for name, owner in borrowed.items()}
     return {name: f"{name}\n{text}" for name, text in texts.items()}
@@ -102,7 +102,7 @@ def titles(masks: dict[str, Tensor], borrowed: dict[str, str]) -> dict[str, str]
 def same_places(masks: dict[str, Tensor]) -> dict[str, str]:
     """{model without outliers: the first model with outliers on a grid of the same size}, for masks by model.
 
-    A model without outliers is a control at the places where another has them, on the same images.
+    A model without outliers is a control at the places where the other model has outliers, on the same images.
     """
     own = [name for name, mask in masks.items() if mask.any()]
     lenders = {name: [o for o in own if masks[o].shape == mask.shape] for name, mask in masks.items() if not mask.any()}
@@ -160,9 +160,10 @@ def over_all(table):
 
 
 def ratios(table, group: str = "outlier", to: str = "matched", fit: str = "own"):
-    """`group` over `to` in each fold of a table of `probes`: accuracy, distance, l2, relative; NaN over nothing.
+    """Scores of `group` divided by those of `to`, in each fold of a table of `probes`; NaN if the latter is 0.
 
-    The distance has half a cell added to both, so that a probe that never errs does not divide by 0.
+    Columns: accuracy, distance, l2, relative. Half a cell is added to both distances, so that a probe without errors
+    does not lead to a division by 0.
     """
     columns = ["accuracy", "distance", "l2", "relative"]
     one, other = (table.xs((name, fit), level=("group", "fit"))[columns].copy() for name in (group, to))
@@ -171,11 +172,12 @@ def ratios(table, group: str = "outlier", to: str = "matched", fit: str = "own")
 
 
 def verdicts(table, alike) -> dict[str, tuple[bool | str | None, str]]:
-    """{"auc", "accuracy", "distance", "l2": (is it as the paper claims of outliers, what was measured)}.
+    """{"auc", "accuracy", "distance", "l2": (does the paper's claim hold, the measured text)} for one model.
 
-    table of `probes` and numbers of `likeness`, of one model. Judged on outlier against matched tokens, each with its
-    own fit, by intervals over images: AUC above one half, accuracy below 0.8, distance above 2, L2 above 1.1 times.
-    None for accuracy and distance where normal tokens are right less than five times as often as by chance.
+    table: of `probes`; alike: of `likeness`. Outliers are compared with matched tokens, each with its own fit, by
+    intervals over images. The claims hold for an AUC above 0.5, and for ratios of accuracy below 0.8, of distance above
+    2 and of L2 above 1.1. Accuracy and distance are None if normal tokens are right less than five times as often as by
+    chance.
     """
     fair, paper, mean = ratios(table), ratios(table, to="normal", fit="all").mean(), over_all(table)
     right, chance = mean.loc[("normal", "own"), ["accuracy", "chance"]]
@@ -195,9 +197,10 @@ def verdicts(table, alike) -> dict[str, tuple[bool | str | None, str]]:
 
 
 def claims(models, masks: dict[str, Tensor], borrowed: dict[str, str], tables: dict, alike):
-    """Arguments of `Run.claim`: C016 to C019 on the first trained model with artifacts, then ours on the others.
+    """Yields the arguments of `Run.claim`: C016 to C019 on the first trained model with artifacts, then ours.
 
-    By label: outlier masks, `same_places` of them, tables of `probes`; alike: `likeness`, one row a model.
+    Dictionaries by model label: masks of outliers; borrowed, their `same_places`; tables of `probes`. alike:
+    `likeness`, one row a model.
     """
     judged = {name: verdicts(table, alike.loc[name]) for name, table in tables.items()}
     first = specimen(models, {name for name, mask in masks.items() if mask.any()})
@@ -222,12 +225,12 @@ def claims(models, masks: dict[str, Tensor], borrowed: dict[str, str], tables: d
 
 
 def likeness(similarity: Tensor, is_outlier: Tensor, draws: int = 500, seed: int = 0) -> dict[str, float]:
-    """How outliers' similarity to their neighbours differs from that of others, with intervals over images.
+    """How the similarity to the neighbours differs between outliers and other tokens, with intervals over images.
 
-    similarity (images, patches), as `maps.neighbour_similarity` of the patch embedding. Keys: median_GROUP for each of
-    `groups`; auc and auc_matched, the chance that an outlier is more similar than a normal, or than a matched token
-    (ties count half), each with _low and _high, the middle 95 % of a bootstrap that draws whole images. Without
-    outliers all but the medians of the groups that exist are NaN.
+    similarity (images, patches): `maps.neighbour_similarity` of the patch embedding. Keys: median_GROUP for each of
+    `groups`; auc and auc_matched, the probability that an outlier is more similar to its neighbours than a normal or a
+    matched token is (ties count half). Each comes with _low and _high, the middle 95 % of a bootstrap that draws whole
+    images. Without outliers, all values are NaN except the medians of groups with tokens.
     """
     similarity, masks = similarity.cpu(), groups(is_outlier.cpu())
     result = {f"median_{k}": similarity[m].median().item() if m.any() else float("nan") for k, m in masks.items()}
@@ -245,7 +248,7 @@ def likeness(similarity: Tensor, is_outlier: Tensor, draws: int = 500, seed: int
 
 
 def _auc(a: Tensor, b: Tensor, weight_a: Tensor, weight_b: Tensor) -> Tensor:
-    """(draws,) weighted chance that a value of `a` exceeds one of `b`, ties half; NaN where one side weighs nothing."""
+    """(draws,) weighted probability that a value of `a` exceeds one of `b`, ties half; NaN if a side has no weight."""
     if not len(a) or not len(b):
         return torch.full((len(weight_a),), torch.nan).double()
     order = b.argsort()

@@ -1,7 +1,7 @@
-"""How registers enter and leave a model, shown by computation (Fig. 6), its drawing and its verdicts.
+"""How registers enter and leave a model (Fig. 6): measurements, the drawing and the verdicts.
 
-Everything is read off, or changed, at the input of the first block, where the sequence is (cls, registers, patches):
-so it works alike for registers that were trained and for those added at test time.
+Tokens are read and changed at the input of the first block, where the sequence is (cls, registers, patches). This works
+for trained registers and for registers added at test time.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from vitreg_lib.plots.style import PALETTE, styled
 def entering(model, images: torch.Tensor, edit: Callable | None = None) -> tuple[torch.Tensor, torch.Tensor]:
     """(tokens that enter the first block, tokens that leave the last), each (images, tokens, dim), of a `zoo.Model`.
 
-    `edit` takes the entering tokens and returns what enters instead.
+    `edit` takes the entering tokens and returns the tokens that enter instead.
     """
     tokens = {}
 
@@ -40,7 +40,7 @@ def entering(model, images: torch.Tensor, edit: Callable | None = None) -> tuple
 
 
 def flow(model, images: torch.Tensor) -> dict[str, int]:
-    """Token counts: patches, registers, tokens_in (at the first block), tokens_returned; registers' parameters."""
+    """Counts: patches, registers, tokens_in (at the first block), tokens_returned, parameters_of_registers."""
     anatomy = model.anatomy
     rows, cols = anatomy.grid(getattr(images, "x", images))
     inside, _ = entering(model, images)
@@ -57,9 +57,9 @@ def flow(model, images: torch.Tensor) -> dict[str, int]:
 def effect(model, images: torch.Tensor, kind: str, seed: int = 0) -> float:
     """Relative change of the patches' output, |new - old| / |old|, when the entering registers are changed.
 
-    kind: "noise" adds to each register noise of a patch token's size; "permute" turns their order by one; "image" takes
-    them from the next image. The last two change nothing where registers carry no position and are the same for
-    every image.
+    kind: "noise" adds to each register noise with the standard deviation of the patch tokens; "permute" rotates the
+    order of the registers by one; "image" takes them from the next image. If registers have no position and are the
+    same for every image, the last two change nothing.
     """
     anatomy = model.anatomy
     first, prefix = int(anatomy.has_cls), anatomy.num_prefix_tokens
@@ -123,7 +123,7 @@ def token_flow(grid: tuple[int, int], num_registers: int, has_cls: bool, dim: in
 
 
 def claims(flow, effects, pairs: dict[str, str]):
-    """Arguments of `Run.claim`: C020 to C022 and ours; tables of `flow` and `effect` by label, and `pairs.pairs`."""
+    """Yields the arguments of `Run.claim`: C020 to C022 and ours. Tables of `flow` and `effect`, one row a model."""
     added = {name: int(flow.tokens_in[name] - flow.tokens_in[plain]) for name, plain in pairs.items()}
     kept = {name: bool(flow.tokens_returned[name] == flow.tokens_returned[plain]) for name, plain in pairs.items()}
     expected = all(count == flow.registers[name] - flow.registers[pairs[name]] for name, count in added.items())

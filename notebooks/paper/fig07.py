@@ -1,4 +1,4 @@
-"""Figure 7: its verdicts, and the histogram with a block to choose."""
+"""Figure 7: its verdicts, and the histogram with a slider for the block."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from verdicts import WORDS, exists, of_family
 from vitreg_lib import plots, widgets
 from vitreg_lib.measure import outliers
 
-NO_OUTLIERS = 0.001  # of the patch tokens: below this share a model with registers has none
+NO_OUTLIERS = 0.001  # a model with registers counts as free of outliers below this share of the patch tokens
 
 
 def claims(models, found: dict, pairs: dict[str, str], truths: dict, having, profile: str):
-    """Arguments of `Run.claim`: C023 to C028 by family, without and with registers; ours; then the controls.
+    """Yields the arguments of `Run.claim`: C023 to C028 by family, without and with registers; ours; the controls.
 
-    found: `Outliers` by label, those of a model with registers by the cutoff of its pair; truths: bool masks or None;
+    found: `Outliers` by model label; a model with registers has the cutoff of its pair. truths: bool masks or None;
     having: labels of the models with artifacts.
     """
     share = {name: f"{name}: {each.share:.2%}" for name, each in found.items()}
@@ -43,9 +43,10 @@ def claims(models, found: dict, pairs: dict[str, str], truths: dict, having, pro
 
 
 def layer_histogram(norms: dict[str, torch.Tensor], found: dict):
-    """The histogram of one block's patch norms for each model, norms (images, layers, patches). The block slides.
+    """A widget: for each model, the histogram of the patch norms after one block; a slider chooses the block.
 
-    found: `Outliers` by label. Their cutoff is taken to every block as the same multiple of the median, as for onsets.
+    norms: (images, layers, patches) by model label; found: `Outliers` by label. In every block the cutoff is the same
+    multiple of the median, as for onsets.
     """
     times = {name: each.cutoff / each.norms.median().item() for name, each in found.items()}
     deepest = max(values.shape[1] for values in norms.values()) - 1

@@ -12,9 +12,9 @@ from verdicts import above, every
 from vitreg_lib.measure.pairs import TRAINED, pairs
 from vitreg_lib.plots.style import PALETTE, styled
 
-LEVEL = 0.05  # share of simulated chance draws that pass a test
+LEVEL = 0.05  # p-values below this decide
 
-ASKED = {  # the claims of Figure 8 in this module's words
+ASKED = {  # the claims of Figure 8 in our words
     "C030": "one register brings more than half of the best gain in masks and in depth",
     "C031": "the best number of registers is not 0 for masks nor for depth",
     "C032": "the class gains with more registers",
@@ -23,9 +23,10 @@ ASKED = {  # the claims of Figure 8 in this module's words
 
 @styled
 def scores_by_registers(ladders: dict) -> Figure:
-    """Figure 8, below: the three scores by the number of registers; one line a family, bars: spread over seeds.
+    """Figure 8, lower part: the three scores by the number of registers; one line a ladder, bars: spread over seeds.
 
-    ladders: {family: DataFrame of `tab02.table` with a column registers}.
+    A ladder is one model with several numbers of registers. ladders: {name: DataFrame of `tab02.table` with a column
+    registers}.
     """
     tasks = [task for task in PANELS if any(task in table for table in ladders.values())]
     counts = sorted({int(c) for table in ladders.values() for c in table.registers})
@@ -43,9 +44,10 @@ def scores_by_registers(ladders: dict) -> Figure:
 
 
 def ladders(models) -> dict[str, list]:
-    """{ladder: models by number of registers, from none}, for each base with at least three numbers of one origin.
+    """{name: models of a ladder, by number of registers, from none}.
 
-    A ladder is called by its base and where its registers come from: "mini-dinov2-reg" (trained), "vit-ti+ttr".
+    A ladder is a model without registers and at least two versions with registers of the same origin. Its name has the
+    base model and the origin: "mini-dinov2-reg" (trained with registers), "vit-ti+ttr" (added at test time).
     """
     plain, result = {model.label: model for model in models}, {}
     for base, origin in dict.fromkeys((m.base, m.registers_from) for m in models if m.base in plain):
@@ -58,16 +60,15 @@ def ladders(models) -> dict[str, list]:
 
 
 def rows(table, members):
-    """The rows of one ladder's models in a table by label, with a column registers."""
+    """The rows of one ladder's models in a table indexed by label, with an additional column registers."""
     return table.loc[[m.label for m in members]].assign(registers=[m.registers for m in members])
 
 
 def claims(models, table, having, found: dict, ladders: dict, profile: str):
-    """Arguments of `Run.claim`: C029 on artifacts, C030 to C032 on the first trained ladder, ours on the others.
+    """Yields the arguments of `Run.claim`: C029 on artifacts, C030 to C032 on the first trained ladder, then ours.
 
-    A ladder is judged where its model without registers has artifacts.
-
-    table: outlier_share by label; having: labels of models with artifacts; found: {label: `tab02.Scores`}.
+    A ladder is judged only if its model without registers has artifacts. table: column outlier_share, one row a model;
+    having: labels of the models with artifacts; found: {label: `tab02.Scores`}.
     """
     base = pairs(models)
     one = [m.label for m in models if m.registers == 1 and m.registers_from in TRAINED]
@@ -103,13 +104,13 @@ def claims(models, table, having, found: dict, ladders: dict, profile: str):
 
 
 def by_registers(found: dict, members, draws: int = 500, seed: int = 0) -> dict[str, tuple[bool | str | None, str]]:
-    """{"C030", "C031", "C032": (verdict, what was measured)}: the claims of Figure 8 about the three tasks.
+    """{"C030", "C031", "C032": (verdict, measured text)}: the claims of Figure 8 about the three tasks.
 
     found: {label: `tab02.Scores`}; members: the models of one ladder, the first without registers. C031: the largest
-    gain of masks and of depth is larger than chance gives. C030: one register then has more than half of it. C032: the
-    class improves along the numbers of registers. Chance is simulated: in each image the scores are shuffled among the
-    models, which leaves no difference between them but keeps the choice of the best; 5 % of such draws pass one test.
-    It holds for these trained models, of which there is one for each number.
+    gains of masks and of depth are larger than by chance. C030: then one register brings more than half of each gain.
+    C032: the classification improves with the number of registers. Chance is simulated: the scores of each image are
+    shuffled among the models. This removes any difference between models but keeps the choice of the best. 5 % of the
+    shuffles pass a test. The verdicts are about these trained models, one for each number of registers.
     """
     counts = [model.registers for model in members]
     scored = {
@@ -131,7 +132,7 @@ def by_registers(found: dict, members, draws: int = 500, seed: int = 0) -> dict[
                     f"{task}: gain of 1 register minus half of the best {_span(task, low, high)}",
                 )
         if result["C031"][0] is not True:
-            open_ = "undecided" if result["C031"][0] == "undecided" else None  # of a loss there is no share
+            open_ = "undecided" if result["C031"][0] == "undecided" else None  # a loss has no half of a gain
             result["C030"] = (open_, "no gain of masks and depth beyond chance to take the share of; " + text)
         elif not first:
             result["C030"] = (None, "no model with one register")
@@ -149,13 +150,13 @@ def by_registers(found: dict, members, draws: int = 500, seed: int = 0) -> dict[
 
 
 def _gains(parts: torch.Tensor, task: str) -> torch.Tensor:
-    """(models,) mean score over seeds minus that of the first model, larger is better; parts (models, seeds, …)."""
+    """(models,) mean score over seeds minus that of the first model; larger is better. parts: (models, seeds, …)."""
     score = SCORE[task](parts).mean(1)
     return (score - score[0]) * (-1 if task in LOWER_IS_BETTER else 1)
 
 
 def _shuffles(parts: torch.Tensor, draws: int, seed: int):
-    """Draws of parts (models, seeds, images, values) in which each image's scores are shuffled among the models."""
+    """Yields `draws` copies of parts (models, seeds, images, values), each image's scores shuffled among the models."""
     generator, images = torch.Generator().manual_seed(seed), torch.arange(parts.shape[2])
     for _ in range(draws):
         order = torch.rand(len(parts), len(images), generator=generator).argsort(0)
@@ -167,14 +168,14 @@ def _p(value: float, null: list[float]) -> float:
 
 
 def _best_gain(parts, task: str, draws: int, seed: int) -> tuple[torch.Tensor, float, float]:
-    """(gains (models,), p that the largest is none, p that the smallest loss of another number than 0 is none)."""
+    """(gains (models,), p-value of the largest gain, p-value of all numbers of registers above 0 being worse)."""
     gains = _gains(parts, task)
     null = [_gains(drawn, task)[1:].max().item() for drawn in _shuffles(parts, draws, seed)]
     return gains, _p(gains[1:].max().item(), null), _p(-gains[1:].max().item(), [-n for n in null])
 
 
 def _half_gain(parts, task: str, one: int, best: int, draws: int, seed: int) -> tuple[float, float]:
-    """The middle 95 % of the gain of one register minus half of the best gain, images drawn anew."""
+    """The middle 95 % of the gain of one register minus half of the best gain, by a bootstrap over images."""
     generator, images = torch.Generator().manual_seed(seed), parts.shape[2]
     drawn = []
     for _ in range(draws):
@@ -185,9 +186,9 @@ def _half_gain(parts, task: str, one: int, best: int, draws: int, seed: int) -> 
 
 
 def _trend(parts, draws: int, seed: int) -> tuple[float, float, float]:
-    """(slope of the accuracy over the rank of the number of registers, p of its rise, p of its fall).
+    """(slope of the accuracy over the rank of the number of registers, p-value of a rise, p-value of a fall).
 
-    The slope and not the rank correlation: of four numbers even shuffled ones are often in order.
+    The slope, not the rank correlation: four numbers are often in order by chance.
     """
 
     def slope(values):

@@ -1,4 +1,4 @@
-"""Figure 9: how much registers' attention maps differ, the plot of it, and its verdicts."""
+"""Figure 9: how much the attention maps of registers differ, its plot, and the verdicts."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from vitreg_lib.measure.pairs import interval
 from vitreg_lib.plots.maps import COMPONENT
 from vitreg_lib.plots.style import styled
 
-LEAST_SPREAD = 0.01  # of the attention: a smaller spread over objects does not count, however regular it is
+LEAST_SPREAD = 0.01  # share of attention: a smaller spread over objects does not count, even if it is significant
 
 
 def box_masks(boxes: list[torch.Tensor], size: tuple[int, int], most: int = 2) -> torch.Tensor:
@@ -31,9 +31,10 @@ def box_masks(boxes: list[torch.Tensor], size: tuple[int, int], most: int = 2) -
 
 
 def objects_of(run, model) -> tuple:
-    """(`Images`, masks (images, objects, height, width) of their objects, the largest first), None where not known.
+    """(`Images`, masks (images, objects, height, width) of their objects, the largest first; None if not known).
 
-    Of scenes the visible parts, of photos (the setting `boxes`) the insides of the two largest boxes.
+    For scenes the masks are the visible parts of the objects. For photos (the setting `boxes`) they are the insides of
+    the two largest boxes.
     """
     if run.source(model) == "scenes":
         pictures = run.images(model)
@@ -59,7 +60,7 @@ def mass_on(attn_maps: torch.Tensor, masks: torch.Tensor) -> torch.Tensor:
 
 
 def follows(run, model, layer: int, seed: int):
-    """`object_spread` of a model's registers where objects are known, None where not; of a replayed one as measured."""
+    """`object_spread` of a model's registers; None if objects are not known. A replayed model has stored values."""
     if model.replayed:
         return object_spread(model.kept("objects"), seed) if "objects" in model.tensors else None
     pictures, masks = objects_of(run, model)
@@ -67,12 +68,12 @@ def follows(run, model, layer: int, seed: int):
 
 
 def object_spread(mass: torch.Tensor, seed: int = 0, shuffles: int = 200):
-    """Do registers follow different objects? (spread, spread when shuffled, p-value), None with fewer than two.
+    """Do registers follow different objects? (spread, mean spread when shuffled, p-value); None for one register.
 
-    mass (images, registers, objects): of `object_mass`. Over the images a register's mean share of object k (0 the
-    largest) is taken; the spread is the standard deviation between registers, averaged over the objects. Shuffling
-    registers anew in every image takes away what makes a register itself: p is the share of shuffles with at least
-    this spread.
+    mass (images, registers, objects): of `object_mass`; object 0 is the largest of an image. A register's share of each
+    object is averaged over the images. The spread is the standard deviation between registers, averaged over the
+    objects. For comparison, the registers are shuffled in every image, so that all have the same expected shares. The
+    p-value is the share of shuffles with at least the observed spread.
     """
     if mass.shape[1] < 2:
         return None
@@ -91,7 +92,7 @@ def object_spread(mass: torch.Tensor, seed: int = 0, shuffles: int = 200):
 
 
 def pairwise_correlation(maps: torch.Tensor) -> torch.Tensor:
-    """Pearson correlation between each two of K maps, (..., K, rows, cols) -> (..., K, K) (Fig. 9, claim C033)."""
+    """Pearson correlations between K maps, (..., K, rows, cols) -> (..., K, K) (Fig. 9, claim C033)."""
     return _gram(centred(maps))
 
 
@@ -135,9 +136,10 @@ def matrix(values: dict[str, torch.Tensor], names: dict[str, list[str]], label: 
 
 
 def claims(models, alike: dict[str, torch.Tensor], spreads: dict, pairs: dict[str, str], having, profile: str):
-    """Arguments of `Run.claim`: C033 and C034 on models trained with registers, ours on those added at test time.
+    """Yields the arguments of `Run.claim`: C033 and C034 on trained registers, ours on registers added at test time.
 
-    By label: alike (images,), the mean correlation of the registers' maps; spreads, `object_spread` or None.
+    Dictionaries by model label: alike (images,), the mean correlation of the registers' maps; spreads, `object_spread`
+    or None.
     """
     trained, missing = registered(models, pairs, having, profile)
     judged = [m for m in trained if not copies(m)]

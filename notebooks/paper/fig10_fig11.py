@@ -1,13 +1,13 @@
-"""How position embeddings are resized, and the stripes that plain bicubic interpolation leaves (Fig. 10, 11; App. A).
+"""How position embeddings are resized, and the stripes caused by missing antialiasing (Fig. 10, 11; App. A).
 
-Training DINOv2 resizes a 16x16 grid of position embeddings to 7x7 for its local crops. Without antialiasing a bicubic
-resize reads only four cells per axis for each output, so some cells hardly get a gradient and neighbours get much: the
-gradient map is striped. Bicubic resizing is separable: everything here follows from one small matrix per axis.
+The training of DINOv2 resizes a 16x16 grid of position embeddings to 7x7 for its local crops. Without antialiasing a
+bicubic resize reads only four cells per axis for each output. So some cells get hardly any gradient and their
+neighbours a large one: the gradient map is striped. Bicubic resizing is separable: a small matrix per axis defines it.
 
 Conventions: grids are (rows, cols), maps (..., rows, cols); pixel centres are half-integers (`align_corners=False`);
-`offset` is the 0.1 that the official DINOv2 code adds to the wanted grid before it passes a scale factor instead of a
-size (checked in dinov2/models/vision_transformer.py, `interpolate_pos_encoding`), which shifts the samples; None
-resizes by size. Plain bicubic has the coefficient a = -0.75, antialiased a = -0.5, as in PyTorch.
+`offset` is the 0.1 that the official DINOv2 code adds to the wanted grid size before it computes a scale factor
+(dinov2/models/vision_transformer.py, `interpolate_pos_encoding`), which shifts the samples. None resizes by size.
+"Plain" means without antialiasing. The bicubic coefficient is a = -0.75 plain and a = -0.5 antialiased, as in PyTorch.
 """
 
 import copy
@@ -23,11 +23,11 @@ def resize_operator(
 ) -> torch.Tensor:
     """The matrix (size_out, size_in), float64, that bicubic resizing applies along one axis.
 
-    `out = operator @ in`; rows sum to 1, column sums are the gradient that unit output gradients carry to each input
-    cell. `offset` None: by size. Otherwise by the scale factor (size_out + offset) / size_in, 0 < offset < 1.
-    `a` is the bicubic coefficient, by default PyTorch's (-0.75 plain, -0.5 antialiased). As in PyTorch an offset is
-    ignored at equal sizes with antialiasing; plainly torch ignores it only where the whole grid is of equal size.
-    Written in closed form, independent of torch's interpolation (Keys 1981; Fig. 11).
+    `out = operator @ in`; rows sum to 1. The sum of a column is the gradient of that input cell when every output has a
+    gradient of 1. `offset` None: by size. Otherwise by the scale factor (size_out + offset) / size_in, 0 < offset < 1.
+    `a` is the bicubic coefficient, by default PyTorch's (-0.75 plain, -0.5 antialiased). As in PyTorch, an offset is
+    ignored at equal sizes with antialiasing. Without antialiasing, torch ignores it only if the whole grid has equal
+    size. Written in closed form, independent of torch's interpolation (Keys 1981; Fig. 11).
     """
     _check_sizes(size_in, size_out, offset)
     if antialias and size_in == size_out:
@@ -64,12 +64,12 @@ def resize_pos_embed(
     antialias: bool = True,
     offset: float | None = None,
 ) -> torch.Tensor:
-    """A new position embedding (batch, num_prefix + rows*cols, dim) for `grid_out`, bicubic, in the dtype it came in.
+    """A new position embedding (batch, num_prefix + rows*cols, dim) for `grid_out`, bicubic, of the input's dtype.
 
-    `pos_embed`: (batch, num_prefix + rows*cols of grid_in, dim), row by row. `num_prefix` counts the leading entries
-    that belong to cls (and registers) inside `pos_embed`: 0 for timm models built with `no_embed_class`; they are
-    copied. timm antialiases by default; the official DINOv2 code does antialias=False, offset=0.1. Equal grids give
-    an unchanged copy, as both codes do. Raises ValueError where the number of entries does not fit.
+    `pos_embed`: (batch, num_prefix + rows*cols of grid_in, dim), row by row. `num_prefix`: how many leading entries
+    belong to cls (and registers); they are copied. It is 0 for timm models built with `no_embed_class`. timm
+    antialiases by default; the official DINOv2 code uses antialias=False, offset=0.1. Equal grids give an unchanged
+    copy, as in both codes. Raises ValueError if the number of entries does not fit.
     """
     expected = num_prefix + grid_in[0] * grid_in[1]
     if pos_embed.ndim != 3 or pos_embed.shape[1] != expected:
@@ -92,9 +92,9 @@ def resize_pos_embed(
 
 
 def at_size(model, size: int, antialias: bool = True, offset: float | None = None):
-    """A `zoo.Model` at `size` pixels a side, its position embeddings resized by `resize_pos_embed`; the given is left.
+    """A copy of a `zoo.Model` for images of `size` pixels a side; `resize_pos_embed` resizes its position embeddings.
 
-    Raises ValueError for a model without a learnt embedding for each place, or for `size` that patches do not divide.
+    Raises ValueError for a model without a learned embedding for each place, or a `size` that patches do not divide.
     """
     module, patch = copy.deepcopy(model.module), model.anatomy.patch_size
     if getattr(module, "pos_embed", None) is None or size % patch[0] or size % patch[1]:
@@ -112,10 +112,10 @@ def at_size(model, size: int, antialias: bool = True, offset: float | None = Non
 
 
 def place_scores(share: torch.Tensor) -> dict[str, float]:
-    """Scores of a map (rows, cols) of the share of images in which a place is an outlier (Fig. 10, C035 to C038).
+    """Scores of a map (rows, cols): for each place, the share of images with an outlier there (Fig. 10, C035 to C038).
 
     largest_share; border_share, the mean of the two outermost rings; centre_share, the mean of the central half of rows
-    and columns; stripe_ratio, column over row variance inside the two outermost rings (NaN where nothing varies).
+    and columns; stripe_ratio, column over row variance without the two outermost rings (NaN if nothing varies).
     """
     rows, cols = share.shape
     inner = share[2 : rows - 2, 2 : cols - 2]
@@ -132,8 +132,8 @@ def place_scores(share: torch.Tensor) -> dict[str, float]:
 def axis_profiles(maps: torch.Tensor, border: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
     """Mean of each row (..., rows) and mean of each column (..., cols) of maps (..., rows, cols).
 
-    `border` cells are dropped on every side first: the outermost cells collect the taps beyond the edge. Vertical
-    stripes show in the column profile. Raises ValueError where nothing is left.
+    First, `border` cells are dropped on every side, because the outermost cells also stand for cells beyond the edge.
+    Vertical stripes show in the column profile. Raises ValueError if nothing is left.
     """
     rows, cols = maps.shape[-2:]
     if border < 0 or 2 * border >= min(rows, cols):
@@ -145,7 +145,7 @@ def axis_profiles(maps: torch.Tensor, border: int = 0) -> tuple[torch.Tensor, to
 def relative_std(profile: torch.Tensor) -> torch.Tensor:
     """Standard deviation (population) over mean of profiles (..., cells) -> (...): 0 is flat (claims C039 to C041).
 
-    Sums or means along the other axis give the same value. Infinite or NaN where the mean is 0.
+    Profiles of sums and profiles of means give the same value. Infinite or NaN if the mean is 0.
     """
     return profile.std(-1, correction=0) / profile.mean(-1)
 
@@ -153,8 +153,8 @@ def relative_std(profile: torch.Tensor) -> torch.Tensor:
 def stripe_ratio(maps: torch.Tensor, border: int = 0) -> torch.Tensor:
     """Variance of column means over variance of row means, (..., rows, cols) -> (...); Fig. 10, claim C037.
 
-    Above 1: more vertical than horizontal striping; 1 for an exact unit gradient on a square grid. Infinite where
-    only the columns vary, NaN where neither does. Drop the border to keep the outliers' liking for edges out of it.
+    Above 1: more vertical than horizontal stripes; 1 for an exact unit gradient on a square grid. Infinite if only the
+    columns vary, NaN if neither varies. Drop the border if outliers are more frequent at the edges.
     """
     row_means, col_means = axis_profiles(maps, border)
     return col_means.var(-1, correction=0) / row_means.var(-1, correction=0)
@@ -181,9 +181,9 @@ def _check_sizes(size_in: int, size_out: int, offset: float | None) -> None:
 
 
 def on_odd_and_even(is_outlier: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The place (row, col) with most outliers on the even images, and whether it has one on each of the odd ones.
+    """The place (row, col) with most outliers in the even images, and (odd images,) bool: is it an outlier there?
 
-    is_outlier: (images, rows, cols) bool. The largest of many shares is large by chance; on other images it is not.
+    is_outlier: (images, rows, cols) bool. Two halves are needed because the largest of many shares is large by chance.
     """
     share = is_outlier[::2].float().mean(0)
     place = torch.tensor(divmod(int(share.argmax()), share.shape[1]))
@@ -191,9 +191,10 @@ def on_odd_and_even(is_outlier: torch.Tensor) -> tuple[torch.Tensor, torch.Tenso
 
 
 def claims10(model, is_outlier: torch.Tensor | None, table, resized: dict):
-    """Arguments of `Run.claim`: C035 to C038 on `model`, a trained one with artifacts; None where there is none.
+    """Yields the arguments of `Run.claim`: C035 to C038 on `model`, a trained model with artifacts, or None.
 
-    is_outlier: (images, rows, cols) of that model; table: `place_scores` by label; resized: maps of the share.
+    is_outlier: (images, rows, cols) of that model; table: `place_scores`, one row a model; resized: maps of the share
+    of images by title.
     """
     from scipy.stats import binomtest
     from verdicts import above
@@ -225,7 +226,10 @@ def claims10(model, is_outlier: torch.Tensor | None, table, resized: dict):
 
 
 def claims11(table):
-    """Arguments of `Run.claim`: C039 to C041; table: column_relative_std and row_relative_std of the three ways."""
+    """Yields the arguments of `Run.claim`: C039 to C041.
+
+    table: column_relative_std and row_relative_std of resizing by size, by scale factor, antialiased.
+    """
     plain, official, smooth = (table.iloc[i] for i in range(3))
     text = f"relative std {plain.column_relative_std:.2f} by size, {official.column_relative_std:.2f} by scale factor"
     yield "C039", bool(plain.column_relative_std > 0.2), text

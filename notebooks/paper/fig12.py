@@ -1,13 +1,13 @@
-"""What registers cost: parameters, FLOPs, time and memory against their number (Fig. 12, App. B; claims C042 to C044).
+"""What registers cost: parameters, FLOPs, time and memory by their number (Fig. 12, App. B; claims C042 to C044).
 
-Three independent ways: a formula by hand, torch's own flop counter on a real timm model on the meta device (no memory,
-no arithmetic), and a stop-watch on the machine at hand.
+There are three independent methods: a formula, torch's FLOP counter on a real timm model on the meta device (no memory,
+no arithmetic), and a measurement of time and memory on this machine.
 
 Conventions: N tokens = patches + cls + registers, d = embed_dim. A block takes 12 N d^2 multiply-adds for its linear
-layers and 2 N^2 d for attention; the paper is silent on the attention term and on embedding and head, so both are
+layers and 2 N^2 d for attention. The paper does not say whether it counts attention, embedding and head, so these are
 arguments. FLOPs are 2 x multiply-adds; norms, softmax, activations and biases are not counted, here or by torch.
-Registers have no position embedding (timm's `no_embed_class=True`, where cls has none either), so N of them add N d
-parameters. Models are named by size: ti, s, b, l and g, the last being DINOv2's ViT-g with its SwiGLU MLP.
+Registers have no position embedding (timm's `no_embed_class=True`, where cls has none either), so R registers add R d
+parameters. Models are named by size: ti, s, b, l and g, where g is DINOv2's ViT-g with its SwiGLU MLP.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ REGISTER_COUNTS = (0, 1, 2, 4, 8, 16)  # of Fig. 8 and 12
 
 
 class Size(NamedTuple):
-    """Shape of a ViT. `swiglu`: packed SwiGLU, its hidden width chosen so that the MLP costs 8 d^2 as the plain one."""
+    """Shape of a ViT. `swiglu`: packed SwiGLU; its hidden width is such that the MLP costs 8 d^2, like a plain MLP."""
 
     embed_dim: int
     depth: int
@@ -65,7 +65,7 @@ def read_sizes(text: str) -> list[tuple[str, int, int]]:
 
 
 def read_counts(text: str) -> list[int]:
-    """Numbers of registers in a text such as "0 1 4", each once. Raises UserError for others."""
+    """Numbers of registers in a text such as "0 1 4", each once. Raises UserError for other text."""
     if not text.split() or not all(count.isdecimal() for count in text.split()):
         raise UserError(f"registers {text!r}: write numbers from 0 on, as in 0 1 4")
     return list(dict.fromkeys(map(int, text.split())))
@@ -78,11 +78,11 @@ def cost_table(
     attention: bool = True,
     num_classes: int = 0,
 ):
-    """DataFrame of parameters and FLOPs by formula, a row for each (size, patch, resolution) and register count.
+    """DataFrame of parameters and FLOPs by formula, one row for each (size, patch, resolution) and register count.
 
     Columns: `arch, patch, resolution, registers, tokens, params, flops, params_percent, flops_percent`; the last two
-    are the increase over no registers. `flops`: of one image, 2 x multiply-adds, blocks only unless `whole` adds patch
-    embedding and head; `params` always of the whole model. `attention` False leaves the 2 N^2 d out (Fig. 12).
+    are the increase over no registers. `flops`: 2 x multiply-adds of the blocks for one image; `whole` adds patch
+    embedding and head. `params`: always of the whole model. `attention` False omits the term 2 N^2 d (Fig. 12).
     """
     import pandas as pd
 
@@ -109,7 +109,7 @@ def count_macs(
     attention: bool = True,
     num_classes: int = 0,
 ) -> int:
-    """Multiply-adds of one image by formula: per block 12 N d^2 + 2 N^2 d (the latter with `attention`; Fig. 12).
+    """Multiply-adds for one image by formula: per block 12 N d^2, with `attention` also 2 N^2 d (Fig. 12).
 
     `whole` adds the patch embedding (patches x d x 3 patch^2) and the head (d x num_classes, on the cls token).
     """
@@ -139,7 +139,7 @@ def count_params(arch: str, patch: int, resolution: int, num_registers: int = 0,
 
 
 def num_patches(patch: int, resolution: int) -> int:
-    """Patches of a square image; raises ValueError where `resolution` is not a positive multiple of `patch`."""
+    """Patches of a square image; raises ValueError if `resolution` is not a positive multiple of `patch`."""
     if patch < 1 or resolution < patch or resolution % patch:
         nearest = max(patch, round(resolution / max(patch, 1)) * patch)
         raise ValueError(f"resolution {resolution} is not a multiple of patch {patch}; nearest: {nearest}")
@@ -155,9 +155,9 @@ def build_vit(
     device: str = "meta",
     seed: int = 0,
 ) -> torch.nn.Module:
-    """timm's VisionTransformer of that size in eval mode, fresh weights, by default on meta (no memory taken).
+    """timm's VisionTransformer of that size in eval mode, random weights, by default on meta (takes no memory).
 
-    The global random state is left as it was.
+    The global random state does not change.
     """
     from timm.layers import SwiGLUPacked
     from timm.models.vision_transformer import VisionTransformer
@@ -189,8 +189,8 @@ def build_vit(
 def counted(model: torch.nn.Module, resolution: int) -> dict[str, int]:
     """`{"params", "flops"}` of a timm model for one square image, FLOPs by torch.utils.flop_counter.
 
-    Runs one forward pass on the model's device; on meta it costs nothing. Must equal `count_params` and twice
-    `count_macs(whole=True)`.
+    Runs one forward pass on the model's device; on meta it costs nothing. The results must equal `count_params` and
+    twice `count_macs(whole=True)`.
     """
     from torch.utils.flop_counter import FlopCounterMode
 
@@ -215,10 +215,10 @@ def measure_cost(
     """DataFrame of forward time and peak memory for each register count, on this machine, random weights.
 
     Columns: `arch, patch, resolution, registers, batch_size, device, seconds, seconds_percent, peak_mib,
-    peak_percent`. Rounds go through all counts in turn (after one unmeasured), so that a machine that slows down slows
-    all alike: `seconds` is the median, `seconds_percent` the median over rounds of the ratio to the first count.
-    `peak_mib`: MiB above weights and input. On CUDA what the allocator saw; elsewhere the tensors alive at once, the
-    workspace inside an operation not counted. All models are held at once.
+    peak_percent`. Each round runs all counts in turn, after an unmeasured round, so that a slow moment slows all
+    equally. `seconds` is the median over rounds, `seconds_percent` the median increase over the first count of the
+    same round. `peak_mib`: MiB above weights and input. On CUDA the allocator reports it; elsewhere it is the sum of
+    the tensors that exist at the same time, without the workspace inside an operation. All models stay in memory.
     """
     import pandas as pd
 
@@ -245,10 +245,10 @@ def measure_cost(
 
 
 def peak_bytes(model: torch.nn.Module, images: torch.Tensor) -> int:
-    """Peak bytes of a forward pass without gradients, above what was there before (weights, images).
+    """Peak bytes of a forward pass without gradients, not counting weights and images.
 
-    On CUDA from the allocator, which rounds blocks up; elsewhere the sum of storages that operations made and that
-    were alive at the same time.
+    On CUDA from the allocator, which rounds blocks up; elsewhere the largest sum of the storages of operations'
+    results that exist at the same time.
     """
     with torch.no_grad():
         if images.device.type == "cuda":
@@ -265,7 +265,7 @@ def peak_bytes(model: torch.nn.Module, images: torch.Tensor) -> int:
 
 
 class _LiveBytes(TorchDispatchMode):
-    """Sums the storages of the operations' results while they are alive; those of `known` tensors don't count."""
+    """Sums the storages of operations' results as long as they exist; those of `known` tensors do not count."""
 
     def __init__(self, known: Iterable[torch.Tensor]):
         super().__init__()
@@ -280,7 +280,7 @@ class _LiveBytes(TorchDispatchMode):
         return out
 
     def _add(self, storage) -> None:
-        key, size = id(storage), storage.nbytes()  # torch keeps one Python object for a living storage
+        key, size = id(storage), storage.nbytes()  # torch has one Python object for each storage
         if key in self.seen:
             return
         self.seen[key] = weakref.finalize(storage, self._drop, key, size)
@@ -322,7 +322,7 @@ def _check_registers(num_registers: int) -> None:
 
 @styled
 def cost(table: pd.DataFrame, measured: pd.DataFrame | None = None) -> Figure:
-    """Figure 12: FLOPs and parameters added by registers, one line a model size; beside them what was measured."""
+    """Figure 12: FLOPs and parameters added by registers, one line a model size; `measured` adds a third panel."""
     panels = 2 if measured is None else 3
     figure, axes = plt.subplots(1, panels, figsize=(3.3 * panels + 0.2, 3.4))
     ends = {axis: [] for axis in axes[:2]}
@@ -351,7 +351,7 @@ def cost(table: pd.DataFrame, measured: pd.DataFrame | None = None) -> Figure:
 
 
 def label_ends(axis, ends: list[tuple[float, str, str]], x: float) -> None:
-    """Write the names of lines, ends (value, name, colour) at `x`, beside their ends, none on top of another."""
+    """Write the names of lines beside their ends (value, name, colour) at `x`, without overlap."""
     gap, last = 0.075 * max(value for value, *_ in ends), -np.inf
     for value, name, colour in sorted(ends):
         last = max(value, last + gap)
@@ -362,7 +362,7 @@ def label_ends(axis, ends: list[tuple[float, str, str]], x: float) -> None:
 
 
 def claims(table: pd.DataFrame):
-    """Arguments of `Run.claim`: C042 to C044 and ours, of a `cost_table` with ViT-L/14 at 224 pixels in it."""
+    """Yields the arguments of `Run.claim`: C042 to C044 and ours, from a `cost_table` with ViT-L/14 at 224 pixels."""
     table = table.assign(model=[f"ViT-{row.arch}/{row.patch}, {row.resolution} px" for row in table.itertuples()])
     flops = {n: table[table.registers == n].set_index("model").flops_percent for n in (4, 16)}
     text = {n: "; ".join(f"{name}: {value:.2f} %" for name, value in found.items()) for n, found in flops.items()}

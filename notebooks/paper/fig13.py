@@ -21,18 +21,17 @@ from vitreg_lib.plots.style import NORMS, PALETTE, bare, draw_box, picture, styl
 
 
 def pictures(run, model, seed: int = 0) -> tuple:
-    """(`Images`, their boxes): those of the run, or the shipped photos, whose boxes nobody knows (None)."""
+    """(`Images`, their boxes) of the run; None for the source "photos", whose boxes are not known."""
     if run.source(model) == "photos":
         return run.images(model), None
     return sets.load_boxes(run.at.images, model, run.at.n_images, seed)
 
 
 def steps(model, images, site: str = "", bias: float = 0.0, layer: int = -1, progress: bool = False) -> objects.Lost:
-    """`objects.lost` with its maps on one block's q, k or v of a `zoo.Model`, L2-normalised; "" is `paper_site`.
+    """`objects.lost` with its maps, on the q, k or v of one block of a `zoo.Model`, L2-normalised.
 
-    Of a replayed model what was measured: the last block, bias 0.
-
-    Raises ValueError for another site.
+    site: q, k or v; "" is `objects.paper_site`. For a replayed model the result is read from disk: that of the last
+    block with bias 0. Raises ValueError for another site.
     """
     site = site or objects.paper_site(model)
     if site not in ("q", "k", "v"):
@@ -46,11 +45,12 @@ def steps(model, images, site: str = "", bias: float = 0.0, layer: int = -1, pro
 
 @styled
 def discovery(pixels: torch.Tensor, found: dict, patch_sizes: dict[str, int], truth: list | None = None) -> Figure:
-    """Figure 13: LOST step by step; a row a model, four panels an image.
+    """Figure 13: LOST step by step; one row a model, four panels an image.
 
     found: {model: `objects.Lost` with intermediates, of the images in pixels (n, 3, h, w)}; truth: boxes of each image.
-    Inverse degree (bright: linked to few, the seed crossed); similarity to the seed and expansion, white at 0, where
-    LOST cuts; the part that holds the seed, LOST's box (solid), the true boxes (dashed), and whether it hits one.
+    Panel 1: inverse degree (bright: linked to few), a cross on the seed. Panels 2 and 3: similarity to the seed and
+    expansion, white at 0, the threshold of LOST. Panel 4: the part that contains the seed, LOST's box (solid), the true
+    boxes (dashed), and whether LOST's box hits one.
     """
     titles = ("inverse\ndegree", "similarity\nto seed", "seed\nexpansion", "box")
     figure, axes = rows_of_panels(list(found), len(pixels), titles)
@@ -83,7 +83,7 @@ def discovery(pixels: torch.Tensor, found: dict, patch_sizes: dict[str, int], tr
 
 
 def rows_of_panels(names: list[str], count: int, titles: tuple[str, ...], cell: float = 1.05):
-    """(figure, axes (names, images, titles)), bare, names on the left, a gap between images."""
+    """(figure, axes (names, images, titles)): axes without ticks, names on the left, a gap between images."""
     widths = ([1.0] * len(titles) + [0.12]) * count
     figure = plt.figure(figsize=(cell * sum(widths) + 1.0, cell * len(names) + 1.3))
     grid = figure.subplots(len(names), len(widths), squeeze=False, width_ratios=widths)
@@ -99,13 +99,13 @@ def rows_of_panels(names: list[str], count: int, titles: tuple[str, ...], cell: 
 
 
 def signed(axis, values: torch.Tensor) -> None:
-    """A map in two colours, white at 0; a flat one is grey."""
+    """Draw a map in two colours, white at 0."""
     most = float(values.abs().max()) or 1.0
     draw_map(axis, values, COMPONENT, Normalize(-most, most))
 
 
 def key(figure: Figure, axes, marks: dict) -> None:
-    """Below the panels, what the two colours of `signed` mean; above them, {name: marker or line} of the marks."""
+    """A colour bar for `signed` below the panels, and a legend of the marks {name: marker or line} above them."""
     colours = ScalarMappable(Normalize(-1, 1), COMPONENT)
     bar = figure.colorbar(colours, ax=axes.ravel().tolist(), location="bottom", aspect=50, shrink=0.5, pad=0.02)
     bar.set_ticks([-1, 0, 1], labels=["stays out", "0: LOST cuts here", "joins the object"])
@@ -115,9 +115,10 @@ def key(figure: Figure, axes, marks: dict) -> None:
 
 
 def claims(models, compared, roughness: dict, having):
-    """Arguments of `Run.claim`: C045 to C047 on pairs trained without and with registers, ours on added registers.
+    """Yields the arguments of `Run.claim`: C045 to C047 on trained pairs, ours on registers added at test time.
 
-    compared: `paired.compare` of the roughness (images,) of each model's score; having: labels of those with artifacts.
+    roughness: (images,) of LOST's score, by model label; compared: `paired.compare` of it; having: labels of the models
+    with artifacts.
     """
     base, drops = pairs.pairs(models), {}
     for claim, family in (("C045", "deit3"), ("C046", "dinov2"), ("", "clip")):
@@ -141,13 +142,13 @@ def claims(models, compared, roughness: dict, having):
 
 
 def _smaller(one: torch.Tensor, other: torch.Tensor) -> bool | str:
-    """Is the mean of one smaller than that of the other? By the difference of their bootstrap intervals."""
+    """Is the mean of `one` smaller than that of `other`? By the difference of their bootstrap intervals."""
     (low, high), (least, most) = pairs.interval(one), pairs.interval(other)
     return above(least - high, most - low)
 
 
 def two_pairs(names: list[str], pairs: dict[str, str]) -> list[str]:
-    """Names of two models without registers, each before its partner with them; the first four where there is no pair.
+    """Names of two pairs, the model without registers first in each; without any pair, the first four names.
 
     pairs: {model with registers: the same model without}.
     """

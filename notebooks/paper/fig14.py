@@ -1,4 +1,4 @@
-"""Figure 14: seed expansion from queries, keys and values, its spots, what the value projection lets through."""
+"""Figure 14: seed expansion from queries, keys and values, its spots, and the gain of the value projection."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from vitreg_lib.plots.style import picture, ring, styled
 
 
 def expansions(model, images, bias: float = 0.0, layer: int = -1, progress: bool = False) -> dict[str, torch.Tensor]:
-    """LOST's seed expansion (images, rows, cols) from {"queries", "keys", "values"} of one block, L2-normalised."""
+    """{"queries", "keys", "values": LOST's seed expansion (images, rows, cols)} of one block, from unit features."""
     kinds = {"queries": "q", "keys": "k", "values": "v"}
     if model.replayed:
         return {k: model.kept(f"lost.{s}.expansion", images) for k, s in kinds.items()}
@@ -29,15 +29,15 @@ def expansions(model, images, bias: float = 0.0, layer: int = -1, progress: bool
 
 
 def value_gain(model, images, layer: int = -1) -> torch.Tensor:
-    """|W_v x| / |x| of each patch (images, patches), x the normalised input of one block's attention (Fig. 14, C052).
+    """|W_v x| / |x| of each patch (images, patches): the gain of the value projection without its bias (Fig. 14, C052).
 
-    How much of a token the value projection, without its bias, lets through. Raises TypeError for an attention with
-    neither `qkv` nor `v_proj`.
+    x is the input of one block's attention, after its LayerNorm. Raises TypeError for an attention with neither `qkv`
+    nor `v_proj`.
     """
     if model.replayed:
         return model.kept("value_gain", images)
     attention = model.anatomy.attention[model.anatomy.layers(layer)[0]]
-    # Eva has both names, and None under the one that it does not use
+    # Eva has both attributes; the one that it does not use is None
     if getattr(attention, "v_proj", None) is not None:
         weight = attention.v_proj.weight
     elif getattr(attention, "qkv", None) is not None:
@@ -57,10 +57,10 @@ def value_gain(model, images, layer: int = -1) -> torch.Tensor:
 
 
 def spots(maps: torch.Tensor, height: float = 1.0) -> torch.Tensor:
-    """Where maps (..., rows, cols) have an isolated maximum, bool, of the same shape (definition ours).
+    """Isolated maxima of maps (..., rows, cols): bool of the same shape (our definition).
 
-    A spot exceeds each of its up to 8 neighbours by more than `height` standard deviations of its own map: a lone
-    patch does, a smooth hill or an object of several patches does not. A constant map has none.
+    A spot exceeds each of its up to 8 neighbours by more than `height` standard deviations of its map. A single high
+    patch is a spot; a smooth hill or an object of several patches is not. A constant map has no spots.
     """
     padded = F.pad(maps, (1, 1, 1, 1), value=-math.inf)
     rows, cols = maps.shape[-2:]
@@ -73,10 +73,10 @@ def spots(maps: torch.Tensor, height: float = 1.0) -> torch.Tensor:
 def draw_expansions(
     pixels: torch.Tensor, maps: dict[str, dict], spots: dict | None = None, outliers: dict | None = None
 ) -> Figure:
-    """Figure 14: seed expansion from several kinds of features; a row a model, a panel a kind for each image.
+    """Figure 14: seed expansion from several kinds of features; one row a model, one panel for each image and kind.
 
-    maps: {model: {kind: (images, rows, cols)}}, drawn white at 0; spots: masks of the same shapes, ringed; outliers:
-    {model: (images, rows, cols) bool}, crossed.
+    maps: {model: {kind: (images, rows, cols)}}, white at 0; spots: masks of the same shapes, marked by rings; outliers:
+    {model: (images, rows, cols) bool}, marked by crosses.
     """
     kinds = tuple(next(iter(maps.values())))
     figure, axes = rows_of_panels(list(maps), len(pixels), ("image", *kinds))
@@ -91,17 +91,17 @@ def draw_expansions(
                 if spots is not None:
                     ring(axis, spots[name][kind][i])
                 rows, cols = by_kind[kind].shape[1:]
-                axis.set(xlim=(-0.5, cols - 0.5), ylim=(rows - 0.5, -0.5))  # marks at the border would widen it
+                axis.set(xlim=(-0.5, cols - 0.5), ylim=(rows - 0.5, -0.5))  # marks at the border widen the axis
     spot = {"spot": dict(marker="o", color="black", mfc="none")} if spots is not None else {}
     key(figure, axes, spot | ({} if outliers is None else {"norm outlier": dict(marker="x", color="black")}))
     return figure
 
 
 def spot_table(spots: dict, outlying: dict, base: dict[str, str]):
-    """Spots a map and the share of them on outliers, a row a model and kind of features.
+    """Spots per map, and the share of spots on outliers: a DataFrame, one row a model and kind of features.
 
-    By label: spots, {kind: masks (images, rows, cols)}; outlying, masks of the outliers; base: the model without
-    registers, whose outliers count.
+    Dictionaries by model label: spots, {kind: masks (images, rows, cols)}; outlying, masks of the outliers; base, the
+    same model without registers, whose outliers are used.
     """
     rows = {}
     for name, kinds in spots.items():
@@ -113,7 +113,7 @@ def spot_table(spots: dict, outlying: dict, base: dict[str, str]):
 
 
 def filtered(gains: torch.Tensor, is_outlier: torch.Tensor, draws: int = 500, seed: int = 0):
-    """(ratio, low, high): median gain of outliers over that of other patches, and its interval, images drawn anew.
+    """(ratio, low, high): median gain of outliers over that of other patches, with a bootstrap interval over images.
 
     gains (images, patches) of `value_gain`; is_outlier of the same shape.
     """
@@ -129,7 +129,7 @@ def filtered(gains: torch.Tensor, is_outlier: torch.Tensor, draws: int = 500, se
 
 
 def claims(models, spots: dict, through: dict, having, profile: str):
-    """Arguments of `Run.claim`: C048 to C050 on CLIP, C051 on the first model with artifacts; ours on the others.
+    """Yields the arguments of `Run.claim`: C048 to C050 on CLIP, C051 on the first model with artifacts, then ours.
 
     spots: {label: {kind: mask (images, rows, cols)}}; through: {label: `filtered`} of models with outliers.
     """
@@ -155,7 +155,7 @@ def claims(models, spots: dict, through: dict, having, profile: str):
 
 
 def _fewest(count: dict[str, torch.Tensor], name: str) -> tuple[bool | str, str]:
-    """Has the values' map fewer spots than that of keys and that of queries, whichever has fewer?"""
+    """(verdict, measured text): does the map of the values have fewer spots than those of keys and of queries?"""
     other = min(("keys", "queries"), key=lambda kind: count[kind].mean())
     gap = count[other] - count["values"]
     low, high = pairs.interval(gap)

@@ -16,7 +16,7 @@ from vitreg_lib.plots.style import PALETTE, plain_log, styled
 
 
 def kinds_table(kinds: dict[str, dict[str, torch.Tensor]]):
-    """Median, largest norm and spread over images of each kind of token: a DataFrame, one row a model and kind."""
+    """Median, largest value and standard deviation of the norms: a DataFrame, one row a model and kind of token."""
     import pandas as pd
 
     rows = [
@@ -28,9 +28,9 @@ def kinds_table(kinds: dict[str, dict[str, torch.Tensor]]):
 
 
 def quantisation(kinds: dict[str, torch.Tensor]) -> float | None:
-    """Variance of norms between registers / within them (over images); above 1, norms are quantised (Fig. 15).
+    """Variance of norms between registers over the variance of one register between images (Fig. 15).
 
-    None with fewer than two registers.
+    Above 1 the norms are quantised. None for fewer than two registers.
     """
     registers = [v for kind, v in kinds.items() if kind.startswith("register")]
     if len(registers) < 2:
@@ -40,9 +40,9 @@ def quantisation(kinds: dict[str, torch.Tensor]) -> float | None:
 
 
 def published_registers() -> dict[str, torch.Tensor]:
-    """Norms (blocks, registers) of published mean registers of DINOv2 with 4 registers, by size; {} without the files.
+    """{size: norms (blocks, registers)} of the published mean registers of DINOv2 with 4 registers; {} without files.
 
-    Read from a folder `dinov2_registers` of VITREG_MODELS: one file a size, {block: mean registers (4, dim)}.
+    The folder `dinov2_registers` of VITREG_MODELS has one file for each size, {block: mean registers (4, dim)}.
     """
     folder = (env_folder("VITREG_MODELS") or Path("nowhere")) / "dinov2_registers"
     found = {}
@@ -69,10 +69,10 @@ def registers_by_layer(norms: dict[str, torch.Tensor]) -> Figure:
 
 
 def claims(models, kinds: dict, found: dict, quantised: dict, having, profile: str):
-    """Arguments of `Run.claim`: C052 to C054 on a model trained with registers, ours on registers added at test time.
+    """Yields the arguments of `Run.claim`: C052 to C054 on trained registers, ours on registers added at test time.
 
-    By label: kinds, {kind of token: norms}; found, `Outliers`; quantised, `quantisation`. having: of models
-    with artifacts.
+    Dictionaries by model label: kinds, {kind of token: norms}; found, `Outliers`; quantised, `quantisation`. having:
+    labels of the models with artifacts.
     """
     pairs = of_models(models)
     judged, missing = registered(models, pairs, having, profile)

@@ -15,8 +15,8 @@ from vitreg_lib.measure.pairs import interval
 from vitreg_lib.plots.maps import draw_map
 from vitreg_lib.plots.style import NORMS, bare, styled, wrapped
 
-MASS = 0.8  # of a map: how large an area holds it says how local the map is
-LEAST = 0.01  # a leaning of less than one point of the attention does not count
+MASS = 0.8  # share of a map's mass; the smaller the area that holds it, the more local the map
+LEAST = 0.01  # a preference of less than one point of attention does not count
 
 
 def border_share(maps: torch.Tensor) -> torch.Tensor:
@@ -33,7 +33,7 @@ def upper_share(maps: torch.Tensor) -> torch.Tensor:
 
 
 def support_area(maps: torch.Tensor) -> torch.Tensor:
-    """Smallest share of patches that together hold 80 % of the map, in (0, 1], (...): small is local."""
+    """Smallest share of patches that together hold 80 % of the map's mass, in (0, 1], (...): small is local."""
     x = mass(maps)
     held = x.double().sort(-1, descending=True).values.cumsum(-1)
     total = held[..., -1:]
@@ -53,11 +53,11 @@ def scores(average: dict[str, torch.Tensor]) -> dict[str, dict[str, float]]:
 
 
 def leaning(score: torch.Tensor, against: torch.Tensor) -> tuple[int, float, float, float]:
-    """Which register's score exceeds the reference most, by how much, and the interval of that.
+    """(register whose score exceeds the reference most, difference, low, high), the middle 95 % over images.
 
-    score: (images, registers); against: (images, registers), what each is compared with. The register is chosen on the
-    even images, and the difference and its middle 95 % over images are those of the odd ones: the largest of several
-    leanings is large by chance on the images that chose it.
+    score: (images, registers); against: (images, registers), the reference. The register is chosen on the even images;
+    the difference and its interval come from the odd ones. On the images that chose it, the largest of several
+    differences is large by chance.
     """
     gap = score - against
     chosen = int(gap[::2].mean(0).argmax())
@@ -66,9 +66,9 @@ def leaning(score: torch.Tensor, against: torch.Tensor) -> tuple[int, float, flo
 
 
 def entropy_gap(attention: torch.Tensor, local: int, draws: int = 200, seed: int = 0) -> tuple[float, float, float]:
-    """Entropy of the narrowest average map minus that of token `local`, and its middle 95 % over images.
+    """(gap, low, high): lowest entropy of the other tokens' average maps minus that of token `local`.
 
-    attention: (images, tokens, rows, cols). Images are drawn anew before the average is taken.
+    attention: (images, tokens, rows, cols). low and high are the middle 95 % of a bootstrap over images.
     """
     flat = attention.flatten(2).double()
     drawn = torch.randint(len(flat), (draws, len(flat)), generator=torch.Generator().manual_seed(seed))
@@ -83,9 +83,9 @@ def entropy_gap(attention: torch.Tensor, local: int, draws: int = 200, seed: int
 
 
 def claims(models, attention: dict, names: dict, pairs: dict[str, str], having, profile: str):
-    """Arguments of `Run.claim`: C055 to C057 on a model trained with registers, ours on registers added at test time.
+    """Yields the arguments of `Run.claim`: C055 to C057 on trained registers, ours on registers added at test time.
 
-    By label: attention (images, tokens, rows, cols), the patch at the centre last; names of these tokens.
+    Dictionaries by model label: attention (images, tokens, rows, cols), the centre patch last; names of these tokens.
     """
     trained, missing = registered(models, pairs, having, profile)
     judged = [m for m in trained if not copies(m)]
@@ -134,8 +134,8 @@ def _of_registers(name: str, attention: torch.Tensor, tokens: list[str]):
 def image_grid(rows: list[tuple[str, list]], columns: list[str] = (), cmap: str = NORMS, label: str = "") -> Figure:
     """A grid of pictures with labels on its margins.
 
-    rows: (label, cells); a cell is (3, h, w) pixels, an (r, c) map on a colour scale of its own, or None for an empty
-    place. label: what the maps show; with it there is a colour bar.
+    rows: (label, cells); a cell is (3, h, w) pixels, an (r, c) map with its own colour scale, or None for an empty
+    place. label: the quantity of the maps; if given, a colour bar is drawn.
     """
     count, cell = max(len(cells) for _, cells in rows), 1.35  # inches
     figure, axes = plt.subplots(len(rows), count, figsize=(cell * count + 1.2, cell * len(rows) + 0.4), squeeze=False)

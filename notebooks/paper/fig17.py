@@ -1,4 +1,4 @@
-"""Figure 17: its verdicts."""
+"""Figure 17: colours from principal components, and the verdicts."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from vitreg_lib.measure import maps
 
 
 def colours(model, images, layer: int = -1) -> torch.Tensor:
-    """(images, 3, rows, cols) first three components of each image's tokens after a block, from -3 … 3 σ to 0 … 1.
+    """(images, 3, rows, cols) first three components of each image's tokens after a block, -3 … 3 σ mapped to 0 … 1.
 
-    Of a replayed model those of the last block, as they were measured.
+    For a replayed model they are read from disk: those of the last block.
     """
     if model.replayed:
         scores = model.kept("components", images).clamp(-3, 3)
@@ -23,9 +23,10 @@ def colours(model, images, layer: int = -1) -> torch.Tensor:
 
 
 def claims(models, share: dict[str, float], having, truths: dict):
-    """Arguments of `Run.claim`: C058 and C059, then the controls.
+    """Yields the arguments of `Run.claim`: C058 and C059, then the controls.
 
-    share: of tokens above 3 times the median, by label; having: labels of models with artifacts; truths: masks or None.
+    share: of tokens above 3 times the median, by model label; having: labels of the models with artifacts; truths:
+    masks or None, by label.
     """
     mae = [m.label for m in models if "mae" in m.label.split("-")]
     text = "; ".join(f"{name}: {value:.2%}" for name, value in share.items())

@@ -9,9 +9,9 @@ from vitreg_lib.measure.pairs import interval
 
 
 def gap_between_heads(lift: torch.Tensor) -> tuple[float, float]:
-    """The middle 95 % of the lift of one head minus that of another, over images; lift (images, heads).
+    """(low, high): middle 95 % over images of the largest minus the smallest lift of a head; lift (images, heads).
 
-    The heads of largest and smallest lift are chosen on the even images and compared on the odd ones.
+    The heads with the largest and the smallest lift are chosen on the even images and compared on the odd ones.
     """
     mean = lift[::2].nanmean(0)
     gap = lift[1::2, int(mean.argmax())] - lift[1::2, int(mean.argmin())]
@@ -19,9 +19,10 @@ def gap_between_heads(lift: torch.Tensor) -> tuple[float, float]:
 
 
 def claims(models, lift: dict[str, torch.Tensor], having):
-    """Arguments of `Run.claim`: C060 and C061 on the first trained model with artifacts, then the planted control.
+    """Yields the arguments of `Run.claim`: C060 and C061 on the first trained model with artifacts, then the control.
 
-    lift (images, heads), by label: attention on outliers over their share of patches, NaN in images without outliers.
+    lift (images, heads), by model label: attention on outliers over their share of patches; NaN in images without
+    outliers. having: labels of the models with artifacts.
     """
     model = specimen(models, having)
     if model is None:

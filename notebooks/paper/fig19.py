@@ -7,9 +7,10 @@ import pandas as pd
 
 
 def claims(models, on_places: dict, having):
-    """Arguments of `Run.claim`: C062 on pairs trained with registers, ours on registers added at test time.
+    """Yields the arguments of `Run.claim`: C062 on pairs trained with registers, ours on registers added at test time.
 
-    on_places: share of cls attention (images,) at the places of the outliers of the model without registers, by label.
+    on_places: by model label, the share of cls attention (images,) at the places where the model without registers has
+    outliers.
     """
     compared = paired.compare(on_places, models)
     yield "C062", *paired.judge(compared, "trained", having)
@@ -18,5 +19,5 @@ def claims(models, on_places: dict, having):
 
 
 def by_image(models, on_places: dict) -> pd.DataFrame:
-    """`paired.compare`, short: the medians of the shares, and the share of images with less."""
+    """`paired.compare` without its p-values: the medians of both models, and the share of images with a lower value."""
     return paired.compare(on_places, models)[["without", "median_without", "median_with", "share_lower"]]

@@ -15,7 +15,7 @@ def first_component(tokens: torch.Tensor, grid: tuple[int, int], clip: float | N
 
 
 def components(model, images, layer: int = -1, clip: float | None = None) -> list[torch.Tensor]:
-    """[before the final LayerNorm, after it]: `first_component` of a block's tokens; replayed ones are as measured."""
+    """`first_component` of a block's tokens, [before, after] the final LayerNorm; a replayed model's is read."""
     if model.replayed:
         kept = [model.kept(name, images) for name in ("component", "component_after")]
         return [values if clip is None else values.clamp(-clip, clip) for values in kept]
@@ -24,12 +24,13 @@ def components(model, images, layer: int = -1, clip: float | None = None) -> lis
 
 
 def claims(models, component: dict, after: dict, truths: dict, having):
-    """Arguments of `Run.claim`: C063, before the final LayerNorm; ours on added registers and after it; the control.
+    """Yields the arguments of `Run.claim`: C063, judged before the final LayerNorm; then ours and the control.
 
-    By label: component and after, `first_component` before and after the final LayerNorm; truths, masks or None.
+    Dictionaries by model label: component and after, `first_component` before and after the final LayerNorm; truths,
+    masks or None. having: labels of the models with artifacts.
     """
     beyond, behind = ({n: (v.abs() > 3).float().mean((1, 2)) for n, v in each.items()} for each in (component, after))
-    rough = {name: -moran_i(values) for name, values in component.items()}  # the lower the smoother
+    rough = {name: -moran_i(values) for name, values in component.items()}  # lower is smoother
     yield "C063", *paired.judge(paired.compare(beyond, models), "trained", having)
     text = "registers added at test time leave fewer patches beyond 3 σ"
     yield "ours-beyond", *paired.judge(paired.compare(beyond, models), "test time", having), text, "none"

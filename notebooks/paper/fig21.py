@@ -8,7 +8,7 @@ from vitreg_lib.measure import outliers
 
 
 def summary(found: dict, overlap: dict) -> pd.DataFrame:
-    """Cutoff, outlier share, overlap of attention and norm, and that by chance, a row a model."""
+    """Cutoff, outlier share, overlap of attention and norm, and overlap by chance: a DataFrame, one row a model."""
     rows = {
         name: {
             "cutoff": each.cutoff,
@@ -22,10 +22,10 @@ def summary(found: dict, overlap: dict) -> pd.DataFrame:
 
 
 def claims(models, found: dict, overlap: dict, pairs: dict[str, str], truths: dict, having):
-    """Arguments of `Run.claim`: C064 and C065, ours on registers added at test time, then the controls.
+    """Yields the arguments of `Run.claim`: C064 and C065, ours on registers added at test time, then the controls.
 
-    By label: found, `Outliers`; overlap, `top_overlap` of attention and norms; truths, masks or None. having:
-    labels of the models with artifacts.
+    Dictionaries by model label: found, `Outliers`; overlap, `top_overlap` of attention and norms; truths, masks or
+    None. having: labels of the models with artifacts.
     """
     table = summary(found, overlap)
     specimens = [m.label for m in models if m.role == "trained" and m.label in having]

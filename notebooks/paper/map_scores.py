@@ -1,9 +1,9 @@
-"""Numbers for what the eye sees in a map of one value per patch (Fig. 1, 2, 8, 13, 16, 19 to 21).
+"""Scores of maps with one value per patch (Fig. 1, 2, 8, 13, 16, 19 to 21).
 
-Is a map peaky or smooth, wide or local; do two maps agree? The paper shows pictures and names no measure, so the
-definitions are ours. Maps are (..., rows, cols) of patches, without cls and registers; results drop these axes. "Mass"
-is the sum of a non-negative map, so shares of mass do not depend on its scale; where there is no mass, or no variance,
-the score is NaN. Variances are those of the population. Half precision is computed in float32.
+Does a map have peaks or is it smooth, is it wide or local, do two maps agree? The paper shows pictures and names no
+measure, so the definitions are ours. Maps are (..., rows, cols) of patches, without cls and registers; results have the
+leading axes. The mass of a non-negative map is its sum, so shares of mass do not depend on the map's scale. Without
+mass, or without variance, a score is NaN. Variances divide by n. Half precision is computed in float32.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ def table(
 ) -> pd.DataFrame:
     """Scores of attention maps {model: (images, rows, cols)}, one row a model.
 
-    peak_ratio: largest / median, the median over images; peaky_images: share with a patch above 10 times the median,
-    among the patches of `where` (bool, as `background` gives; None or absent: anywhere);
-    kurtosis, entropy (of at most 1) and total_variation: means; attention_on_outliers: mean share of the patches' mass
-    that falls on `is_outlier` (images, rows, cols), 0 where there is none.
+    peak_ratio: largest over median value, the median over images; peaky_images: share of images in which a patch is
+    above 10 times the median, among the patches of `where` (bool, see `background`; None or absent: all patches);
+    kurtosis, entropy (at most 1) and total_variation: means over images; attention_on_outliers: mean share of the mass
+    on `is_outlier` (images, rows, cols), 0 without outliers.
     """
     rows = {}
     for name, maps in attention.items():
@@ -50,7 +50,7 @@ def table(
 
 
 def background(images, grid: tuple[int, int]) -> torch.Tensor | None:
-    """(n, rows, cols) bool: patches that no object touches, known for scenes; None for photos."""
+    """(n, rows, cols) bool: patches that contain no part of an object, for scenes; None for photos."""
     if images.scenes is None:
         return None
     on_object = (images.scenes.instances > 0).float()[:, None]
@@ -58,7 +58,7 @@ def background(images, grid: tuple[int, int]) -> torch.Tensor | None:
 
 
 def attention_on(attn_map: torch.Tensor, is_outlier: torch.Tensor) -> torch.Tensor:
-    """Share of a map's attention that falls on outlier tokens, 0 to 1, (...); NaN where there is no attention.
+    """Share of a map's attention on outlier tokens, 0 to 1, (...); NaN for a map without attention.
 
     is_outlier: bool, of the map's shape or broadcast to it. Raises ValueError for negative attention.
     """
@@ -79,7 +79,7 @@ def entropy(maps: torch.Tensor, normalised: bool = False) -> torch.Tensor:
 def peak_ratio(maps: torch.Tensor) -> torch.Tensor:
     """Largest value over the median, (...): 1 is flat; above 10 is a peak in the sense of claims C002 to C004.
 
-    Infinite where the median is 0 and the largest is not.
+    Infinite if the median is 0 and the largest value is not.
     """
     x = flat(maps)
     return x.amax(-1) / median(x)
@@ -95,8 +95,8 @@ def kurtosis(maps: torch.Tensor) -> torch.Tensor:
 def total_variation(maps: torch.Tensor) -> torch.Tensor:
     """Mean absolute difference of adjacent patches over the map's standard deviation, (...): a checkerboard gives 2.
 
-    Each horizontal and vertical pair inside the grid counts once; nothing wraps round an edge. Brightness and contrast
-    do not matter. A constant map gives 0; a single patch NaN.
+    Each horizontal and vertical pair inside the grid counts once; edges do not wrap around. The score does not depend
+    on brightness and contrast. A constant map gives 0; a single patch NaN.
     """
     x = flat(maps)
     pairs = adjacent(x.view(*maps.shape, 1))
@@ -105,9 +105,9 @@ def total_variation(maps: torch.Tensor) -> torch.Tensor:
 
 
 def moran_i(maps: torch.Tensor) -> torch.Tensor:
-    """Moran's I with the 4 neighbours that exist, (...): 1 smooth, about 0 (-1/(patches - 1)) noise, -1 a checkerboard.
+    """Moran's I with up to 4 neighbours, (...): 1 smooth, about 0 (-1/(patches - 1)) noise, -1 a checkerboard.
 
-    The mean product of adjacent deviations over the variance: the neighbour correlation of Fig. 13 and 20 (claim C063).
+    The mean product of neighbouring deviations over the variance, the correlation of neighbours (Fig. 13, 20; C063).
     """
     z = centred(maps)
     pairs = adjacent(z.view(*maps.shape, 1))
@@ -116,14 +116,14 @@ def moran_i(maps: torch.Tensor) -> torch.Tensor:
 
 
 def centred(maps: torch.Tensor) -> torch.Tensor:
-    """(..., patches) deviations from the map's mean; exactly 0 in a constant map, whatever its mean rounds to."""
+    """(..., patches) deviations from the map's mean; exactly 0 in a constant map, even if its mean is rounded."""
     x = flat(maps)
     z = x - x.mean(-1, keepdim=True)
     return torch.where(x.amax(-1, keepdim=True) == x.amin(-1, keepdim=True), 0, z)
 
 
 class TopOverlap(NamedTuple):
-    """`overlap` (...) 0 to 1; `chance` (...) of unrelated maps; `p_value` (...) of each map; `pooled_p` () of all."""
+    """overlap (...), 0 to 1; chance (...): of unrelated maps; p_value (...): of each map; pooled_p (): of all maps."""
 
     overlap: torch.Tensor
     chance: torch.Tensor
@@ -134,11 +134,11 @@ class TopOverlap(NamedTuple):
 def top_overlap(map_a: torch.Tensor, map_b: torch.Tensor, k: int | torch.Tensor) -> TopOverlap:
     """Share of the k highest patches of one map that are among the k highest of the other (claim C064).
 
-    `k`: a number or one for each map (...), such as its number of outliers; 0 to patches; with 0 the overlap is NaN.
-    `p_value` is the chance of at least this overlap when the patches of one map are permuted at random. That
-    distribution is known (hypergeometric), so it is computed exactly and needs no seed; `pooled_p` is the same for the
-    total of all maps, permuted independently. The null knows no space: smooth or position-locked maps overlap more
-    than it says; compare with maps of other images then. Ties are broken by position.
+    `k`: one number, or one for each map (...), such as its number of outliers; from 0 (the overlap is NaN) to the
+    number of patches. `p_value` is the probability of at least this overlap if the patches of one map are permuted at
+    random. It is computed exactly, from the hypergeometric distribution. `pooled_p` is the same for the total over all
+    maps, permuted independently. This null hypothesis ignores position: two smooth maps, or two maps that prefer the
+    same places in every image, overlap more. Then compare with maps of other images. Ties are broken by position.
     """
     a, b = torch.broadcast_tensors(flat(map_a), flat(map_b))
     patches = a.shape[-1]
@@ -162,14 +162,14 @@ def _rank(x: torch.Tensor) -> torch.Tensor:
 
 
 def median(x: torch.Tensor) -> torch.Tensor:
-    """Median of the last axis (...); of an even number of values the mean of the two in the middle, unlike torch's."""
+    """Median over the last axis (...); for an even number of values the mean of the middle two, unlike torch."""
     # torch.median takes the lower one, and torch.quantile refuses more than 16 million values
     ordered, last = x.sort(-1).values, x.shape[-1] - 1
     return ordered[..., last // 2].lerp(ordered[..., (last + 1) // 2], 0.5)
 
 
 def flat(maps: torch.Tensor) -> torch.Tensor:
-    """(..., patches) of maps (..., rows, cols), at least float32, bool left as it is."""
+    """(..., patches) of maps (..., rows, cols), at least float32; bool stays bool."""
     if maps.ndim < 2:
         raise ValueError(f"a map of shape {tuple(maps.shape)}: expected (..., rows, cols)")
     return (
@@ -180,7 +180,7 @@ def flat(maps: torch.Tensor) -> torch.Tensor:
 
 
 def mass(maps: torch.Tensor) -> torch.Tensor:
-    """`flat` of maps that are not negative. Raises ValueError for others."""
+    """`flat` of non-negative maps, bool as float32. Raises ValueError for negative values."""
     x = flat(maps)
     x = x.float() if x.dtype == torch.bool else x
     if (x < 0).any():

@@ -1,6 +1,6 @@
-"""Without against with registers on the same images: paired scores and verdicts (Fig. 1, 13, 14, 19, 20).
+"""Paired comparison of models without and with registers on the same images (Fig. 1, 13, 14, 19, 20).
 
-A pair is a model with registers and the same without (`pairs.pairs`). A score is one number an image, the lower the
+A pair is a model with registers and the same model without (`pairs.pairs`). A score is one number an image; lower is
 cleaner.
 """
 
@@ -13,14 +13,14 @@ from scipy.stats import binomtest
 
 from vitreg_lib.measure.pairs import TRAINED, pairs
 
-MISSING = {"trained": "trained with", "test time": "added"}  # registers, in words
+MISSING = {"trained": "trained with", "test time": "added"}  # kinds of registers in words
 LEVEL = 0.05  # p-values below this decide
 
 
 def sign_test(without: torch.Tensor, with_registers: torch.Tensor) -> tuple[float, float]:
     """Share of images (0 to 1) whose score is lower with registers, and the one-sided p-value of the paired sign test.
 
-    Scores (images,) of the same images by both models; equal pairs are left out. (NaN, 1) where none is left.
+    Scores (images,) of the same images by both models. Images with equal scores are left out; (NaN, 1) if none is left.
     """
     unequal = without.isfinite() & with_registers.isfinite() & (without != with_registers)
     lower, n = int((with_registers < without)[unequal].sum()), int(unequal.sum())
@@ -28,10 +28,11 @@ def sign_test(without: torch.Tensor, with_registers: torch.Tensor) -> tuple[floa
 
 
 def compare(scores: dict[str, torch.Tensor], models):
-    """The pairs among models on their scores {label: (images,)}: a DataFrame, one row a model with registers.
+    """The scores {label: (images,)} of each pair among `models`: a DataFrame, one row a model with registers.
 
-    Columns: without (the other's label), median_without, median_with, share_lower (of images), p (sign test that the
-    score is lower with registers), p_higher (that it is higher) and registers_from. Models without scores are left out.
+    Columns: without (label of the model without registers), median_without, median_with, share_lower (of images), p
+    (sign test that the score is lower with registers), p_higher (that it is higher) and registers_from. Models without
+    scores are left out.
     """
     rows, source = {}, {model.label: model.registers_from for model in models}
     for name, plain in pairs([model for model in models if model.label in scores]).items():
@@ -46,12 +47,12 @@ def compare(scores: dict[str, torch.Tensor], models):
 
 
 def judge(compared, registers_from: str = "trained", having=None) -> tuple[bool | str | None, str]:
-    """(verdict, what was measured) over the pairs of one kind, for `Run.claim`.
+    """(verdict, measured text) over the pairs of one kind, for `Run.claim`.
 
     compared: from `compare`. registers_from: "trained" (from the start, or into a finished model) or "test time".
-    having: labels of the models that have artifacts. Other pairs are not judged, since registers have nothing to
-    remove there; None judges all. Holds where the score is lower with registers in every
-    judged pair (p below `LEVEL`), fails where it is higher in one, else "undecided"; None where no pair is judged.
+    having: labels of the models that have artifacts; None judges all pairs. Pairs whose model without registers has no
+    artifacts are not judged, since registers have nothing to remove there. True if the score is lower with registers
+    in every judged pair (p below `LEVEL`), False if it is higher in one, else "undecided"; None if no pair is judged.
     """
     kinds = TRAINED if registers_from == "trained" else (registers_from,)
     chosen = compared[compared.registers_from.isin(kinds)]

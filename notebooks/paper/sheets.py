@@ -1,4 +1,4 @@
-"""Sheets of maps where models get different images: photos, scenes, textures. One sheet for each."""
+"""Figures of maps for models that get different images (photos, scenes, textures): one figure for each source."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from vitreg_lib.measure.pairs import pairs as of_models
 
 
 def draw(run, models, shown: dict, n: int = 4, name: str = "figure", alone: bool = False, **style) -> None:
-    """Draw and save a sheet for each group of models that get the same images.
+    """Draw and save one figure for each group of models that get the same images.
 
-    shown: maps (n, rows, cols) of the first n images of `run.examples`, or colours, by label. A pair shares a colour
-    scale, unless each map stands `alone`. The first sheet is saved as `name`, others as name-scenes, name-textures.
-    style: of `plots.sheet`.
+    shown: maps (n, rows, cols) of the first n images of `run.examples`, or colours, by model label. The models of a
+    pair share one colour scale; with `alone` each model has its own. The first figure is saved as `name`, the others as
+    name-scenes, name-textures. style: arguments of `plots.sheet`.
     """
     saved, pairs = False, of_models(models)
     for group in run.by_source(models):
@@ -32,13 +32,13 @@ def draw(run, models, shown: dict, n: int = 4, name: str = "figure", alone: bool
 
 
 def by_pair(maps: dict[str, torch.Tensor], pairs: dict[str, str]) -> list[dict[str, torch.Tensor]]:
-    """Groups for `plots.sheet`: each model together with the same with registers.
+    """Groups for `plots.sheet`: each model together with its versions with registers.
 
-    pairs: {model with registers: the same model without}, as `pairs.pairs` gives it.
+    pairs: {model with registers: the same model without}, from `pairs.pairs`.
     """
     groups: dict[str, dict] = {name: {name: maps[name]} for name in maps if name not in pairs}
     for name, without in pairs.items():
-        while without in pairs:  # registers added to a model that has its own
+        while without in pairs:  # registers added to a model that already has registers
             without = pairs[without]
         groups[without][name] = maps[name]
     return list(groups.values())

@@ -1,10 +1,10 @@
-"""The three tasks of Table 2a and Figure 8 for one frozen model: class, semantic masks, depth, each by a linear probe.
+"""The three tasks of Table 2a and Figure 8 on a frozen model: classes, semantic masks and depth by linear probes.
 
-Features are those after the final LayerNorm: cls (where there is one) with the mean patch token for the class, patch
-tokens for masks, patch tokens with cls beside each for depth; logistic regression, `segmentation`, `depth` do the rest.
-The test images are fixed. Every seed draws four fifths of the training images and starts the heads anew, so that the
-spread over seeds shows what training does; `changes` adds the test images to it. Probes here are shorter than the
-paper's (Oquab et al. 2023): compare models within one run, never with its numbers.
+Features are taken after the final LayerNorm: cls (if the model has one) and the mean patch token for the class, patch
+tokens for masks, patch tokens joined with cls for depth. The probes are a logistic regression and the heads of
+`tab02_heads`. The test images are fixed. Every seed draws four fifths of the training images and initialises the heads
+anew, so the spread over seeds shows the influence of training; `changes` also resamples the test images. Probes train
+for fewer steps than the paper's (Oquab et al. 2023): compare models within one run, never with the paper's numbers.
 """
 
 from __future__ import annotations
@@ -44,11 +44,12 @@ CLAIMS = {
 
 @dataclass
 class Scores:
-    """What each test image adds to each score, by task: (seeds, images, parts) float64; and what the images are.
+    """What each test image contributes to each score.
 
-    artifacts: by task, whether the model has artifacts on its images, of training and test, by `vr.detect`.
-    accuracy: 1 where right; miou: intersection and union of every class, (…, 2 * classes), in pixels; rmse: that of the
-    image, NaN without a valid pixel. `values` makes the scores of them.
+    parts: by task, (seeds, images, parts) float64. accuracy: 1 if right, else 0; miou: intersection and union of every
+    class, (…, 2 * classes), in pixels; rmse: that of the image, NaN without a valid pixel. sources: by task, a
+    description of the images. artifacts: by task, whether the model has artifacts on the training and test images, by
+    `vr.detect`.
     """
 
     parts: dict[str, Tensor] = field(default_factory=dict)
@@ -62,7 +63,7 @@ class Scores:
 
 def _mean_iou(parts: Tensor) -> Tensor:
     inter, union = parts.sum(-2).chunk(2, -1)
-    present = union > 0  # classes never predicted nor labelled are left out
+    present = union > 0  # classes that are neither predicted nor labelled are left out
     return torch.where(present, inter / union.clamp_min(1), 0).sum(-1) / present.sum(-1)
 
 
@@ -87,11 +88,12 @@ def scores(
     seed: int = 0,
     progress: bool = False,
 ) -> Scores:
-    """`Scores` of a `zoo.Model`; a source "" leaves its task out. Of a replayed model those that were measured.
+    """`Scores` of a `zoo.Model`; an empty source leaves its task out. A replayed model has stored scores.
 
     classification: a name of `tables_tasks`; dense and depths: names of `tab02_sets` ("scenes" are the same images for
-    all three). At most n_train and n_test images, drawn by `seed`. steps: of the heads' training, batches of 16; bins:
-    of depth (the paper 256); stride: masks and depths are trained on every n-th pixel and scored on all.
+    all three tasks). At most n_train and n_test images, drawn with `seed`. steps: training steps of the heads, each of
+    16 images; bins: of the depth (256 in the paper); stride: masks and depths train on every n-th pixel and are scored
+    on all.
     """
     from tqdm.auto import tqdm
 
@@ -114,7 +116,7 @@ def scores(
 
 @dataclass
 class _Part:
-    """Features of the images of one split, on the CPU: cls (n, dim) or None, patches (n, patches, dim), the truth."""
+    """Features and labels of one split, on the CPU: cls (n, dim) or None, patches (n, patches, dim), truth (n, …)."""
 
     title: str
     observed: detection.Observed
@@ -122,7 +124,7 @@ class _Part:
     patches: Tensor
     grid: tuple[int, int]
     truth: Tensor
-    most: float  # classes, or the largest depth
+    most: float  # number of classes, or the largest depth
 
     def take(self, rows: Tensor) -> _Part:
         cls = None if self.cls is None else self.cls[rows]
@@ -137,7 +139,7 @@ def _drawn(parts: list[_Part], seed: int) -> tuple[_Part, _Part]:
 
 
 def _load(task: str, source: str, split: str, model, n: int, seed: int, cache: dict) -> _Part:
-    """The images of one split with their truth; scenes are captured once for all tasks."""
+    """The images of one split with their labels; features of scenes are computed once for all tasks."""
     if source == "scenes":
         if split not in cache:
             pictures, _, classes = tab02_sets.segmentation("scenes", split, model, n, seed)
@@ -160,14 +162,14 @@ def _load(task: str, source: str, split: str, model, n: int, seed: int, cache: d
 
 
 def _features(model, x: Tensor):
-    """What artifacts are judged by; then (cls or None, patches, grid) after the final LayerNorm."""
+    """(`Observed` for the detector, cls or None, patches, grid), tokens after the final LayerNorm."""
     observed, seen = zip(*(detection.observe_batch(model, part, ("final",)) for part in x.split(64)), strict=True)
     cls = torch.cat([each.final[:, 0] for each in seen]) if seen[0].has_cls else None
     return detection.join(list(observed)), cls, torch.cat([each.patches(each.final) for each in seen]), seen[0].grid
 
 
 def _class_scores(train: _Part, test: _Part, seed: int, steps, bins, stride) -> Tensor:
-    known = (train.truth.bincount() >= 2).nonzero()[:, 0]  # one to fit and one to choose by; others are never answered
+    known = (train.truth.bincount() >= 2).nonzero()[:, 0]  # one image to fit, one to select; other classes are left out
     if len(known) < 2:
         raise UserError(
             f"{train.title}: {len(known)} of the classes have two training images among {len(train.truth)}: at least "
@@ -217,7 +219,7 @@ _SCORED = {"accuracy": _class_scores, "miou": _mask_scores, "rmse": _depth_score
 
 
 def table(found: dict[str, Scores]):
-    """Mean and standard deviation over seeds of every score: a DataFrame, a row a model (columns TASK and TASK_sd)."""
+    """Mean and standard deviation over seeds of every score: a DataFrame, one row a model, columns TASK and TASK_sd."""
     import pandas as pd
 
     rows = {}
@@ -229,10 +231,10 @@ def table(found: dict[str, Scores]):
 
 
 def changes(found: dict[str, Scores], pairs: dict[str, str], draws: int = 1000, seed: int = 0):
-    """What registers change in each score: a DataFrame indexed by (model with registers, task).
+    """The change of each score with registers: a DataFrame indexed by (model with registers, task).
 
-    pairs: {model with registers: the same without} (`pairs.pairs`). Columns without, change, low, high: the change
-    of the mean score and the middle 95 % of a bootstrap that draws seeds and test images, the same for both models.
+    pairs: {model with registers: the same without} (`pairs.pairs`). Columns: without (that model), change (of the mean
+    score), low and high (the middle 95 % of a bootstrap over seeds and test images, the same for both models).
     """
     import pandas as pd
 
@@ -255,9 +257,9 @@ def changes(found: dict[str, Scores], pairs: dict[str, str], draws: int = 1000, 
 
 
 def class_iou(found: Scores):
-    """A Series: IoU of every class, mean over seeds; NaN where a class is neither predicted nor labelled.
+    """IoU of every class over all seeds, as a Series; NaN for a class that is neither predicted nor labelled.
 
-    Classes go by their names where datasets.yaml has them, else by their numbers.
+    The index has the names of the classes if datasets.yaml lists them, else their numbers.
     """
     import pandas as pd
 
@@ -283,9 +285,9 @@ def reported(registers: bool) -> dict[tuple[str, str], float]:
 
 
 def judge(change, task: str, tolerance: float) -> tuple[bool | str, str]:
-    """(verdict, what was measured): is a score no worse with registers, by more than `tolerance` in its own unit?
+    """(verdict, measured text): True if registers worsen a score by at most `tolerance`, in the unit of the score.
 
-    change: a row of `changes`. "undecided" where the interval holds both answers.
+    change: a row of `changes`. "undecided" if the interval contains both answers.
     """
     sign, unit, factor = (-1, "", 1) if task in LOWER_IS_BETTER else (1, " points", 100)
     ends = sorted(sign * factor * change[key] for key in ("low", "high"))
@@ -297,10 +299,10 @@ def judge(change, task: str, tolerance: float) -> tuple[bool | str, str]:
 
 @styled
 def task_scores(table, change, paper: dict[tuple[str, str], float] | None = None) -> Figure:
-    """Table 2a as dots: above, every model's score (bar: standard deviation over seeds); below, what registers change.
+    """Table 2a as dots: above, the score of every model; below, the change of the score with registers.
 
-    table, change: DataFrames of `table` and `changes` (bar: the middle 95 % of a bootstrap). paper:
-    {(model with registers, task): change that the paper reports for its family}, drawn as triangles.
+    table: of `table`, bars are standard deviations over seeds; change: of `changes`, bars are the middle 95 % of a
+    bootstrap. paper: {(model with registers, task): change that the paper reports for its family}, as triangles.
     """
     tasks = [task for task in PANELS if task in table]
     pairs = list(change.index.unique("model"))
@@ -323,8 +325,8 @@ def task_scores(table, change, paper: dict[tuple[str, str], float] | None = None
         y = np.arange(len(pairs))
         ends = factor * np.array([part.change - part.low, part.high - part.change]).clip(min=0)
         axis.axvline(0, color=PAPER, lw=1)
-        told = "change with registers"
-        axis.errorbar(factor * part.change, y, xerr=ends, fmt="D", ms=4, lw=1.2, color=PALETTE[1], label=told)
+        style = dict(fmt="D", ms=4, lw=1.2, color=PALETTE[1], label="change with registers")
+        axis.errorbar(factor * part.change, y, xerr=ends, **style)
         known = [
             (factor * (paper or {})[name, task], i) for i, name in enumerate(pairs) if (name, task) in (paper or {})
         ]

@@ -1,4 +1,4 @@
-"""What Table 2 puts into the record: scores beside the paper's, and verdicts on what registers cost downstream."""
+"""The record of Table 2: scores with the paper's, and verdicts on what registers cost downstream."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def reported_changes(models) -> dict[tuple[str, str], float]:
 
 
 def measure(run, models, table, change, asked) -> None:
-    """Put `tab02.table`, `tab02.changes` and the accuracies of `tab02_zeroshot.evaluate` into a run's record."""
+    """Put `tab02.table`, `tab02.changes` and the accuracies of `tab02_zeroshot.evaluate` into the run's record."""
     with_registers, family = pairs(models), {model.label: model.family for model in models}
     for name, row in table.iterrows():
         paper = tab02.reported(registers=name in with_registers)
@@ -37,11 +37,11 @@ def measure(run, models, table, change, asked) -> None:
 
 
 def of_table2(models, table, change, hits: dict, having: dict, found: dict) -> Iterator[tuple]:
-    """Arguments of `Run.claim`: C085 to C094, then ours on registers added at test time and on fresh weights.
+    """Yields the arguments of `Run.claim`: C085 to C094, then ours on added registers and on random weights.
 
-    table of `tab02.table`, change of `tab02.changes`, hits of `tab02_zeroshot.evaluate`; having: {task or "zeroshot":
-    labels of the models with artifacts on its images}; found: {label: `tab02.Scores`}. Scores of a family are those of
-    all its pairs that can be judged.
+    table: of `tab02.table`; change: of `tab02.changes`; hits: of `tab02_zeroshot.evaluate`; having: {task or
+    "zeroshot": labels of the models with artifacts on its images}; found: {label: `tab02.Scores`}. The verdict on a
+    family covers all its pairs that can be judged.
     """
     base, sources = pairs(models), {name: each.sources for name, each in found.items()}
     for (family, task), claim in tab02.CLAIMS.items():

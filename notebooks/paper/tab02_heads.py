@@ -1,8 +1,9 @@
-"""Linear segmentation on frozen patch tokens (Table 2a and Fig. 8, ADE20k).
+"""Linear heads for segmentation and depth on frozen patch tokens (Table 2a and Fig. 8: ADE20k, NYUd).
 
 The protocol of DINOv2 (Oquab et al. 2023): batch norm and one linear layer on the patch tokens, logits up-sampled
-bilinearly to the labels' size, cross-entropy, AdamW at 1e-3 with a short warm-up and linear decay. Ours: the number of
-steps (40,000 of 16 images there [recall]) is an argument, and no augmentation, so that features are extracted once.
+bilinearly to the labels' size, cross-entropy, AdamW at 1e-3 with a short warm-up and linear decay. Two differences: the
+number of steps is an argument (DINOv2: 40,000 steps of 16 images), and there is no augmentation, so that features are
+extracted once.
 """
 
 import torch
@@ -13,7 +14,7 @@ BINS = 256
 
 
 class LinearHead(nn.Module):
-    """Batch norm and a linear layer on patch tokens (batch, patches, dim): maps (batch, outputs, rows, cols)."""
+    """Batch norm and a linear layer: patch tokens (batch, patches, dim) -> maps (batch, outputs, rows, cols)."""
 
     def __init__(self, dim: int, outputs: int):
         super().__init__()
@@ -41,13 +42,13 @@ def fit_segmentation(
     """A trained head, on the device of `tokens`, in evaluation mode.
 
     tokens (images, patches, dim) without prefix tokens; masks (images, height, width) of class numbers, `ignore_index`
-    where there is no label. Raises ValueError for a grid that does not fit, labels out of range, one class only, NaN.
+    for no label. Raises ValueError for a grid that does not fit, labels out of range, a single class, NaN.
     """
     check_dense(tokens, grid, masks)
     masks = masks.long().to(tokens.device)
     labels = masks[masks != ignore_index].unique()
     if len(labels) < 2:
-        raise ValueError(f"segmentation needs two classes at least, the masks hold {labels.tolist()}")
+        raise ValueError(f"segmentation needs at least two classes, the masks hold {labels.tolist()}")
     if int(labels.min()) < 0 or int(labels.max()) >= num_classes:
         raise ValueError(f"labels {int(labels.min())}…{int(labels.max())} are out of range for {num_classes} classes")
 
@@ -69,8 +70,8 @@ def predict_segmentation(
 
 
 def train_head(tokens, grid, outputs, loss, steps, batch_size, lr, seed, weight_decay: float = 1e-4) -> LinearHead:
-    """A LinearHead trained to lower `loss(maps, rows)`: batches of images drawn by `seed`, warm-up over a tenth."""
-    with torch.random.fork_rng(devices=[]):  # the CPU's state alone: torch.manual_seed would reach into CUDA
+    """A LinearHead trained to minimise `loss(maps, rows)`; batches drawn by `seed`, warm-up over a tenth of steps."""
+    with torch.random.fork_rng(devices=[]):  # only the CPU's state: torch.manual_seed would also seed CUDA
         torch.default_generator.manual_seed(seed)
         head = LinearHead(tokens.shape[-1], outputs)
     head = head.to(tokens.device).train()
@@ -94,7 +95,7 @@ def train_head(tokens, grid, outputs, loss, steps, batch_size, lr, seed, weight_
 
 
 def check_dense(tokens: Tensor, grid: tuple[int, int], labels: Tensor) -> None:
-    """Raises ValueError when tokens, grid and labels (images, height, width) do not belong together, or hold NaN."""
+    """Raises ValueError if tokens, grid and labels (images, height, width) do not fit together, or tokens have NaN."""
     patches = grid[0] * grid[1]
     if tokens.ndim != 3 or tokens.shape[1] != patches:
         raise ValueError(
@@ -124,8 +125,8 @@ def fit_depth(
     """A trained head, on the device of `tokens`, in evaluation mode.
 
     tokens (images, patches, dim), see `with_cls`; depths (images, height, width), in the unit of min_depth and
-    max_depth; a pixel counts when 0 < depth <= max_depth; upsample: of the bins' maps, before the mean over bins.
-    Raises ValueError for a grid that does not fit, NaN, no valid depth.
+    max_depth; a pixel is valid if 0 < depth <= max_depth; upsample: factor for the maps of the bins, before the mean
+    over bins. Raises ValueError for a grid that does not fit, NaN, no valid depth.
     """
     check_dense(tokens, grid, depths)
     depths = depths.float().to(tokens.device)
@@ -133,7 +134,7 @@ def fit_depth(
     if not valid.any():
         raise ValueError(f"no pixel has a depth above 0 and up to {max_depth}: check the unit of the depths")
 
-    complete = bool(valid.all())  # then no pixel needs to be picked, which takes a quarter of a step
+    complete = bool(valid.all())  # then no pixels are selected, which would take a quarter of a step
 
     def loss(maps, rows):
         depth, truth = _resize(bin_depth(maps, min_depth, max_depth, upsample), depths.shape[1:]), depths[rows]
@@ -168,7 +169,7 @@ def bin_depth(maps: Tensor, min_depth: float, max_depth: float, upsample: int = 
 
 
 def log_depth_loss(predicted: Tensor, depths: Tensor, eps: float = 1e-3) -> Tensor:
-    """sqrt(var g + 0.15 (mean g)^2) of g = log(predicted / depth), for valid pixels (pixels,); 0 for fewer than two."""
+    """sqrt(var g + 0.15 (mean g)^2), g = log(predicted / depth), of valid pixels (pixels,); 0 for fewer than two."""
     if len(predicted) < 2:
         return predicted.sum() * 0
     g = torch.log(predicted + eps) - torch.log(depths + eps)
@@ -184,7 +185,7 @@ def image_rmse(predicted: Tensor, depths: Tensor, max_depth: float = 10.0) -> Te
 
 
 def with_cls(tokens: Tensor, cls: Tensor) -> Tensor:
-    """Patch tokens (images, patches, dim) with the image's cls token (images, dim) beside each, 2 dim wide."""
+    """(images, patches, 2 dim): patch tokens (images, patches, dim), each concatenated with its image's cls token."""
     return torch.cat([tokens, cls[:, None].expand(-1, tokens.shape[1], -1)], 2)
 
 

@@ -17,8 +17,8 @@ IGNORE = 255  # pixels without a label
 def segmentation(name: str, split: str, model, n: int | None = None, seed: int = 0):
     """(`Images`, masks (images, side, side), number of classes) of a segmentation set, or of "scenes".
 
-    Masks are class numbers from 0, resized to the model's size without mixing; `IGNORE` (255) has no label.
-    Splits of scenes are different scenes: class 0 is the background, the others are shapes.
+    Masks hold class numbers from 0, resized to the model's size by nearest neighbour; `IGNORE` (255) means no label.
+    The splits of scenes are different scenes: class 0 is the background, the others are shapes.
     """
     if name == "scenes":
         pictures = _scenes(model, split, n, seed)
@@ -32,9 +32,10 @@ def segmentation(name: str, split: str, model, n: int | None = None, seed: int =
 
 
 def mask_classes(mask: torch.Tensor, spec: dict) -> torch.Tensor:
-    """Class numbers from 0, `IGNORE` where there is no label, from a mask's own numbers.
+    """Class numbers from 0, or `IGNORE` for no label, from the numbers of a mask file.
 
-    `background`: this number is no class and the others follow it (ADE20k's 0); `ignore`: this number is no class.
+    spec: `background` is a number that is no class and precedes the classes (0 in ADE20k); `ignore` is a number that is
+    no class.
     """
     if "background" in spec:
         return torch.where(mask == spec["background"], IGNORE, mask - spec["background"] - 1)
@@ -44,7 +45,7 @@ def mask_classes(mask: torch.Tensor, spec: dict) -> torch.Tensor:
 def depth(name: str, split: str, model, n: int | None = None, seed: int = 0):
     """(`Images`, depths (images, side, side), largest depth) of a depth set in metres, or of "scenes" in their unit.
 
-    0 where there is no measurement, as `tab02_heads.fit_depth` expects it.
+    0 means no measurement, as in `tab02_heads.fit_depth`.
     """
     if name == "scenes":
         pictures = _scenes(model, split, n, seed)
@@ -55,20 +56,18 @@ def depth(name: str, split: str, model, n: int | None = None, seed: int = 0):
 
 
 def _with_planes(part, column: str, model, n: int | None, seed: int) -> tuple[Images, torch.Tensor]:
-    """Images and the numbers (images, side, side) of a column of pictures with one channel, resized without mixing."""
+    """(`Images`, planes (images, side, side)): the one-channel pictures of a column, resized by nearest neighbour."""
     from PIL import Image
 
     pictures, sizes = sets.squashed(part, model, sets.chosen(part, n, seed))
     side, planes = pictures.x.shape[-1], []
     for plane in part.data.select_columns(column).select(list(sizes))[column]:
         if plane.mode not in ("L", "P", "I", "I;16", "I;16B"):
-            raise UserError(
-                f"a {column} of mode {plane.mode} is no map of numbers: one channel of 8 or 16 bits is wanted"
-            )
+            raise UserError(f"a {column} has the picture mode {plane.mode}; it must have one channel of 8 or 16 bits")
         planes.append(torch.from_numpy(np.array(plane.resize((side, side), Image.NEAREST)).astype(np.int64)))
     return pictures, torch.stack(planes)
 
 
 def _scenes(model, split: str, n: int | None, seed: int) -> Images:
-    """Held-out scenes: even hundred thousands train, odd ones test, so that the splits never share one."""
+    """Held-out scenes of a split. Training takes even seeds and testing odd ones, so the splits share no scene."""
     return images.load("scenes", model, n or 200, 2 * seed + (split == "test"))

@@ -1,7 +1,7 @@
-"""Zero-shot classification of Table 2b: what is asked of the images, and the text tower that belongs to a model.
+"""Zero-shot classification of Table 2b: the questions about the images, and the text tower of a model.
 
-The classes' embeddings and the answers are those of `probes.zeroshot`. ImageNet's names and prompts are those of
-open_clip; scenes are asked for each of their attributes with the sentences that the recipe `clip` trains on.
+`probes.zeroshot` embeds the classes. The names and prompts of ImageNet come from open_clip. Scenes are classified by
+each of their attributes, with the sentences that the recipe `clip` trains on.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from vitreg_lib.probes.zeroshot import class_embeddings
 
 
 def evaluate(models, load):
-    """(DataFrame, hits): zero-shot accuracy of every model that has a text tower, others are left out.
+    """(DataFrame, hits): zero-shot accuracy of every model that has a text tower; others are left out.
 
-    load(model) gives the `Images` to ask about, the same for all. Index (model, question); columns accuracy, low, high
-    (the middle 95 % of a bootstrap over images), chance (of always naming the commonest class), classes. hits: {(model,
-    question): (images,) bool}.
+    load(model) returns the `Images`, the same for all models. Index (model, question); columns accuracy, low, high (the
+    middle 95 % of a bootstrap over images), chance (share of the most frequent class), classes (their number). hits:
+    {(model, question): (images,) bool}.
     """
     import pandas as pd
 
@@ -55,9 +55,9 @@ def evaluate(models, load):
 
 
 def change(hits: dict, without: str, name: str) -> tuple[float, float, float]:
-    """(points, low, high): zero-shot accuracy of `name` less that of `without`, mean over the questions, paired.
+    """(points, low, high): zero-shot accuracy of `name` minus that of `without`, averaged over the questions.
 
-    hits of `evaluate`; the middle 95 % of a bootstrap over images.
+    hits: of `evaluate`; low and high: the middle 95 % of a paired bootstrap over images.
     """
     from vitreg_lib.measure.objects import gain
 
@@ -69,7 +69,7 @@ def change(hits: dict, without: str, name: str) -> tuple[float, float, float]:
 
 @dataclass
 class Question:
-    """What is asked of every image: names of the classes, prompts as `class_embeddings` takes them, right answers."""
+    """One classification task: names of the classes, prompts for `class_embeddings`, and the right answers."""
 
     name: str
     classes: tuple[str, ...]
@@ -79,15 +79,15 @@ class Question:
 
 @torch.no_grad()
 def image_embeddings(model, x: Tensor, batch_size: int = 64) -> Tensor:
-    """(images, dim) of length one: the output of a `zoo.Model` whose head projects into the space of the texts."""
+    """(images, dim) of unit norm: the output of a `zoo.Model` whose head projects into the space of the texts."""
     parts = [model.module(batch.to(model.weights)).float().cpu() for batch in x.split(batch_size)]
     return normalize(torch.cat(parts), dim=1)
 
 
 def text_tower(model):
-    """(encode_text, tokenize) that belong to a `zoo.Model`; test-time registers and fresh weights keep their base's.
+    """(encode_text, tokenize) that belong to a `zoo.Model`; with test-time registers or random weights, its base's.
 
-    Raises UserError for a model that has none here.
+    Raises UserError for a model without a text tower.
     """
     name = model.entry
     entry = zoo.entries().get(name, {})
@@ -105,7 +105,7 @@ def text_tower(model):
 
 
 def load_text(path) -> nn.Module:
-    """A shipped text tower, from its `.text.safetensors`."""
+    """A text tower of the repository, from its `.text.safetensors`."""
     metadata, state = read_safetensors(path)
     config, context = json.loads(metadata["config"]), len(state["positional_embedding"])
     tower = text.text_tower(config["text_width"], config["text_layers"], config["embed_dim"], context)
@@ -114,7 +114,7 @@ def load_text(path) -> nn.Module:
 
 
 def questions(pictures, labels: Tensor | None = None) -> list[Question]:
-    """What can be asked of an `Images` set: each attribute of scenes; ImageNet's thousand classes of labelled photos.
+    """The questions for an `Images` set: each attribute of scenes, or ImageNet's thousand classes for labelled photos.
 
     labels: class numbers (images,) of photos. Raises UserError for photos without labels.
     """
@@ -129,7 +129,7 @@ def questions(pictures, labels: Tensor | None = None) -> list[Question]:
 
 
 def predict(images: Tensor, classes: Tensor) -> Tensor:
-    """(images,) the class of the largest cosine, of equal ones the first; both (n, dim), of any length.
+    """(images,) the class with the largest cosine, the first one of a tie; images and classes (n, dim), of any norm.
 
     Raises ValueError for other shapes and for embeddings that are not finite.
     """

@@ -1,4 +1,4 @@
-"""Table 3: LOST and the boxes that know nothing of the image, their figure, the verdicts."""
+"""Table 3: LOST, baseline boxes that do not depend on the image's content, their figure, and the verdicts."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ PART_OF = {"voc2007": "VOC 2007", "voc2012": "VOC 2012", "coco20k": "COCO 20k", 
 
 
 def discover(model, pictures, truth: list, biases, normalize: bool = True):
-    """`objects.sweep` of LOST on keys and values of the last block. Of a replayed model what was measured."""
+    """`objects.sweep` of LOST on keys and values of the last block. A replayed model has stored results."""
     if model.replayed:
         table = pd.DataFrame(model.measured["lost"]["table"]).set_index(["feature", "bias"])
         return table, {key: hits.bool() for key, hits in zip(table.index, model.kept("hits"), strict=True)}
@@ -28,7 +28,7 @@ def discover(model, pictures, truth: list, biases, normalize: bool = True):
 
 
 def plain(pictures, truth: list) -> dict[str, objects.CorLoc]:
-    """{name: `CorLoc`} of two boxes that know nothing of the image."""
+    """{name: `CorLoc`} of two boxes that do not depend on the image's content."""
     sizes = torch.tensor([pictures.x.shape[-2:]] * len(pictures))
     boxes = {
         "whole image": objects.centred_boxes(sizes, 1.0),
@@ -39,9 +39,9 @@ def plain(pictures, truth: list) -> dict[str, objects.CorLoc]:
 
 @styled
 def draw(table: pd.DataFrame, lines: dict[str, dict[str, float]]) -> Figure:
-    """CorLoc (%) of every model and setting; over each model's column the baselines on its own images.
+    """CorLoc (%) of every model and setting; in each model's column, lines for the baselines on its own images.
 
-    table: as `plots.scores` takes it. lines: {label: {baseline: %}}.
+    table: see `plots.scores`. lines: {label: {baseline: %}}.
     """
     figure = plots.scores(table, "CorLoc (%)", {})
     (axis,) = figure.axes
@@ -54,18 +54,16 @@ def draw(table: pd.DataFrame, lines: dict[str, dict[str, float]]) -> Figure:
 
 
 def where(run, model, pictures) -> tuple[str, str]:
-    """(the set, what is taken of it) that LOST of a model was scored on."""
+    """(name of the set, description of the images) on which LOST was scored with this model."""
     return tuple(model.measured["lost"]["of"]) if model.replayed else (run.at.images, pictures.source)
 
 
 def claims(models, hits: dict, baselines: dict, having, scored_on: dict):
-    """Arguments of `Run.claim`: C095 to C104 on the pairs that can be judged, by families; ours on all models here.
+    """Yields the arguments of `Run.claim`: C095 to C107 on the pairs that can be judged, by family; then ours.
 
-    A family's features are the paper's, the bias is 0: the paper's is not published. scored_on:
-    `where` by label. Baselines are of the live models' images.
-
-    hits: {label: {(feature, bias): (images,) bool}}; baselines:
-    {name: `CorLoc`}; having: labels of models with artifacts.
+    The features of a family are those of the paper; the bias is 0, because the paper's is not published. hits: {label:
+    {(feature, bias): (images,) bool}}; baselines: {name: `CorLoc`} on the images of the models that are not replayed;
+    having: labels of the models with artifacts; scored_on: `where`, by label.
     """
     cells = {}
     for number, (family, kind) in enumerate(FAMILIES.items()):
@@ -109,7 +107,7 @@ def claims(models, hits: dict, baselines: dict, having, scored_on: dict):
 
 
 def _as_reported(family: str, gain: float, low: float, high: float) -> bool | str:
-    """Is a gain in points as the paper's table has it: above 5, of OpenCLIP from -6 to +1?"""
+    """Does a gain in points agree with the paper's table: above 5, or for OpenCLIP between -6 and +1?"""
     return within(low, high, 3.5, -2.5) if family == "clip" else above(low, high, 5)
 
 
@@ -120,9 +118,9 @@ def _in_words(gains: dict) -> str:
 
 
 def chosen_elsewhere(hits: dict) -> tuple[tuple, object]:
-    """(the setting with most hits on the even images, hits (images,)): each half is scored as the other one chose.
+    """(the setting with most hits on the even images, hits (images,)), each half scored with the other half's setting.
 
-    The best of several settings on the same images would be too good.
+    If the setting were chosen on the scored images, the score would be too high.
     """
     settings = list(hits)
     choose = [max(settings, key=lambda s, start=start: hits[s][start::2].double().mean()) for start in (0, 1)]

@@ -16,12 +16,12 @@ from vitreg_lib.plots.style import PALETTE, PAPER, styled
 from vitreg_lib.probes.linear import FOLDS
 
 REPORTED = {"accuracy": (0.663, 0.658), "l2": (15.9, 16.0)}  # Table 5, without and with registers
-MARGIN = 2  # points: the tolerance, 3 % of what the paper's probe gets right; of a worse probe no more than 3 % either
+MARGIN = 2  # points: the tolerance for position; it is 3 % of the paper's accuracy, and at most 3 % of a lower one
 
 
 @styled
 def draw_register_changes(fair, as_paper) -> Figure:
-    """Table 5 as dots: what registers change in position and in pixels, two comparisons, intervals as bars.
+    """Table 5 as dots: the change of position and pixel probes with registers, in two comparisons; bars are intervals.
 
     fair, as_paper: DataFrames of `register_changes` with the same rows.
     """
@@ -38,7 +38,7 @@ def draw_register_changes(fair, as_paper) -> Figure:
         axis.barh(rows, 2 * np.array(margins), label="counts as unchanged", **bands)
         axis.axvline(none, color=PAPER, lw=1)
         if not np.isfinite(both[column]).all():
-            raise UserError("a probe learnt from too few tokens to be compared: more n_images or max_tokens are wanted")
+            raise UserError("a probe had too few training tokens for a comparison: raise n_images or max_tokens")
         ends = both.assign(low=both[f"{column}_low"], high=both[f"{column}_high"])
         dots(axis, ends, column, "model", "compared", styles, orient="h", dodge=0.3, legend="full")
         axis.get_legend().remove()
@@ -61,14 +61,15 @@ def across_registers(
     seed: int = 0,
     folds=range(FOLDS),
 ):
-    """Local probes of models without and with registers on the same images (Table 5): (model, group, fit, fold).
+    """Local probes of models without and with registers on the same images (Table 5).
 
-    By label: tokens (images, patches, dim), pixels (images, patches, values), outlier masks (images, rows, cols), and
-    `pairs.pairs`. Groups: "normal", the model's own non-outliers, as the paper compares them; "shared", the tokens at
-    places where neither it nor its pairs have an outlier, so that both are asked about the same patches;
-    "places", those at the places where one has. A family without outliers borrows places by `same_places`, for that
-    last group alone. Columns as `local_probes`; each fold tests on other images. max_tokens: training tokens of a
-    probe; 0: `PER_PLACE` for each place, as Figure 5.
+    The result is a DataFrame indexed by (model, group, fit, fold), with the columns of `local_probes`; each fold tests
+    on other images. Dictionaries by model label: tokens (images, patches, dim), pixels (images, patches, values),
+    outlier masks (images, rows, cols). pairs: of `pairs.pairs`. Groups: "normal", the model's own non-outliers, as in
+    the paper; "shared", the tokens at places where no model of the pair has an outlier, so that both are probed on the
+    same patches; "places", the tokens where one of them has an outlier. If no model of the pair has outliers, the group
+    "places" uses those of another model (`same_places`). max_tokens: training tokens of a probe; 0: `PER_PLACE` for
+    each place, as in Figure 5.
     """
     import pandas as pd
 
@@ -91,10 +92,11 @@ def across_registers(
 def register_changes(table, pairs: dict[str, str], group: str = "shared", fit: str = "own"):
     """What registers change in one group of an `across_registers` table: a DataFrame, one row a model with registers.
 
-    right: the smaller of the two accuracies; readable: whether it is at least five times chance, without which equal
-    positions mean nothing. margin: the change in points that counts as none (`MARGIN`). points: accuracy with registers
-    less that without, in points; cells: the same of the distance; l2_ratio: error with over error without. Means over
-    the folds, paired, and intervals (_low, _high), which are over images: no image is in the test of two folds.
+    right: the smaller of the two accuracies; readable: whether it is at least five times chance (otherwise equal
+    accuracies mean nothing); margin: the change in points that counts as unchanged (`MARGIN`); points: accuracy with
+    registers minus accuracy without, in points; cells: the same for the distance; l2_ratio: error with over error
+    without. The last three are paired means over the folds, with intervals (_low, _high). No image is in two test sets,
+    so these are intervals over images.
     """
     import pandas as pd
 
@@ -119,7 +121,7 @@ def register_changes(table, pairs: dict[str, str], group: str = "shared", fit: s
 
 
 def measure(run, summary, with_registers) -> None:
-    """Put means and spreads over the folds into the record, beside the paper's for its own comparison."""
+    """Put the means and spreads over the folds into the record, with the paper's numbers for its own comparison."""
     for (name, group, fit), row in summary.iterrows():
         for (column, kind), value in row.items():
             beside = REPORTED.get(column) if (group, fit, kind) == ("normal", "all", "mean") else None
@@ -128,9 +130,10 @@ def measure(run, summary, with_registers) -> None:
 
 
 def claims(models, fair, as_paper, moved, having):
-    """Arguments of `Run.claim`: C111 and C112 on a trained pair, the same of the others, and what moving brings back.
+    """Yields the arguments of `Run.claim`: C111 and C112 on a trained pair, the same for other pairs, then ours.
 
-    fair, as_paper, moved: `register_changes` of the groups "shared", "normal" and "places".
+    Our claims ask whether moving the outliers to registers brings information back to their places. fair, as_paper,
+    moved: `register_changes` of the groups "shared", "normal" and "places".
     """
     dinov2, (judged, missing) = cured(models, having, "dinov2")[0], cured(models, having)
     name = next(iter(dinov2 or judged), None)
@@ -154,7 +157,7 @@ def claims(models, fair, as_paper, moved, having):
 
 
 def _place_unchanged(row) -> bool | str | None:
-    """None where the position is not readable."""
+    """Is the position accuracy unchanged? None if the position is not readable."""
     return within(row.points_low, row.points_high, row.margin) if row.readable else None
 
 

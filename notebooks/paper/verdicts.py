@@ -1,12 +1,12 @@
-"""Which model a claim is judged on, and when: one rule for all figures and tables of the paper.
+"""Which models a claim is judged on, and when: one rule for all figures and tables of the paper.
 
-- A claim about artifacts, or about what registers remove, is judged on models that have artifacts by `vr.detect`. Where
-  none of the models at hand has any, the claim is "not testable here".
+- A claim about artifacts, or about what registers remove, is judged on models that have artifacts by `vr.detect`. If
+  none of the available models has artifacts, the claim is "not testable here".
 - A claim about a family (DeiT-III, OpenCLIP, DINOv2) is judged on models trained in the same way: with labels, with
   captions, on images alone. The measured text names them.
-- A difference inside its interval is "undecided".
-- The existence of artifacts can fail only on the paper's own models (profiles large and paper): the paper says itself
-  that small models have none.
+- A claim is "undecided" if the interval of the measured difference contains both answers.
+- A claim that artifacts exist can fail only on the paper's own models (profiles large and paper), because the paper
+  itself says that small models have none.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ from vitreg_lib.base import remembered
 from vitreg_lib.measure import detection, outliers
 from vitreg_lib.measure.pairs import pairs as of_models
 
-# families of models by the paper's family whose way of training they share
+# families of models, by the family of the paper that is trained in the same way
 FAMILIES = {"deit3": ("deit3", "deit", "augreg"), "clip": ("clip",), "dinov2": ("dinov2",), "dino": ("dino",)}
 WORDS = {"deit3": "trained with labels", "clip": "trained with captions", "dinov2": "trained as DINOv2", "dino": "DINO"}
 
-COPIES = 0.99  # cosine of two registers: above it they are one register, whose maps cannot differ
+COPIES = 0.99  # two registers with a larger cosine count as copies: their maps cannot differ
 
 
 def of_family(models, family: str) -> list:
-    """The trained models among `models` whose training is that of a family of the paper, in order."""
-    known = {m.label: m.family for m in models}  # registers trained into a model leave its family as it was
+    """The trained models among `models` that were trained in the same way as a family of the paper, in order."""
+    known = {m.label: m.family for m in models}  # a model with registers trained into it has the family of its base
     members = [m for m in models if (m.family or known.get(m.base)) in FAMILIES[family]]
     return [m for m in members if m.role == "trained"]
 
@@ -40,10 +40,9 @@ def of_family(models, family: str) -> list:
 def detected(run, models, seen: dict, pictures: dict | None = None) -> tuple[dict, set[str]]:
     """({label: `Outliers`}, labels of the models that have artifacts), by `vr.detect` on the run's images.
 
-    pictures: other images, by label.
-
-    seen: captures with norms, by label; the last captured block counts. A model with registers takes the cutoff of its
-    pair without; the others have that of `cutoff_after`.
+    seen: captures with norms, by label; the outliers are those of the last captured block. pictures: other images to
+    detect on, by label. A model with registers uses the cutoff of the same model without; other models use
+    `cutoff_after`.
     """
     own, having = {}, set()
     for model in models:
@@ -59,7 +58,7 @@ def detected(run, models, seen: dict, pictures: dict | None = None) -> tuple[dic
 
 
 class Judged(NamedTuple):
-    """What is kept of a `Detection`: its answer, its cutoff, and the block that was judged."""
+    """The parts of a `Detection` that are cached: its answer, its cutoff, and the block that was judged."""
 
     answer: str
     cutoff: float
@@ -71,17 +70,18 @@ class Judged(NamedTuple):
 
 
 def judged(model, images) -> Judged:
-    """`vr.detect` of a model on images; kept, for many notebooks ask it about the same."""
-    if model.replayed:  # it has no weights to know it by, and takes no time
+    """`vr.detect` of a model on images, cached, because many notebooks need the same answer."""
+    if model.replayed:  # it has no weights to identify it, and its detection is fast
         return Judged.of(detection.detect(model, images))
     about = model.fingerprint(images) | {"kind": "detection"}
     return Judged(*remembered(about, lambda: Judged.of(detection.detect(model, images))))
 
 
 def cutoff_after(answer: Judged, block: int, norms: torch.Tensor) -> float:
-    """The norm above which a token of `norms`, after a block, is an outlier; infinite for the answer "none".
+    """The norm above which a token is an outlier after `block`, where tokens have `norms`; infinite for "none".
 
-    After the judged block it is the detection's own, after another one or if undecided that of the norms alone.
+    After the judged block it is the cutoff of the detection. After another block, or if the answer is undecided, it is
+    computed from the norms alone.
     """
     if answer.answer == "none":
         return math.inf
@@ -89,14 +89,14 @@ def cutoff_after(answer: Judged, block: int, norms: torch.Tensor) -> float:
 
 
 def specimen(models, having):
-    """The first trained model that has artifacts (its label is in `having`); None without one."""
+    """The first trained model that has artifacts (its label is in `having`), or None."""
     return next((m for m in models if m.role == "trained" and m.label in having), None)
 
 
 def registered(models, pairs: dict[str, str], having, profile: str) -> tuple[list, str]:
-    """The models trained with registers whose pair without has artifacts, and what to say where there is none.
+    """(models trained with registers whose pair without has artifacts, the reason if there is none).
 
-    Of the paper's own models (profiles large and paper) the pair need not be at hand: the paper measured it.
+    For the paper's own models (profiles large and paper) the pair may be missing, because the paper measured it.
     """
     trained = [m for m in models if m.role == "trained" and m.anatomy.num_registers]
     own = profile in ("large", "paper")
@@ -107,10 +107,10 @@ def registered(models, pairs: dict[str, str], having, profile: str) -> tuple[lis
 
 
 def cured(models, having, family: str = "") -> tuple[dict[str, str], str]:
-    """({a model trained with registers: the same without}, what to say where there is none): pairs that can be judged.
+    """({model trained with registers: the same without}, the reason if there is none): the pairs that can be judged.
 
-    Registers were trained from the start or into a finished model, and the model without them has artifacts. family: of
-    a claim about one of the paper's families.
+    Registers were trained from the start or into a finished model, and the model without them has artifacts. family:
+    restricts the pairs to one of the paper's families.
     """
     members = [m.label for m in (of_family(models, family) if family else models)]
     found = {name: base for name, base in of_models(models, "trained").items() if name in members}
@@ -120,7 +120,7 @@ def cured(models, having, family: str = "") -> tuple[dict[str, str], str]:
 
 
 def copies(model) -> bool:
-    """Are the registers of a model, as they enter the first block, one and the same but for rounding?"""
+    """Are two registers of a model copies of each other (`COPIES`) as they enter the first block?"""
     registers = getattr(model.module, "reg_token", None)
     if registers is None or registers.shape[1] < 2:
         return False
@@ -130,32 +130,32 @@ def copies(model) -> bool:
 
 
 def exists(found: bool, profile: str) -> bool | None:
-    """The verdict on a claim that artifacts exist: absence counts only for the paper's own models."""
+    """The verdict on a claim that artifacts exist: their absence counts only for the paper's own models."""
     return True if found else (False if profile in ("large", "paper") else None)
 
 
 def above(low: float, high: float, limit: float = 0.0) -> bool | str:
-    """True where the interval lies above the limit, False below it, "undecided" where the limit is inside."""
-    return True if low > limit else False if high < limit else "undecided"  # also where there is no interval
+    """True if the interval lies above the limit, False if below it, "undecided" if the limit is inside."""
+    return True if low > limit else False if high < limit else "undecided"  # "undecided" also for NaN
 
 
 def majority(hits) -> bool | str:
-    """Is a property, bool (images,), that of most images? By the exact 95 % interval of the share."""
+    """Do most images have a property, hits (images,) bool? By the exact 95 % interval of the share."""
     interval = binomtest(int(hits.sum()), len(hits)).proportion_ci(0.95)
     return above(interval.low, interval.high, 0.5)
 
 
 def within(low: float, high: float, margin: float, centre: float = 0.0) -> bool | str:
-    """Is a quantity unchanged: True where its interval lies within the margin, False outside, else "undecided"."""
+    """Is a quantity unchanged? True if its interval lies within the margin, False if outside, else "undecided"."""
     if centre - margin <= low and high <= centre + margin:
         return True
     return False if low > centre + margin or high < centre - margin else "undecided"
 
 
 def every(answers) -> bool | str | None:
-    """One verdict on all of some questions: False where one fails, True where all hold, else "undecided"; None of none.
+    """One verdict from several: False if one is False, True if all are True, else "undecided".
 
-    Questions that could not be asked (None) are left out.
+    None (not testable) is left out; the result is None if nothing is left.
     """
     answers = [a for a in answers if a is not None]
     if not answers:
@@ -166,7 +166,7 @@ def every(answers) -> bool | str | None:
 def over_folds(values) -> tuple[float, float, float]:
     """(mean, low, high) of a score over the folds of a cross-validation: the middle 95 % by Student's t.
 
-    The folds test on different images, so the interval is one over images; they share training images, which makes it
+    The folds test on different images, so this is an interval over images. They share training images, so it is
     somewhat too narrow (Bengio and Grandvalet 2004).
     """
     values = torch.as_tensor(list(values), dtype=torch.float64)
@@ -178,7 +178,7 @@ def over_folds(values) -> tuple[float, float, float]:
 
 
 def table(found: dict[str, outliers.Outliers], onsets: dict[str, int | None]):
-    """A DataFrame with the numbers of records, one row a model; what needs outliers is empty where there are none."""
+    """The numbers of records: a DataFrame, one row a model; numbers that need outliers are empty without outliers."""
     rows = {
         name: {
             "cutoff": each.cutoff if each.cutoff < math.inf else None,
@@ -194,13 +194,13 @@ def table(found: dict[str, outliers.Outliers], onsets: dict[str, int | None]):
 
 
 def of_detections(found: dict[str, detection.Detection]):
-    """`table` of the outliers of detections, and the `support` of these."""
+    """`table` of the outliers of detections, with a column `support`."""
     of = table({n: each.outliers for n, each in found.items()}, {n: each.onset for n, each in found.items()})
     return of.assign(support=[each.support for each in found.values()])
 
 
 def onsets(found: dict[str, outliers.Outliers], norms: dict[str, torch.Tensor]) -> dict[str, int | None]:
-    """{label: the first block with outliers}, from norms (images, layers, patches) of all blocks; None without any."""
+    """{label: the first block with outliers, None without outliers}, from norms (images, layers, patches)."""
     last = {name: each.shape[1] - 1 for name, each in norms.items()}
     return {
         name: outliers.onset_of(norms[name], each.mask.flatten(1), each.cutoff, last[name]) if each.mask.any() else None
