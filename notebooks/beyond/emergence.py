@@ -1,23 +1,24 @@
-"""The quest for the smallest ViT that needs registers: textures, some of which never matter.
+"""A task on textures for the smallest ViT that needs registers: some patches never matter.
 
-This training task is made for one question and is good for nothing else. An image is a grid of 6 x 6 patches of 2
-pixels a side, each filled with 11 random numbers; the twelfth is a mark, 0 or 1. Every patch has to give back its own
-texture; a *trigger*, a patch whose mark is 1, its own plus a fixed rotation of its left neighbour's. So a head that
-copies is needed at few patches, and at all others must look where it does no harm: Bigram-Backcopy (Guo et al. 2024) in
-the form of images. Some patches are *idle*: they look like all others, but no answer is asked of them, they are never
-triggers and nothing is ever copied from them. They are the four corners by default, as the corners of photos seldom
-matter. There is no plain background and, by default, no cls token; nothing in the loss mentions norms or attention.
+This training task is designed for one question and has no other use. An image is a grid of 6 x 6 patches of 2 x 2
+pixels. Each patch holds 11 random numbers, its texture; the twelfth number is a mark, 0 or 1. Every patch must output
+its own texture. A *trigger*, a patch whose mark is 1, must output its own texture plus a fixed rotation of its left
+neighbour's. So a head that copies is needed at few patches; at all others it must attend to a place where it does no
+harm. This is Bigram-Backcopy (Guo et al. 2024) in the form of images. Some patches are *idle*: they look like all
+others, but no output is required of them, they are never triggers, and nothing is copied from them. By default the idle
+patches are the four corners, since the corners of photos rarely matter. There is no uniform background and, by default,
+no cls token. The loss contains neither norms nor attention.
 
-The ViT is timm's, small: three blocks with the usual MLP, fixed position embeddings of sines and cosines (as in MAE)
-and dropout of attention. Where the copying head comes to sit behind an MLP, a few neurons of that MLP give the corners
-the long norm; where it sits in the first block, nothing before it can, and there are no outliers. In a ViT of one block
-whose positions are learnt, the position embeddings take the long norm themselves.
+The ViT is a small one of timm: three blocks with the usual MLP, fixed position embeddings of sines and cosines (as in
+MAE) and attention dropout. If the copying head forms in a block after the first, a few neurons of an earlier MLP give
+the corners a large norm. If it forms in the first block, no MLP comes before it, and there are no outliers. In a ViT of
+one block with learned position embeddings, these embeddings have the large norm themselves.
 
-In the task `broadcast` (the two-layer toy of Fesser et al. 2026) every patch gives back its own texture plus a fixed
-rotation of the texture of the patch that scores highest on a hidden direction.
+In the task `broadcast` (the two-layer toy model of Fesser et al. 2026) every patch outputs its own texture plus a fixed
+rotation of the texture of the patch with the highest score along a hidden direction.
 
-`CHANGES` has the variants, workflow/sweep.py the runs, data/sweeps/emergence.parquet what came of them and the notebook
-beyond/emergence.ipynb the pictures.
+`CHANGES` has the variants, workflow/sweep.py runs them, data/sweeps/emergence.parquet has the results, and the notebook
+beyond/emergence.ipynb shows them.
 
     vitreg train emergence                      # one CPU core: a minute or two
     vitreg train emergence --registers 4
@@ -52,7 +53,7 @@ DEFAULTS = {
     "telemetry_images": 32,
     "save_every": 1000,
 }
-CHANGES = {  # what a name in a variant changes
+CHANGES = {  # the fields of `Task` that each name in a variant sets
     "corners": {},
     "fixed": {"position_fixed": True},
     "decay": {"position_decay": True},
@@ -76,15 +77,15 @@ CHANGES = {  # what a name in a variant changes
 
 @dataclass(frozen=True)
 class Task:
-    """What a variant asks, and of which ViT.
+    """The task and the ViT of a variant.
 
-    idle: which patches never matter: "corners", "corner" (the first), "anywhere" (four random places an image, tinted,
-    to be distinguishable) or "none" (a control).
+    idle: which patches never matter: "corners", "corner" (the first), "anywhere" (four random places in each image,
+    tinted so that the model can distinguish them) or "none" (a control).
     blank: idle patches hold zeros instead of a texture.
-    kind: "copy" or "broadcast". trigger_share: of the patches that may be triggers.
-    noise: standard deviation of what is added to the pixels; textures have 1.
-    position: amplitude of the waves that position embeddings start from; 0: timm's own start. position_fixed: they stay
-    so, as in MAE, instead of being learnt; position_decay: weight decay acts on them.
+    kind: "copy" or "broadcast". trigger_share: share of triggers among the patches that may be triggers.
+    noise: standard deviation of the noise added to the pixels; textures have 1.
+    position: amplitude of the waves that initialise the position embeddings; 0: timm's initialisation. position_fixed:
+    they are not trained, as in MAE; position_decay: weight decay acts on them.
     attention_dropout: share of attention weights that are dropped.
     """
 
@@ -129,7 +130,7 @@ class Batch:
 
 @functools.lru_cache(maxsize=8)
 def fixed(seed: int) -> dict[str, torch.Tensor]:
-    """What a run's images share: the rotation (12, 12) of what is copied, the hidden direction (12,) of `broadcast`."""
+    """Constants of a run: the rotation (12, 12) of copied textures, the hidden direction (12,) of `broadcast`."""
     generator = torch.Generator().manual_seed(7919 + seed)
     return {
         "rotation": torch.linalg.qr(torch.randn(LENGTH, LENGTH, generator=generator))[0],
@@ -138,7 +139,7 @@ def fixed(seed: int) -> dict[str, torch.Tensor]:
 
 
 def draw(config, step: int, part: slice = slice(None), device="cpu", count: int = 0) -> Batch:
-    """The images of a step, or a `part` of them; `count` of them, by default `config.batch_size`."""
+    """The images of a step, or a `part` of them. A step has `count` images, by default `config.batch_size`."""
     t, shared, n = task(config), fixed(config.seed), count or config.batch_size
     texture, chance, generator = textures.draw(config.seed, step, n)
     added = torch.randn(n, PATCHES, LENGTH, generator=generator)
@@ -164,12 +165,12 @@ def draw(config, step: int, part: slice = slice(None), device="cpu", count: int 
 
 
 def held_out(config, count: int, device="cpu", part: int = 0) -> Batch:
-    """`count` images that are never trained on; another `part` has others."""
+    """`count` images that are never used in training; each `part` has different ones."""
     return draw(config, textures.HELD_OUT + part, device=device, count=count)
 
 
 def build(config) -> torch.nn.Module:
-    """A fresh ViT that answers at every token."""
+    """A ViT with random weights and an output at every token."""
     if config.data:
         raise UserError(f"data={config.data!r}: emergence makes its own images")
     t = task(config)
@@ -180,7 +181,7 @@ def build(config) -> torch.nn.Module:
 
 
 def answering(t: Task, config, grid: int, patch: int) -> torch.nn.Module:
-    """timm's ViT without pooling for images of `grid` x `grid` patches of `patch` pixels, of the sizes of a `Task`."""
+    """timm's ViT without pooling, of a `Task`'s sizes, for images of `grid` x `grid` patches of `patch` pixels."""
     from timm.models.vision_transformer import VisionTransformer
 
     arguments = dict(
@@ -197,7 +198,7 @@ def answering(t: Task, config, grid: int, patch: int) -> torch.nn.Module:
         no_embed_class=True,
         init_values=t.layer_scale or None,
         attn_drop_rate=t.attention_dropout,
-        weight_init="moco",  # Xavier: at this width timm's own 0.02 leaves copying on a plateau
+        weight_init="moco",  # Xavier: at this width, with timm's default of 0.02, the model does not learn to copy
     )
     model = VisionTransformer(**arguments)
     mini.start_registers(model, config.register_start)
@@ -209,7 +210,7 @@ def answering(t: Task, config, grid: int, patch: int) -> torch.nn.Module:
 
 
 def waves(dim: int, grid: int = GRID) -> torch.Tensor:
-    """(grid², dim) sines and cosines of row and column, of mean square 1: from there neighbours are learnt soon."""
+    """(grid², dim) sines and cosines of row and column, of mean square 1; they make neighbours easy to learn."""
     frequency = torch.pi / grid * 2.0 ** torch.linspace(-1, 2, dim // 4)
     angle = torch.arange(grid)[:, None] * frequency
     one = math.sqrt(2) * torch.cat([angle.sin(), angle.cos()], 1)  # (grid, dim / 2)
@@ -228,27 +229,27 @@ def errors(module, batch: Batch) -> torch.Tensor:
 
 
 def named(error: torch.Tensor, batch: Batch) -> dict[str, torch.Tensor]:
-    """The error at triggers and at the other patches that are asked."""
+    """The mean error at triggers and at the other patches with a required output."""
     others = error[batch.asked & ~batch.trigger].mean()
     return {"trigger_error": error[batch.trigger].mean(), "other_error": others}
 
 
 def loss(module, config, step, device):
-    """Mean squared error over the patches that are asked."""
+    """(Mean squared error over the patches with a required output, the errors of `named`)."""
     indices = parallel.batch_range(config, step)
     first = indices.start - step * config.batch_size
     batch = draw(config, step, slice(first, first + len(indices)), device)
     error = errors(module, batch)
-    # idle patches are equally many in each image, so that this is the mean of the means of a batch's parts
+    # each image has equally many idle patches, so the mean of a batch is the mean over its parts
     return error[batch.asked].mean(), named(error.detach(), batch)
 
 
 def telemetry_images(config) -> torch.Tensor:
-    """The held-out images whose norms are watched during training."""
+    """The held-out images whose norms are recorded during training."""
     return held_out(config, config.telemetry_images).pixels
 
 
 def evaluate(module, config, device) -> dict[str, float]:
-    """Errors on held-out images, at triggers and at other patches; 1 is what a blank answer to a texture costs."""
+    """Errors on held-out images, at triggers and at other patches; an output of zeros has the error 1 on a texture."""
     batch = held_out(config, config.eval_images, device, part=1)
     return {name: value.item() for name, value in named(errors(module, batch), batch).items()}

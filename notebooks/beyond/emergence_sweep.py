@@ -1,7 +1,7 @@
-"""The sweep of the quest (`emergence`): its cells, how one is run, and the table of all results.
+"""The sweep over variants of `emergence`: its configurations ("cells"), a function that runs one, and the results.
 
-A cell is a dictionary of options of `TrainConfig` over the recipe's defaults, with a name and the number of seeds; add
-one, run workflow/sweep.py, and its rows join data/sweeps/emergence.parquet.
+A cell is a dictionary with a name, a number of seeds, and options of `TrainConfig` that override the recipe's defaults.
+To add a cell, add it to `SWEEP` and run workflow/sweep.py, which adds its rows to data/sweeps/emergence.parquet.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from vitreg_lib.train import loop, telemetry
 from vitreg_lib.train.config import TrainConfig
 
 TABLE = DATA / "sweeps" / "emergence.parquet"
-WATCHED = 64  # held-out images that sinks are measured on
+WATCHED = 64  # held-out images on which sinks are measured
 POINTS = 12  # measured steps of a run: 12 log-spaced and 12 evenly spaced
 MAIN = "fixed+dropout+three-blocks+usual-mlp"
-ONE = {"variant": "decay+dropout"}  # in a single block, positions learnt
-FIRST = {"variant": "corners", "steps": 3000}  # the same, weight decay spares positions, no dropout
+ONE = {"variant": "decay+dropout"}  # one block, learned position embeddings
+FIRST = {"variant": "corners", "steps": 3000}  # the same without weight decay on position embeddings and dropout
 SWEEP = [
     {"cell": "three blocks", "seeds": 5},
     {"cell": "three blocks, 4 registers", "registers": 4, "seeds": 5},
@@ -68,7 +68,7 @@ SWEEP = [
     {"cell": "first: broadcast", **FIRST, "variant": "broadcast", "seeds": 1},
 ]
 WANTED = "#D4AC00"  # a yellow that is visible on white: the region that counts as emerged
-MARKS = ("o", "s", "^", "D", "v", "P")  # layers are told apart by colour and by mark
+MARKS = ("o", "s", "^", "D", "v", "P")  # layers differ in colour and in mark
 
 
 def names() -> list[str]:
@@ -85,7 +85,7 @@ def cell(name: str) -> dict:
 
 
 def configuration(name: str, seed: int = 0, **changes) -> TrainConfig:
-    """The training run of a cell; `changes` are options over the cell's own."""
+    """The `TrainConfig` of a cell; `changes` override the cell's options."""
     return loop.configure("emergence", **{**cell(name), "seed": seed, **changes})[0]
 
 
@@ -97,9 +97,9 @@ def run(
     on_step: Callable[[int, float], None] | None = None,
     **changes,
 ) -> pd.DataFrame:
-    """Train one cell with one seed in `folder`, from where an earlier run stopped; return its rows, as in `table`.
+    """The rows of one cell and seed, as in `table`; trains in `folder`, or continues a run that stopped there.
 
-    `changes` are options of TrainConfig over the cell's own: steps=200 gives a short trial.
+    `changes` are options of TrainConfig that override the cell's: steps=200 gives a short trial.
     """
     folder = Path(folder)
     path = folder / "sinks.parquet"
@@ -111,7 +111,7 @@ def run(
     def after_step(module, config, step):
         if step + 1 not in measured_at:
             return
-        module.eval()  # without dropout; the loop's next step sets it back
+        module.eval()  # without dropout; the loop's next step restores the training mode
         error = {k: v.item() for k, v in emergence.named(emergence.errors(module, batch).detach(), batch).items()}
         rows = sinks.measure(module, batch.pixels, places).assign(cell=name, seed=seed, step=step + 1, **error)
         before = pd.read_parquet(path) if path.exists() else rows.iloc[:0]
@@ -125,12 +125,12 @@ def run(
 
 
 def table() -> pd.DataFrame:
-    """All recorded rows: cell, seed, step, layer and the columns of `sinks.measure`, with errors of the task."""
+    """All recorded rows: cell, seed, step, layer, the columns of `sinks.measure`, and the errors of the task."""
     return pd.read_parquet(TABLE)
 
 
 def record(rows: pd.DataFrame) -> None:
-    """Put the rows of a finished run into the table, in place of earlier ones of the same cell and seed."""
+    """Put the rows of a finished run into the table; they replace earlier rows of the same cell and seed."""
     TABLE.parent.mkdir(parents=True, exist_ok=True)
     if TABLE.exists():
         before = table()
@@ -141,7 +141,7 @@ def record(rows: pd.DataFrame) -> None:
 
 
 def course(rows: pd.DataFrame, name: str, seed: int = 0) -> pd.DataFrame:
-    """The rows of one run. Raises UserError where the table has none of it."""
+    """The rows of one run. Raises UserError if the table has none."""
     found = rows[(rows.cell == name) & (rows.seed == seed)]
     if found.empty:
         runs = rows[["cell", "seed"]].itertuples(index=False, name=None)
@@ -150,10 +150,10 @@ def course(rows: pd.DataFrame, name: str, seed: int = 0) -> pd.DataFrame:
 
 
 def verdict(rows: pd.DataFrame, share: float = 0.01, ratio: float = 4.0, drained: float = 0.2) -> pd.DataFrame:
-    """One row for each cell and seed, of the last step: a layer that emerged, else the layer with most outliers.
+    """One row for each cell and seed, at the last step: a layer with emerged artifacts, else with the most outliers.
 
-    emerged: at least `share` of the patches above the layer's cutoff, with at least `ratio` medians, and values of at
-    most `drained` of the others' length (a NOP by Fesser et al.).
+    emerged: at least `share` of the patches are above the layer's cutoff, their mean norm is at least `ratio` times the
+    median, and their updates have at most `drained` of the length of the others (a NOP in Fesser et al.).
     """
     last = rows[rows.step == rows.groupby(["cell", "seed"]).step.transform("max")]
     emerged = (last.outlier_share >= share) & (last.norm_ratio >= ratio) & (last.value_ratio <= drained)
@@ -167,10 +167,10 @@ def verdict(rows: pd.DataFrame, share: float = 0.01, ratio: float = 4.0, drained
 def claims(
     verdicts: pd.DataFrame, without: str, having: str, seeds: int = 3
 ) -> list[tuple[str, bool | None, str, str]]:
-    """(id, whether it holds, what was measured, the claim) for a cell without registers and its control with them.
+    """(id, whether it holds, measured text, claim) for a cell without registers and its control with registers.
 
-    The first is the criterion that was set before any run: all of it, in at least `seeds` seeds. The others ask for
-    every seed, and are not testable (None) with fewer than `seeds` of them, unless one fails.
+    The first claim is the criterion that was set before any run: all its conditions, in at least `seeds` seeds. The
+    other claims must hold in every seed. With fewer than `seeds` seeds they are not testable (None), unless one fails.
     """
     plain, control = (verdicts[verdicts.index.get_level_values("cell") == name] for name in (without, having))
 
@@ -225,9 +225,9 @@ def claims(
 
 @styled
 def birth(cells: dict[str, pd.DataFrame]) -> Figure:
-    """Norm, attention and value of the idle places by training step and layer, one column a cell.
+    """Norm, attention and update of the idle places by training step and layer, one column of panels a cell.
 
-    cells: {label: rows of one cell and seed, as of `table`}. Above all the error at triggers and elsewhere.
+    cells: {label: rows of one cell and seed, from `table`}. The top row shows the error at triggers and elsewhere.
     """
     figure, axes = plt.subplots(
         4, len(cells), figsize=(2.1 * len(cells) + 0.9, 5.6), squeeze=False, sharex="col", sharey="row"
@@ -269,9 +269,9 @@ def birth(cells: dict[str, pd.DataFrame]) -> Figure:
 
 @styled
 def cells(verdicts: pd.DataFrame) -> Figure:
-    """One line a cell, one point a seed: share of outliers, norm, attention and value at the end of training.
+    """One line a cell, one point a seed: share of outliers, norm, attention and update at the end of training.
 
-    verdicts: as of `verdict`; the yellow line is what counts as emerged.
+    verdicts: from `verdict`; yellow lines are the thresholds for emerged artifacts.
     """
     names = list(dict.fromkeys(verdicts.index.get_level_values("cell")))
     panels = {
@@ -301,7 +301,7 @@ def cells(verdicts: pd.DataFrame) -> Figure:
 
 @styled
 def images(batch) -> Figure:
-    """Images of an `emergence.Batch`, its triggers framed, idle patches crossed, and the answers beside."""
+    """Images of an `emergence.Batch` above their answers; triggers are framed, idle patches crossed."""
     count = len(batch.pixels)
     figure, axes = plt.subplots(2, count, figsize=(1.9 * count + 1.0, 4.0), squeeze=False)
     size = int(batch.trigger.shape[1] ** 0.5)

@@ -1,9 +1,9 @@
-"""What object discovery rests on: LOST over a whole grid of its settings, and each fault of its code by itself.
+"""What the score of object discovery depends on: LOST in all its settings, and each deviation of its published code.
 
-The paper gives neither the bias of Table 3 nor the layer or the normalisation, and its numbers could not be reproduced.
-`grid` therefore runs LOST for every layer, kind of features, normalisation and bias; `honest_best` chooses a setting on
-one half of the images and scores it on the other; `code_differences` takes the published code's departures from the
-equations of LOST's paper one at a time. Scores are CorLoc, 0 to 1; hits are (images,) bool.
+The paper states neither the bias of Table 3 nor the layer or the normalisation, and its numbers could not be
+reproduced. So `grid` runs LOST for every layer, kind of features, normalisation and bias. `honest_best` chooses a
+setting on one half of the images and scores it on the other. `code_differences` measures each deviation of the
+published code from the equations of LOST's paper separately. Scores are CorLoc, 0 to 1; hits are (images,) bool.
 """
 
 from __future__ import annotations
@@ -38,11 +38,10 @@ def grid(
 ):
     """(DataFrame, hits): LOST of a `zoo.Model` for every setting.
 
-    truth: boxes in pixels; layers from the end, or from 0; valid (images, patches): patches that take part. The index
-    is `FACTORS` (layer from 0); columns corloc, those of `Lost.shares`, low and high (the middle 95 % of a bootstrap of
-    corloc over images). hits: {setting: (images,) bool}.
-    Features that are not normalised are divided by the root of their mean squared length in the image, so that a bias
-    means the same; at bias 0 this changes nothing.
+    truth: boxes in pixels; layers: from 0, or negative from the end; valid (images, patches): patches that are used.
+    The index is `FACTORS` (layer from 0); columns corloc, those of `Lost.shares`, low and high (the middle 95 % of a
+    bootstrap of corloc over images). hits: {setting: (images,) bool}. Features that are not normalised are divided by
+    the root mean square of their norms in the image, so that a bias has the same meaning; at bias 0 this has no effect.
     """
     import pandas as pd
     from tqdm.auto import tqdm
@@ -66,7 +65,7 @@ def grid(
 
 
 def conditions(model, images) -> dict[str, Tensor | None]:
-    """Which patches (images, patches) take part: all (None), and, where the model has artifacts, the others."""
+    """{condition: patches (images, patches) that LOST uses}: all (None); with artifacts also the non-outliers."""
     found = detection.detect(model, images)
     masked = {f"{model.label}, masked": ~found.outliers.mask.flatten(1)} if found.has_artifacts else {}
     return {model.label: None} | masked
@@ -75,7 +74,7 @@ def conditions(model, images) -> dict[str, Tensor | None]:
 def effects(table):
     """Mean CorLoc at every level of every factor of a `grid`: a DataFrame (factor, level) with corloc and spread.
 
-    spread: the largest minus the smallest mean among the factor's levels, how much that choice moves the score.
+    spread: the largest minus the smallest mean over the levels of a factor; it says how much this choice matters.
     """
     import pandas as pd
 
@@ -89,10 +88,10 @@ def effects(table):
 
 
 def honest_best(hits: dict[tuple, Tensor], seed: int = 0) -> tuple[Tensor, list[tuple]]:
-    """(hits of settings that were chosen on other images, the two settings).
+    """(hits (images,), the two settings): each half of the images is scored with the setting chosen on the other half.
 
-    The images are halved by `seed`; the setting with most hits in one half (the first of equals) is scored on the
-    other, and the reverse. The best of a whole grid on the same images would be too good.
+    `seed` splits the images in halves. The chosen setting has the most hits in its half (the first of a tie). If the
+    best setting of a whole grid were scored on the images that chose it, its score would be too high.
     """
     settings = list(hits)
     table = torch.stack([hits[s] for s in settings])
@@ -109,14 +108,14 @@ def honest_best(hits: dict[tuple, Tensor], seed: int = 0) -> tuple[Tensor, list[
 
 
 def free_boxes(images, truth: list[Tensor]) -> dict[str, Tensor]:
-    """Hits (images,) of what knows nothing of the image: the whole of it, and a centred box of half its area."""
+    """Hits (images,) of boxes that ignore the content: the whole image, and a centred box of half its area."""
     sizes = torch.tensor([images.x.shape[-2:]] * len(images.x))
     boxes = {"whole image": L.centred_boxes(sizes, 1.0), "centred box, half the area": L.centred_boxes(sizes)}
     return {name: L.box_hits(guess, truth) for name, guess in boxes.items()}
 
 
 def scores(hits: dict[str, dict[tuple, Tensor]], cut: dict[str, Tensor], seed: int = 0):
-    """CorLoc and its interval of `honest_best` for every model, and of TokenCut: a DataFrame by (model, method)."""
+    """CorLoc with its interval, of `honest_best` for every model and of TokenCut: a DataFrame by (model, method)."""
     import pandas as pd
 
     rows = {(name, "LOST, chosen on other images"): interval(honest_best(h, seed)[0]) for name, h in hits.items()}
@@ -125,7 +124,7 @@ def scores(hits: dict[str, dict[tuple, Tensor]], cut: dict[str, Tensor], seed: i
 
 
 def measure(run, tables: dict, scores, choices, baselines: dict[str, float]) -> None:
-    """Put `scores`, `choices`, every setting of `grid`'s tables and the baselines (%) into a run's record."""
+    """Put `scores`, `choices`, every setting of the tables of `grid` and the baselines (%) into the run's record."""
     run.measure_table(scores["value"].unstack()[scores.index.unique(1)].add_prefix("corloc, "))
     run.measure_table(choices.add_prefix("points moved, or share in percent: "))
     for name, table in tables.items():
@@ -136,7 +135,7 @@ def measure(run, tables: dict, scores, choices, baselines: dict[str, float]) -> 
 
 
 def along_bias(table, site: str):
-    """What the bias does to LOST on one kind of features, of length 1 and of the last block, in percent."""
+    """CorLoc and its conditions by the bias, in percent, for one kind of L2-normalised features of the last block."""
     part = table.xs((site, True), level=("site", "normalised"))
     part = part.xs(part.index.unique("layer")[-1], level="layer")[list(L.IN_WORDS)]
     return 100 * part.rename(columns=L.IN_WORDS, index=lambda bias: f"bias {bias:g}")
@@ -151,9 +150,9 @@ def in_words(settings: list[tuple]) -> str:
 
 
 def choices(tables: dict):
-    """How far each choice moves a grid's mean CorLoc, in points: a DataFrame, a row a model, a column a factor.
+    """How much each choice changes the mean CorLoc of a grid, in points: a DataFrame, one row a model.
 
-    Beside it the means over all settings of positive_share and tied_share, in percent.
+    One column a factor; two more are the means over all settings of positive_share and tied_share, in percent.
     """
     import pandas as pd
 
@@ -173,7 +172,7 @@ def interval(hits: Tensor, draws: int = 2000, seed: int = 0) -> dict[str, float]
 def tokencut(model, images, truth: list[Tensor]) -> tuple[Tensor, float]:
     """(hits (images,), tied share) of TokenCut on the keys of a `zoo.Model`'s last block, as published.
 
-    Tied share: of the images in which several patches have the largest |v|, so that the seed among them is arbitrary.
+    Tied share: the share of images in which several patches have the largest |v|, so that the seed is arbitrary.
     """
     seen = model.capture(images, "k", layers=-1)
     boxes, _, ties = cut(L.features(seen, "k"), seen.grid)
@@ -184,9 +183,10 @@ def tokencut(model, images, truth: list[Tensor]) -> tuple[Tensor, float]:
 def cut(features: Tensor, grid: tuple[int, int], tau: float = 0.2, eps: float = 1e-5):
     """(boxes (batch, 4), second eigenvectors (batch, rows, cols), ties (batch,)) of TokenCut (Wang et al. 2022).
 
-    Edges are 1 where the cosine is above `tau`, else `eps`; of (D - A) v = lambda D v the second vector is split at its
-    mean, the side of the largest |v| is the object (and made positive), its component around that patch gives the box.
-    ties: how many patches have the largest |v|, up to a millionth; above 1 the choice among them is arbitrary.
+    Edges are 1 if the cosine is above `tau`, else `eps`. The second eigenvector of (D - A) v = lambda D v is split at
+    its mean. The side with the largest |v| is the object (its sign becomes positive); the connected component of that
+    patch gives the box. ties: how many patches have the largest |v|, up to a relative difference of a millionth; above
+    1 the choice among them is arbitrary.
     """
     rows, cols = grid
     boxes, vectors, ties = [], [], []
@@ -204,7 +204,7 @@ def cut(features: Tensor, grid: tuple[int, int], tau: float = 0.2, eps: float = 
 
 
 def _second_eigenvector(weights: Tensor) -> Tensor:
-    """Second vector of (D - W) v = lambda D v, by the symmetric form; on the CPU only that vector is computed."""
+    """Second eigenvector of (D - W) v = lambda D v, by the symmetric form; the CPU computes only this vector."""
     scale = weights.sum(1).rsqrt()
     laplacian = torch.eye(len(weights), dtype=weights.dtype, device=weights.device)
     laplacian -= scale[:, None] * weights * scale
@@ -218,19 +218,19 @@ def _second_eigenvector(weights: Tensor) -> Tensor:
 
 
 def as_published(model, images, truth: list[Tensor]):
-    """`code_differences` on the features that the paper takes of a `zoo.Model`'s last block, as they are."""
+    """`code_differences` on the last block's features that the paper uses for a `zoo.Model`, not normalised."""
     site = L.paper_site(model)
     seen = model.capture(images, site, layers=-1)
     return code_differences(L.features(seen, site), seen.grid, truth, model.anatomy.patch_size[0])
 
 
 def code_differences(features: Tensor, shape: tuple[int, int], truth: list[Tensor], patch_size: int, **options):
-    """Each way in which LOST's published code differs from its paper's equations, with its effect: a DataFrame.
+    """Each difference between LOST's published code and its paper's equations, with its effect: a DataFrame.
 
-    features (images, patches, dim) on a grid of `shape`; options (bias, normalize) go to `lost`. One row a difference,
-    `LOST.CODE_DIFFERENCES` each alone and together, the tie rule turned round (the code's sort is unstable: any order
-    of equals may come out), and the image without a box where the mask misses the seed (the code stops with an error).
-    Columns: what, corloc, effect (points), low, high (paired bootstrap), boxes_changed (share of images).
+    features (images, patches, dim) on a grid of `shape`; options (bias, normalize) go to `lost`. One row a difference:
+    each of `objects.CODE_DIFFERENCES`; the reversed rule for ties (the sort of the code is unstable, so ties can have
+    any order); all of these together; and "stop": images whose mask misses the seed have no box (the code raises an
+    error). Columns: what, corloc, effect (points), low, high (paired bootstrap), boxes_changed (share of images).
     """
     import pandas as pd
 
@@ -253,11 +253,12 @@ def code_differences(features: Tensor, shape: tuple[int, int], truth: list[Tenso
 
 
 def claims(hits: dict, baseline: tuple[str, Tensor], models, choices, faults, seed: int = 0):
-    """Arguments of `Run.claim` one after the other, all ours.
+    """Yields the arguments of `Run.claim`, all ours.
 
-    By model or condition: hits of `grid`, chosen from by `seed`; the best baseline's name and hits; the models, of
-    which random controls are judged as baselines alone; `choices`; faults: tables of `code_differences`, one below the
-    other. A model with registers is compared with the same without, a masked one with the same unmasked.
+    hits: those of `grid`, by model or condition; `seed` splits the images for the choice of a setting. baseline: (name,
+    hits) of the best one. models: random controls only serve as baselines. choices: of `choices`. faults: the tables of
+    `code_differences` by model, concatenated. A model with registers is compared with the same model without; a model
+    with masked outliers with the same model unmasked.
     """
     controls = [model.label for model in models if model.role == "random control"]
     base_of = pairs.pairs(models)
@@ -316,9 +317,9 @@ def _effect(text: str, without: Tensor, hits: Tensor) -> dict:
 
 
 def compare(base: dict[tuple, Tensor], other: dict[tuple, Tensor]) -> dict[str, float]:
-    """How a grid's CorLoc changes from `base` to `other`, setting by setting, on the same images, in points.
+    """How the CorLoc of a grid changes from `base` to `other`, setting by setting, on the same images, in points.
 
-    median, worst, best change; better: the share of settings in which it rises (equal ones count half).
+    Keys: median, worst and best change; better: the share of settings in which it rises (no change counts half).
     """
     keys = base.keys() & other.keys()
     if not keys:
@@ -331,9 +332,9 @@ def compare(base: dict[tuple, Tensor], other: dict[tuple, Tensor]) -> dict[str, 
 
 @styled
 def setting_grids(tables: dict, zero: float, label: str = "CorLoc − best baseline (points)") -> Figure:
-    """Heat maps of a whole grid of settings: a row a kind of features, a column a model; layers down, biases across.
+    """Heat maps of a grid of settings: one row a kind of features, one column a model; layers down, biases across.
 
-    tables: {model: DataFrame of `discovery.grid`}, CorLoc 0 to 1; `zero`, drawn white, is what costs nothing.
+    tables: {model: DataFrame of `grid`}, CorLoc 0 to 1; zero: the CorLoc of the best baseline, drawn white.
     """
     first = next(iter(tables.values()))
     kinds = [(site, unit) for site in first.index.unique("site") for unit in first.index.unique("normalised")]

@@ -1,7 +1,8 @@
-"""What the notebook `registers_after_training` is made of: the arms of the experiment, how one is run, its table.
+"""The experiment of the notebook `registers_after_training`: its arms, their configurations, and a run of one.
 
-Every arm adds registers to DeiT-Ti or ViT-Ti by the recipe `vitreg train registers`, and compares before and after on
-the same 100 labelled photos, none of which was trained on. workflow/twins.py runs them; the table has a row a photo.
+Each configuration ("cell") adds registers to DeiT-Ti or ViT-Ti, in most arms by the recipe `vitreg train registers`. It
+compares the model before and after on the same 100 labelled photos, none of which was used in training. An arm varies
+one or a few options. workflow/twins.py runs the cells; the table has one row for each photo and cell.
 """
 
 from __future__ import annotations
@@ -24,10 +25,10 @@ from vitreg_lib.train.recipes import registers as recipe
 
 TABLE = DATA / "sweeps" / "registers_after_training.parquet"
 MODELS = ("deit-ti", "vit-ti")
-CUTOFFS = {
+CUTOFFS = {  # valleys in the histograms of log norms of the 100 photos, the same for all cells
     "deit-ti": 21.6,
     "vit-ti": 100.0,
-}  # valleys in the histograms of log norms of the 100 photos, the same for all cells
+}
 DOSES = (0, 1, 2, 4, 8, 16)
 SEEDS = (0, 1, 2)
 CONTROLS = ("zeros", "mean", "other image", "noise")  # what replaces the trained registers before every block
@@ -36,11 +37,11 @@ ID = ("arm", "model", "registers", "start", "teacher", "free", "learning_rate", 
 ID += ("photos", "answer_weight", "seed", "control")
 MEASURES = ("outliers_before", "outliers", "attention_on_outliers_before", "attention_on_outliers")
 MEASURES += ("attention_on_registers", "answers_kl", "same_answer", "right_before", "right")
-COLUMNS = (*ID, "photo", *MEASURES)  # of the table that is kept
+COLUMNS = (*ID, "photo", *MEASURES)  # of the table on disk
 
 
 def cells() -> list[dict]:
-    """All cells, the most important first: arm, model and what differs from the recipe's defaults."""
+    """All cells, the most important first: arm, model and the options that differ from the recipe's defaults."""
     found = [dict(arm="doses", model=m, registers=n, seed=s) for s in SEEDS for n in DOSES for m in MODELS]
     found += [
         dict(arm=arm, model=m, registers=n) for m in MODELS for arm in ("empty", "ttr") for n in (0, 1, 2, 4, 8, 16, 32)
@@ -81,9 +82,9 @@ def key(cell: dict) -> str:
 
 
 def run(cell: dict, data: str, report: str, device: str = "cpu", **options) -> pd.DataFrame:
-    """Rows of one cell, one a photo.
+    """The rows of one cell, one for each photo.
 
-    data: photos to train on; report: labelled photos to measure on. `options` are fields of TrainConfig for all cells.
+    data: training photos; report: labelled photos for the measurement; options: fields of TrainConfig for all cells.
     """
     torch.set_num_threads(1)
     model = vr.load(cell["model"], device)
@@ -119,7 +120,7 @@ def run(cell: dict, data: str, report: str, device: str = "cpu", **options) -> p
 
 
 def _untrained(cell, model, images, labels, data) -> pd.DataFrame:
-    """Empty tokens and registers at test time, with neurons searched on the same training photos as the recipe's."""
+    """Rows for empty tokens or registers at test time; their neurons come from the training photos of the recipe."""
     config, _ = loop.configure("registers", model=cell["model"], data=data, cutoff=CUTOFFS[cell["model"]])
     found = recipe.source(config).found
     n = cell["registers"]
@@ -137,7 +138,7 @@ def _rows(effects, images, described: dict, control: str) -> pd.DataFrame:
 
 
 def photos_digest(folder: str) -> str:
-    """One digest of all photos in a folder, by name and content."""
+    """sha256 over the names and contents of all photos in a folder."""
     digest = hashlib.sha256()
     for path in vr.images.find(folder)[0]:
         digest.update(path.name.encode() + hashlib.sha256(path.read_bytes()).digest())
@@ -146,10 +147,10 @@ def photos_digest(folder: str) -> str:
 
 @torch.no_grad()
 def replaced(model, x: torch.Tensor, how: str, seed: int = 0):
-    """A copy of a model whose registers are replaced before every block: what do they carry?
+    """A copy of a model whose registers are replaced before every block, to test what they carry.
 
-    how: "zeros"; "mean", over the photos `x`, block by block; "other image": those of the next image in the batch;
-    "noise": another direction for each, of the same norm. Raises ValueError for other words.
+    how: "zeros"; "mean": the mean over the photos `x`, for each block; "other image": those of the next image in the
+    batch; "noise": random directions of the same norm. Raises ValueError for another word.
     """
     if how not in CONTROLS:
         raise ValueError(f"unknown replacement {how!r}; known are {', '.join(CONTROLS)}")
@@ -183,7 +184,7 @@ def replaced(model, x: torch.Tensor, how: str, seed: int = 0):
 
 
 def _mean_registers(model, x: torch.Tensor) -> dict[int, torch.Tensor]:
-    """{block: (registers, dim)}: what enters each block as registers, the mean over images."""
+    """{block: (registers, dim)}: the registers that enter each block, averaged over images."""
     anatomy, sums = model.anatomy, {}
     first, last = int(anatomy.has_cls), anatomy.num_prefix_tokens
 

@@ -1,7 +1,7 @@
-"""The recorded table of `registers_after_training`: what is averaged, its figures, the verdicts.
+"""The recorded table of `registers_after_training`: averages, figures and verdicts.
 
-A row of the table is one photo in one cell. Values are means over the seeds for each photo; intervals are those of
-the mean over photos, which are drawn anew (`vr.pairs.interval`). Differences are of the same photo before and after.
+A row of the table is one photo in one cell. Values are first averaged over seeds, for each photo. Intervals are those
+of the mean over photos, by a bootstrap (`vr.pairs.interval`). Differences are paired: the same photo before and after.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ LABELS = {
 }
 ARMS = {"doses": "trained in", "empty": "empty tokens", "ttr": "at test time"}
 SHOWN = {"deit-ti": "as it is", "deit-ti+empty4": "4 empty\ntokens", "deit-ti-trained-reg4": "4 registers\ntrained in"}
-PHOTOS = ("rocket", "coffee", "astronaut", "retina")  # of the shipped photos; no twin was trained on them
-RIGHT_LOST = {"deit-ti": 0.02, "vit-ti": 0.04}  # of the photos: how many answers may turn wrong
+PHOTOS = ("rocket", "coffee", "astronaut", "retina")  # of the source "photos"; not used in training
+RIGHT_LOST = {"deit-ti": 0.02, "vit-ti": 0.04}  # the largest accepted share of photos whose answer becomes wrong
 
 
 def table() -> pd.DataFrame:
-    """All recorded rows; `attrs` of the table say which models, photos, command and device made them."""
+    """All recorded rows; the `attrs` of the table name the models, photos, command and device that made them."""
     return pd.read_parquet(experiment.TABLE)
 
 
@@ -48,9 +48,9 @@ def missing(rows: pd.DataFrame) -> list[dict]:
 
 
 def photos(rows: pd.DataFrame, arm: str, control: str = "", **fixed) -> pd.DataFrame:
-    """A row a photo, the mean over seeds, of one arm's rows whose columns have the values of `fixed`.
+    """One row a photo, averaged over seeds, from the rows of one arm whose columns have the values of `fixed`.
 
-    Raises ValueError where the table has none.
+    Raises ValueError if the table has no such rows.
     """
     chosen = rows[(rows.arm == arm) & (rows.control == control)]
     for name, value in fixed.items():
@@ -77,7 +77,7 @@ def described(values: pd.Series) -> tuple[float, float, float]:
 
 
 def means(parts: dict[str, pd.DataFrame]) -> pd.DataFrame:
-    """A row for each {label: rows of `photos`}: means in per cent; the interval of the change in right answers."""
+    """One row for each {label: rows of `photos`}: means in per cent, the interval of the change in right answers."""
     found = {}
     for label, part in parts.items():
         row = {name: described(part[name])[0] for name in LABELS}
@@ -97,9 +97,9 @@ def doses(rows: pd.DataFrame) -> pd.DataFrame:
 
 @styled
 def pictures(names=SHOWN, shown=PHOTOS) -> Figure:
-    """Norms after the last block and attention of cls there (mean over heads) of measured models on shipped photos.
+    """Norms after the last block, and its attention of cls (mean over heads), of replayed models on four photos.
 
-    names: {name in data/measured: title}. A photo a row, with one scale for its norm maps and one for its attention.
+    names: {name in data/measured: title}. One row a photo, with one scale for its norm maps and one for its attention.
     """
     models = [measured.load(name) for name in names]
     photos_ = images.load("photos", models[0], 10)
@@ -131,7 +131,7 @@ def pictures(names=SHOWN, shown=PHOTOS) -> Figure:
 
 @styled
 def dose(rows: pd.DataFrame, measures=("outliers", "attention_on_outliers", "right")) -> Figure:
-    """Measures by the number of registers, a row a model, a line an arm; bars are intervals over photos."""
+    """Measures by the number of registers, one row a model, one line an arm; bars are intervals over photos."""
     figure, axes = plt.subplots(
         len(MODELS), len(measures), figsize=(2.5 * len(measures) + 0.3, 4.6), squeeze=False, sharex=True
     )
@@ -154,7 +154,7 @@ def dose(rows: pd.DataFrame, measures=("outliers", "attention_on_outliers", "rig
 
 
 def _line(axis, at, parts, measure: str, number: int, label: str, shift: float = 0.0) -> None:
-    """Means of a measure in parts, rows of `photos`, with bars for their intervals."""
+    """Draw the means of a measure over parts (of `photos`), with bars for their intervals."""
     values = [spread(part, measure) for part in parts]
     centre, low, high = (torch.tensor(v) for v in zip(*values, strict=True))
     style = dict(marker="os^"[number % 3], ms=4, lw=1.2, capsize=2, color=PALETTE[number], label=label)
@@ -168,7 +168,7 @@ def _before(axis, part: pd.DataFrame, measure: str) -> None:
 
 @styled
 def grid(rows: pd.DataFrame, measure: str = "outliers") -> Figure:
-    """One panel a model: start and teacher by row, what is free by colour; bars are intervals over photos."""
+    """One panel a model: initial registers and teacher by row, trained weights by colour; bars are intervals."""
     from vitreg_lib.train.recipes import registers as recipe
 
     figure, axes = plt.subplots(1, len(MODELS), figsize=(7.4, 2.7), sharey=True)
@@ -192,7 +192,7 @@ def grid(rows: pd.DataFrame, measure: str = "outliers") -> Figure:
 
 @styled
 def steps(rows: pd.DataFrame, measures=("outliers", "right")) -> Figure:
-    """Measures by training steps, a row a model, a line a learning rate; bars are intervals over photos."""
+    """Measures by training steps, one row a model, one line a learning rate; bars are intervals over photos."""
     figure, axes = plt.subplots(len(MODELS), len(measures), figsize=(7.0, 4.4), squeeze=False, sharex=True)
     for model, row in zip(MODELS, axes, strict=True):
         mine = rows[(rows.arm == "steps") & (rows.model == model)]
@@ -214,7 +214,7 @@ def steps(rows: pd.DataFrame, measures=("outliers", "right")) -> Figure:
 
 
 def few(rows: pd.DataFrame) -> pd.DataFrame:
-    """`means` by model and by how many photos were trained on, over three seeds."""
+    """`means` by model and number of training photos, over three seeds."""
     counts = {"10": 10, "50": 50, "200": 200, "all": 0}
     models = MODELS
     return means(
@@ -223,7 +223,7 @@ def few(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def controls(rows: pd.DataFrame, registers: int = 4) -> pd.DataFrame:
-    """`means` by model and by what replaces the trained registers before every block, seed 0."""
+    """`means` by model and replacement of the trained registers (`replaced`), seed 0."""
     found = {}
     for model in MODELS:
         for how in ("", *experiment.CONTROLS):
@@ -233,7 +233,7 @@ def controls(rows: pd.DataFrame, registers: int = 4) -> pd.DataFrame:
 
 
 def answers(rows: pd.DataFrame) -> pd.DataFrame:
-    """`means` by model, weight of the answers in the loss, steps: 4 registers, one seed, cells that ran."""
+    """`means` by model, weight of the answers in the loss, and steps: 4 registers, one seed, recorded cells."""
     mine = rows[rows.arm == "answers"]
     cells = mine[["model", "answer_weight", "steps"]].drop_duplicates().astype({"model": str})
     chosen = sorted(cells.itertuples(index=False, name=None))
@@ -247,9 +247,10 @@ def answers(rows: pd.DataFrame) -> pd.DataFrame:
 
 @styled
 def glance(rows: pd.DataFrame, registers: int = 4) -> Figure:
-    """What must hold, one dot a question: what is left of outliers and attention, right answers lost; bars and limits.
+    """The criteria, one dot each: outliers and attention that are left, right answers that are lost.
 
-    Green where the whole interval over photos is on the side asked for (shaded), red where it is on the other.
+    Bars are intervals over photos. Green: the whole interval meets the criterion (shaded); red: the whole interval does
+    not.
     """
     fast = photos(rows, "steps", model="vit-ti", steps=100, learning_rate=1e-4)
     parts = {m: photos(rows, "doses", model=m, registers=registers) for m in MODELS} | {"vit-ti, rate 0.0001": fast}
@@ -272,7 +273,7 @@ def glance(rows: pd.DataFrame, registers: int = 4) -> Figure:
             lost = measure == "right"
             base = 1.0 if lost else before.mean()
             value, low, high = (v / base for v in described(before - after if lost else after))
-            if not lost:  # the interval of the difference that is judged, so that bar and verdict agree
+            if not lost:  # the interval of the judged difference, so that bar and verdict agree
                 _, low, high = (100 * limit + v / base for v in described(after - limit * before))
             good, bad = (high <= 100 * limit, low > 100 * limit) if most else (low >= 100 * limit, high < 100 * limit)
             colour = PALETTE[2] if good else PALETTE[1] if bad else PAPER
@@ -288,7 +289,7 @@ def glance(rows: pd.DataFrame, registers: int = 4) -> Figure:
 
 
 def bounded(difference: pd.Series) -> bool | str:
-    """True where the interval of a mean over photos is below 0, False where it is above, else "undecided"."""
+    """True if the interval of a mean over photos is below 0, False if it is above, else "undecided"."""
     _, low, high = described(difference)
     return True if high <= 0 else False if low > 0 else "undecided"
 
@@ -300,7 +301,7 @@ def left(part: pd.DataFrame) -> str:
 
 
 def _asked(after: pd.DataFrame, model: str, words: str, registers: int, suffix: str = ""):
-    """What is asked of a model with trained registers: its outliers, the attention there, the right answers."""
+    """Claims about a model with trained registers: its outliers, the attention there, the right answers."""
     yield (
         f"ours-outliers-{model}{suffix}",
         bounded(after.outliers - after.outliers_before / 10),
@@ -327,9 +328,10 @@ def _asked(after: pd.DataFrame, model: str, words: str, registers: int, suffix: 
 
 
 def claims(rows: pd.DataFrame, registers: int = 4):
-    """Arguments of `Run.claim`. The thresholds were set before the runs; each is judged by its interval over photos.
+    """Yields the arguments of `Run.claim`. Thresholds were set before the runs; verdicts use the intervals over photos.
 
-    ViT-Ti is judged a second time at the learning rate of its twins, which was chosen on the same photos.
+    ViT-Ti is judged a second time at a learning rate that was chosen on the same photos: that of the models with
+    registers in data/models.yaml.
     """
     for model in MODELS:
         yield from _asked(photos(rows, "doses", model=model, registers=registers), model, model, registers)

@@ -1,9 +1,9 @@
-"""Attention sinks: tokens that take attention and give nothing back.
+"""Attention sinks: tokens that get much attention and have little effect on the tokens that attend to them.
 
-A head that has nothing to add at a query must still give its attention, which sums to 1, to some key. It may give it
-to a token whose value is drained. `measure` asks, at every layer: how much attention do given places take, how long is
-what they write into the tokens that look there, and is their norm set apart? After Gu et al. 2024 and Fesser et al.
-2026 (arXiv 2606.08105), who call a sink with an update of at most a fifth of the others' length a NOP.
+The attention of a head sums to 1, even if the head has nothing to add at a query. Then it can attend to a token whose
+value vector is close to zero. `measure` answers for every layer: how much attention do given places get, how long are
+the updates that they write into other tokens, and do their norms stand out? After Gu et al. 2024 and Fesser et al. 2026
+(arXiv 2606.08105), who call a sink a NOP if its update has at most a fifth of the length of the others.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def received(attention: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
 
 
 def updates(v: torch.Tensor, attn: torch.nn.Module, scale: torch.Tensor | None = None) -> torch.Tensor:
-    """(images, heads, tokens, dim) what a head writes for a query that looks at one token alone: scale · W_o v.
+    """(images, heads, tokens, dim): the update that a head writes if a query attends only to this token: scale · W_o v.
 
     v: (images, heads, tokens, head_dim); attn: timm's attention module; scale: LayerScale's (dim,), if there is one.
     """
@@ -39,7 +39,7 @@ def updates(v: torch.Tensor, attn: torch.nn.Module, scale: torch.Tensor | None =
 
 
 def length_ratio(updates: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
-    """(heads,) mean length of the updates (images, heads, tokens, dim) at `places` / elsewhere."""
+    """(heads,) mean length of the updates (images, heads, tokens, dim) at `places`, divided by that elsewhere."""
     lengths = torch.linalg.vector_norm(updates, dim=-1)
     inside = places[:, None].expand_as(lengths)
     sums = [(lengths * mask).sum((0, 2)) / mask.sum((0, 2)).clamp_min(1) for mask in (inside, ~inside)]
@@ -47,23 +47,23 @@ def length_ratio(updates: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
 
 
 def spread_ratio(updates: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
-    """(heads,) how much the updates at `places` change with the image / how much they do elsewhere.
+    """(heads,) how much the updates at `places` vary between images, divided by how much they vary elsewhere.
 
-    An update that is long but the same in every image carries no content: it acts as a bias, and its ratio is 0.
+    A long update that is the same in every image carries no content: it acts as a bias, and its ratio is 0.
     """
     return length_ratio(updates - updates.mean(0), places)
 
 
 def measure(model: torch.nn.Module, images: torch.Tensor, places: torch.Tensor | None = None):
-    """A DataFrame, one row a layer, of patch norms and of sinks at `places` (images, patches), NaN without them.
+    """A DataFrame, one row a layer: patch norms, and attention sinks at `places` (images, patches; NaN without places).
 
-    outlier_share, norm_ratio: patches above the layer's own cutoff, and their mean norm / the median. separated_share:
-    above three medians. place_norm: mean norm at the places / the median. attention: what patches elsewhere give to the
-    places, in the head that gives most, and attention_mean over heads; value_ratio: length of that head's updates from
-    there / from other patches; spread_ratio: of their changes with the image. prefix_attention: what patches give to
-    cls and registers, in the head that gives most. top_key: the largest mean attention that one patch of an image gets,
-    in the head where it is largest; top_norm: that patch's norm / the median; top_in_places: in how many images (0 to
-    1) it is one of the places.
+    outlier_share, norm_ratio: share of the patches above the layer's own cutoff, and their mean norm / the median.
+    separated_share: share above three medians. largest: largest norm / the median. place_norm: mean norm at the places
+    / the median. attention: share of attention from other patches to the places, in the head with the largest share;
+    attention_mean: mean over heads. value_ratio: `length_ratio` of that head; spread_ratio: `spread_ratio` of that
+    head. prefix_attention: attention from patches to cls and registers, in the head where it is largest. top_key: the
+    largest mean attention of a single patch of an image, in the head where it is largest; top_norm: norm of that patch
+    / the median; top_in_places: share of images (0 to 1) in which that patch is one of the places.
     """
     import pandas as pd
 
@@ -102,7 +102,7 @@ def measure(model: torch.nn.Module, images: torch.Tensor, places: torch.Tensor |
 
 
 def _most_attended(attention: torch.Tensor, norms: torch.Tensor, places: torch.Tensor | None) -> dict[str, float]:
-    """About each image's most attended patch, for attention (images, heads, queries, patches)."""
+    """top_key, top_norm and top_in_places of `measure`, from attention (images, heads, queries, patches)."""
     largest, which = attention.mean(2).max(-1)  # (images, heads)
     head = int(largest.mean(0).argmax())
     which = which[:, head, None]

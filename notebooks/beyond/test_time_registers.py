@@ -1,7 +1,7 @@
-"""What moving neurons to registers does to a model, by dose and against controls (notebook beyond/test_time_registers).
+"""The effect of registers added at test time, by their number, with controls (notebook beyond/test_time_registers).
 
-Measures are of the same images before and after, so differences are paired; places of outliers are those of the
-untouched model.
+The same images are measured before and after, so differences are paired. The places of outliers are those of the
+unchanged model.
 """
 
 from __future__ import annotations
@@ -20,11 +20,12 @@ from vitreg_lib.plots.style import PALETTE, PAPER, styled
 
 
 def experiment(model, images, found: mend.Search, counts=(0, 1, 2, 4, 8), labels=None, seed: int = 0, more: int = 2):
-    """(DataFrame by dose and kind of neurons, {measure: value} of the untouched model).
+    """(DataFrame, {measure: value} of the unchanged model).
 
-    Kinds: "found", the neurons of `found`; "found + N next", with the next `more` candidates of its ranking; "random",
-    as many others as the first, of equal mean activation. Columns: those of `measure`, and newly_wrong and newly_right,
-    how many images lose or gain a right answer.
+    The DataFrame has one row for each kind of neurons and number of registers. Kinds: "found", the neurons of `found`;
+    "found + N next", these and the next `more` candidates of its ranking; "random", as many other neurons as "found",
+    of equal mean activation. Columns: those of `measure`, newly_wrong and newly_right (how many images get a wrong
+    answer instead of a right one, and the reverse).
     """
     import pandas as pd
 
@@ -48,13 +49,13 @@ def experiment(model, images, found: mend.Search, counts=(0, 1, 2, 4, 8), labels
 
 
 def measure(model, images, is_outlier: torch.Tensor, found: mend.Search, labels=None):
-    """({measure: value}, which images are classified right or None).
+    """({measure: value}, (images,) bool: classified correctly, or None without labels).
 
-    outlier_share: patch tokens above the untouched model's cutoff. largest_patch_norm. register_norm: mean of the
-    registers, NaN without. attention_on_outliers: cls in the last block, share of its attention on the *places* of the
-    untouched model's outliers, NaN without cls. accuracy and cross_entropy where labels are known and the model's head
-    answers them; on scenes those of the main object's colour, which the mini ViTs learn best. corloc: LOST on the last
-    block's keys, L2-normalised, on scenes (the published rule: IoU of 0.5 with any object).
+    outlier_share: share of patch tokens above the unchanged model's cutoff. largest_patch_norm. register_norm: mean
+    over registers, NaN without registers. attention_on_outliers: share of the attention of cls in the last block on the
+    *places* of the unchanged model's outliers, NaN without cls. accuracy and cross_entropy: if labels are known and the
+    model has a head for them; on scenes for the colour of the main object, which the mini ViTs learn best. corloc: on
+    scenes, LOST on the last block's keys, L2-normalised (a hit is an IoU of at least 0.5 with any object).
     """
     layers = sorted({found.layer, model.anatomy.depth - 1})
     seen = model.capture(images, ("norms", "attention", "k"), layers=layers, queries=[0])
@@ -91,7 +92,7 @@ def _corloc(seen, images, layer: int) -> float:
 def random_neurons(model, neurons: Neurons, images=None, seed: int = 0) -> tuple[tuple[int, int], ...]:
     """The control: as many other neurons of the same blocks, of nearly equal mean |activation| over the patches.
 
-    For each neuron one is drawn by `seed` among the twenty nearest in mean activation that are not chosen already.
+    For each neuron, `seed` draws one of the twenty that are nearest in mean activation and not chosen yet.
     """
     x = _pixels(handful(model) if images is None else images)
     blocks = sorted({block for block, _ in neurons})
@@ -110,10 +111,9 @@ def random_neurons(model, neurons: Neurons, images=None, seed: int = 0) -> tuple
 
 @styled
 def dose(table: pd.DataFrame, panels: dict[str, str], zero: dict[str, float] | None = None) -> Figure:
-    """Curves over the number of registers: one panel a measure, one line a kind of intervention.
+    """Curves over the number of registers: one panel a measure, one line a kind of neurons.
 
-    table: columns registers, kind and one a measure; `panels`: {measure: its axis label}; `zero`: the untouched model's
-    values, drawn as a line.
+    table: of `experiment`; panels: {measure: axis label}; zero: the values of the unchanged model, drawn as a line.
     """
     columns = min(3, len(panels))
     rows = -(-len(panels) // columns)
@@ -137,7 +137,7 @@ def dose(table: pd.DataFrame, panels: dict[str, str], zero: dict[str, float] | N
 
 
 def record(run, model, table: pd.DataFrame, before: dict[str, float]) -> None:
-    """Put an `experiment` into a run's record, in a fixed order."""
+    """Put an `experiment` into the run's record, in a fixed order."""
     for name, value in before.items():
         run.measure(name, value, model.name)
     for row in table.to_dict("records"):
@@ -148,7 +148,7 @@ def record(run, model, table: pd.DataFrame, before: dict[str, float]) -> None:
 
 
 def claims(model, found: mend.Search, table: pd.DataFrame, before: dict[str, float], images: int):
-    """Arguments of `Run.claim`, all ours; table and before: `experiment`; images: how many were measured."""
+    """Yields the arguments of `Run.claim`, all ours. table, before: of `experiment`; images: their number."""
     rows = table.set_index(["kind", "registers"])
     share, removed = before["outlier_share"], rows.outlier_share["found"][1]
     text = "one register added at test time removes at least nine tenths of the outliers"

@@ -1,7 +1,7 @@
 """Where artifacts sit: by content, or by position? (ours; the paper says low-information patches, Sec. 2.1 and Fig. 5a)
 
-`explained` asks how well place and content foretell which patches of unseen images are outliers. The interventions are
-those of `vr.places`. Masks are (images, rows, cols) bool.
+`explained` measures how well place and content predict which patches of unseen images are outliers. The interventions
+are those of `vr.places`. Masks are (images, rows, cols) bool.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from vitreg_lib.base import UserError
 
 
 def with_outliers(models, found: dict) -> list:
-    """Those of the models that have outliers in `found` (by label). Raises UserError where none has."""
+    """The models that have outliers in `found` (by label). Raises UserError if no model has any."""
     having = [model for model in models if found[model.label].mask.any()]
     if not having:
         names = ", ".join(model.label for model in models)
@@ -21,12 +21,13 @@ def with_outliers(models, found: dict) -> list:
 
 
 def explained(is_outlier: torch.Tensor, content: dict[str, torch.Tensor], seed: int = 0):
-    """How well outliers of held-out images are foretold: a DataFrame with a row for position, each content, and all.
+    """How well outliers of held-out images are predicted: a DataFrame with a row for position, each content, and all.
 
-    is_outlier: (images, rows, cols); content: {name: (images, patches)}, such as a patch's likeness to its neighbours.
-    Half of the images fit, the other half score. auc: of telling outliers from others, 0.5 by chance.
-    deviance_explained: 1 - log-loss / log-loss of the mean share; 1 is certain, 0 or less is no help. Position: each
-    place's share of outliers among the fitting images; content: a logistic regression on the value and its square.
+    is_outlier: (images, rows, cols); content: {name: (images, patches)}, such as the similarity to the neighbours. The
+    predictors are fitted on half of the images and scored on the other half. auc: area under the ROC curve, 0.5 by
+    chance. deviance_explained: 1 - log-loss / log-loss of the mean share; 1 is perfect, 0 or less is useless. All
+    predictors are logistic regressions: position on the logit of each place's share of outliers in the first half,
+    content on the value and its square.
     """
     import pandas as pd
     from sklearn.linear_model import LogisticRegression
@@ -37,7 +38,7 @@ def explained(is_outlier: torch.Tensor, content: dict[str, torch.Tensor], seed: 
     fit, held = order[: len(order) // 2], order[len(order) // 2 :]
     mean = flat[fit].double().mean().clamp(1e-6, 1 - 1e-6)
     columns = {name: torch.stack([value, value.square()], -1).double() for name, value in content.items()}
-    # each place's share, drawn to the mean by the weight of one image; an image that fits does not count for itself
+    # each place's share, smoothed by one image with the mean share; a fitted image is left out of its own share
     total = flat[fit].double().sum(0)
     own = (total - flat.double() + mean) / len(fit)
     share = torch.where(torch.isin(torch.arange(len(flat)), fit)[:, None], own, (total + mean) / (len(fit) + 1))
@@ -67,14 +68,17 @@ def detail(pixels: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
 
 
 def record(run, tables: dict) -> None:
-    """Put tables {model: DataFrame} into a run's record, a number called "row column"."""
+    """Put tables {model: DataFrame} into the run's record; the name of a number is "row column"."""
     for label, table in tables.items():
         for (row, column), value in table.stack(future_stack=True).items():
             run.measure(f"{row} {column}", value, label)
 
 
 def claims(models, explained: dict, tests: dict):
-    """Arguments of `Run.claim`, all ours; by label: tables of `explained` and of `tests`, for models with outliers."""
+    """Yields the arguments of `Run.claim`, all ours.
+
+    explained, tests: {label: table of `explained`, of `vr.places`}, for the models with outliers.
+    """
     for model in models:
         name = model.label
         if name not in explained:

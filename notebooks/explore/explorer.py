@@ -9,9 +9,9 @@ from vitreg_lib.widgets.view import View
 
 
 def table(views: list[View]) -> pd.DataFrame:
-    """What is shown as numbers: a DataFrame, a row a model; shares are of this image's patches, 0 to 1.
+    """The numbers of the views: a DataFrame, one row a model; shares (0 to 1) are of this image's patches.
 
-    NaN where it was not measured.
+    NaN for a replayed model's number that was not measured.
     """
     rows = {}
     for one in views:
@@ -29,8 +29,8 @@ def table(views: list[View]) -> pd.DataFrame:
 
 
 def claims(views: list[View]):
-    """Arguments of `Run.claim`: does the query look at the patches above the cutoff, and are these, on a control, those
-    where artifacts were put in this image?"""
+    """Yields the arguments of `Run.claim`: does the query attend to the patches above the cutoff, and, on a control,
+    are these patches the planted artifacts of this image?"""
     for one in views:
         if one.is_outlier.any() and "attention" not in one.missing:
             times = one.attention[one.is_outlier].mean().item()

@@ -1,4 +1,4 @@
-"""The numbers of a sweep (`vitreg batch`), by what was swept."""
+"""The numbers of a sweep (`vitreg batch`), by the swept parameter."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ SHIPPED = DATA / "sweeps" / "minis.parquet"
 
 
 def load(path: str = "") -> pd.DataFrame:
-    """The table of a sweep, the shipped one by default. Raises UserError where there is none."""
+    """The table of a sweep, by default the one in data/sweeps. Raises UserError if it cannot be read."""
     try:
         return pd.read_parquet(Path(path).expanduser() if path else SHIPPED)
     except (OSError, ValueError) as error:
@@ -37,13 +37,13 @@ def values(rows: pd.DataFrame, number: str, by: str) -> pd.DataFrame:
 
 
 def spread(chosen: pd.DataFrame) -> pd.DataFrame:
-    """Runs, mean, least and largest value of each group."""
+    """Number of runs, mean, smallest and largest value of each group."""
     group = chosen.groupby(chosen.columns[0], sort=False).value
     return group.agg(runs="count", mean="mean", least="min", largest="max")
 
 
 def explained(chosen: pd.DataFrame) -> float:
-    """Share (0 to 1) of the variance over all runs that lies between the groups; nan where all values are equal."""
+    """Share (0 to 1) of the variance over all runs that lies between the groups; NaN if all values are equal."""
     total = ((chosen.value - chosen.value.mean()) ** 2).sum()
     means = chosen.groupby(chosen.columns[0]).value.transform("mean")
     return float(1 - ((chosen.value - means) ** 2).sum() / total) if total else float("nan")
