@@ -167,9 +167,9 @@ def test_an_image_that_cannot_be_read_is_named_and_replaced(painted, tmp_path):
     ("make", "told"),
     [
         ((), "no folder"),
-        (("nothing/",), "no images in .*a subfolder a class"),
+        (("nothing/",), "no images in .*one subfolder a class"),
         (("train/a/1.png",), "has train/ but no val/"),
-        (("train/a/1.png", "val/b/1.png"), "the classes of val/ are not those of train/"),
+        (("train/a/1.png", "val/b/1.png"), "the classes of val/ and train/ differ"),
         (("train/a/1.txt", "val/a/1.txt"), "no images in .*train"),
     ],
 )

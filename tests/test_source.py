@@ -91,7 +91,7 @@ def test_neighbours_of_plain_colours_are_of_their_class(classes):
     config, recipe = configured("dinov2", classes, eval_images=8)
     torch.manual_seed(0)
     assert recipe.knn(recipe.build(config).teacher, config, "cpu", neighbours=3)["knn_class"] == 1.0
-    assert recipe.asking(config) == 8
+    assert recipe.query_count(config) == 8
 
 
 def test_images_follow_from_the_step_alone(classes):

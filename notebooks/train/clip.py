@@ -1,8 +1,8 @@
-r"""Training on images with captions, as CLIP (Radford et al. 2021; OpenCLIP): each finds the other in the batch.
+r"""Training on images with captions, as CLIP (Radford et al. 2021; OpenCLIP): match images and captions in a batch.
 
-The image tower is a mini ViT whose head projects the cls token; the text tower, the tokenizer and the loss are
-open_clip's. A scene's caption names its main object (texture, colour, shape), one other and where it is, and the kind
-of background.
+The image tower is a mini ViT whose head projects the cls token; the text tower, the tokenizer and the loss come from
+open_clip. A scene's caption names its main object (texture, colour, shape), another object and its relative position,
+and the kind of background.
 
     vitreg train clip --registers 4
     torchrun --nproc-per-node 8 -m vitreg_lib.cli train clip --size b/16 --registers 4 --data PAIRS --image-size 224 \
@@ -29,10 +29,10 @@ from vitreg_lib.train import images, parallel
 
 LEARNS_FROM = "captions"
 OPTIONS = {
-    "embed_dim": (64, "dimensions in which images and captions meet"),
+    "embed_dim": (64, "dimension of the common space of images and captions"),
     "text_width": (32, "embed_dim of the text tower"),
     "text_layers": (2, "blocks of the text tower"),
-    "context": (24, "tokens of a caption at most"),
+    "context": (24, "largest number of tokens of a caption"),
 }
 DEFAULTS = {"size": "s", "steps": 800, "batch_size": 128}
 CAPTIONS = ("caption", "text", "txt")  # columns that hold a caption
@@ -41,7 +41,7 @@ SEPARABLE = False  # each image is compared with all captions of the batch
 
 
 class Clip(nn.Module):
-    """Image and text tower and the logarithm of the scale between them, the inverse of CLIP's temperature."""
+    """Image tower, text tower, and the logarithm of the logits' scale, the inverse of CLIP's temperature."""
 
     def __init__(self, config):
         super().__init__()
@@ -50,11 +50,11 @@ class Clip(nn.Module):
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
 
     def encode_image(self, pixels: torch.Tensor) -> torch.Tensor:
-        """(n, embed_dim), of length one, of normalised images (n, 3, h, w)."""
+        """(n, embed_dim), of unit norm, for normalised images (n, 3, h, w)."""
         return F.normalize(self.visual(pixels), dim=1)
 
     def encode_text(self, text: torch.Tensor) -> torch.Tensor:
-        """(n, embed_dim), of length one, of token ids (n, context)."""
+        """(n, embed_dim), of unit norm, for token ids (n, context)."""
         return F.normalize(self.text(text), dim=1)
 
 
@@ -63,7 +63,7 @@ backbone = attrgetter("visual")  # the image tower
 
 
 def companions(module) -> dict[str, dict]:
-    """The text tower, which ships beside the image tower."""
+    """The weights of the text tower, which are saved beside the image tower."""
     return {"text": module.text.state_dict()}
 
 
@@ -78,7 +78,7 @@ def pairs(config, step: int, device) -> tuple[torch.Tensor, list[str]]:
 
 
 def captions_of(batch: Scenes) -> list[str]:
-    """One sentence a scene: the main object, one other with its relation, the background."""
+    """One sentence a scene: the main object, another object with its relative position, the background."""
     colour, shape, texture = (getattr(batch, name).tolist() for name in ("colour", "shape", "texture"))
     visible, place, background = batch.visible.tolist(), batch.place.cpu(), batch.background.tolist()
 
@@ -100,10 +100,10 @@ def captions_of(batch: Scenes) -> list[str]:
 
 @functools.lru_cache(maxsize=2)
 def captioned(data: str, split: str) -> images.Pictures:
-    """A split of the pairs of image and caption in a folder, of which every twentieth is held out ("val").
+    """A split, "train" or "val", of the pairs of image and caption in a folder; every twentieth pair is in "val".
 
-    They are Parquet files or WebDataset's shards (.tar with .jpg and .txt), read by `datasets`. Raises UserError for a
-    folder without such files or columns.
+    The files are Parquet files or WebDataset shards (.tar with .jpg and .txt), read by `datasets`. Raises UserError for
+    a folder without such files or columns.
     """
     from datasets import load_dataset
 
@@ -111,7 +111,7 @@ def captioned(data: str, split: str) -> images.Pictures:
     kinds = {"parquet": "*.parquet", "webdataset": "*.tar"}
     kind, files = next(((k, f) for k, end in kinds.items() if (f := sorted(map(str, folder.rglob(end))))), (None, []))
     if kind is None:
-        raise UserError(f"no pairs in {folder}: *.parquet with image and caption, or *.tar with .jpg and .txt wanted")
+        raise UserError(f"no pairs in {folder}: it needs *.parquet with image and caption, or *.tar with .jpg and .txt")
     rows = load_dataset(kind, data_files=files, split="train")
     columns = [next((n for n in names if n in rows.features), None) for names in (IMAGES, CAPTIONS)]
     if None in columns:
@@ -134,7 +134,7 @@ def telemetry_images(config) -> torch.Tensor:
 
 
 def loss(module, config, step, device):
-    """Cross-entropy of finding each image's caption and each caption's image among those of all ranks."""
+    """Cross-entropy of matching each image with its caption and the reverse, among the pairs of all ranks."""
     from open_clip.loss import ClipLoss
 
     pixels, captions = pairs(config, step, device)
@@ -148,16 +148,16 @@ def loss(module, config, step, device):
 
 
 def class_embeddings(encode_text, attribute: str, device="cpu") -> torch.Tensor:
-    """(classes, embed_dim): the mean of the prompts of each value of an attribute, of length one again."""
+    """(classes, embed_dim): the mean embedding of the prompts of each value of an attribute, of unit norm."""
     return zeroshot.class_embeddings(
         encode_text, tokenizer(), ATTRIBUTES[attribute], TEMPLATES[attribute], device=device
     )
 
 
 def evaluate(module, config, device) -> dict[str, float]:
-    """Zero-shot accuracy (0 to 1) on held-out scenes by attribute; `zeroshot` is their mean.
+    """Zero-shot accuracy (0 to 1) on held-out scenes by attribute; `zeroshot` is the mean over attributes.
 
-    With pairs of one's own `retrieval`: the share of held-out images whose own caption is the nearest of all.
+    With --data: `retrieval`, the share of held-out images whose nearest caption is their own.
     """
     if config.data:
         pixels, captions = held_out(config, config.eval_images)

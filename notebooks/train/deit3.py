@@ -1,8 +1,8 @@
 """Supervised training on scenes: shape, colour and texture of the largest object, and the kind of background.
 
 After DeiT-III (Touvron et al. 2022): binary cross-entropy over all labels (24 here: 8 shapes, 8 colours, 4 textures,
-4 backgrounds), LayerScale, stochastic depth, cosine schedule with warm-up. Scenes never repeat, so nothing is
-augmented. Shapes alone were tried first: after 300 steps the loss had not left its start.
+4 backgrounds), LayerScale, stochastic depth, cosine schedule with warm-up. Scenes never repeat, so there is no
+augmentation. A first trial with the shapes alone learned nothing: after 300 steps the loss had its initial value.
 
     vitreg train deit3 --size m --registers 4        # 2 CPU cores: about an hour
 """
@@ -19,11 +19,11 @@ from vitreg_lib.train import images
 LEARNS_FROM = "labels"
 WITH_DATA = "deit3_folder"
 OPTIONS = {
-    "layer_scale": (1e-4, "with --data: LayerScale at the start"),
-    "augment": ("3a", "with --data: an augmentation of timm's, 3a being 3-Augment"),
-    "loss": ("bce", "with --data: bce, or ce (softmax cross-entropy)"),
-    "crop": ("rrc", "with --data: rrc, or rkrr (short side to size, then a random crop)"),
-    "color_jitter": (0.3, "with --data: strength"),
+    "layer_scale": (1e-4, "with --data: initial value of LayerScale"),
+    "augment": ("3a", "with --data: timm's name of an augmentation; 3a is 3-Augment"),
+    "loss": ("bce", "with --data: bce (binary cross-entropy), or ce (softmax cross-entropy)"),
+    "crop": ("rrc", "with --data: rrc (random resized crop), or rkrr (short side to size, then a random crop)"),
+    "color_jitter": (0.3, "with --data: strength of the colour jitter"),
     "mixup": (0.8, "with --data: alpha of mixup, 0 for none"),
     "cutmix": (1.0, "with --data: alpha of CutMix, 0 for none"),
     "smoothing": (0.0, "with --data: label smoothing"),
@@ -33,7 +33,7 @@ NUM_LABELS = sum(map(len, ATTRIBUTES.values()))
 
 
 def build(config) -> torch.nn.Module:
-    """A fresh mini ViT with a linear head for the 24 labels."""
+    """A mini ViT with random weights and a linear head for the 24 labels."""
     return config.vit(NUM_LABELS, drop_path_rate=config.drop_path)
 
 
@@ -52,7 +52,7 @@ def loss(module, config, step, device):
 
 
 def evaluate(module, config, device) -> dict[str, float]:
-    """Accuracy (0 to 1) on held-out scenes: `accuracy` of the shape, the class of a scene, and of each attribute."""
+    """Accuracy (0 to 1) on held-out scenes for each attribute; `accuracy` is that of the shape, a scene's class."""
     correct = dict.fromkeys(ATTRIBUTES, 0)
     for pixels, labels in training_images.held_out_scenes(config, config.eval_images, device):
         logits = module((pixels - MEAN) / STD).split([len(names) for names in ATTRIBUTES.values()], 1)

@@ -1,17 +1,17 @@
-r"""DeiT-III (Touvron et al. 2022) on real images: what `vitreg train deit3 --data FOLDER` runs.
+r"""DeiT-III (Touvron et al. 2022) on real images: the recipe of `vitreg train deit3 --data FOLDER`.
 
-Binary cross-entropy on the classes, 3-Augment, mixup and CutMix, stochastic depth, LayerScale, LAMB; all timm's. The
-defaults are those published for a ViT-B on ImageNet-1k (800 epochs), except that there each image is repeated thrice in
-a batch and that training is at 192 pixels, with 20 epochs at 224 after it. For ImageNet-22k, as in the paper, other
-settings were published (240 epochs). Neither was run here:
+Binary cross-entropy on the classes, 3-Augment, mixup and CutMix, stochastic depth, LayerScale and LAMB, all from timm.
+The defaults are those published for a ViT-B on ImageNet-1k (800 epochs), with two differences: the published training
+repeats each image three times in a batch, and it trains at 192 pixels, followed by 20 epochs at 224. Other settings
+were published for ImageNet-22k, which the paper uses (240 epochs). Neither was run here:
 
     torchrun --nproc-per-node 8 -m vitreg_lib.cli train deit3 --data imagenet --registers 4 --compile
     torchrun --nproc-per-node 32 -m vitreg_lib.cli train deit3 --data imagenet22k --registers 4 --compile \
         --steps 1660000 --warmup 35000 --learning-rate 1e-3 --weight-decay 0.02 --drop-path 0.1 --loss ce \
         --smoothing 0.1 --mixup 0 --crop rkrr
 
-Images are read by worker processes into pinned memory, ahead of the training. Which image comes when, and how it is
-augmented, follows from the seed and its position in the training alone: a resumed run sees what it would have seen.
+Worker processes read images into pinned memory, ahead of the training. The seed and the position in the training alone
+determine each image and its augmentation, so a resumed run gets the same images.
 """
 
 from __future__ import annotations
@@ -47,9 +47,9 @@ LOSSES = ("bce", "ce")
 
 
 def build(config) -> torch.nn.Module:
-    """A fresh ViT with a linear head for the folder's classes."""
+    """A ViT with random weights and a linear head for the folder's classes."""
     classes = pictures(config.data, "train").classes
-    pictures(config.data, "val")  # a fault of it shows before a training, not after
+    pictures(config.data, "val")  # an error in it is raised before the training, not after
     if config.loss not in LOSSES:
         raise unknown("loss", config.loss, LOSSES)
     if (config.mixup or config.cutmix) and config.batch_size // parallel.world() // config.accumulate % 2:
@@ -60,9 +60,9 @@ def build(config) -> torch.nn.Module:
 
 
 def loss(module, config, step, device):
-    """The loss over what is mixed in, and the accuracy on the larger part of it.
+    """(The loss on mixed images, the accuracy for the class with the larger share of each image).
 
-    Binary cross-entropy counts every class that is mixed in as wholly present, as DeiT-III does.
+    As in DeiT-III, binary cross-entropy counts every class of a mixed image as fully present.
     """
     from timm.loss import BinaryCrossEntropy
 
@@ -73,7 +73,7 @@ def loss(module, config, step, device):
             pixels, target = _mixup(config, module.num_classes)(pixels, labels)
     logits = module(pixels)
     if config.loss == "ce":
-        smoothing = config.smoothing if target.ndim == 1 else 0.0  # Mixup has smoothed what it mixed
+        smoothing = config.smoothing if target.ndim == 1 else 0.0  # Mixup smooths its targets itself
         value = F.cross_entropy(logits, target, label_smoothing=smoothing)
     else:
         threshold = None if config.smoothing else 0.0
@@ -83,7 +83,7 @@ def loss(module, config, step, device):
 
 
 def telemetry_images(config) -> torch.Tensor:
-    """The first held-out images of an order that the seed gives."""
+    """The first held-out images, in an order drawn by the seed."""
     held_out = pictures(config.data, "val")
     chosen = order(len(held_out), config.seed)[: config.telemetry_images].tolist()
     return torch.stack([_centred(config)(held_out.read(i)[0]) for i in chosen])
@@ -108,7 +108,7 @@ def stream(config, device: str) -> Stream:
 
 
 def evaluate(module, config, device) -> dict[str, float]:
-    """Top-1 accuracy (0 to 1) on the held-out images, `eval_images` of them at most, centre crop."""
+    """Top-1 accuracy (0 to 1) on at most `eval_images` held-out images, centre crop."""
     stream.cache_clear()  # ends the workers
     held_out = pictures(config.data, "val")
     chosen = order(len(held_out), config.seed)[: config.eval_images]

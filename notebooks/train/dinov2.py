@@ -1,8 +1,9 @@
 r"""Self-supervised training as in DINOv2 (Oquab et al. 2023): DINO between views, iBOT on masked patches, KoLeo.
 
-A student learns to give the same answer as its teacher, the moving average of itself, for another view of a scene:
-on the cls token for whole and small crops (DINO), on the patch tokens that only the teacher sees (iBOT). Teacher's
-answers are balanced over the prototypes by Sinkhorn-Knopp. Losses, heads, masks and schedules are lightly's.
+A student learns to predict the output of its teacher, the moving average of itself, for another view of a scene: on
+the cls token for whole and small crops (DINO), on the masked patch tokens that only the teacher sees (iBOT). The
+teacher's outputs are balanced over the prototypes by Sinkhorn-Knopp. Losses, heads, masks and schedules come from
+lightly.
 
     vitreg train dinov2 --size s --registers 4
     torchrun --nproc-per-node 8 -m vitreg_lib.cli train dinov2 --size l/14 --registers 4 --data imagenet \
@@ -33,21 +34,21 @@ from vitreg_lib.train.images import order
 
 LEARNS_FROM = "images alone: views of a scene, masked patches"
 OPTIONS = {
-    "prototypes": (1024, "what the heads choose among"),
+    "prototypes": (1024, "number of prototypes, the outputs of the heads"),
     "global_size": (64, "pixels a side of the two whole crops"),
     "local_size": (32, "pixels a side of the small crops"),
     "local_crops": (4, "small crops of each image"),
-    "momentum": (0.99, "of the teacher at the start; it rises to 1"),
+    "momentum": (0.99, "initial momentum of the teacher; it rises to 1"),
     "antialias": (True, "resize position embeddings with antialiasing (Figure 10)"),
 }
 DEFAULTS = {"size": "s", "steps": 600, "batch_size": 64, "learning_rate": 5e-3, "weight_decay": 0.04, "clip_grad": 3.0}
-SEPARABLE = False  # answers are balanced, and embeddings spread, over the batch
+SEPARABLE = False  # Sinkhorn-Knopp and KoLeo use the whole batch
 GLOBAL, LOCAL = (0.4, 1.0), (0.1, 0.4)  # shares of the scene's area in whole and small crops
 HEAD = {"hidden_dim": 192, "bottleneck_dim": 48}  # of mini ViTs
-FULL_HEAD = {"hidden_dim": 2048, "bottleneck_dim": 256}  # DINOv2's, from sizes ti/16 on, with its LayerScale
+FULL_HEAD = {"hidden_dim": 2048, "bottleneck_dim": 256}  # DINOv2's, for full-size ViTs (ti/16 and larger)
 FULL_LAYER_SCALE = 1e-5
 STUDENT_TEMPERATURE = 0.1
-TEACHER_TEMPERATURE = (0.04, 0.07)  # from the first step to three tenths of the training
+TEACHER_TEMPERATURE = (0.04, 0.07)  # at the first step, and from three tenths of the training on
 KOLEO = 0.1
 
 
@@ -71,24 +72,24 @@ class DINOv2(nn.Module):
         for student, teacher in self.pairs():
             teacher.load_state_dict(student.state_dict())
             teacher.requires_grad_(False)
-        # the teacher's answers are balanced by Sinkhorn-Knopp before these see them, so their centres stay at zero
+        # these losses get outputs that Sinkhorn-Knopp has balanced, so their centres stay at zero
         options = dict(student_temp=STUDENT_TEMPERATURE, center_momentum=1.0)
         self.dino = DINOLoss(config.prototypes, **options)
         self.ibot = IBOTPatchLoss(config.prototypes, **options)
 
     def pairs(self):
-        """(student's part, teacher's part)."""
+        """((student, teacher), (student's heads, teacher's heads))."""
         return (self.student, self.teacher), (self.student_heads, self.teacher_heads)
 
 
 def backbone_of(config, **options) -> nn.Module:
-    """A fresh ViT without a head, from sizes ti/16 on with DINOv2's LayerScale."""
+    """A ViT with random weights and no head; full-size ViTs (ti/16 and larger) have DINOv2's LayerScale."""
     scale = {} if config.size in mini.SIZES else {"init_values": FULL_LAYER_SCALE}
     return config.vit(**scale, **options)
 
 
 build = DINOv2
-backbone = attrgetter("teacher")  # it is what DINOv2 evaluates and ships
+backbone = attrgetter("teacher")  # DINOv2 evaluates and publishes the teacher
 telemetry_images = training_images.telemetry_images
 
 
@@ -126,13 +127,13 @@ def loss(module, config, step, device):
 def balance(logits: torch.Tensor, temperature: float) -> torch.Tensor:
     """Log-probabilities (n, prototypes) of the teacher, balanced by three rounds of Sinkhorn-Knopp over all ranks.
 
-    As lightly's `sinkhorn` with one process. With several, lightly's holds only if all have equally many rows, and the
-    masked patches of ranks differ in number.
+    In one process the result is that of lightly's `sinkhorn`. With several processes, lightly's is correct only if all
+    have the same number of rows, but ranks differ in their number of masked patches.
     """
     shares = (logits.float() / temperature).exp()
     for _ in range(3):
-        shares = shares / parallel.all_reduce_sum(shares.sum(0))  # every prototype gets as much as the others
-        shares = shares / shares.sum(1, keepdim=True)  # every row gives one
+        shares = shares / parallel.all_reduce_sum(shares.sum(0))  # all prototypes get the same total
+        shares = shares / shares.sum(1, keepdim=True)  # every row sums to 1
     return shares.clamp_min(1e-30).log()
 
 
@@ -151,35 +152,35 @@ def tokens(vit, pixels, mask=None, mask_token=None, antialias: bool = True) -> t
 
 
 def with_prefix(vit, patches: torch.Tensor) -> torch.Tensor:
-    """(n, prefix + patches, dim): a ViT's cls token and registers before patch tokens (n, patches, dim)."""
+    """(n, prefix + patches, dim): a ViT's cls token and registers, followed by patch tokens (n, patches, dim)."""
     prefix = [vit.cls_token] + ([vit.reg_token] if vit.reg_token is not None else [])
     return torch.cat([*(p.expand(len(patches), -1, -1) for p in prefix), patches], 1)
 
 
 def patches(vit, tokens: torch.Tensor) -> torch.Tensor:
-    """The patch tokens among output tokens."""
+    """The patch tokens of output tokens (n, prefix + patches, dim)."""
     return tokens[:, vit.num_prefix_tokens :]
 
 
 def masks(config, step: int) -> torch.Tensor:
-    """(2, batch, rows, cols) of both whole crops of the global batch: blocks in half of them, 10 to 50 % of each."""
+    """(2, batch, rows, cols) bool: blocks in half of the whole crops of the global batch, 10 to 50 % of a crop."""
     from lightly.models.utils import random_block_mask
 
-    random.seed(f"{config.seed} {step}")  # what lightly draws from; the same on every rank and after resuming
+    random.seed(f"{config.seed} {step}")  # lightly uses this generator; the same on every rank and after resuming
     patch = int(config.size.partition("/")[2] or 8)  # pixels a side: 14 of l/14, and 8 of mini sizes
     grid = config.global_size // patch
     return random_block_mask((2 * config.batch_size, grid, grid)).unflatten(0, (2, -1))
 
 
 def teacher_temperature(config, step: int) -> float:
-    """Rises linearly in the first three tenths of the training."""
+    """The teacher's temperature; it rises linearly in the first three tenths of the training."""
     low, high = TEACHER_TEMPERATURE
     return low + (high - low) * min(1.0, step / max(1, 0.3 * config.steps))
 
 
 @torch.no_grad()
 def after_step(module, config, step) -> None:
-    """The teacher follows the student; its momentum rises from `momentum` to 1 on a cosine."""
+    """Update the teacher towards the student; its momentum rises from `momentum` to 1 on a cosine."""
     from lightly.models.utils import update_momentum
     from lightly.utils.scheduler import cosine_schedule
 
@@ -194,14 +195,14 @@ def evaluate(module, config, device) -> dict[str, float]:
 
 
 def beside_random(trained, config, device) -> dict[str, float]:
-    """k-NN accuracy (0 to 1) of a ViT's cls token for each attribute, and of a fresh random one beside it."""
+    """k-NN accuracy (0 to 1) of a ViT's cls token for each attribute, and the same with random weights (random_…)."""
     torch.manual_seed(config.seed)
     fresh = backbone_of(config).to(device)
     accuracy = knn(trained, config, device)
     return accuracy | {f"random_{name}": value for name, value in knn(fresh, config, device).items()}
 
 
-def asking(config) -> int:
+def query_count(config) -> int:
     """Number of queries among the images of `labelled`."""
     return (
         min(config.eval_images, len(training_images.pictures(config.data, "val")))
@@ -213,7 +214,7 @@ def asking(config) -> int:
 def labelled(config) -> Iterator[tuple[torch.Tensor, dict[str, torch.Tensor]]]:
     """(pixels, labels) for a nearest-neighbour evaluation: `eval_images` held-out queries, then a bank twice as large.
 
-    labels: by attribute of a scene, or `class` of a folder, whose bank holds training images.
+    labels: by attribute for scenes, `class` for a folder. The bank of a folder has training images.
     """
     count = config.eval_images
     if not config.data:
@@ -230,7 +231,7 @@ def labelled(config) -> Iterator[tuple[torch.Tensor, dict[str, torch.Tensor]]]:
 def knn(vit, config, device, neighbours: int = 20) -> dict[str, float]:
     """k-NN accuracy (0 to 1) for each attribute: a weighted vote of the 20 nearest images, by cosine of cls tokens.
 
-    After DINO's evaluation (weights exp(cosine / 0.07)). `knn` is the mean over the attributes.
+    The evaluation is that of DINO (weights exp(cosine / 0.07)). `knn` is the mean over the attributes.
     """
     vit.eval()
     features, truth = [], []
@@ -238,7 +239,7 @@ def knn(vit, config, device, neighbours: int = 20) -> dict[str, float]:
         features.append(F.normalize(vit.forward_features((pixels.to(device) - MEAN) / STD)[:, 0], dim=1).cpu())
         truth.append(labels)
     features = torch.cat(features)
-    queries = asking(config)
+    queries = query_count(config)
     query, bank = features[:queries], features[queries:]
     cosine, nearest = (query @ bank.T).topk(min(neighbours, len(bank)))
     weight = (cosine / 0.07).exp()

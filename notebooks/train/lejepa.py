@@ -1,9 +1,9 @@
 r"""Self-supervised training as LeJEPA (Balestriero & LeCun 2025): views agree, and their embeddings are Gaussian.
 
-Each view of a scene has to give the mean embedding of its whole views. That alone would be solved by one answer for
-all images; so the embeddings of each view are also compared with a standard normal, along random directions, by the
-test of Epps and Pulley (SIGReg). There is no teacher, no prototype and no mask. At this size it learns what DINOv2's
-loss does not: see docs/log.md.
+Each view of a scene must predict the mean embedding of the scene's whole views. This alone would have a trivial
+solution, the same embedding for all images. So the embeddings of each view are also compared with a standard normal
+distribution, along random directions, by the test of Epps and Pulley (SIGReg). There is no teacher, no prototype and no
+mask. At this small size it learns more than DINOv2's loss: see docs/log.md.
 
     vitreg train lejepa --registers 4
 """
@@ -36,13 +36,13 @@ DEFAULTS = {
 }
 SEPARABLE = False  # the embeddings of a batch are compared with a distribution
 GLOBAL, LOCAL = (0.5, 1.0), (0.15, 0.5)  # shares of the scene's area in whole and small crops
-HIDDEN, WIDTH = 256, 64  # of the projector and of its answer
+HIDDEN, WIDTH = 256, 64  # widths of the projector and of its output
 SLICES, KNOTS, REACH = 256, 17, 3.0  # random directions; points of the characteristic function, from 0 to here
 WEIGHT = 0.05  # of SIGReg, lambda in the paper
 
 
 class LeJEPA(nn.Module):
-    """A mini ViT and the projector in whose space views are compared."""
+    """A mini ViT and a projector; views are compared in the projector's output space."""
 
     def __init__(self, config):
         super().__init__()
@@ -76,7 +76,7 @@ def loss(module, config, step, device):
 
 
 def sigreg(embeddings: torch.Tensor) -> torch.Tensor:
-    """How far embeddings (views, n, dim) are from a standard normal: a scalar, about 1 for a normal sample.
+    """Distance of embeddings (views, n, dim) from a standard normal: a scalar, about 1 for a normal sample.
 
     The mean over views and random directions of n times the squared distance between the characteristic function of
     the projected sample and that of a standard normal, weighted by the latter (Epps and Pulley 1983).
@@ -94,5 +94,5 @@ def sigreg(embeddings: torch.Tensor) -> torch.Tensor:
 
 
 def evaluate(module, config, device) -> dict[str, float]:
-    """As recipe dinov2: k-NN accuracy (0 to 1) of the cls token, and of a fresh random ViT beside it."""
+    """As in the recipe dinov2: k-NN accuracy (0 to 1) of the cls token, and the same with random weights."""
     return beside_random(module.vit, config, device)

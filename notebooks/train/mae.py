@@ -1,6 +1,6 @@
-r"""Training by filling in masked patches, as MAE (He et al. 2022): only the visible quarter goes through the encoder.
+r"""Training by reconstructing masked patches, as MAE (He et al. 2022); the encoder sees only the visible quarter.
 
-For Figure 17, which compares the principal components of a masked autoencoder with those of DINOv2. Small.
+It is used in Figure 17, which shows the principal components of a masked autoencoder.
 
     vitreg train mae --size m
     torchrun --nproc-per-node 8 -m vitreg_lib.cli train mae --size l/16 --data imagenet --image-size 224 \
@@ -26,12 +26,12 @@ OPTIONS = {"mask_ratio": (0.75, "share of patches that are hidden")}
 DEFAULTS = {"steps": 500, "batch_size": 128}
 GRAPH = True
 DECODER = {"dim": 48, "depth": 2, "heads": 3}  # of mini ViTs
-FULL_DECODER = {"dim": 512, "depth": 8, "heads": 16}  # MAE's, from sizes ti/16 on
-SCALE = (0.2, 1.0)  # share of an own image's area in a crop, as MAE's; scenes never repeat and stay whole
+FULL_DECODER = {"dim": 512, "depth": 8, "heads": 16}  # MAE's, for full-size ViTs (ti/16 and larger)
+SCALE = (0.2, 1.0)  # with --data: share of an image's area in a crop, as in MAE; scenes are not cropped
 
 
 class MaskedAutoencoder(nn.Module):
-    """A mini ViT as the encoder; a decoder that sees its output and mask tokens and gives pixels."""
+    """A mini ViT as the encoder, and a decoder that predicts pixels from the encoder's output and mask tokens."""
 
     def __init__(self, config):
         super().__init__()
@@ -66,7 +66,7 @@ telemetry_images = training_images.telemetry_images
 
 
 def loss(module, config, step, device):
-    """Mean squared error on masked patches; each patch's pixels are normalised by its own mean and deviation."""
+    """Mean squared error on masked patches; each patch's pixels are normalised by its mean and standard deviation."""
     pixels, index = training_images.batch(config, step, device)
     if config.data:
         pixels = views.crop(pixels, index, config.image_size, SCALE, config.seed, 0, lit=False)
@@ -75,14 +75,14 @@ def loss(module, config, step, device):
 
 
 def split(index: torch.Tensor, patches: int, mask_ratio: float, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Indices of visible and of masked patches (n, …) of images `index`, drawn by image, not by batch."""
+    """Indices of visible and of masked patches (n, …) of the images `index`; they do not depend on the batch."""
     order = uniform(index, patches, seed * 1009 + 997).argsort(1)
     visible = max(1, round(patches * (1 - mask_ratio)))
     return order[:, :visible], order[:, visible:]
 
 
 def evaluate(module, config, device) -> dict[str, float]:
-    """`error`: squared error on masked patches of held-out images over that of their own means (1: nothing learnt)."""
+    """`error`: squared error on masked patches of held-out images, over that of predicting each patch's mean."""
     errors = []
     for first in range(0, config.eval_images, 256):
         pixels = training_images.held_out(config, config.telemetry_images + first, min(256, config.eval_images - first))
@@ -98,7 +98,7 @@ def _error(module, config, images, index):
     visible, masked = split(index, module.places.shape[1], config.mask_ratio, config.seed)
     target = patch_pixels(images, module.patch_size)
     target = (target - target.mean(2, keepdim=True)) / (target.var(2, keepdim=True) + 1e-4).sqrt()
-    said = module((images - MEAN) / STD, visible)
+    predicted = module((images - MEAN) / STD, visible)
     at = masked[..., None].expand(-1, -1, target.shape[2])
     wanted = target.gather(1, at)
-    return (said.gather(1, at) - wanted).square().mean(), wanted.square().mean()
+    return (predicted.gather(1, at) - wanted).square().mean(), wanted.square().mean()

@@ -1,4 +1,4 @@
-"""The recorded training of a shipped model, shown behind a short live one, and the verdicts on both."""
+"""The recorded full training of a model of the repository, shown beside a short live one, and the verdicts on both."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from vitreg_lib.train import telemetry
 
 SHIPPED = {"deit3": "mini-deit3-reg4", "clip": "mini-clip-reg4", "dinov2": "mini-dinov2-reg4", "mae": "mini-mae"}
 ATTRIBUTES = 4  # questions asked about each scene: shape, colour, texture, background
-MEASURES = {  # result by which a recipe is judged: its name, its value by chance (or what gives it), in words
+MEASURES = {  # the result that judges a recipe: (name, value by chance or the name of its measurement, words)
     "deit3": ("accuracy", 3 / 16, "of the answers about unseen scenes are right"),
     "clip": ("zeroshot", 3 / 16, "of the zero-shot answers about unseen scenes are right"),
     "dinov2": ("knn", "random_knn", "of unseen scenes' attributes are those of their neighbours"),
@@ -24,7 +24,7 @@ MEASURES = {  # result by which a recipe is judged: its name, its value by chanc
 
 
 def score(recipe: str, result: dict) -> tuple[float, float, str]:
-    """(value, value by chance, what it is) of a training's result, or of an entry of data/models.yaml."""
+    """(value, value by chance, words) for the result of a training, or an entry of data/models.yaml."""
     name, chance, words = MEASURES[recipe]
     parts = [result[f"{name}_{part}"] for part in ("shape", "colour", "texture", "background") if recipe == "deit3"]
     value = sum(parts) / len(parts) if parts else result[name]
@@ -32,7 +32,7 @@ def score(recipe: str, result: dict) -> tuple[float, float, str]:
 
 
 def claims(recipe: str, result: dict, steps: int, images: int, detection):
-    """Arguments of `Run.claim`: did the live training learn, did the recorded one, are there artifacts?
+    """Yields the arguments of `Run.claim`: did the live and the recorded training learn, and are there artifacts?
 
     result: of the live training of `steps` steps, measured on `images` scenes; detection: of the trained model.
     """
@@ -42,7 +42,7 @@ def claims(recipe: str, result: dict, steps: int, images: int, detection):
         ("learns-full", full, full["steps"], f"the full training of {SHIPPED[recipe]} learns"),
     ):
         value, chance, words = score(recipe, found)
-        # the answers about one image are about different things; for the error no interval is known
+        # the four answers about an image count as independent; the error has no interval
         half = 0.0 if recipe == "mae" else 1.96 * math.sqrt(chance * (1 - chance) / (images * ATTRIBUTES))
         gain = chance - value if recipe == "mae" else value - chance
         verdict = True if gain > half else "undecided" if gain >= -half else False
@@ -55,7 +55,7 @@ def claims(recipe: str, result: dict, steps: int, images: int, detection):
 
 @styled
 def full_training(recipe: str, steps: int) -> Figure:
-    """Norms along the recorded training of the shipped model and, at its end, by block; a line at the live `steps`."""
+    """Norms during the recorded training and, at its end, by block; a line marks the `steps` of the live training."""
     name = SHIPPED[recipe]
     table = telemetry.shipped(name)[name]
     figure, (by_step, by_block) = plt.subplots(1, 2, figsize=(8.4, 2.8))
@@ -77,7 +77,7 @@ def full_training(recipe: str, steps: int) -> Figure:
 
 
 def results(recipe: str, live: dict) -> pd.DataFrame:
-    """The scores of the live and of the recorded training side by side: what they were measured on is the same."""
+    """The scores that both the live and the recorded training have, one column each."""
     full = zoo.entries()[SHIPPED[recipe]]
     shared = [name for name in live if name in full and not name.startswith(("seconds", "parameters", "images"))]
     return pd.DataFrame({"live": {k: live[k] for k in shared}, SHIPPED[recipe]: {k: full[k] for k in shared}})

@@ -1,4 +1,4 @@
-"""What the notebook `train_registers` shows: held-out images, a table before and after, the recorded runs, verdicts."""
+"""Parts of the notebook `train_registers`: held-out images, tables before and after, the recorded runs, verdicts."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ COLUMNS = {
 
 
 def held_out(run, model) -> images.Images:
-    """Images that nothing is trained on; of the shipped photos those four that the recipe keeps for its report."""
+    """Images that are not used in training; for the source "photos", the four that the recipe keeps for its report."""
     found = run.images(model)
     if run.source(model) != "photos":
         return found
@@ -36,7 +36,7 @@ def table(effects: dict[str, pd.DataFrame]) -> pd.DataFrame:
 
 
 def maps(variants: dict, pictures: images.Images, most: int = 3) -> Figure:
-    """Norms after the last block and attention of cls there, of models by name; the maps of an image share a scale."""
+    """Norms after the last block and its attention of cls, for models by name; maps of an image share a scale."""
     seen = {name: attention.cls_or_mean(model, pictures.x[:most]) for name, model in variants.items()}
     norms = {f"norm, {name}": capture.norm_maps for name, (_, capture) in seen.items()}
     cls = {f"attention, {name}": rows for name, (rows, _) in seen.items()}
@@ -44,7 +44,7 @@ def maps(variants: dict, pictures: images.Images, most: int = 3) -> Figure:
 
 
 def recorded(registers: int = 4) -> pd.DataFrame:
-    """The same table for the real models of notebook beyond/registers_after_training, 100 steps, seed 0."""
+    """`table` for the real models of the notebook beyond/registers_after_training, 100 steps, seed 0."""
     rows = pd.read_parquet(DATA / "sweeps" / "registers_after_training.parquet")
     rows = rows[(rows.seed == 0) & (rows.control == "")]
     found = {}
@@ -60,10 +60,11 @@ def recorded(registers: int = 4) -> pd.DataFrame:
 
 
 def claims(control: pd.DataFrame, trained: pd.DataFrame, registers: int, patches: int):
-    """Arguments of `Run.claim`, from `remedies.effect` of the model trained without and with registers.
+    """Yields the arguments of `Run.claim`.
 
-    The same thresholds as in beyond/registers_after_training: a claim holds where the interval over images is on its
-    side, fails where it is on the other. patches: number of patches of an image, which sets an even share of attention.
+    control, trained: `remedies.effect` of the model trained without and with registers. The thresholds are those of
+    beyond/registers_after_training: a claim holds if the whole interval over images meets it, and fails if the whole
+    interval does not. patches: number of patches of an image, which defines an even share of attention.
     """
     left = trained.outliers - trained.outliers_before / 10
     yield "ours-outliers", below(left), change(trained, "outliers"), "at most a tenth of the outliers is left", "none"
@@ -86,6 +87,6 @@ def change(effect: pd.DataFrame, name: str) -> str:
 
 
 def below(difference: pd.Series) -> bool | str:
-    """True where the interval of the mean over images lies at or below 0, False where above, else "undecided"."""
+    """True if the interval of the mean over images lies at or below 0, False if above, else "undecided"."""
     low, high = pairs.interval(torch.tensor(difference.dropna().to_numpy()))
     return True if high <= 0 else False if low > 0 else "undecided"

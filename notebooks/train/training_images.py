@@ -1,4 +1,4 @@
-"""The images of the trainings here: scenes, or those of a folder with a subfolder a class (`--data FOLDER`)."""
+"""Training images: scenes, or the images of a folder with one subfolder a class (`--data FOLDER`)."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from vitreg_lib.data.scenes import HELD_OUT, MEAN, STD, targets
 from vitreg_lib.train import images, parallel
 from vitreg_lib.train.images import HELD_OUT_EVERY, Augmented, Pictures, Stream, order
 
-MARGIN = 8 / 7  # the user's images are read larger by this factor, 256 pixels for 224, so that crops stay sharp
+MARGIN = 8 / 7  # images of a folder are read larger by this factor (256 pixels for 224), so that crops are sharp
 SPLITS = {"train": ("train",), "val": ("val", "validation", "valid", "test")}
 
 
@@ -29,7 +29,7 @@ def batch(config, step: int, device) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def held_out(config, first: int, count: int) -> torch.Tensor:
-    """Images (n, 3, size, size) in [0, 1] outside the training set: at most `count`, from number `first` on."""
+    """Images (n, 3, size, size) in [0, 1] outside the training set: at most `count`, starting with number `first`."""
     if not config.data:
         return scenes.render(range(HELD_OUT + first, HELD_OUT + first + count), config.image_size, config.seed).pixels
     source = pictures(config.data, "val")
@@ -51,15 +51,15 @@ def held_out_scenes(config, count: int, device="cpu") -> Iterator[tuple[torch.Te
 
 @functools.lru_cache(maxsize=4)
 def pictures(data: str, split: str) -> Pictures:
-    """A split, "train" or "val", of the labelled images in a folder, which is listed once.
+    """A split, "train" or "val", of the labelled images in a folder; cached.
 
-    Raises UserError where there are none, or where the classes of the splits differ.
+    Raises UserError if there are no images, or if the classes of the splits differ.
     """
     root = existing(data, "train/CLASS/*.jpg and val/CLASS/*.jpg")
     shards = next((files for name in SPLITS[split] if (files := formats.parquet_files(root, name))), None)
     chosen = _parquet(shards) if shards else _class_folders(root, split)
     if split == "val" and chosen.classes != pictures(data, "train").classes:
-        raise UserError(f"{data}: the classes of val/ are not those of train/")
+        raise UserError(f"{data}: the classes of val/ and train/ differ")
     return chosen
 
 
@@ -74,14 +74,14 @@ def _parquet(shards: list[str]) -> Pictures:
 
 
 def _class_folders(root: Path, split: str) -> Pictures:
-    """SPLIT/CLASS/photo.jpg, or CLASS/photo.jpg, of which every twentieth photo is held out."""
+    """Images in SPLIT/CLASS/photo.jpg, or in CLASS/photo.jpg, where every twentieth photo is held out."""
     folder = next((root / name for name in SPLITS[split] if (root / name).is_dir()), None)
     if folder is None and (root / "train").is_dir():
-        raise UserError(f"{root} has train/ but no val/: put held-out images, a subfolder a class, there")
+        raise UserError(f"{root} has train/ but no val/: put held-out images there, one subfolder a class")
     classes, files = formats.class_folders(folder or root)
     if not files:
         raise UserError(
-            f"no images in {folder or root}: a subfolder a class with {', '.join(sorted(SUFFIXES))} is expected, "
+            f"no images in {folder or root}: it needs one subfolder a class with {', '.join(sorted(SUFFIXES))}, "
             "below train/ and val/, or the hub's files train-*.parquet and validation-*.parquet"
         )
     if folder is None:
@@ -90,7 +90,7 @@ def _class_folders(root: Path, split: str) -> Pictures:
 
 
 def existing(data: str, content: str) -> Path:
-    """The folder of --data. Raises UserError where it is not there; `content` says what it should hold."""
+    """The folder of --data. Raises UserError if it does not exist; `content` says what it should contain."""
     root = Path(data).expanduser()
     if not root.is_dir():
         raise UserError(f"no folder {data!r} for --data: write the path of one with {content}")
@@ -98,7 +98,7 @@ def existing(data: str, content: str) -> Path:
 
 
 def every_twentieth(count: int, split: str) -> list[int]:
-    """Positions of "val", every twentieth, or of "train", the others."""
+    """Positions of the split: every twentieth for "val", the others for "train"."""
     return [i for i in range(count) if (i % HELD_OUT_EVERY == HELD_OUT_EVERY - 1) == (split == "val")]
 
 
@@ -109,7 +109,7 @@ def read(config, source: Pictures, places: torch.Tensor) -> tuple[torch.Tensor, 
 
 
 def plain(size: int):
-    """PIL image → (3, size, size) in [0, 1]: short side resized, centre cropped."""
+    """A transform PIL image → (3, size, size) in [0, 1]: short side resized, centre cropped."""
     from timm.data import create_transform
 
     return create_transform(size, interpolation="bicubic", mean=(0.0,) * 3, std=(1.0,) * 3, crop_pct=1.0)
@@ -117,5 +117,5 @@ def plain(size: int):
 
 @functools.lru_cache(maxsize=1)
 def stream(config, device: str, source: Pictures, size: int) -> Stream:
-    """The stream of a training, the same one at every step: images of a source at `size` pixels, not augmented."""
+    """The stream of a training, cached: images of a source at `size` pixels, not augmented."""
     return Stream(config, device, Augmented(config.seed, source, plain(size)))

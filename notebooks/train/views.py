@@ -1,7 +1,7 @@
-"""Random views of images for self-supervised training: resized crops, flips, changes of light.
+"""Random views of images for self-supervised training: resized crops, flips, changes of brightness and colour.
 
-(seed, view, index of the image) alone determine a view, by the counter-based random numbers of the scenes. A view
-therefore does not depend on batch, process or device, and a resumed run gets the same views.
+A view is determined by the seed, the number of the view and the index of the image, through the counter-based random
+numbers of the scenes. So it does not depend on batch, process or device, and a resumed run gets the same views.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ RATIO = (3 / 4, 4 / 3)  # width to height of a crop, as torchvision's RandomResi
 def crops(pixels: torch.Tensor, index: torch.Tensor, config, whole, small) -> list[torch.Tensor]:
     """Normalised views of images: two of `config.global_size` pixels, then `local_crops` of `local_size`.
 
-    whole, small: (smallest, largest) share of the image's area in them; the other arguments are those of `crop`.
+    whole, small: (smallest, largest) share of the image's area in a view; the other arguments are those of `crop`.
     """
     kinds = [(config.global_size, whole)] * 2 + [(config.local_size, small)] * config.local_crops
     return [
@@ -36,8 +36,9 @@ def crop(
 ) -> torch.Tensor:
     """View number `view` (n, 3, size, size) of images (n, 3, h, w) in [0, 1] with the given `index` (n,).
 
-    A box of `scale` (smallest, largest) of the image's area, resized bilinearly and flipped half of the time;
-    brightness, contrast and each channel's gain change by at most 20 % (`lit`), so that colours stay recognisable.
+    The view is a box with a share of the image's area within `scale` (smallest, largest), resized bilinearly and
+    flipped half of the time. With `lit`, brightness, contrast and the gain of each channel change by at most 20 %, so
+    that colours stay recognisable.
     """
     u = uniform(index, 10, seed * 1009 + view + 1)
     cropped = _resize(pixels, *boxes(u, scale), size)
@@ -47,7 +48,7 @@ def crop(
 def boxes(u: torch.Tensor, scale: tuple[float, float]) -> tuple[torch.Tensor, torch.Tensor]:
     """Centres and half sides (n, 2: x, y) of crops, in `affine_grid`'s coordinates (-1 to 1), from numbers u (n, 5+).
 
-    A half side in x is negative where the view is flipped.
+    The half side in x is negative for a flipped view.
     """
     area = scale[0] + (scale[1] - scale[0]) * u[:, 0]
     low, high = torch.log(torch.tensor(RATIO, device=u.device))
