@@ -1,8 +1,8 @@
-"""Checks of the workshop's exercises (notebooks/workshop): what is wrong with an answer, without giving it away.
+"""Checks of the workshop's exercises (notebooks/workshop): they say what is wrong, but never give the answer.
 
-Each `check_…` takes what the student filled in and the data of the notebook, computes the truth with the library and
-returns a `Checked`: nothing filled in yet, not yet right (with a line that says what to look at), or right (with what
-follows from it).
+Each `check_…` takes the student's answer and the data of the notebook, and computes the truth with the library. It
+returns a `Checked`: nothing filled in yet, not yet right (with a line that says what to look at), or right (with a
+conclusion).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ MARKS = {"empty": ("…", "#767676"), "not yet": ("✗", "#D55E00"), "right": ("
 
 @dataclass(frozen=True)
 class Checked:
-    """What a check says of an exercise. state: "empty", "not yet" or "right"; line: one or two sentences."""
+    """The result of a check. state: "empty", "not yet" or "right"; line: one or two sentences."""
 
     exercise: str
     state: str
@@ -37,7 +37,7 @@ class Checked:
 
 
 class NotYet(Exception):
-    """An answer that is not right; the message is the line that the student reads."""
+    """The answer is not right; the message is the line that the student reads."""
 
 
 class Empty(Exception):
@@ -45,7 +45,10 @@ class Empty(Exception):
 
 
 def check(exercise: str):
-    """Make a `Checked` of a function that returns the line for a right answer and raises NotYet or Empty otherwise."""
+    """A decorator for a function that returns the line for a right answer and raises NotYet or Empty otherwise.
+
+    The decorated function returns a `Checked`.
+    """
 
     def outer(function):
         @functools.wraps(function)
@@ -71,7 +74,7 @@ def numbers(*shape: int, seed: int = 0) -> Tensor:
 
 
 def call(function, *arguments):
-    """The student's function on these arguments; an error inside it becomes a line."""
+    """The result of the student's function on these arguments; an error inside it becomes NotYet."""
     if not callable(function):
         raise NotYet(f"the answer must be a function (def …), yours is {short(function)}")
     try:
@@ -110,7 +113,7 @@ def number(found) -> float:
 
 
 def whole(found, what: str) -> int:
-    """The answer as a whole number, or NotYet; `what` says of what."""
+    """The answer as a whole number, or NotYet; `what` names the number."""
     value = number(found)
     if not value.is_integer():
         raise NotYet(f"the answer must be {what}, a whole number, yours is {value:g}")
@@ -118,7 +121,7 @@ def whole(found, what: str) -> int:
 
 
 def compare(found: Tensor, truth: Tensor, mistakes: dict[str, Tensor], what: str) -> None:
-    """Raise NotYet unless close to the truth: with the line of the mistake that it equals, else with the gap."""
+    """Raise NotYet unless `found` is close to the truth: with the line of the mistake that it equals, or the gap."""
     found, near = found.to(truth.dtype), dict(rtol=1e-3, atol=1e-5)
     if torch.allclose(found, truth, **near):
         return
@@ -130,7 +133,7 @@ def compare(found: Tensor, truth: Tensor, mistakes: dict[str, Tensor], what: str
 
 
 def compare_numbers(found: float, truth: float, mistakes: dict[str, float], what: str) -> None:
-    """The same for one number, within one part in a hundred."""
+    """`compare` for one number, with a relative tolerance of 1 %."""
     if math.isclose(found, truth, rel_tol=1e-2, abs_tol=1e-6):
         return
     for line, wrong in mistakes.items():
@@ -151,7 +154,7 @@ def short(value) -> str:
 @check("1.1 norms of patch tokens")
 def check_patch_norms(function, tokens: Tensor, num_prefix_tokens: int) -> str:
     """The student's patch_norms(tokens, num_prefix_tokens) on the notebook's tokens (images, tokens, dim)."""
-    for x, prefix in ((tokens, num_prefix_tokens), (numbers(3, 11, 4), 5)):  # the second has registers too
+    for x, prefix in ((tokens, num_prefix_tokens), (numbers(3, 11, 4), 5)):  # the second also has registers
         truth = x[:, prefix:].norm(dim=-1)
         found = tensor(call(function, x, prefix))
         patches = truth.shape[1]
@@ -179,7 +182,7 @@ def check_patch_norms(function, tokens: Tensor, num_prefix_tokens: int) -> str:
 
 @check("1.2 the onset")
 def check_onset(answer, norms: Tensor) -> str:
-    """The block from which outliers are there, for norms (images, layers, patches) that have some."""
+    """The first block with outliers, for norms (images, layers, patches) of a model that has outliers."""
     depth, cut = norms.shape[1], outliers.cutoff(norms[:, -1])
     truth = outliers.onset_of(norms, norms[:, -1] > cut, cut, depth - 1)
     block = whole(answer, "a block's number")
@@ -235,7 +238,7 @@ def check_cutoff(function, norms: Tensor, truth: Tensor, clean: Tensor) -> str:
 
 
 def compare_with_detector(function, found: dict[str, outliers.Outliers]) -> str:
-    """What the student's cutoff(norms) and the library's detector find in real models, a line a model."""
+    """The outliers of real models by the student's cutoff(norms) and by the library's detector, one line a model."""
     try:
         lines = []
         for name, each in found.items():
@@ -258,7 +261,7 @@ def check_attention_row(function, q: Tensor, k: Tensor) -> str:
     """The student's attention_row(q, k), q (heads, head_dim) of one query and k (heads, tokens, head_dim)."""
     from vitreg_lib.hooks.capture import attention_rows
 
-    # keys on the scale of a trained model's, so that a forgotten factor is seen
+    # keys as large as in a trained model, so that a missing factor has an effect
     for queries, keys in ((q, k), (2 * numbers(3, 8), 2 * numbers(3, 7, 8))):
         truth = attention_rows(queries[None, :, None], keys[None])[0, :, 0]
         found = tensor(call(function, queries, keys))
@@ -286,7 +289,7 @@ def check_attention_row(function, q: Tensor, k: Tensor) -> str:
 
 @check("2.2 the share on outliers")
 def check_share(answer, rows: Tensor, is_outlier: Tensor) -> str:
-    """Share of attention rows (images, heads, tokens) that falls on outliers (images, patches), mean of all."""
+    """Share of attention rows (images, heads, tokens) on outliers (images, patches), averaged over all rows."""
     prefix = rows.shape[-1] - is_outlier.shape[-1]
     on = (rows[..., prefix:] * is_outlier[:, None]).sum(-1)
     truth = on.mean().item()
@@ -389,7 +392,7 @@ def check_partner(function) -> str:
 
 @check("3.3 the fair fit")
 def check_fit(answer) -> str:
-    """Which fit tells what a group still holds: the one trained on the group itself."""
+    """The fit that shows which information a group holds: the one trained on the group itself."""
     word = str(answer).strip().lower()
     if word == "normal":
         raise NotYet(
@@ -464,7 +467,7 @@ def check_patch_mean(function) -> str:
 
 @check("4.3 what is left")
 def check_left(answer, before: Tensor, after: Tensor, limit: float) -> str:
-    """Share of the outliers that is left: norms (images, patches) before and after, and the cutoff of before."""
+    """Share of the outliers that is left: norms (images, patches) before and after, and the cutoff for both."""
     shares = [(norms > limit).double().mean().item() for norms in (before, after)]
     truth = shares[1] / shares[0]
     compare_numbers(
@@ -573,16 +576,16 @@ def check_gain(answer, without: Tensor, with_registers: Tensor) -> str:
 
 
 def class_from_one_token(kept, photos: str = "caltech101-small") -> dict[str, float]:
-    """{kind of token: share of test photos whose class a linear probe reads off one such token}, a probe a kind.
+    """{kind of token: accuracy of a linear probe for the class of a photo, from one token of this kind}.
 
-    kept: of a replayed model with tokens of labelled photos (`Replayed.kept`). Photos without an outlier are left out;
-    the strength is chosen on a fifth of the training photos.
+    kept: `Replayed.kept` of a model with stored tokens of labelled photos. Each kind has its own probe. Photos without
+    an outlier are left out. The regularisation strength is chosen on a fifth of the training photos.
     """
     from vitreg_lib.probes import linear
 
     def part(name: str, token: str) -> Tensor:
         values, has = kept(f"set.{photos}.{name}.{token}"), kept(f"set.{photos}.{name}.has_outlier").bool()
-        return values[has] if values.ndim < 3 else values[has, 0]  # of several drawn tokens the first
+        return values[has] if values.ndim < 3 else values[has, 0]  # the first of several drawn tokens
 
     y, y_test = part("train", "labels"), part("test", "labels")
     held, shares = linear.held_out(y, 0), {}
@@ -595,10 +598,11 @@ def class_from_one_token(kept, photos: str = "caltech101-small") -> dict[str, fl
 
 
 def read_off_one_token(tokens: Tensor, labels: Tensor, groups: dict[str, Tensor], most: int = 2000) -> dict[str, float]:
-    """{group: share of test tokens from which a linear probe reads the label of their image}, a probe a group.
+    """{group: accuracy of a linear probe for the label of the image, from one token of this group}.
 
-    tokens (images, patches, dim), labels (images,), groups of bool (images, patches). Split by image; at most `most`
-    training tokens, drawn at random; the strength is chosen on validation images. NaN for a group too small.
+    tokens (images, patches, dim), labels (images,), groups of bool (images, patches). Each group has its own probe. The
+    split is by image; at most `most` training tokens are drawn at random; the regularisation strength is chosen on
+    validation images. NaN if a group is too small.
     """
     from vitreg_lib.probes import linear
 

@@ -1,4 +1,4 @@
-"""Figures of the workshop: norms by block as crowds, boxes on images, bars beside chance. Same rules as `plots`."""
+"""Figures of the workshop: histograms of norms by block, boxes on images, bars with chance levels."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from vitreg_lib.plots.style import NORMS, PALETTE, PAPER, bare, draw_box, pictur
 
 @styled
 def crowds(norms: dict[str, torch.Tensor], bins: int = 60) -> Figure:
-    """Histograms of patch norms after every block side by side; white: no token.
+    """Histograms of patch norms after every block, side by side; white: no token.
 
-    norms: {model: (images, layers, patches)}, a panel a model. Colours are on a log scale, so that one token among
-    thousands is seen.
+    norms: {model: (images, layers, patches)}, one panel a model. Colours are on a log scale, so that one token among
+    thousands is visible.
     """
     figure, axes = plt.subplots(1, len(norms), figsize=(3.2 * len(norms) + 0.4, 3.2), squeeze=False)
     for axis, (name, values) in zip(axes[0], norms.items(), strict=True):
@@ -36,7 +36,7 @@ def crowds(norms: dict[str, torch.Tensor], bins: int = 60) -> Figure:
 
 @styled
 def shares(values: dict[str, float], label: str, chance: dict[str, float] | None = None) -> Figure:
-    """A few shares (0 to 1) as bars with their numbers; a dash at what chance gives for each bar named in `chance`."""
+    """A few shares (0 to 1) as bars with their numbers; a dash at the chance level of each bar named in `chance`."""
     figure, axis = plt.subplots(figsize=(0.95 * len(values) + 2.2, 2.5))
     drawn = axis.bar(list(values), list(values.values()), color=PALETTE[0], width=0.6)
     axis.bar_label(drawn, [f"{value:.2f}" for value in values.values()], fontsize=8, padding=1)
@@ -53,7 +53,7 @@ def shares(values: dict[str, float], label: str, chance: dict[str, float] | None
 
 @styled
 def boxes(pixels: torch.Tensor, found: dict[str, torch.Tensor], truth: list[torch.Tensor], columns: int = 4) -> Figure:
-    """Images with the true boxes (white, dashed) and one found box an image for each name, in pixels."""
+    """Images with the true boxes (white, dashed) and one predicted box for each name, in pixels."""
     count = min(len(pixels), 2 * columns)
     rows = -(-count // columns)
     figure, axes = plt.subplots(rows, columns, figsize=(1.5 * columns, 1.5 * rows + 0.45), squeeze=False)

@@ -1,17 +1,17 @@
-"""Registers trained into a model while one watches (workshop 4)."""
+"""Training registers into a model with a live figure (workshop 4)."""
 
 from __future__ import annotations
 
 from vitreg_lib import widgets
 from vitreg_lib.base import in_batch, results
 
-SHORT = 12  # steps in batch (VITREG_BATCH): papermill and tests show that it runs, not what is learnt
+SHORT = 12  # steps in batch (VITREG_BATCH): papermill and tests only check that the training runs
 
 
 def train(model: str = "planted", registers: int = 4, steps: int = 25, seed: int = 0, every: int = 5):
-    """Train registers into a model; the picture below the cell is drawn anew every `every` steps.
+    """Train registers into a model; the figure below the cell is updated every `every` steps.
 
-    In batch no more than `SHORT` steps are made, in a folder that is then gone.
+    In batch, the training has at most `SHORT` steps and uses a temporary folder.
     """
     folder = results() / "workshop" / f"{model}-reg{registers}-{steps}-seed{seed}"
     if in_batch():

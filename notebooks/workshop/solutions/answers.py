@@ -1,6 +1,6 @@
 """The answers of the workshop, one a section. `workflow/workshop.py` fills them into the exercise notebooks.
 
-A section replaces the cell tagged `answer:NAME` of the exercises; what the notebook has computed is at hand.
+A section replaces the cell tagged `answer:NAME` of the exercises, so it can use the variables of the notebook.
 """
 
 # ruff: noqa: F821, E402
