@@ -16,7 +16,7 @@ from markupsafe import escape
 from PIL import Image
 
 import vitreg_lib as vr
-from vitreg_lib import cli
+from vitreg_lib import base, cli
 from vitreg_lib.base import UserError
 from vitreg_lib.model import remedies
 from vitreg_lib.record import answers, diagnose, look
@@ -271,6 +271,29 @@ def test_checkpoints_are_files_or_folders_in_order_of_their_numbers(kind, tmp_pa
     assert all(name.startswith(f"{kind}:") and name.endswith("#vit_tiny_patch16_224") for name in names)
     assert diagnose._steps(names[1:3]) == [200, 1000] and diagnose._steps(names) == [0, 1, 2, 3]
     assert diagnose._steps(["file:training_99/teacher.pth", "file:training_199/teacher.pth"]) == [99, 199]
+
+
+def test_a_stop_keeps_the_models_before(planted, tmp_path):
+    def models():
+        yield planted
+        raise UserError("last.pth cannot be read")
+
+    with pytest.raises(UserError, match="last.pth cannot be read; the models before are on this page: .*html"):
+        diagnose.write(models(), tmp_path, time=True)
+    (report,) = tmp_path.glob("*.json")
+    assert [model["label"] for model in json.loads(report.read_text())["models"]] == ["planted"]
+
+
+def test_a_full_disk_leaves_nothing_half_written(planted, tmp_path, monkeypatch):
+    def full(path, content):
+        if path.suffix == ".html":
+            raise UserError(f"{path.name} cannot be written: No space left on device")
+        base.write_atomically(path, content)
+
+    monkeypatch.setattr(diagnose, "write_atomically", full)
+    with pytest.raises(UserError, match="No space left"):
+        diagnose.write([planted, planted], tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 def test_missing_labels_are_one_line(tmp_path, capsys):

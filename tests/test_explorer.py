@@ -85,6 +85,12 @@ def test_the_cutoff_by_rule_is_the_detectors(store):
     assert last.verdict == f"artifacts: {found.strength}, {found.kind}"
 
 
+def test_components_beyond_the_colours_leave_no_warning(caplog):
+    views = widgets.explore("deit-ti").views
+    assert views[0].components.abs().max() > 3
+    assert widgets.still.explorer(views).axes and not caplog.text
+
+
 def test_a_cutoff_by_hand_paints_what_is_above_it(store):
     view = explorer.look(replace(PAIR, cutoffs=(None, 3.0)), store)[1]
     assert view.cutoff == 3.0 and not view.by_rule

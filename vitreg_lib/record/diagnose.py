@@ -86,7 +86,7 @@ def diagnose(
             )
         answers = {}
         for name in list(QUESTIONS)[: 1 if briefly else None]:
-            bar.set_description(f"{model.label}: {QUESTIONS[name]}")
+            bar.set_description_str(f"{model.label}: {QUESTIONS[name]}")
             answers[name] = ask(name, look)
     return Diagnosis(model, look, answers)
 
@@ -172,21 +172,26 @@ def write(
 
     For several models it also writes the numbers as a table (.parquet, see `_tidy`). `diagnoses` may be a generator;
     none is kept. folder: results/diagnose by default. source: name of the images in the file names. time: the models
-    are checkpoints of one training, in order.
+    are checkpoints of one training, in order. Stopped at a later model, it writes what it has before it raises again.
 
     For every model and control, the report holds five questions with answer, sentence, numbers and tables; a number
     that was not measured is null.
     """
-    models, pictures, norms, maps = [], {"": {}}, [], []
-    for number, each in enumerate(diagnoses):
+    models, pictures, norms, maps, stop = [], {"": {}}, [], [], None
+    try:
+        for number, each in enumerate(diagnoses):
+            if not models:
+                kept, count = each.look.kept, len(each.look.shares)
+            models.append(_model(each))
+            pictures[number] = {} if time else _figures(each)
+            if time:
+                norms.append(telemetry.table(each.look.observed.seen).iloc[-1])
+                maps.append(_on_images(each, None)[:2])
+                pixels = each.look.kept.pixels[each.look.shown]
+    except (KeyboardInterrupt, UserError) as error:
         if not models:
-            kept, count = each.look.kept, len(each.look.shares)
-        models.append(_model(each))
-        pictures[number] = {} if time else _figures(each)
-        if time:
-            norms.append(telemetry.table(each.look.observed.seen).iloc[-1])
-            maps.append(_on_images(each, None)[:2])
-            pixels = each.look.kept.pixels[each.look.shown]
+            raise
+        stop = error
     rows = _rows(models, norms) if time else []
     if time:
         pictures[""] = {title: _png(figure) for title, figure in _over_time(rows, norms, maps, pixels).items()}
@@ -200,17 +205,29 @@ def write(
         "over_time": rows,
         "over_time_in_short": _in_short(rows),
     }
-    content, others = _plain(content), len(models) - 1
+    others = len(models) - 1
     stem = f"{_safe(models[0]['label'])}{f'-and-{others}-more' if others else ''}"
     stem += f"_{_safe(source or kept.source.partition(',')[0])}_{content['date']}"
     path = _unused(folder or results() / "diagnose", stem)
-    text = page(PAGES / "diagnose.html", report=content, pictures=pictures)
-    write_atomically(path, text.encode())
-    write_atomically(path.with_suffix(".json"), json.dumps(content, indent=1, ensure_ascii=False).encode())
-    if others:
-        with written(path.with_suffix(".parquet")) as temporary:
-            _tidy(content).to_parquet(temporary)
+    _save(path, _plain(content), pictures)
+    if stop:
+        raise type(stop)(f"{str(stop) or 'stopped'}; the models before are on this page: {path}") from stop
     return path, path.with_suffix(".json")
+
+
+def _save(path: Path, content: dict, pictures: dict) -> None:
+    """Write table, report and page, or none of them."""
+    try:
+        if len(content["models"]) > 1:
+            with written(path.with_suffix(".parquet")) as temporary:
+                _tidy(content).to_parquet(temporary)
+        text = json.dumps(content, indent=1, ensure_ascii=False)
+        write_atomically(path.with_suffix(".json"), text.encode())
+        write_atomically(path, page(PAGES / "diagnose.html", report=content, pictures=pictures).encode())
+    except BaseException:
+        for suffix in (".html", ".json", ".parquet"):
+            path.with_suffix(suffix).unlink(missing_ok=True)
+        raise
 
 
 def _tidy(content: dict):

@@ -67,7 +67,7 @@ def _row(figure: Figure, row, view: View, ranges: dict, component: int) -> None:
         _bar(figure, row[3], image, "σ")
         row[3].set_title(f"component {component}")
     else:
-        row[3].imshow(view.components / 6 + 0.5, interpolation="nearest")
+        row[3].imshow((view.components / 6 + 0.5).clamp(0, 1), interpolation="nearest")
         row[3].set_title("components 1 to 3")
         row[3].set_xlabel("red, green, blue: −3 to 3 σ", fontsize=8)
     for axis in row[:5]:
