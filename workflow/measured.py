@@ -20,7 +20,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from vitreg_lib.base import NOTEBOOKS, commit  # noqa: E402
 from vitreg_lib.data import images, sets  # noqa: E402
-from vitreg_lib.measure import objects  # noqa: E402
+from vitreg_lib.measure import detection, objects  # noqa: E402
 from vitreg_lib.model import measured, zoo  # noqa: E402
 
 sys.path.insert(0, str(NOTEBOOKS / "paper"))
@@ -30,6 +30,7 @@ import tab02  # noqa: E402
 import tab03  # noqa: E402
 import tables_tasks  # noqa: E402
 import tables_tokens  # noqa: E402
+import verdicts  # noqa: E402
 
 PHOTOS = 10
 TRAIN, TEST, DRAWS = 160, 100, 2  # labelled photos of each set, tokens of a kind from each
@@ -76,6 +77,8 @@ def write(name: str, state: str, late=False, lost=False, scores=None, sets=(), t
             f"scores.{task}": parts if task == "rmse" else parts.to(torch.int32) for task, parts in found.parts.items()
         }
         more |= {"scores": found.sources, "scored_artifacts": found.artifacts}
+    if model.role == "trained" and model.registers > 1:
+        more["copies"] = verdicts.copies(model)
     if sets:
         more["sets"] = {}
         for problem in tables_tasks.load(" ".join(sets), TRAIN, TEST):
@@ -97,14 +100,18 @@ def discovery(model, pictures) -> dict[str, torch.Tensor]:
 
 
 def on_boxes(model) -> tuple[dict[str, torch.Tensor], dict]:
-    """(tensors, facts) of LOST on photos with boxes, and of where registers look on them: Table 3, Figure 9."""
+    """(tensors, facts) of LOST on photos with boxes, and of where registers look on them: Table 3, Figure 9.
+
+    answer: of the detector on the same photos.
+    """
     pictures, truth = sets.load_boxes("coco", model)
     table, hits = tab03.discover(model, pictures, truth, (0.0, -0.5))
     tensors = {"hits": torch.stack(list(hits.values()))}
     if model.registers:
         tensors["objects"] = fig09.object_mass(model, pictures, fig09.box_masks(truth, pictures.x.shape[-2:]))
     plain = {name: [each.value, each.low, each.high] for name, each in tab03.plain(pictures, truth).items()}
-    return tensors, {"table": table.reset_index().to_dict("list"), "of": ["coco", pictures.source], "plain": plain}
+    facts = {"table": table.reset_index().to_dict("list"), "of": ["coco", pictures.source], "plain": plain}
+    return tensors, facts | {"answer": detection.detect(model, pictures).answer}
 
 
 def labelled(model, problem, tokens) -> tuple[dict[str, torch.Tensor], dict]:
