@@ -93,7 +93,9 @@ def test_pictures_of_a_folder_given_by_hand_are_shown(tmp_path, results):
     own = record.Run("fig01", record.check_parameters("fig01", {"images": str(tmp_path), "models": "mini-deit3"}))
     assert sorted(own.examples(model, 2).names) == ["blue", "red"]
     own.load()
-    assert own.caption().startswith("fig01, models and images chosen by hand: mini-deit3")
+    assert own.caption([model]).startswith("fig01, models and images chosen by hand: mini-deit3; ")
+    assert own.caption([model]).endswith(f"{tmp_path.name} (2)") and str(tmp_path) not in own.caption([model])
     plain = record.Run("fig01", record.check_parameters("fig01", {}))
     assert plain.examples(model, 2).names == ["scene 0", "scene 1"]
     assert plain.caption().startswith("fig01, profile mini")
+    assert plain.caption([model]) == f"fig01, profile mini: mini-deit3; scenes ({plain.settings['n_images']})"

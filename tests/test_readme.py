@@ -35,9 +35,14 @@ def test_every_item_has_a_row():
     assert len(rows) == 27 and all(row.count("|") == 5 for row in rows)
 
 
-@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+@pytest.mark.parametrize(
+    "path", [*DOCUMENTS, *sorted((ROOT / "notebooks").rglob("*.ipynb"))], ids=lambda path: path.stem
+)
 def test_links_lead_somewhere(path):
-    for target in re.findall(r"\]\(([^)#]+)\)", path.read_text()):
+    text = path.read_text()
+    if path.suffix == ".ipynb":
+        text = "".join("".join(c["source"]) for c in json.loads(text)["cells"] if c["cell_type"] == "markdown")
+    for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", text):
         if "://" not in target:
             assert (path.parent / target).exists(), f"{path.name}: {target}"
 

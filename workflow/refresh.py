@@ -57,7 +57,9 @@ def _fewer_colours(notebook) -> None:
             if picture := output.get("data", {}).get("image/png"):
                 small = io.BytesIO()
                 with Image.open(io.BytesIO(base64.b64decode(picture))) as image:
-                    image.convert("RGB").quantize(256, dither=Image.Dither.NONE).save(small, "png", optimize=True)
+                    # a median cut would give rare colours, such as an outlier's, to their more frequent neighbours
+                    few = image.convert("RGB").quantize(256, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
+                    few.save(small, "png", optimize=True)
                 output["data"]["image/png"] = base64.b64encode(small.getvalue()).decode()
 
 

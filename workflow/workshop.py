@@ -58,6 +58,8 @@ def solved(exercises: nbformat.NotebookNode, filled: dict[str, str]) -> nbformat
         if cell.cell_type == "code":
             cell.outputs, cell.execution_count = [], None
             cell.source = cell.source.replace("import checks\n", f"{BESIDE}import checks\n", 1)
+        else:
+            cell.source = cell.source.replace("](../", "](../../")  # solutions lie one folder deeper
     return notebook
 
 

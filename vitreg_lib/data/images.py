@@ -182,6 +182,11 @@ def number(source: str, n: int) -> int:
     return n if source in PROCEDURAL else min(n, len(find(source)[0]))
 
 
+def counted(source: str, n: int) -> str:
+    """A source with the number of its images for n, as "scenes (64)"."""
+    return f"{source if source in PROCEDURAL else find(source)[1]} ({number(source, n)})"
+
+
 def find(source: str) -> tuple[list[Path], str]:
     """The image files of a source, sorted, and what to call it."""
     if source == "photos":

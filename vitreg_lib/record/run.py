@@ -176,6 +176,8 @@ class Run:
         if not loaded:
             reason = self.not_here[0]["reason"]
             raise UserError(f"none of the models of profile {self.profile} is reachable here; {reason}")
+        if replayed := ", ".join(model.label for model in loaded if model.replayed):
+            print(f"replayed from measurements, without weights: {replayed}")
         return loaded
 
     def _model(self, name: str):
@@ -186,16 +188,13 @@ class Run:
             return zoo.load(name)
         made = "made_by" in model_names.entries().get(model_names.split(name)[0], {})
         # weights that are made here differ a little between machines, so this profile replays measurements
-        model = measured.load(name) if made and name in measured.names() else measured.live_or_replayed(name)
-        if model.replayed:
-            print(f"{name}: {model.name}, measured {model.measured['date']}, replayed")
-        return model
+        return measured.load(name) if made and name in measured.names() else measured.live_or_replayed(name)
 
     def source(self, model, to_show: bool = False) -> str:
         """The name of the images for `model`: the run's, but in profile mini scenes only for models trained on them.
 
-        to_show: of images that may be published, procedural ones or a folder named by a path; the shipped photos
-        replace other sets of photos.
+        The shipped photos replace a folder `imagenet` that is not here, and, of images `to_show`, any set that may not
+        be published (all but procedural ones and a folder named by a path).
         """
         from ..data import images
 
@@ -203,7 +202,8 @@ class Run:
         if self.profile == "mini" and source == "scenes":
             source = own.get("looks_at", "photos" if model.replayed or "timm" in own else "scenes")
         published = source in images.PROCEDURAL or Path(source).exists()
-        return source if published or not to_show else "photos"
+        missing = source == "imagenet" and not images.named_folder("imagenet")
+        return "photos" if missing or (to_show and not published) else source
 
     def by_source(self, models: list) -> list[list]:
         """The models in groups of the same images, in order; pictures of one group can share a figure."""
@@ -214,12 +214,7 @@ class Run:
 
     def images(self, model, n: int | None = None):
         """The run's images, prepared for `model`: `n_images` of its `source`, drawn by `seed`."""
-        from ..data import images
-
-        source = self.source(model)
-        if source == "imagenet" and not images.named_folder("imagenet"):
-            source = "photos"  # these ship with the packages, and replace a missing folder of photos
-        return self._loaded(source, model, n or self.settings["n_images"])
+        return self._loaded(self.source(model), model, n or self.settings["n_images"])
 
     def examples(self, model, n: int = 4):
         """A few images to show: the first of the run's own, or photos that may be published (`source`)."""
@@ -274,22 +269,22 @@ class Run:
                 value = None if pd.isna(value) else value
                 self.measure(called, value, label, paper=(paper or {}).get(called))
 
-    def caption(self, images=None) -> str:
-        """A caption for a figure: the labels of the models, the images, and whether a profile chose them.
+    def caption(self, shown=None) -> str:
+        """A caption for a figure: the labels of its models, the images, and whether a profile chose them.
 
-        images: an `Images`, or a list of models, each with its own images.
+        shown: the models that are drawn, each on the run's images for it; or an `Images` on which all models are.
         """
+        from ..data import images
+
         by_hand = [name for name in ("models", "images") if self.parameters.get(name)]
         chosen = f"{' and '.join(by_hand)} chosen by hand" if by_hand else f"profile {self.profile}"
-        models = ", ".join(m.label + (f" ({m.role})" if m.is_control else "") for m in self.models)
-        if len(self.models) > 6:
-            models = f"{len(self.models)} models"
-        shown = images.source if images and not isinstance(images, list) else ""
-        if isinstance(images, list):
-            *first, last = dict.fromkeys(map(self.source, images))
-            several = f"{', '.join(first)} and {last}, each model's own, at most {self.settings['n_images']} of each"
-            shown = several if first else self.images(images[0]).source
-        return f"{self.item}, {chosen}: {models}" + (f"; {shown}" if shown else "")
+        models, source = (shown, "") if isinstance(shown, list) else (self.models, shown.source if shown else "")
+        if isinstance(shown, list):
+            n = self.settings["n_images"]
+            source = ", ".join(images.counted(each, n) for each in dict.fromkeys(map(self.source, shown)))
+        names = ", ".join(m.label + (f" ({m.role})" if m.is_control else "") for m in models)
+        names = names if len(models) <= 6 else f"{len(models)} models"
+        return f"{self.item}, {chosen}: {names}" + (f"; {source}" if source else "")
 
     def claim(
         self, claim: str, holds: bool | str | None, measured: str, text: str | None = None, paper: str | None = None
