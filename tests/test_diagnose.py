@@ -16,7 +16,7 @@ from markupsafe import escape
 from PIL import Image
 
 import vitreg_lib as vr
-from vitreg_lib import base, cli
+from vitreg_lib import cli
 from vitreg_lib.base import UserError
 from vitreg_lib.model import remedies
 from vitreg_lib.record import answers, diagnose, look
@@ -284,14 +284,12 @@ def test_a_stop_keeps_the_models_before(planted, tmp_path):
     assert [model["label"] for model in json.loads(report.read_text())["models"]] == ["planted"]
 
 
-def test_a_full_disk_leaves_nothing_half_written(planted, tmp_path, monkeypatch):
+def test_a_page_that_cannot_be_written_leaves_nothing(planted, tmp_path, monkeypatch):
     def full(path, content):
-        if path.suffix == ".html":
-            raise UserError(f"{path.name} cannot be written: No space left on device")
-        base.write_atomically(path, content)
+        raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(diagnose, "write_atomically", full)
-    with pytest.raises(UserError, match="No space left"):
+    monkeypatch.setattr(type(tmp_path), "write_bytes", full)
+    with pytest.raises(UserError, match="html cannot be written: No space left"):
         diagnose.write([planted, planted], tmp_path)
     assert not list(tmp_path.iterdir())
 

@@ -176,14 +176,9 @@ def test_the_store_keeps_little_and_forgets_what_failed():
     with pytest.raises(UserError):
         store.forward("mini-deit3", "scenes", 99)
     assert len(store._forwards) == 1
-    kept = choice.KEPT_BYTES
-    try:
-        choice.KEPT_BYTES = 1
-        for image in range(4):
-            store.forward("mini-deit3", "scenes", image)
-        assert list(store._forwards) == [("mini-deit3", "scenes", 2), ("mini-deit3", "scenes", 3)]
-    finally:
-        choice.KEPT_BYTES = kept
+    for image in range(choice.KEPT + 2):
+        store.forward("mini-deit3", "scenes", image)
+    assert list(store._forwards) == [("mini-deit3", "scenes", image) for image in range(2, choice.KEPT + 2)]
 
 
 def decoded(sent: dict, name: str) -> torch.Tensor:

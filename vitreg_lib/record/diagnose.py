@@ -17,7 +17,6 @@ import json
 import math
 import re
 from collections.abc import Iterable
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -205,29 +204,19 @@ def write(
         "over_time": rows,
         "over_time_in_short": _in_short(rows),
     }
-    others = len(models) - 1
+    content, others = _plain(content), len(models) - 1
     stem = f"{_safe(models[0]['label'])}{f'-and-{others}-more' if others else ''}"
     stem += f"_{_safe(source or kept.source.partition(',')[0])}_{content['date']}"
     path = _unused(folder or results() / "diagnose", stem)
-    _save(path, _plain(content), pictures)
+    report, text = path.with_suffix(".json"), json.dumps(content, indent=1, ensure_ascii=False)
+    write_atomically(path, page(PAGES / "diagnose.html", report=content, pictures=pictures).encode())
+    write_atomically(report, text.encode())
+    if others:
+        with written(path.with_suffix(".parquet")) as temporary:
+            _tidy(content).to_parquet(temporary)
     if stop:
         raise type(stop)(f"{str(stop) or 'stopped'}; the models before are on this page: {path}") from stop
-    return path, path.with_suffix(".json")
-
-
-def _save(path: Path, content: dict, pictures: dict) -> None:
-    """Write table, report and page, or none of them."""
-    try:
-        if len(content["models"]) > 1:
-            with written(path.with_suffix(".parquet")) as temporary:
-                _tidy(content).to_parquet(temporary)
-        text = json.dumps(content, indent=1, ensure_ascii=False)
-        write_atomically(path.with_suffix(".json"), text.encode())
-        write_atomically(path, page(PAGES / "diagnose.html", report=content, pictures=pictures).encode())
-    except BaseException:
-        for suffix in (".html", ".json", ".parquet"):
-            path.with_suffix(suffix).unlink(missing_ok=True)
-        raise
+    return path, report
 
 
 def _tidy(content: dict):
@@ -249,15 +238,9 @@ def _safe(name: str) -> str:
 
 
 def _unused(folder: Path, stem: str) -> Path:
-    """A new HTML file of that stem, or stem-2, stem-3 …, created at once to reserve the name."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        for name in itertools.chain([stem], (f"{stem}-{i}" for i in itertools.count(2))):
-            with suppress(FileExistsError):
-                (folder / f"{name}.html").touch(exist_ok=False)
-                return folder / f"{name}.html"
-    except OSError as error:
-        raise UserError(f"the page cannot be written into {folder}: {error.strerror or error}") from error
+    """The path of an HTML file of that stem, or stem-2, stem-3 …, that is not there yet."""
+    paths = itertools.chain([f"{stem}.html"], (f"{stem}-{i}.html" for i in itertools.count(2)))
+    return next(folder / name for name in paths if not (folder / name).exists())
 
 
 def _figures(each: Diagnosis) -> dict[str, dict[str, bytes]]:

@@ -36,48 +36,39 @@ def watch(folder: str | Path = "", every: int = 20, **options) -> Watched:
     from ..train import loop
 
     config, recipe = loop.configure(**{"save_every": every, **options})
-    shown = not in_batch()
+    shown, handles = not in_batch(), []
     with contextlib.nullcontext(folder) if folder else tempfile.TemporaryDirectory() as place:
-        picture = _Picture(Path(place), config)
 
         def on_step(step: int, loss: float) -> None:
             if step % every == 0:
-                picture.draw(step)
+                _draw(Path(place), config, step, handles)
 
         device = "cuda" if torch.cuda.is_available() else "cpu"
         result = loop.train(config, recipe, place, device, progress=shown, on_step=on_step if shown else None)
-        picture.draw(config.steps)
-        log, telemetry = picture.state()
+        log, telemetry = _draw(Path(place), config, config.steps, handles)
         model = zoo.load(f"file:{Path(place) / 'model.safetensors'}")
     return Watched(telemetry, log, result, model)
 
 
-class _Picture:
-    """The figure below a cell, redrawn from the last state that the loop saved."""
+def _draw(folder: Path, config, step: int, handles: list) -> tuple[pd.DataFrame, pd.DataFrame] | None:
+    """Draw log and telemetry that the loop saved last below the cell, and return them; None before the first save.
 
-    def __init__(self, folder: Path, config):
-        self.folder, self.config, self.handle = folder, config, None
+    handles: of the figure that is redrawn; empty at first.
+    """
+    import matplotlib.pyplot as plt
+    from IPython.display import display
 
-    def state(self) -> tuple[pd.DataFrame, pd.DataFrame] | None:
-        """Log and telemetry of the last save; None before the first."""
-        log, norms = self.folder / "log.csv", self.folder / "telemetry.parquet"
-        if not (log.exists() and norms.exists()):
-            return None
-        return pd.read_csv(log), pd.read_parquet(norms)
+    from .. import plots
 
-    def draw(self, step: int) -> None:
-        import matplotlib.pyplot as plt
-        from IPython.display import display
-
-        from .. import plots
-
-        if (state := self.state()) is None:
-            return
-        c = self.config
-        title = f"{c.name} {c.size or c.model}, {c.registers} registers: step {step} of {c.steps}"
-        figure = plots.training(*state, c.steps, title)
-        plt.close(figure)
-        if self.handle is None:
-            self.handle = display(figure, display_id=True)
-        else:
-            self.handle.update(figure)
+    log, norms = folder / "log.csv", folder / "telemetry.parquet"
+    if not (log.exists() and norms.exists()):
+        return None
+    state = pd.read_csv(log), pd.read_parquet(norms)
+    title = f"{config.name} {config.size or config.model}, {config.registers} registers: step {step} of {config.steps}"
+    figure = plots.training(*state, config.steps, title)
+    plt.close(figure)
+    if handles:
+        handles[0].update(figure)
+    else:
+        handles.append(display(figure, display_id=True))
+    return state

@@ -19,7 +19,7 @@ from ..measure import detection
 from ..measure.attention import query_names
 
 MAX_IMAGES = 12  # of a source, to choose from; the detector judges all of them
-KEPT_BYTES = 64 << 20  # of captures
+KEPT = 4  # models, image sets and captures; a capture of a ViT-L has 75 MB
 
 
 @dataclass(frozen=True)
@@ -69,13 +69,6 @@ class Forward:
     def depth(self) -> int:
         """Number of blocks."""
         return len(self.capture.layers)
-
-    @property
-    def bytes(self) -> int:
-        """Size of the capture in memory."""
-        sites = (self.capture.tokens, self.capture.q, self.capture.k, self.capture.attention)
-        parts = [self.capture.norms, *(tensor for site in sites for tensor in site.values())]
-        return sum(tensor.numel() * tensor.element_size() for tensor in parts)
 
     def row(self, layer: int, token: int) -> torch.Tensor | None:
         """(1, heads, 1, tokens) attention of a query token in a block; None where it was not measured."""
@@ -168,8 +161,7 @@ def parse_cutoffs(cutoffs: str) -> tuple[float | None, ...]:
 class Store:
     """The most recently used models, images and captures, so that a change of the state needs little work.
 
-    `busy` is called with a message before slow work. At most four models, four image sets and `KEPT_BYTES` of captures
-    are kept.
+    `busy` is called with a message before slow work. The `KEPT` most recently used of each are kept.
     """
 
     def __init__(self, busy: Callable[[str], None] = lambda message: None):
@@ -189,7 +181,7 @@ class Store:
             self.busy(f"loading {name} …" + (" adding registers takes some seconds" if zoo.split(name)[1] else ""))
             return measured.live_or_replayed(name)
 
-        return _kept(self._models, name, make, 4)
+        return _kept(self._models, name, make)
 
     def images(self, name: str, source: str):
         """(`Images` as the model of that name takes them, (layers, patches of all) norms, their `Detection`)."""
@@ -202,14 +194,11 @@ class Store:
             observed = detection.observe(model, batch)
             return batch, observed.norms.transpose(0, 1).flatten(1), detection.judge(observed, name)
 
-        return _kept(self._sets, (name, source), make, 4)
+        return _kept(self._sets, (name, source), make)
 
     def forward(self, name: str, source: str, image: int) -> Forward:
         """One image through one model, with all blocks. Raises UserError where there is no such image."""
-        kept = _kept(self._forwards, (name, source, image), lambda: self._run(name, source, image), 64)
-        while len(self._forwards) > 2 and sum(one.bytes for one in self._forwards.values()) > KEPT_BYTES:
-            self._forwards.popitem(last=False)
-        return kept
+        return _kept(self._forwards, (name, source, image), lambda: self._run(name, source, image))
 
     def forwards(self, state: State) -> list[Forward]:
         """`forward` of each model of a state."""
@@ -238,12 +227,11 @@ class Store:
         return Forward(model.label, model.role, capture, *facts, truth)
 
 
-def _kept(kept: OrderedDict, key, make: Callable, most: int):
-    """`kept[key]`, made where it is missing; beyond `most` entries, the least recently used is dropped."""
+def _kept(kept: OrderedDict, key, make: Callable):
+    """`kept[key]`, made where it is missing; beyond `KEPT` entries, the least recently used is dropped."""
     if key not in kept:
-        value = make()  # first, so that a failure keeps nothing
-        kept[key] = value
-        while len(kept) > most:
+        kept[key] = make()
+        if len(kept) > KEPT:
             kept.popitem(last=False)
     kept.move_to_end(key)
     return kept[key]
