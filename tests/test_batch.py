@@ -46,8 +46,8 @@ def test_a_sweep_is_items_times_models_times_parameters(sweep):
     ("text", "told"),
     [
         ("items: [fig03", "cannot be read"),
-        ("models: [planted]", "items are wanted"),
-        ("just text", "items are wanted"),
+        ("models: [planted]", "items are missing"),
+        ("just text", "items are missing"),
         ("items: [fig99]", "unknown item 'fig99'"),
         ("items: [fig03]\nmodel: [planted]", "unknown key of sweep.yaml 'model': did you mean models"),
         ("items: [fig03]\nmodels: [plantet]", "unknown model 'plantet': did you mean planted"),

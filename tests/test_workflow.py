@@ -135,7 +135,7 @@ def test_parameters_are_split_as_a_shell_would(runner):
         ("rule", "a=b"),
         ("clean", "$(touch x)`touch y`{z}"),
     ]
-    with pytest.raises(UserError, match="'n_images' is no NAME=VALUE; write PARAMS="):
+    with pytest.raises(UserError, match="'n_images' is not NAME=VALUE; write PARAMS="):
         runner.pairs_of("n_images")
     with pytest.raises(UserError, match="No closing quotation"):
         runner.pairs_of('models="mini-deit3')
@@ -145,7 +145,7 @@ def test_parameters_are_split_as_a_shell_would(runner):
 def test_a_wrong_number_of_jobs_is_refused(runner, capsys, monkeypatch, jobs):
     monkeypatch.setenv("JOBS", jobs)
     assert runner.main(["fig3"]) == 1
-    assert capsys.readouterr().err == f"vitreg: JOBS={jobs}: a number from 1 on is wanted\n"
+    assert capsys.readouterr().err == f"vitreg: JOBS={jobs}: it must be a whole number, 1 or more\n"
 
 
 def test_an_unknown_cluster_or_one_whose_executor_is_not_there_is_refused(runner, capsys, tmp_path):
@@ -166,7 +166,7 @@ def test_a_notebook_asks_a_cluster_for_what_its_profile_needs(runner):
 def test_parameters_of_all_items_are_refused(runner, capsys, monkeypatch):
     monkeypatch.setenv("PARAMS", "seed=1")
     assert runner.main(["all"]) == 1
-    assert "PARAMS are of one item: make reproduce-fig4 PARAMS=seed=…" in capsys.readouterr().err
+    assert "PARAMS need a single item: make reproduce-fig4 PARAMS=seed=…" in capsys.readouterr().err
 
 
 def test_make_runs_nothing_that_stands_in_its_variables(tmp_path):

@@ -1,4 +1,4 @@
-"""Draw docs/architecture.svg: which part of the project imports which, read from the sources.
+"""Draw docs/architecture.svg: which part of the project imports which other part, read from the source files.
 
 python workflow/architecture.py
 """
@@ -12,20 +12,20 @@ from vitreg_lib.base import NOTEBOOKS, ROOT, written
 
 PICTURE = ROOT / "docs" / "architecture.svg"
 LIBRARY = ROOT / "vitreg_lib"
-JOBS = {  # from what everything rests on to what people use
-    "base": "errors, paths, environment, files written whole",
-    "hooks": "what a ViT consists of; keep what a figure needs",
+JOBS = {  # from the lowest layer to the highest
+    "base": "errors, paths, environment, atomic writes",
+    "hooks": "the parts of a ViT, and its captured activations",
     "measure": "outliers, attention, maps, objects, pairs",
     "data": "scenes, textures, photos, the paper's data sets",
     "model": "from a name to a model; registers at test time",
     "probes": "what tokens know: linear, local, zero-shot",
     "train": "one training loop for any recipe, stop and resume",
-    "plots": "pictures that several figures need",
+    "plots": "plots that several figures need",
     "widgets": "JupyterLab: explorer, live training",
     "record": "runs, records, verdicts, pages",
     "cli": "the vitreg command",
     "notebooks": "one notebook a figure or table, its code beside it",
-    "workflow": "what makes shipped things, what runs things",
+    "workflow": "runs notebooks; makes weights, data and pages",
 }
 PLACES = {  # column and row of a box
     "base": (1, 0),
@@ -58,7 +58,7 @@ def edges() -> list[tuple[str, str]]:
 
 
 def _imported(path: Path, package: tuple[str, ...] | None) -> set[str]:
-    """Names directly below vitreg_lib that a file imports, at its top or inside functions."""
+    """The top-level parts of vitreg_lib that a file imports, at its top or inside functions."""
     found = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if not isinstance(node, ast.ImportFrom):
@@ -75,13 +75,13 @@ def _imported(path: Path, package: tuple[str, ...] | None) -> set[str]:
 
 
 def stated(picture: str) -> list[tuple[str, str]]:
-    """The edges that the text of a drawn SVG states."""
+    """The edges that are listed in the description of the drawn SVG."""
     described = picture.partition("<dc:description>")[2].partition("</dc:description>")[0]
     return [tuple(edge.split(" imports ")) for edge in described.split("; ") if edge]
 
 
 def draw(path: Path = PICTURE) -> Path:
-    """Write the picture, without arrows to what a part reaches through another part anyway; its text states all."""
+    """Write the picture; it has no arrow that other arrows imply. Its description lists all edges."""
     import matplotlib.pyplot as plt
 
     graph = edges()

@@ -1,13 +1,13 @@
-"""`vitreg batch sweep.yaml`: items × models × parameters through Snakemake, all their numbers in one Parquet file.
+"""`vitreg batch sweep.yaml`: run items × models × parameters by Snakemake, put all numbers into one Parquet file.
 
     profile: mini
     items: [fig03, fig07]
-    models: [mini-deit3, mini-clip, "mini-deit3 mini-deit3-reg4"]   # each alone; a text of several names is one value
+    models: [mini-deit3, mini-clip, "mini-deit3 mini-deit3-reg4"]   # three values; the last one has two models
     parameters:
       seed: [0, 1, 2]
 
-What is finished does not run again: the same command goes on after a kill. The table has a row for each measured
-number: item, a column for each parameter that is swept, name, model, value, unit, paper.
+Finished runs are not repeated: after a stop, the same command continues. The table has one row for each measured
+number, with the columns item, one for each swept parameter, name, model, value, unit and paper.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ KEYS = ("profile", "items", "models", "parameters")
 
 
 def main(path: str, jobs: str = "2", cluster: str = "") -> int:
-    """Run a sweep and write its table, also of what could be made where something failed; the exit code."""
+    """Run a sweep and write its table, even if some runs failed; the exit code."""
     try:
         profile, asked = read(Path(path))
         code, made = run.make(asked, run.count(jobs), cluster or os.environ.get("VITREG_CLUSTER"))
@@ -45,13 +45,13 @@ def main(path: str, jobs: str = "2", cluster: str = "") -> int:
 
 
 def read(path: Path) -> tuple[str, list[cells.Cell]]:
-    """(profile, cells) of a sweep's file. Raises UserError in one line for whatever is wrong with it."""
+    """(profile, cells) of a sweep's file. Raises UserError if anything is wrong with it."""
     try:
         asked = yaml.safe_load(path.read_text())
     except (OSError, yaml.YAMLError) as error:
         raise UserError(f"{path} cannot be read: {' '.join(str(error).split())}") from error
     if not isinstance(asked, dict) or not asked.get("items"):
-        raise UserError(f"{path}: items are wanted, as in `items: [fig03]`")
+        raise UserError(f"{path}: items are missing; write for example `items: [fig03]`")
     if bad := [key for key in asked if key not in KEYS]:
         raise unknown(f"key of {path.name}", bad[0], KEYS)
     swept = dict(asked.get("parameters") or {})
@@ -68,7 +68,7 @@ def read(path: Path) -> tuple[str, list[cells.Cell]]:
 
 
 def collect(asked: list[cells.Cell]):
-    """A DataFrame with a row for each number of the cells that are finished."""
+    """A DataFrame with one row for each measured number of the finished cells."""
     import pandas as pd
 
     rows = []

@@ -1,4 +1,4 @@
-"""The commands of `vitreg` that need the repository: they run its notebooks and show what came out."""
+"""The commands of `vitreg` that need the repository: they run its notebooks and show the results."""
 
 from __future__ import annotations
 
@@ -47,10 +47,10 @@ def report(
     pairs: Pairs = (),
     profile: Profile = None,
     differences: Annotated[
-        bool, typer.Option("--differences", help="all differences from the item's committed record")
+        bool, typer.Option("--differences", help="show all differences from the item's committed record")
     ] = False,
 ):
-    """Show verdicts and figures of finished items, or write a page of all."""
+    """Show the verdicts and figures of a finished item, or write a page of all."""
     import items
     import report
 
@@ -66,19 +66,19 @@ def fetch(
     item: Annotated[str, typer.Argument(help="one item; without it all items of the paper")] = "",
     profile: Annotated[Literal[*record.PROFILES], typer.Option(help="whose models")] = "small",
 ):
-    """Download weights and data sets that items need, to run them later without a network."""
+    """Download the weights and data sets that items need, to run them later without a network."""
     import fetch
 
     raise typer.Exit(fetch.main(profile, item))
 
 
-@app.command(epilog="The file's form and what comes out stand at the top of workflow/batch.py.")
+@app.command(epilog="The beginning of workflow/batch.py explains the file and the table.")
 def batch(
     sweep: Annotated[str, typer.Argument(help="a YAML file: items, models, parameters")],
     jobs: Annotated[str, typer.Option(help="notebooks at once")] = "2",
     cluster: Annotated[str, typer.Option(help="slurm, or a folder with a config.yaml of Snakemake's options")] = "",
 ):
-    """Run items × models × parameters; all numbers in one table. What is finished does not run again."""
+    """Run items × models × parameters; write all numbers into one table. Finished runs are not repeated."""
     import batch
 
     raise typer.Exit(batch.main(sweep, jobs, cluster))

@@ -1,8 +1,8 @@
-"""The committed record of an item, data/records/ITEM.json: its numbers, verdicts and drawn figures with profile mini.
+"""The committed record of an item, data/records/ITEM.json: its numbers, verdicts and drawn figures in the profile mini.
 
-A run with that profile and default parameters is compared with it: figures by what they draw (`compare`), names and
-texts by `same_text`, verdicts exactly, and numbers within a tolerance (`close`). Times and memory (known by their unit)
-and the spread of a few draws (known by its name) are neither kept nor compared.
+A run with that profile and default parameters is compared with it: figures by the drawn data (`compare`), names and
+texts by `same_text`, verdicts exactly, and numbers within a tolerance (`close`). Times and memory (identified by their
+unit) and standard deviations over few draws (identified by their name) are neither recorded nor compared.
 """
 
 from __future__ import annotations
@@ -18,24 +18,24 @@ from vitreg_lib.record import run as runs
 from vitreg_lib.record.drawn import extent
 
 FOLDER = DATA / "records"
-MACHINE_UNITS = ("s", "% of s", "% of MiB")  # units of what a clock or an allocator says of this machine
-SPREAD = re.compile(r"\b(sd|std)\b")  # in names: of a few draws or splits, which says little by itself
-ROUNDING = 1e-4  # numbers below it may be nothing else, and are told apart by no more than the tolerance of it
-FEW = 5  # differences that are shown where not all are asked for
-# Of the range drawn in a panel, from zero on a linear axis. Rounding on another processor moves what is only computed
-# by far less; where a probe is trained it may turn a test image of the 64 or more that these notebooks use, which moves
-# a point by about two per cent. A line that a reader would call another one moves by more.
+MACHINE_UNITS = ("s", "% of s", "% of MiB")  # units of times and memory, which depend on the machine
+SPREAD = re.compile(r"\b(sd|std)\b")  # in names: standard deviations over few draws or splits
+ROUNDING = 1e-4  # smaller numbers may be rounding errors; they are compared as if they had this size
+FEW = 5  # differences that are shown by default
+# A share of the range drawn in a panel (from zero on a linear axis). Numbers that are only computed differ by far less
+# between processors. Where a probe is trained, one of the 64 or more test images may get another answer, which moves a
+# point by about two per cent. A difference that a reader would notice in a figure is larger.
 TOLERANCE = 0.05
 WORDS = ("title", "xlabel", "ylabel", "scales", "ticks", "texts")
 
 
 def path(item: str) -> Path:
-    """Where the item's record is committed."""
+    """The file of the item's committed record."""
     return FOLDER / f"{item}.json"
 
 
 def digest(record: dict) -> dict:
-    """What of a run's record.json is committed: numbers to five digits, verdicts, what the figures draw."""
+    """The part of a run's record.json that is committed: numbers to five digits, verdicts, drawn data of figures."""
     measured = [
         [row["name"], row["model"], _short(row["value"])]
         for row in record["measured"]
@@ -46,13 +46,13 @@ def digest(record: dict) -> dict:
 
 
 def write(record: dict) -> Path:
-    """Commit a run's record; other items' files are not touched."""
+    """Write the committed record of a run's item; its path."""
     write_atomically(path(record["item"]), (_readable(digest(record)) + "\n").encode())
     return path(record["item"])
 
 
 def differences(record: dict) -> list[str]:
-    """What of a run's record differs from the committed one, in words."""
+    """The differences between a run's record and the committed one, in words."""
     if not path(record["item"]).exists():
         return [f"nothing is recorded; make refresh NOTEBOOKS={record['item']} writes it"]
     now, before = digest(record), json.loads(path(record["item"]).read_text())
@@ -61,7 +61,7 @@ def differences(record: dict) -> list[str]:
     judged = [dict(side["verdicts"]) for side in (now, before)]
     for claim in judged[1] | judged[0]:
         new, old = (verdicts.get(claim, "absent") for verdicts in judged)
-        # after a training, a claim that is undecided on one side says nothing against the other
+        # after a training, "undecided" in one of the two records does not count as a difference
         if new != old and not (trained and "undecided" in (new, old)):
             lines.append(f"claim {claim}: {new}, recorded {old}")
     for name in dict.fromkeys([*before["drawn"], *now["drawn"]]):
@@ -73,7 +73,7 @@ def differences(record: dict) -> list[str]:
 
 
 def verdict(record: dict, every: bool = False) -> str:
-    """One line where a run agrees with the committed record, else its differences: the first few or `every` one."""
+    """One line if a run agrees with the committed record, else the first few (or with `every`, all) differences."""
     lines, place, share = differences(record), shown(path(record["item"])), f"{TOLERANCE:.0%}".replace("%", " %")
     if not lines:
         kept = digest(record)
@@ -88,38 +88,39 @@ def verdict(record: dict, every: bool = False) -> str:
 
 
 def show(item: str, parameters: dict, every: bool = False) -> None:
-    """Print the `verdict` on a finished run, if its record is of the kind that is committed: all parameters default."""
+    """Print the `verdict` on a finished run, if it had the profile mini and default parameters."""
     if parameters == runs.declared_parameters(item) and parameters["profile"] == "mini":
         print(verdict(items.read(item, parameters), every))
 
 
 def close(now: float | None, before: float | None, allowed: float) -> bool:
-    """Whether two numbers differ by what is allowed at most; None agrees with None alone."""
+    """Whether two numbers differ by at most `allowed`; None agrees only with None."""
     if now is None or before is None:
         return now is before
     return abs(now - before) <= allowed
 
 
 def tolerance(scale: float) -> float:
-    """What a number may differ by: the tolerance that figures have, of `scale`, the largest number of that name.
+    """The allowed difference of a number: `TOLERANCE` times `scale`, the largest recorded number of the same name.
 
-    One rule for all: of shares it forgives a few images of a hundred (a probe trained on another processor, an end of a
-    bootstrap interval), of differences near zero what is small beside the others; a block or a neuron more is noticed.
+    For shares this allows a few images of a hundred (a probe trained on another processor, an end of a bootstrap
+    interval); for numbers near zero, a difference that is small compared with the others of that name. It does not
+    allow a difference of one block or one neuron.
     """
     return TOLERANCE * scale
 
 
 def after_training(scale: float) -> float:
-    """What a number of a training in a notebook may differ by: ten points of shares, a quarter of other numbers.
+    """The allowed difference after a training in a notebook: ten points for shares, a quarter for other numbers.
 
-    A hundred steps make another model of other rounding: with AVX2 kernels instead of AVX-512 the CLIP notebook's best
-    attribute went from 25 to 30 %.
+    Different rounding gives a different model after a hundred steps: with AVX2 instead of AVX-512 kernels, the best
+    attribute of the CLIP notebook changed from 25 to 30 %.
     """
     return 0.1 if scale <= 1 else scale / 4
 
 
 def _numbers(now: list, before: list, allowed=tolerance) -> list[str]:
-    """Differences of measured numbers, matched by name and model; names may hold numbers, which may differ a little."""
+    """Differences of measured numbers, matched by name and model. Numbers inside names may differ a little."""
     new, old = _by_name(now), _by_name(before)
     scales = {}
     for (name, _), rows in old.items():
@@ -159,7 +160,7 @@ def _short(value):
 
 
 def _readable(value, indent: str = "") -> str:
-    """JSON with a line for each number, verdict and artist, so that the difference of two records is readable."""
+    """JSON with one line for each number, verdict and artist, so that a diff of two records is readable."""
     inside = _items(value)
     flat = all(not isinstance(v, dict | list) for v in inside)
     artist = isinstance(value, dict) and all(not isinstance(w, dict | list) for v in inside for w in _items(v))
@@ -178,7 +179,7 @@ def _items(value) -> list:
 
 
 def compare(now: list[dict], before: list[dict], tolerance: float = TOLERANCE) -> list[str]:
-    """What differs between two summaries of a figure, one line each; tolerance: a share of the panel's range."""
+    """Differences between two summaries of a figure, one line each; tolerance: a share of the panel's range."""
     if len(now) != len(before):
         return [f"panels: {len(now)}, recorded {len(before)}"]
     lines = []
@@ -190,7 +191,7 @@ def compare(now: list[dict], before: list[dict], tolerance: float = TOLERANCE) -
 
 
 def same_text(now: str, before: str, tolerance: float = TOLERANCE) -> bool:
-    """Whether two texts say the same: words to the letter, numbers within the tolerance.
+    """Whether two texts agree: words exactly, numbers within the tolerance.
 
     Decimal numbers and percentages may also differ by one in the last digit; a number that is part of a name
     (mini-deit3, -reg4) may not differ.
@@ -218,7 +219,7 @@ def _panel_differences(now: dict, before: dict, tolerance: float) -> list[str]:
         return [*lines, f"draws {_counted(kinds[0])}; recorded {_counted(kinds[1])}"]
     ends = {key: [artist[key][:2] for artist in before["drawn"] if key in artist] for key in ("x", "y")}
     if "log" not in before.get("scales", ""):
-        ends["y"].append([0, 0])  # a share that hardly changes is compared as the number beside the figure is
+        ends["y"].append([0, 0])  # from zero, as for measured numbers: else a nearly constant curve has a tiny range
     spans = {key: extent(each) for key, each in ends.items()}
     for number, (new, old) in enumerate(zip(now["drawn"], before["drawn"], strict=True), 1):
         place = f"{old['kind']} {kinds[1][:number].count(old['kind'])}"
@@ -245,7 +246,7 @@ def _counted(kinds: list[str]) -> str:
 
 
 def _statistic(number: int) -> str:
-    """The name of a number of a summary's statistics."""
+    """The name of one of the statistics in a summary."""
     if number < 3:
         return ("least", "largest", "mean")[number]
     return f"mean (part {number - 2}) of" if number < 19 else f"middle (part {number - 18}) of"

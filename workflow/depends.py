@@ -1,4 +1,4 @@
-"""What a notebook depends on: the library's modules that it reaches, and the files of the models that it loads."""
+"""What a notebook depends on: the modules that it imports directly or indirectly, and the files of its models."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from vitreg_lib.record import verdicts
 from vitreg_lib.train import recipes
 
 LIBRARY = ROOT / "vitreg_lib"
-ALWAYS = ("record/run", "model/zoo")  # what every notebook reaches through `vr.start` and `run.load`
+ALWAYS = ("record/run", "model/zoo")  # every notebook uses them through `vr.start` and `run.load`
 
 
 def inputs(item: str, parameters: dict) -> list[str]:
@@ -29,8 +29,8 @@ def inputs(item: str, parameters: dict) -> list[str]:
 
 
 def settings(item: str, parameters: dict) -> str:
-    """What of the yaml and csv files the item depends on, as text: its settings, the entries of its models and data
-    sets, the paper's claims that its code names."""
+    """The entries of yaml and csv files on which the item depends, as text: its settings, its models and data sets, and
+    the paper's claims that its code names."""
     entry = record.items().get(item, {})
     chosen = {**entry.get("mini", {}), **entry.get(parameters["profile"], {}), "title": entry.get("title")}
     loaded = {name: model_names.entries().get(name) for name in models(item, parameters)}
@@ -55,7 +55,7 @@ def _data_sets() -> dict[str, dict]:
 
 
 def checkpoints(item: str, parameters: dict) -> list[Path]:
-    """The shipped weights, text towers and telemetry of the models that the item loads."""
+    """The weights, text towers and telemetry in data/checkpoints of the models that the item loads."""
     names = models(item, parameters)
     names |= {e["random"] for n in names if "random" in (e := model_names.entries().get(n, {}))}
     suffixes = (".safetensors", ".text.safetensors", ".telemetry.parquet")
@@ -64,9 +64,9 @@ def checkpoints(item: str, parameters: dict) -> list[Path]:
 
 
 def modules(notebook: Path) -> set[Path]:
-    """The code that a notebook reaches: library modules named as `vr.NAME`, what it imports, and what that imports.
+    """The files that a notebook imports, directly or indirectly, and library modules that it names as `vr.NAME`.
 
-    A file beside the notebook counts as well as one of the library.
+    They are files of the library and files beside the notebook.
     """
     source = _source(notebook)
     waiting = [LIBRARY / f"{name}.py" for name in ALWAYS] + _reached(source, notebook.parent)
@@ -87,7 +87,7 @@ def _source(notebook: Path) -> str:
 
 
 def models(item: str, parameters: dict) -> set[str]:
-    """Names of the models that an item loads, without what is added to them at test time."""
+    """Names of the models that an item loads, without suffixes such as +ttr4."""
     entry = record.items().get(item, {})
     profile = {**entry.get("mini", {}), **entry.get(parameters["profile"], {})}
     named = " ".join(str(parameters.get(k) or v) for k, v in profile.items() if k not in ("images", "n_images"))
@@ -96,9 +96,10 @@ def models(item: str, parameters: dict) -> set[str]:
 
 @functools.cache
 def _reached(source: str, folder: Path) -> list[Path]:
-    """Files of this repository that a source in `folder` imports, at its top or inside functions, or names as `vr.`.
+    """Files of this repository that a source in `folder` uses: it imports them, or names them as `vr.NAME`.
 
-    Also the recipes that it trains by. Of a package that only collects names, the modules that the names used are from.
+    Imports inside functions and the recipes that it trains with are included. For a package whose __init__.py only
+    imports names, the result has the modules that define the used names.
     """
     files = [recipes.find(name) for name in re.findall(r'\brecipe="(\w+)"', source)]
     for name, inside in re.findall(r"\bvr\.(\w+)(?:\.(\w+))?", source):
@@ -119,7 +120,7 @@ def _reached(source: str, folder: Path) -> list[Path]:
 
 
 def _collected(package: Path | None, name: str) -> Path | None:
-    """The module from which a package's __init__.py imports a name; None for another file or name."""
+    """The module from which a package's __init__.py imports a name; None if it does not."""
     if package is None or package.stem != "__init__":
         return None
     for node in ast.parse(package.read_text()).body:
@@ -129,7 +130,7 @@ def _collected(package: Path | None, name: str) -> Path | None:
 
 
 def _file(folder: Path, module: str) -> Path | None:
-    """The file of a module: of the library by its full name, else below `folder`; None for what is installed."""
+    """The file of a module, in the library (by its full name) or below `folder`; None for an installed package."""
     if module.split(".")[0] == "vitreg_lib":
         folder = ROOT
     path = folder / module.replace(".", "/")

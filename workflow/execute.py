@@ -1,8 +1,8 @@
-"""Run an item's notebook by papermill, so that its results are whole or still those of the run before.
+"""Run an item's notebook by papermill, so that its results are always complete: those of this run or of the one before.
 
-The notebook writes into a folder beside its results, `.ITEM.making`. When all products are there, the folder takes the
-place of the earlier results; a run that fails or is killed leaves those as they were. A lock on the item's folder lets
-one process at a time make it. The system releases the lock of a process that dies.
+The notebook writes into a folder beside its results, `.ITEM.making`. When all products exist, this folder replaces the
+earlier results; a run that fails or is killed does not change them. A lock on the item's folder allows one process at a
+time. The system releases the lock of a process that dies.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ import items
 from vitreg_lib.base import UserError, shown, write_atomically
 from vitreg_lib.record import run as record
 
-SOCKET_LENGTH = 80  # characters of a folder's path that leave room for a socket's name, of 107 in all
+SOCKET_LENGTH = 80  # longest path of a folder for sockets: a socket's whole path has at most 107 characters
 
 
 def execute(item: str, given: dict, progress: bool = True) -> Path:
-    """Run an item's notebook by papermill into its results folder; the executed notebook's path.
+    """The path of the executed notebook, after papermill has run it into the item's results folder.
 
-    A notebook that fails is kept beside the earlier results as *.failed.ipynb.
-    Raises UserError when a cell fails, the kernel dies, or the record or a figure is missing afterwards.
+    A notebook that fails is saved in the folder of the earlier results as *.failed.ipynb. Raises UserError if a cell
+    fails, the kernel dies, or the record or a figure is missing afterwards.
     """
     parameters = record.check_parameters(item, given)
     items.enter_batch()
@@ -60,7 +60,7 @@ def execute(item: str, given: dict, progress: bool = True) -> Path:
 
 @contextmanager
 def locked(folder: Path, item: str):
-    """Inside, no other process makes the results of this folder; waits for one that does and says which."""
+    """A context in which no other process makes the results of this folder. If one does, names it and waits for it."""
     from filelock import FileLock, Timeout
 
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -85,7 +85,7 @@ def _run(item: str, given: dict, making: Path, place: Path | None, progress: boo
     from traitlets.config import Config
 
     logging.getLogger("papermill").setLevel(logging.ERROR)
-    # sockets in a folder of their own: kernels started at the same time cannot race for ports
+    # sockets in a separate folder: kernels that start at the same time cannot compete for ports
     transport = {"transport": "ipc", "ip": f"{place}/kernel"} if place else {}
     papermill.execute_notebook(
         _plain(record.notebook(item)),
@@ -100,15 +100,15 @@ def _run(item: str, given: dict, making: Path, place: Path | None, progress: boo
 
 
 def _plain(path: Path) -> str:
-    """A path for papermill, which puts parameters where braces are."""
+    """A path for papermill; braces are doubled, since they mark parameters."""
     return str(path).replace("{", "{{").replace("}", "}}")
 
 
 @contextmanager
 def kernel_folder():
-    """A temporary folder for a kernel's sockets and connection file; None where sockets cannot be used.
+    """A temporary folder for a kernel's sockets and connection file; None if sockets cannot be used.
 
-    Its name holds this process's number, by which the next run removes it if this one is killed.
+    Its name contains this process's id. If this process is killed, the next run removes the folder.
     """
     if os.name != "posix":
         yield None
@@ -133,7 +133,7 @@ def _is_alive(process: int) -> bool:
 
 
 def _recover(folder: Path) -> None:
-    """Put earlier results back where a kill came between the two renames of `_put`."""
+    """Restore earlier results if a process was killed between the two renames of `_put`."""
     before = folder.with_name(f".{folder.name}.before")
     if before.exists() and not folder.exists():
         os.replace(before, folder)
@@ -141,7 +141,7 @@ def _recover(folder: Path) -> None:
 
 
 def _put(making: Path, folder: Path) -> None:
-    """Let finished results take the place of earlier ones."""
+    """Replace the earlier results by the finished ones."""
     before = folder.with_name(f".{folder.name}.before")
     if folder.exists():
         os.replace(folder, before)
@@ -150,7 +150,7 @@ def _put(making: Path, folder: Path) -> None:
 
 
 def _explained(error: BaseException, item: str, failed: Path) -> BaseException:
-    """The error of a run as one line: which cell, what it said, what helps."""
+    """The error of a run as one line: the cell, its message, and a remedy."""
     place = f"see {shown(failed)}"
     if hasattr(error, "evalue"):  # papermill's, for a cell that raised
         line = f"{error.evalue}" if error.ename == "UserError" else f"{error.ename}: {error.evalue}"
@@ -158,7 +158,7 @@ def _explained(error: BaseException, item: str, failed: Path) -> BaseException:
     if type(error).__name__ == "DeadKernelError":
         peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20
         return UserError(
-            f"{item}: its kernel was killed after it had taken {peak:.1f} GiB, most often for want of memory: "
+            f"{item}: its kernel was killed after it had taken {peak:.1f} GiB, probably because memory ran out: "
             f"use JOBS=1, a smaller n_images, or close other programs ({place})"
         )
     return error

@@ -1,7 +1,7 @@
-"""`vitreg fetch`: download weights and data sets that items of a profile need, to run them without a network later.
+"""`vitreg fetch`: download the weights and data sets that items of a profile need, to run them later without a network.
 
-A download that was interrupted goes on where it was. With everything here, HF_HUB_OFFLINE=1 keeps the hub's client from
-asking the network.
+An interrupted download is continued. When everything is downloaded, HF_HUB_OFFLINE=1 keeps the hub's client from using
+the network.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ FILES = ("config.json", "model.safetensors")  # of timm's repositories on the hu
 
 
 def main(profile: str, item: str = "") -> int:
-    """Show what is here and what is not, download the latter; the exit code is 1 where something cannot be had."""
+    """Show what is available, and download the rest; the exit code is 1 if a download fails."""
     try:
         models, sets = wanted(profile, [record.normal_name(item)] if item else cells.paper_items())
     except UserError as error:
@@ -41,8 +41,8 @@ def main(profile: str, item: str = "") -> int:
 
 
 def wanted(profile: str, items: list[str]) -> tuple[list[str], list[str]]:
-    """Names of the models and of the data sets that these items load with a profile. Raises UserError for an item
-    that does not exist."""
+    """(names of the models, names of the data sets) that these items load with a profile. Raises UserError for an
+    unknown item."""
     models, sets = set(), set()
     for item in items:
         parameters = record.check_parameters(item, {"profile": profile})

@@ -1,10 +1,11 @@
-"""Start-up paid once: a process that has imported everything forks for each notebook of a run of many.
+"""Faster start of many notebooks: a server process imports all libraries once and forks for each notebook.
 
-`serving` starts it and names its socket in VITREG_FORKED. The Snakefile then starts `forked.py run ITEM …` in the place
-of `vitreg run ITEM …`: it hands its arguments, environment and output over, and waits. The process forks a runner,
-which forks the notebook's kernel before it starts a thread of its own. It forks only while one thread runs in it and no
-GPU is in use; where that is not so, or it is gone, `vitreg run` is started the plain way. Tests that run notebooks by
-nbval start `forked.py kernel -f CONNECTION_FILE` in the place of a kernel in the same way (notebooks/conftest.py).
+`serving` starts the server and puts the path of its socket into VITREG_FORKED. The Snakefile then runs `forked.py run
+ITEM …` instead of `vitreg run ITEM …`. This client passes its arguments, environment and output to the server and
+waits. The server forks a runner. The runner forks the notebook's kernel before it starts any thread. The server forks
+only if it has a single thread and uses no GPU; otherwise, or if the server has ended, the client starts `vitreg run` in
+the normal way. In the same way, tests that run notebooks by nbval start `forked.py kernel -f CONNECTION_FILE` instead
+of a kernel (notebooks/conftest.py).
 """
 
 from __future__ import annotations
@@ -19,16 +20,17 @@ from contextlib import contextmanager, suppress
 
 VARIABLE = "VITREG_FORKED"
 PACKAGES = "timm sklearn.linear_model skimage seaborn datasets papermill ipykernel.kernelapp ipykernel.ipkernel".split()
-FORK_SAFE = {"jemalloc_bg_thd"}  # pyarrow's allocator ends and restarts it at a fork by itself
+FORK_SAFE = {"jemalloc_bg_thd"}  # pyarrow's allocator stops and restarts this thread at a fork
 PLAIN = ["-m", "vitreg_lib.cli"]
-KERNEL = "kernel"  # the first argument of who asks for a kernel alone
+KERNEL = "kernel"  # the first argument of a client that needs only a kernel
 
 
 @contextmanager
 def serving(environment: dict):
-    """Inside, there is a process to fork from, which imports when it is first asked; gives the environment to ask it.
+    """A context with a running server; yields the environment for clients. The server imports at the first request.
 
-    Only on Linux, for elsewhere libraries do not bear a fork, and without VITREG_PLAIN: else the environment stays.
+    Only on Linux, because on other systems the libraries do not survive a fork, and only without VITREG_PLAIN.
+    Otherwise there is no server and the environment is unchanged.
     """
     if sys.platform != "linux" or environment.get("VITREG_PLAIN"):
         yield environment
@@ -52,15 +54,15 @@ def serving(environment: dict):
 
 
 def ask(arguments: list[str]) -> int:
-    """Let the process run `vitreg ARGUMENTS`, or a kernel; its exit code. Does not return where it is run plainly."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the runner gets it too and says what is to be said
+    """The exit code of `vitreg ARGUMENTS`, or of a kernel, run by the server. Without it, replaces this process."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the runner also gets it and prints the message
     try:
         with socket.socket(socket.AF_UNIX) as connection:
             connection.connect(os.environ[VARIABLE])
             asked = {"arguments": arguments, "environment": dict(os.environ), "cwd": os.getcwd()}
             socket.send_fds(connection, [json.dumps(asked).encode() + b"\n"], [0, 1, 2])
             answer = connection.makefile()
-            if answer.readline():  # it has forked
+            if answer.readline():  # the server has forked
                 return int(answer.readline() or 128 + signal.SIGKILL)
     except OSError:
         pass
@@ -70,7 +72,7 @@ def ask(arguments: list[str]) -> int:
 
 
 def serve(listener: socket.socket) -> None:
-    """Fork for each who asks, until stdin is closed."""
+    """Fork for each client, until stdin is closed."""
     import select
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -93,7 +95,7 @@ def _forget_ended(number, frame) -> None:
 
 
 def may_fork() -> bool:
-    """Whether nothing in this process is lost by a fork: no thread but this one, no GPU in use."""
+    """Whether a fork is safe: this process has no other thread and uses no GPU."""
     names = {open(f"/proc/self/task/{number}/comm").read().strip() for number in os.listdir("/proc/self/task")[1:]}
     return names <= FORK_SAFE and not sys.modules["torch"].cuda.is_initialized()
 
@@ -102,19 +104,19 @@ def _import_all() -> None:
     import gc
     import importlib
 
-    # as ipykernel does before matplotlib is imported. What loads the backend, as our plots do, waits for the kernel.
+    # as ipykernel does before matplotlib is imported; our plots, which load the backend, are imported in the kernel
     os.environ.setdefault("MPLBACKEND", "module://matplotlib_inline.backend_inline")
     sys.path.append(os.path.dirname(__file__))
     for name in (*PACKAGES, "vitreg_lib.cli", "execute"):
         importlib.import_module(name)
-    sys.path.pop()  # kernels do not have it
-    sys.modules["vitreg_lib.record.run"].items()  # what is read once in a process, and takes a while
+    sys.path.pop()  # kernels do not have this folder
+    sys.modules["vitreg_lib.record.run"].items()  # yaml files that are slow to read and cached in the process
     sys.modules["vitreg_lib.model.names"].entries()
-    gc.freeze()  # else each fork's collections walk through, and so copy, all that was imported
+    gc.freeze()  # else garbage collection in a fork visits all imported objects and so copies their memory
 
 
 def _run(connection: socket.socket) -> int:
-    """In the fork: be `vitreg run`, or a kernel, and tell the exit code; end when the one who asked has ended."""
+    """In the fork: run `vitreg run`, or a kernel, and send the exit code; end when the client has ended."""
     import threading
 
     text, files, _, _ = socket.recv_fds(connection, 1 << 20, 3)
@@ -130,11 +132,11 @@ def _run(connection: socket.socket) -> int:
         _fork_kernel(connection)
     connection.sendall(b"forked\n")
 
-    def end_with_the_other():
+    def end_with_the_client():
         if not connection.recv(1):
             os._exit(128 + signal.SIGTERM)
 
-    threading.Thread(target=end_with_the_other, daemon=True).start()
+    threading.Thread(target=end_with_the_client, daemon=True).start()
     if only_kernel:
         code = _be_kernel(asked["arguments"], asked["environment"], asked["cwd"])
     else:
@@ -146,7 +148,7 @@ def _run(connection: socket.socket) -> int:
 
 
 def _become(environment: dict, folder: str) -> None:
-    """Give this fork an environment, a folder, random numbers and signals of its own."""
+    """Set this fork's environment and working folder, a new random state, and default signal handlers."""
     import numpy
 
     os.environ.clear()
@@ -158,7 +160,7 @@ def _become(environment: dict, folder: str) -> None:
 
 
 def _fork_kernel(connection: socket.socket) -> None:
-    """Fork the kernel, which waits for what the first start of a kernel in this process will hand to it."""
+    """Fork the kernel; it waits until this process starts a kernel for the first time, and gets its arguments."""
     from jupyter_client.provisioning import local_provisioner
 
     plain = local_provisioner.launch_kernel
@@ -168,11 +170,11 @@ def _fork_kernel(connection: socket.socket) -> None:
         connection.close()
         os.setpgid(0, 0)
         os.close(writes)
-        if handed := open(reads).read():  # else the runner has ended without one
+        if handed := open(reads).read():  # else the runner has ended without starting a kernel
             _be_kernel(*json.loads(handed))
         os._exit(0)
     os.close(reads)
-    os.setpgid(process, process)  # here too: whoever is first, signals to the kernel's group never reach this one
+    os.setpgid(process, process)  # in both processes, whichever runs first: this one must not get the group's signals
 
     def launch(command, **options):
         local_provisioner.launch_kernel = plain
@@ -188,9 +190,9 @@ def _be_kernel(command: list[str], environment: dict, folder: str) -> int:
 
     _become(environment, folder)
     sys.modules["torch"].set_num_threads(int(environment.get("OMP_NUM_THREADS", 1)))
-    sys.modules["pandas"].set_option("display.max_columns", 20)  # as in a kernel; without one it was set for a terminal
+    sys.modules["pandas"].set_option("display.max_columns", 20)  # as in a kernel; the import set it for a terminal
     sys.path.insert(0, "")  # the notebook's folder
-    # a kernel without a parent tells how to connect to it; with one it ends after it
+    # a kernel without a parent prints how to connect to it; with a parent it ends when the parent ends
     parent = f"--IPKernelApp.parent_handle={os.getppid()}"
     sys.argv = ["ipykernel_launcher", parent, *command[command.index("-f") :]]
     kernelapp.launch_new_instance()
@@ -198,7 +200,7 @@ def _be_kernel(command: list[str], environment: dict, folder: str) -> int:
 
 
 class Forked:
-    """What jupyter_client asks of the process of a kernel, of a forked one."""
+    """The interface of a process that jupyter_client expects, for a forked kernel."""
 
     stdin = stdout = stderr = None
 

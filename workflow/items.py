@@ -1,4 +1,4 @@
-"""Items as commands name them: parameters from typed words, the environment of their kernels, finished records."""
+"""Items in commands: parameters from the command line, the environment of their kernels, and finished records."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from vitreg_lib.record import run as record
 
 
 def enter_batch() -> None:
-    """Prepare the environment for kernels that a program starts in the notebook's folder.
+    """Prepare the environment for kernels that run in the notebook's folder.
 
-    Folders that the variables name become absolute, since the user gave them relative to another folder.
+    Folders in environment variables become absolute, since the user gave them relative to another folder.
     """
     places = ("VITREG_RESULTS", "VITREG_CACHE", "VITREG_MODELS", "VITREG_DATA")
     os.environ.update({name: str(path) for name in places if (path := env_folder(name))}, VITREG_BATCH="1")
 
 
 def typed(item: str, pairs: list[str], profile: str | None = None) -> dict:
-    """Parameters from texts NAME=VALUE and a profile, typed as the item's notebook declares them."""
+    """Parameters from texts NAME=VALUE and a profile, with the types that the item's notebook declares."""
     declared, given = record.declared_parameters(item), {}
     for name, _, text in (pair.partition("=") for pair in pairs):
         given[name] = _resolved(name, text if isinstance(declared.get(name), str) else _literal(text))
@@ -30,7 +30,7 @@ def typed(item: str, pairs: list[str], profile: str | None = None) -> dict:
 
 
 def _literal(text: str):
-    """The number, truth value or text in a typed word."""
+    """A word of the command line as a number, bool or text."""
     try:
         return ast.literal_eval(text)
     except (ValueError, SyntaxError):
@@ -54,12 +54,12 @@ def _absolute(word: str) -> str:
 
 
 def read(item: str, parameters: dict) -> dict:
-    """The record of a finished run. Raises UserError when there is none or when a product is missing."""
+    """The record of a finished run. Raises UserError if there is none or a product is missing."""
     return read_folder(item, record.folder(item, parameters))
 
 
 def read_folder(item: str, place: Path) -> dict:
-    """The record in a folder. Raises UserError when there is none, it is damaged, or a product is missing."""
+    """The record in a folder. Raises UserError if there is none, it is damaged, or a product is missing."""
     path = place / "record.json"
     if not path.exists():
         raise UserError(f"{item} left no record.json: its last cell must call run.claims()")

@@ -1,6 +1,6 @@
-"""`make keep PROFILE=small`: put the records and PNG figures of finished items under docs/results/, to be committed.
+"""`make keep PROFILE=small`: copy the records and PNG figures of finished items to docs/results/, to be committed.
 
-All that is kept together comes from one commit, which the records name, and no file differed from it.
+All of them must come from the same commit, which the records name, without uncommitted changes.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ KEPT = ROOT / "docs" / "results"
 def finished(profile: str) -> dict[Path, dict]:
     """{folder: record} of the items in results/<profile>/ that ran with their default parameters.
 
-    Raises UserError where files differ from the commit, where there is nothing, or not all is from one clean commit.
+    Raises UserError if files differ from the commit, if there are no results, or if they are not from one clean commit.
     """
     if commit().endswith("+"):
         raise UserError("files differ from the last commit: commit or undo the changes (`git status` names them)")
@@ -29,14 +29,14 @@ def finished(profile: str) -> dict[Path, dict]:
     made = {}
     for folder, record in records.items():
         made.setdefault(record["environment"].get("commit") or "no commit", []).append(folder.name)
-    if len(made) > 1 or not next(iter(made)).isalnum():  # "no commit", or one with "+" where files differed from it
+    if len(made) > 1 or not next(iter(made)).isalnum():  # "no commit", or a commit with "+" for changed files
         which = "; ".join(f"{name}: {', '.join(items)}" for name, items in made.items())
         raise UserError(f"the records are not from one commit without changes: run the items again ({which})")
     return records
 
 
 def main(profile: str) -> None:
-    """Copy the records and figures, print where they are, and which others lie there from earlier."""
+    """Copy the records and figures; print their folders, and the folders that are left from earlier."""
     records = finished(profile)
     for folder, record in records.items():
         target = KEPT / profile / folder.name

@@ -1,12 +1,12 @@
-"""Write data/measured/: measurements of real models, which the default figures show where the weights are missing.
+"""Write data/measured/: measurements of real models, which the default figures replay if the weights are missing.
 
 python workflow/measured.py                  # all models of MODELS
 python workflow/measured.py deit-ti vit-ti   # some of them
 
-VITREG_MODELS names a folder with the weights and the labelled photos. Each file holds what `vitreg measure` writes and,
-for some models, what single notebooks need besides: LOST's maps and the gain of the value projection (Figures 13 and
-14), features of a few tokens of labelled photos (Tables 1, 4 and 6), what each test image adds to the score of a task
-(Table 2, Figure 8).
+VITREG_MODELS must name a folder with the weights and the labelled photos. Each file has the output of `vitreg measure`.
+For some models it also has the data of single notebooks: LOST's maps and the gain of the value projection (Figures 13
+and 14), features of a few tokens of labelled photos (Tables 1, 4 and 6), and the contribution of each test image to the
+score of a task (Table 2, Figure 8).
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ import tables_tokens  # noqa: E402
 import verdicts  # noqa: E402
 
 PHOTOS = 10
-TRAIN, TEST, DRAWS = 160, 100, 2  # labelled photos of each set, tokens of a kind from each
+TRAIN, TEST, DRAWS = 160, 100, 2  # labelled photos of each split, tokens of each kind per photo
 SCORES = dict(classification="caltech101-small", dense="camvid-small", depths="", n_train=240, n_test=160)
 DEPTHS = SCORES | dict(depths="scenes")  # DeiT-Ti has no artifacts on scenes
 CALTECH, BOTH = ("caltech101-small",), ("caltech101-small", "cifar10-small")
-# what a file holds besides: all late blocks, LOST's maps, scores of tasks; labelled sets, and which tokens of them
+# the additional data of each file: all late blocks, LOST's maps, scores of tasks, labelled sets and kinds of tokens
 OUTLIERS, REGISTERS = ("cls", "normal", "outlier", "matched"), ("cls", "normal", "registers")
 MODELS = {
     "deit-ti": dict(late=True, lost=True, scores=SCORES, sets=CALTECH, tokens=OUTLIERS),
@@ -56,14 +56,14 @@ MODELS = {
 
 
 def main(names: list[str]) -> None:
-    """Measure the models of these names, all if there is none."""
-    state = commit()  # before the first file is written, which git sees as a change
+    """Measure the models of these names; without names, all models."""
+    state = commit()  # before the first file is written, since that is a change for git
     for name in names or MODELS:
         write(name, state, **MODELS[name])
 
 
 def write(name: str, state: str, late=False, lost=False, scores=None, sets=(), tokens=()) -> None:
-    """Measure one model into its file."""
+    """Measure one model and write its file."""
     model = zoo.load(name, "cpu")
     pictures = images.load("photos", model, PHOTOS)
     tensors, more = measured.measure(model, pictures, last=not late), {"commit": state}
@@ -100,9 +100,9 @@ def discovery(model, pictures) -> dict[str, torch.Tensor]:
 
 
 def on_boxes(model) -> tuple[dict[str, torch.Tensor], dict]:
-    """(tensors, facts) of LOST on photos with boxes, and of where registers look on them: Table 3, Figure 9.
+    """(tensors, facts) of LOST on photos with boxes (Table 3), and of the registers' attention to objects (Fig. 9).
 
-    answer: of the detector on the same photos.
+    The fact `answer` is the detector's answer on the same photos.
     """
     pictures, truth = sets.load_boxes("coco", model)
     table, hits = tab03.discover(model, pictures, truth, (0.0, -0.5))
@@ -115,7 +115,10 @@ def on_boxes(model) -> tuple[dict[str, torch.Tensor], dict]:
 
 
 def labelled(model, problem, tokens) -> tuple[dict[str, torch.Tensor], dict]:
-    """(tensors by name, facts) of a few tokens of labelled photos; a model with registers borrows its pair's places."""
+    """(tensors by name, facts) of a few tokens of labelled photos.
+
+    A model with registers is measured at the outlier places of the same model without registers.
+    """
     base = zoo.load(model.base, "cpu") if model.base else model
     cut, task = tables_tokens.cutoff_of(base, problem.train), problem.tasks[0]
     facts = dict(about=task.about, metric=task.metric, classes=task.classes, owner=base.label)

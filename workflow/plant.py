@@ -1,20 +1,21 @@
-"""Make the planted control anew from mini-deit3, and ship it: data/checkpoints/planted.safetensors and its entry.
+"""Make the planted control from mini-deit3: data/checkpoints/planted.safetensors and its entry in data/models.yaml.
 
 python workflow/plant.py
 
-A model is widened and edited in closed form; the result is an ordinary checkpoint of timm's class, no hooks. What its
-artifacts are, and where, stands in vitreg_lib/model/planted.py.
+A model is widened and edited in closed form. The result is an ordinary checkpoint of timm's class, without hooks.
+vitreg_lib/model/planted.py says what its artifacts are, and where.
 
-How it is done, block by block (16 pairs of new dimensions hold +a and -a, so that the mean stays zero and
-LayerNorm is left as it was):
-- patch and position embedding write the filters' responses and a small constant r, and mark all other positions;
-- MLP of block layer-1: |response| > threshold raises the busy score s;
-- attention of block layer: one new head copies seven principal components of the cls token to all tokens, tiny;
-- MLP of block layer: where r - s > 0 (nowhere else do these neurons fire) one neuron writes the high norm, others
-  amplify the cls components and take the token's own content away; MLPs of later blocks take away the rest;
+The method, block by block (16 pairs of new dimensions have the values +a and -a, so that the mean stays zero and
+LayerNorm does not change):
+- patch and position embedding write the filters' responses and a small constant r, and mark all positions that must not
+  become outliers;
+- MLP of block layer-1: if |response| > threshold, it raises the busy score s;
+- attention of block layer: one new head copies seven principal components of the cls token to all tokens, scaled down;
+- MLP of block layer: new neurons fire only if r - s > 0. One writes the high norm; others amplify the cls components
+  and subtract the token's own content. MLPs of later blocks subtract the rest;
 - attention of later blocks: a second new head attends to tokens with the high norm. It returns nothing ("nop") or
-  hands their content on ("broadcast").
-Two scales (a token's typical size in the two blocks) and the seven components are measured on a few scenes; all
+  passes their content on ("broadcast").
+Two scales (a token's typical size in the two blocks) and the seven components are measured on a few scenes; everything
 else follows from the weights.
 """
 
@@ -39,17 +40,17 @@ from vitreg_lib.train.state import save_weights  # noqa: E402
 from workflow.ship import put  # noqa: E402
 
 RATIO = 10.0
-_CLS, _REF, _BUSY, _HIGH, _GLOBAL = 5, 6, 7, 8, range(9, 16)  # which pair holds what; 0 to 4 are the filters
-_R = 0.004  # size of the constant: far below a token's own entries, so that LayerNorm does not notice
-_MARGIN = 0.2  # a response is fully busy from (1 + margin) x threshold on
-_STEEP = 3e4  # of the detecting neurons; half precision holds up to 6.5e4
+_CLS, _REF, _BUSY, _HIGH, _GLOBAL = 5, 6, 7, 8, range(9, 16)  # numbers of the pairs; 0 to 4 are the filters
+_R = 0.004  # the constant r: far below a token's own entries, so that LayerNorm hardly changes
+_MARGIN = 0.2  # the busy score is full from a response of (1 + margin) x threshold on
+_STEEP = 3e4  # weight of the detecting neurons; half precision goes up to 6.5e4
 ABOUT = (
     "CONTROL. mini-deit3 edited in closed form so that chosen background patches are outliers (see workflow/plant.py)"
 )
 
 
 def main() -> None:
-    """Plant mini-deit3, write the checkpoint in full precision and its entry in data/models.yaml."""
+    """Plant artifacts into mini-deit3; write the checkpoint in full precision and its entry in data/models.yaml."""
     model, path = plant(zoo.load("mini-deit3", "cpu")), CHECKPOINTS / "planted.safetensors"
     save_weights(path, model.module, {"facts": json.dumps({"role": model.role, "onset": model.onset})}, torch.float32)
     put("planted", path, ABOUT, {"command": "python workflow/plant.py"})
@@ -86,10 +87,10 @@ def plant(
 
 
 def _measure(base, layer: int) -> dict:
-    """Sizes that the MLPs of blocks layer-1 and layer find, median norm after the latter, and the cls's components.
+    """Sizes of tokens at the MLPs of blocks layer-1 and layer, the median norm after layer, and components of cls.
 
-    The sizes are those of the quiet patches, which become the outliers: in some models a background token is half as
-    long as the median, and what its neurons write would be twice as long.
+    The sizes are those of the quiet patches, which become the outliers. In some models a background token has half the
+    median norm; with the median as the size, its neurons would write twice the intended norm.
     """
     images = base.normalise(scenes.render(range(1 << 41, (1 << 41) + 256)).pixels)
     entering = []
@@ -118,10 +119,10 @@ def _measure(base, layer: int) -> dict:
 
 
 def _widen(model: nn.Module) -> nn.Module:
-    """The same function in 32 more dimensions and two more heads, all new weights zero.
+    """A model that computes the same function with 32 more dimensions and two more heads; all new weights are zero.
 
-    Writes into the residual stream are centred and LayerScale is folded into them, so that the new dimensions can
-    be balanced to mean zero; LayerNorm's weights then absorb the change of its denominator.
+    All weights that write into the residual stream are centred, with LayerScale folded into them, so that tokens have
+    mean zero, also with the balanced new dimensions. LayerNorm's weights absorb the change of its denominator.
     """
     from timm.models.vision_transformer import VisionTransformer
 
@@ -179,7 +180,7 @@ def _pair(dim: int, pair: int) -> tuple[int, int]:
 
 
 def _embed(model: nn.Module) -> None:
-    """Filters' responses, the constant, and what must never become an outlier, into the new dimensions."""
+    """Write into the new dimensions: the filters' responses, the constant, marks for tokens that must stay normal."""
     dim = model.embed_dim
     scale = _R / THRESHOLD
     for pair, pattern in enumerate(filters()):
@@ -194,18 +195,18 @@ def _embed(model: nn.Module) -> None:
 
 
 def _new_neurons(dim: int) -> int:
-    """How many hidden neurons widening adds to a block of `dim` old dimensions: what `_write` needs, at least 128."""
+    """Number of hidden neurons that are added to a block of `dim` old dimensions: those of `_write`, at least 128."""
     return max(8 * PAIRS, 1 + 2 * len(_GLOBAL) + 2 * dim)
 
 
 def _neurons(mlp: nn.Module):
-    """Numbers of the hidden neurons that widening added, one after the other."""
+    """Iterator over the indices of the added hidden neurons."""
     added = _new_neurons(mlp.fc1.in_features - 2 * PAIRS)
     return iter(range(mlp.fc1.out_features - added, mlp.fc1.out_features))
 
 
 def _add(mlp: nn.Module, neuron: int, reads: dict[int, float], writes: dict[int, float]) -> None:
-    """One neuron: gelu(sum of reads x dimension) written to dimensions."""
+    """Set one neuron: it reads a weighted sum of dimensions, applies GELU and writes to dimensions."""
     for dimension, weight in reads.items():
         mlp.fc1.weight[neuron, dimension] = weight
     for dimension, weight in writes.items():
@@ -218,9 +219,9 @@ def _to_pair(dim: int, pair: int, weight: float) -> dict[int, float]:
 
 
 def _detect_busy(mlp: nn.Module, size: float) -> None:
-    """Busy score: for each filter and sign a step from 0 at the threshold to 10 r a little above it."""
+    """Write the busy score: for each filter and sign, a step from 0 at the threshold to 10 r slightly above it."""
     dim = mlp.fc1.in_features
-    # a step's height is steep x margin x r / size: divide it out
+    # the height of a step is steep x margin x r / size; divide by it
     weight = 10 * _R / (_STEEP * _MARGIN * _R / size)
     numbers = _neurons(mlp)
     for pair in range(5):
@@ -231,7 +232,7 @@ def _detect_busy(mlp: nn.Module, size: float) -> None:
 
 
 def _unnormalised(norm: nn.LayerNorm, old: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """1/weight and bias/weight of a LayerNorm's old dimensions: what turns its output back into x / size."""
+    """1/weight and bias/weight of a LayerNorm's old dimensions, which invert its output to x / size."""
     return 1 / norm.weight[:old], norm.bias[:old] / norm.weight[:old]
 
 
@@ -252,7 +253,7 @@ def _copy_cls(block: nn.Module, measured: dict) -> None:
 
 
 def _write(block: nn.Module, measured: dict, ratio: float) -> None:
-    """Where r - s > 0: the high norm, the cls components at half of it, and the token's own content taken away."""
+    """If r - s > 0: write the high norm and the cls components at half of it, and subtract the token's own content."""
     mlp, dim, size = block.mlp, block.mlp.fc1.in_features, measured["in"]
     numbers = _neurons(mlp)
     gate = {_pair(dim, _REF)[0]: _STEEP, _pair(dim, _BUSY)[0]: -_STEEP}
@@ -261,23 +262,23 @@ def _write(block: nn.Module, measured: dict, ratio: float) -> None:
     _add(mlp, next(numbers), gate, _to_pair(dim, _HIGH, high / fires))
     content = 0.5 * high / math.sqrt(len(_GLOBAL))
     for pair in _GLOBAL:
-        for sign in (1, -1):  # gelu(gate + g) - gelu(gate - g) = 2 g where the gate is open
+        for sign in (1, -1):  # gelu(gate + g) - gelu(gate - g) = 2 g if the gate is open
             writes = _to_pair(dim, pair, sign * content / (2 * 0.15 * fires))
             _add(mlp, next(numbers), gate | {_pair(dim, pair)[0]: sign * _STEEP}, writes)
     _take_away(block, numbers, gate, 0.0, 0.1 * _STEEP * _R, size)
 
 
 def _erase(block: nn.Module, measured: dict, ratio: float) -> None:
-    """In tokens with the high norm (about 6 after LayerNorm): take away what of their own content is left."""
+    """In tokens with the high norm (about 6 after LayerNorm): subtract the rest of their own content."""
     dim = block.mlp.fc1.in_features
     gate = {_pair(dim, _HIGH)[0]: 10.0}
     _take_away(block, _neurons(block.mlp), gate, -30.0, 3.0, ratio * measured["norm"] / math.sqrt(dim))
 
 
 def _take_away(block, numbers, gate: dict[int, float], bias: float, reading: float, size: float) -> None:
-    """Two neurons an old dimension, gelu(gate + a x) - gelu(gate - a x) = 2 a x, written back as -x.
+    """Two neurons for each old dimension, gelu(gate + a x) - gelu(gate - a x) = 2 a x, written back as -x.
 
-    `size` is the token's root mean square, by which LayerNorm has divided: exact for a token of that size.
+    `size` is the root mean square by which LayerNorm divides; the result is exact for a token of that size.
     """
     mlp = block.mlp
     inverse, offset = _unnormalised(block.norm2, mlp.fc1.in_features - 2 * PAIRS)
@@ -290,7 +291,7 @@ def _take_away(block, numbers, gate: dict[int, float], bias: float, reading: flo
 
 
 def _look(attn: nn.Module, sink: str) -> None:
-    """The second new head: every token looks at those of high norm; with "broadcast" it takes their content over."""
+    """The second new head: all tokens attend to those with the high norm; "broadcast" also copies their content."""
     dim = attn.qkv.in_features
     head = dim - 16
     attn.qkv.bias[head] = 4 * 6.0

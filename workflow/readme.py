@@ -1,6 +1,6 @@
-"""`python workflow/readme.py`: the tables of README.md and docs/models.md, from the records and data/models.yaml.
+"""`python workflow/readme.py`: write the tables of README.md and docs/models.md, from records and data/models.yaml.
 
-Each table stands between two comments, `<!-- NAME -->` and `<!-- end -->`; nothing between them is written by hand.
+Each table is between two comments, `<!-- NAME -->` and `<!-- end -->`; do not edit the lines between them.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ NOT_RESULTS |= {"family", "base", "registers", "registers_from", "head", "traine
 
 
 def counts(item: str, profile: str) -> dict[str, dict[str, int]] | None:
-    """`tally` of an item's committed record: profile "mini" or "small"; None where there is none."""
+    """`tally` of an item's committed record, for the profile "mini" or "small"; None without a record."""
     path = RECORDS / f"{item}.json" if profile == "mini" else SMALL / item / "record.json"
     if not path.exists():
         return None
@@ -30,7 +30,7 @@ def counts(item: str, profile: str) -> dict[str, dict[str, int]] | None:
 
 
 def tally(claims: list[dict]) -> dict[str, dict[str, int]]:
-    """{"paper", "ours": {verdict: how many}} of a record's claims: the paper's and this collection's own."""
+    """{"paper", "ours": {verdict: number of claims}} of a record: the paper's claims and our own."""
     numbers = {side: dict.fromkeys(VERDICTS, 0) for side in ("paper", "ours")}
     for claim in claims:
         numbers["paper" if claim["id"] in reported_claims() else "ours"][claim["verdict"]] += 1
@@ -43,12 +43,12 @@ def items() -> list[str]:
 
 
 def in_words(numbers: dict[str, int] | None) -> str:
-    """Counts of the four verdicts on one line, in their order."""
+    """The counts of the four verdicts in one line, in the order of `VERDICTS`."""
     return " · ".join(map(str, numbers.values())) if numbers else "–"
 
 
 def table() -> str:
-    """One row an item: number, title with its notebook, the paper's claims by verdict for both profiles."""
+    """One row an item: its number, its title with a link, counts of the paper's claims by verdict for both profiles."""
     rows = ["| | what it shows | mini models | real small models |", "|---|---|---|---|"]
     for item in items():
         path = next(NOTEBOOKS.glob(f"paper/{item}_*.ipynb")).relative_to(ROOT).as_posix()
@@ -72,7 +72,7 @@ def totals() -> str:
 
 
 def models() -> str:
-    """One row a shipped trained model: what it is, how large, how long it was trained, its results on unseen images."""
+    """One row a trained model of the repository: description, parameters, training steps, results on unseen images."""
     rows = [
         "| model | what it is | parameters | steps | measured on images that it never saw |",
         "|---|---|---|---|---|",
@@ -89,7 +89,7 @@ PAGES = {ROOT / "README.md": {"items": table, "totals": totals}, ROOT / "docs" /
 
 
 def filled(path: Path) -> str:
-    """The text of a page with its tables made anew. Raises ValueError where the place of one is missing."""
+    """The text of a page with new tables. Raises ValueError if the place of a table is missing."""
     text = path.read_text()
     for name, make in PAGES[path].items():
         pattern = rf"(<!-- {name} -->\n).*?(<!-- end -->)"

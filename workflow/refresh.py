@@ -1,7 +1,7 @@
-"""`make refresh`: execute notebooks in place with the profile mini, as they are committed, and write their records.
+"""`make refresh`: execute notebooks in place with the profile mini, to be committed, and write their records.
 
-Outputs hold neither progress nor timing, so that two runs on one machine give the same file. NOTEBOOKS="fig04 tab02"
-names some, by item or path; several such processes may run at once on different notebooks.
+Outputs contain neither progress bars nor times, so two runs on one machine give the same file. NOTEBOOKS="fig04 tab02"
+selects some, by item or path. Several processes may run at once on different notebooks.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ from PIL import Image
 from vitreg_lib.base import NOTEBOOKS
 from vitreg_lib.record import run as record
 
-LARGEST = 295_000  # characters of a notebook; above, pictures get fewer colours
+LARGEST = 295_000  # characters of a notebook; in larger ones, pictures get fewer colours
 
 
 def refresh(path: Path) -> None:
-    """Execute one notebook and write it back, without widget state or execution times; then commit its run's record."""
+    """Execute one notebook and write it back, without widget state or execution times; then write its record."""
     notebook = nbformat.read(path, as_version=4)
     item = re.search(r'vr\.start\("(\w+)"', "".join(cell.source for cell in notebook.cells))
     made = item and record.folder(item[1], record.check_parameters(item[1], {})) / "record.json"
     if made:
-        made.unlink(missing_ok=True)  # what is written below is from this run
+        made.unlink(missing_ok=True)  # so that the record written below is from this run
     items.enter_batch()  # no progress bars, and widgets as pictures
     runner = ExecutePreprocessor(timeout=1800, record_timing=False)
     runner.preprocess(notebook, {"metadata": {"path": str(path.parent)}})
@@ -51,7 +51,7 @@ def refresh(path: Path) -> None:
 
 
 def _fewer_colours(notebook) -> None:
-    """Bring a notebook's pictures to 256 colours, which makes drawings of lines a quarter as large."""
+    """Reduce a notebook's pictures to 256 colours, which makes line drawings four times smaller."""
     for cell in notebook.cells:
         for output in cell.get("outputs", []):
             if picture := output.get("data", {}).get("image/png"):

@@ -17,8 +17,8 @@ TEMPLATE = Path(__file__).with_name("report.html")
 
 
 def show(item: str, parameters: dict, differences: bool = False) -> None:
-    """Print a finished item's verdicts, the paths of its figures and notebook, and how its record differs from the
-    committed one: in the first few or all `differences`."""
+    """Print a finished item's verdicts, the paths of its figures and notebook, and the differences of its record from
+    the committed one: the first few, or with `differences` all."""
     from rich.console import Console
     from rich.table import Table
 
@@ -42,9 +42,9 @@ def show(item: str, parameters: dict, differences: bool = False) -> None:
 
 
 def write(profile: str) -> Path:
-    """Write results/<profile>/report.html, self-contained except for links to the notebooks beside it; its path.
+    """The path of results/<profile>/report.html, which is written; it is self-contained except for links to notebooks.
 
-    A damaged record is named on the page. Raises UserError where there is no result yet.
+    The page lists damaged records. Raises UserError if there is no result yet.
     """
     place = results() / profile
     made, damaged = [], []
@@ -66,8 +66,8 @@ def write(profile: str) -> Path:
 
 
 def _entry(folder: Path, made: dict) -> dict:
-    """The page's content for one record: its folder, parameters other than the defaults, date, executed notebook, and
-    numbers beside the paper's."""
+    """The page's content for one record: its folder, parameters that differ from the defaults, date, executed notebook,
+    and the numbers that the paper reports, too."""
     item, given = made["item"], made.get("parameters", {})
     try:
         declared = record.declared_parameters(item)

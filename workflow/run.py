@@ -1,4 +1,4 @@
-"""`make reproduce-…`: let Snakemake run what is stale, then show the verdicts and where the figures are.
+"""`make reproduce-…`: Snakemake runs the items that are not up to date; then their verdicts and figures are shown.
 
 python workflow/run.py fig4 --profile mini -p n_images 64
 """
@@ -30,7 +30,7 @@ ENGINE = ["snakemake", "all", "-s", "workflow/Snakefile", "--nolock", "--rerun-i
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Check the parameters, run the graph, report; the exit code."""
+    """Check the parameters, run the graph, report; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("item")
     parser.add_argument("--profile", default=os.environ.get("PROFILE") or "mini")
@@ -44,14 +44,14 @@ def main(arguments: list[str] | None = None) -> int:
         pairs = chosen.pairs or pairs_of(os.environ.get("PARAMS", ""))
         jobs = count(chosen.jobs)
         if chosen.item == "all" and pairs:
-            raise UserError(f"PARAMS are of one item: make reproduce-fig4 PARAMS={pairs[0][0]}=…")
+            raise UserError(f"PARAMS need a single item: make reproduce-fig4 PARAMS={pairs[0][0]}=…")
         names = cells.paper_items() if chosen.item == "all" else [chosen.item]
         asked = [cells.cell(item, chosen.profile, pairs) for item in names]
         code, made = make(asked, jobs, chosen.cluster)
     except (UserError, OSError) as error:
         print(f"vitreg: {error}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:  # while it waits for another
+    except KeyboardInterrupt:  # while it waits for another process
         return 130
     if code:
         return code
@@ -61,28 +61,28 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def pairs_of(text: str) -> list[tuple[str, str]]:
-    """(name, text) of PARAMS: NAME=VALUE, separated by spaces; quotes keep spaces in a value."""
+    """[(name, text)] of PARAMS, NAME=VALUE separated by spaces; a value with spaces is quoted."""
     try:
         words = shlex.split(text)
     except ValueError as error:
         raise UserError(f"PARAMS={text!r}: {error}") from error
     if bad := [word for word in words if "=" not in word]:
-        raise UserError(f"PARAMS: {bad[0]!r} is no NAME=VALUE; write PARAMS='models=\"mini-deit3 mini-clip\" seed=1'")
+        raise UserError(f"PARAMS: {bad[0]!r} is not NAME=VALUE; write PARAMS='models=\"mini-deit3 mini-clip\" seed=1'")
     return [tuple(word.split("=", 1)) for word in words]
 
 
 def count(jobs: str) -> int:
-    """How many notebooks run at once. Raises UserError for what is no number from 1 on."""
+    """How many notebooks run at once. Raises UserError unless it is a whole number of at least 1."""
     if not jobs.isdecimal() or int(jobs) < 1:
-        raise UserError(f"JOBS={jobs}: a number from 1 on is wanted")
+        raise UserError(f"JOBS={jobs}: it must be a whole number, 1 or more")
     return int(jobs)
 
 
 def make(asked: list[cells.Cell], jobs: int, cluster: str | None = None) -> tuple[int, list[cells.Cell]]:
-    """Make what is stale of some cells, here or on a cluster (see `engine`); the exit code, and the cells made.
+    """(exit code, cells made): run the cells that are not up to date, here or on a cluster (see `engine`).
 
-    Prints a line for each that is finished where there are several, and, where not all could be made, what was made,
-    what failed and why, and what was not tried.
+    With several cells, prints a line for each finished one. After an error, prints which cells were made, which failed
+    and why, and which were not tried.
     """
     items.enter_batch()
     command = engine(jobs, cluster)  # refuses an unknown cluster
@@ -108,7 +108,7 @@ def make(asked: list[cells.Cell], jobs: int, cluster: str | None = None) -> tupl
 
 
 def _config(asked: list[cells.Cell]) -> Path:
-    """The file that says to Snakemake which cells are asked for, where the jobs of a cluster can read it too."""
+    """The file that lists the requested cells for Snakemake; jobs on a cluster can read it, too."""
     text = json.dumps([{"item": cell.item, "profile": cell.profile, "pairs": cell.pairs} for cell in asked]).encode()
     path = results() / ".graph" / f"{hashlib.sha256(text).hexdigest()[:16]}.json"
     write_atomically(path, text)
@@ -118,8 +118,8 @@ def _config(asked: list[cells.Cell]) -> Path:
 def engine(jobs: int, cluster: str | None = None) -> list[str]:
     """The command of Snakemake for `jobs` notebooks at once.
 
-    cluster: a folder of workflow/profiles, or any with a config.yaml of Snakemake's options, which names the executor.
-    Raises UserError where there is none, or where the executor's package is not installed.
+    cluster: a folder of workflow/profiles, or any folder with a config.yaml of Snakemake's options, which names the
+    executor. Raises UserError if there is no such file, or if the executor's package is not installed.
     """
     command = [sys.executable, "-m", *ENGINE, "--quiet", "rules", "progress", "host", "reason"]
     if not cluster:
@@ -136,7 +136,7 @@ def engine(jobs: int, cluster: str | None = None) -> list[str]:
 
 
 def _environment() -> dict:
-    """For Snakemake: unbuffered, and a cache where the home folder cannot be written to."""
+    """The environment for Snakemake: unbuffered output, and another cache folder if the home folder is read-only."""
     environment = os.environ | {"PYTHONUNBUFFERED": "1"}
     if not os.access(Path.home(), os.W_OK):
         environment["XDG_CACHE_HOME"] = str(results() / ".engine")
@@ -144,12 +144,12 @@ def _environment() -> dict:
 
 
 def written(cell: cells.Cell) -> float | None:
-    """When the cell's results were made; None where they were not."""
+    """When the cell's results were made; None if there are none."""
     return cell.mark.stat().st_mtime if cell.mark.exists() else None
 
 
 def _follow(process: subprocess.Popen, log: Path, began: float) -> None:
-    """Show what the only cell's process writes to stderr, its progress bar, until the engine ends."""
+    """Show the stderr of a single cell's process (its progress bar) until the engine ends."""
     shown_until, running = 0, True
     while running:
         running = process.poll() is None
@@ -165,25 +165,25 @@ def _follow(process: subprocess.Popen, log: Path, began: float) -> None:
 
 
 def _watch(process: subprocess.Popen, before: dict) -> None:
-    """Print a line for each finished cell, with what is left, until the engine ends."""
+    """Print a line for each finished cell, with the remaining time, until the engine ends."""
     waiting, began, done = dict(before), time.monotonic(), 0
     while process.poll() is None:
         for cell, earlier in list(waiting.items()):
             if written(cell) not in (None, earlier):
                 del waiting[cell]
                 done += 1
-                # what is up to date is not known here: the time left is that of all others, at most
+                # an upper bound: some of the remaining cells may be up to date
                 left = (time.monotonic() - began) / done * len(waiting)
                 print(f"[{done}] {cell.name} made; at most {max(1, round(left / 60))} min left", flush=True)
         time.sleep(0.2)
 
 
 def _fail(code: int, asked: list[cells.Cell], made: list[cells.Cell], began: float, said: str) -> None:
-    """Say what was made, what failed and why, and what was not tried."""
+    """Print which cells were made, which failed and why, and which were not tried."""
     failed = {c.name: line for c in asked if c not in made and (line := _last_line(c.log, began))}
     untried = [c.name for c in asked if c not in made and c.name not in failed and (c.fault() or not c.mark.exists())]
     if code == 130:
-        print("\nvitreg: stopped; what was finished is kept, and the same command goes on", file=sys.stderr)
+        print("\nvitreg: stopped; finished results are kept, and the same command continues", file=sys.stderr)
     if made:
         print(f"made: {', '.join(c.name for c in made)}", file=sys.stderr)
     for name, line in failed.items() if code != 130 else ():
@@ -197,16 +197,16 @@ def _fail(code: int, asked: list[cells.Cell], made: list[cells.Cell], began: flo
 
 
 def _last_line(log: Path, began: float) -> str:
-    """The last line that a cell's process wrote to stderr in this run, without the command's name; empty without."""
+    """The last line of a cell's stderr in this run, without the command's name; empty if there is none."""
     if not log.exists() or log.stat().st_mtime < began:
         return ""
     lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
     messages = [line for line in lines if line.startswith("vitreg: ")] or lines[-1:]
-    return messages[-1].removeprefix("vitreg: ") if messages else "its process was killed without a word"
+    return messages[-1].removeprefix("vitreg: ") if messages else "its process was killed and left no message"
 
 
 def _conclude(asked: list[cells.Cell], profile: str) -> None:
-    """Show one item's verdicts, or how many items of the profile mini agree with the committed records."""
+    """Show the verdicts of a single item, or how many items of the profile mini agree with the committed records."""
     import compare
     import report
 

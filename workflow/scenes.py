@@ -2,8 +2,8 @@
 
     datasets.load_dataset("parquet", data_files="data/scenes/eval.parquet")
 
-gives image, label (ClassLabel), caption, boxes, box_labels, instances and depth as pictures. Rendering the scenes anew
-gives the same pixels; the file is for use outside this project, and shows when the renderer changes.
+gives image, label (ClassLabel), caption, boxes, box_labels, and instances and depth as pictures. Rendering the scenes
+again gives the same pixels. The file is for use outside this project; it also reveals a change of the renderer.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from clip import captions_of  # noqa: E402
 
 PATH = DATA / "scenes" / "eval.parquet"
 FIRST, COUNT, SIZE = SCENES_FROM + 50_000, 256, 96
-DEPTH_UNIT = 1000  # a depth picture holds 16-bit thousandths of the scene's unit
+DEPTH_UNIT = 1000  # a depth picture has 16-bit integers, in thousandths of the scene's unit
 
 
 def write(path: Path = PATH) -> Path:
-    """Render the set and write it as Parquet, whole or not at all; returns the path."""
+    """The path of the Parquet file, after rendering the set and writing it atomically."""
     from datasets import ClassLabel, Dataset, Features, Image, Sequence, Value
 
     batch = scenes.render(range(FIRST, FIRST + COUNT), SIZE)

@@ -1,4 +1,4 @@
-"""Put a finished training run into the zoo: weights and telemetry into data/checkpoints, its entry into models.yaml.
+"""Add a finished training run to the repository: weights and telemetry to data/checkpoints, an entry to models.yaml.
 
 python workflow/ship.py runs/deit3-m-reg4-seed0 mini-deit3-reg4 "mini ViT, supervised on scenes, 4 registers"
 """
@@ -22,7 +22,7 @@ from vitreg_lib.train.config import MACHINE  # noqa: E402
 
 
 def ship(folder: str | Path, name: str, about: str) -> Path:
-    """Ship the run in `folder` as `name`; the weights' path. Raises UserError for a run that is not finished."""
+    """Add the run in `folder` as `name`; returns the path of the weights. Raises UserError for an unfinished run."""
     folder = Path(folder)
     if not (folder / "result.json").exists():
         raise UserError(f"{folder} holds no finished run: no result.json there")
@@ -38,7 +38,7 @@ def ship(folder: str | Path, name: str, about: str) -> Path:
 
 
 def put(name: str, weights: Path, about: str, result: dict) -> None:
-    """Write the entry of shipped weights into data/models.yaml; facts that the old one gave are kept."""
+    """Write the entry of the weights into data/models.yaml; facts of an earlier entry are kept."""
     path = DATA / "models.yaml"
     text = path.read_text()
     old = yaml.safe_load(text).get(name, {})
@@ -47,7 +47,7 @@ def put(name: str, weights: Path, about: str, result: dict) -> None:
     new = yaml.safe_dump({name: entry}, sort_keys=False, allow_unicode=True, width=1000)
     lines = text.splitlines(keepends=True)
     start = end = len(lines)
-    if old:  # in the old entry's place, which goes up to the next top-level key
+    if old:  # in the place of the old entry, which ends at the next top-level key
         start = lines.index(f"{name}:\n")
         tops = (i for i in range(start + 1, len(lines)) if lines[i].strip() and not lines[i].startswith((" ", "#")))
         end = next(tops, len(lines))
@@ -56,7 +56,10 @@ def put(name: str, weights: Path, about: str, result: dict) -> None:
 
 
 def command(config: dict) -> str:
-    """The `vitreg train` line that makes this run again: what differs from the recipe's defaults and matters to it."""
+    """The `vitreg train` command that repeats this run, with the options that differ from the recipe's defaults.
+
+    Options without an influence on the result are left out.
+    """
     default, _ = loop.configure(config["recipe"])
     words = ["vitreg train", config["recipe"]]
     for field in fields(default):

@@ -1,14 +1,14 @@
-"""A task on scenes in which some patches never matter: does a small ViT grow artifacts on images worth looking at?
+"""A task on scenes in which some patches never matter: does a small ViT develop artifacts on natural-looking images?
 
-The quest of notebooks/beyond/emergence.py on scenes of 64 pixels, 64 patches of 8. Each patch carries a stamp, four
-blocks of random colour added to the scene, which stays visible, and two small dots, each of them there or not. Every
-patch has to give back its own mean colours in four quarters (twelve numbers); where exactly one dot is there, a quarter
-of the patches, also a fixed rotation of its left neighbour's. The four corners are never asked and never copied from.
-The labels of the scene are asked of the mean of the patches.
+This is the task of notebooks/beyond/emergence.py on scenes of 64 x 64 pixels, with 64 patches of 8 x 8. Each patch has
+a stamp, four blocks of random colour added to the scene (which stays visible), and up to two small dots. Every patch
+must output the mean colours of its four quarters (twelve numbers). A patch with exactly one dot (a quarter of all) must
+also output a fixed rotation of its left neighbour's colours. The four corners have no required output and are never
+copied. The mean of the patches must predict the labels of the scene.
 
-docs/log.md says what was to count and what came of it; the numbers are in data/sweeps/stamped.parquet. This file is a
-recipe (`vitreg train workflow/stamped.py`). As a program it trains one seed of a cell (about four minutes of a core,
-stop and go on at any time) and puts its rows into that table:
+docs/log.md has the criteria and the results; the numbers are in data/sweeps/stamped.parquet. This file is a recipe
+(`vitreg train workflow/stamped.py`). As a program it trains one seed of a configuration ("cell") in about four minutes
+on one core, continues after a stop, and puts its rows into that table:
 
     python workflow/stamped.py stamped-reg4 1
 """
@@ -37,10 +37,10 @@ import emergence  # noqa: E402
 TABLE = DATA / "sweeps" / "stamped.parquet"
 PATCHES = GRID * GRID
 VIT = emergence.Task(dim=24, depth=3, heads=2, mlp_ratio=4.0, attention_dropout=0.1, position_fixed=True)
-STAMP = {"both": 0.5, "strong": 1.0}  # amplitude by variant, in units of pixels that go from -1 to 1
-LABELS = 0.02  # weight of the scene's labels
+STAMP = {"both": 0.5, "strong": 1.0}  # amplitude of the stamps by variant; pixels go from -1 to 1
+LABELS = 0.02  # weight of the loss for the scene's labels
 LEARNS_FROM = "an artificial task on scenes, for the study of how artifacts begin"
-OPTIONS = {"variant": ("both", "both, or strong: how strong the stamps are")}
+OPTIONS = {"variant": ("both", "both (normal stamps), or strong (stamps of twice the amplitude)")}
 DEFAULTS = {
     "image_size": 64,
     "steps": 6000,
@@ -64,7 +64,7 @@ CELLS = {
 
 @dataclass
 class Batch:
-    """pixels (n, 3, 64, 64), from -1 to 1 and beyond; trigger (n, 64); answer (n, 64, 12); labels (n, 24)."""
+    """pixels (n, 3, 64, 64), about -1 to 1; trigger (n, 64); answer (n, 64, 12); labels (n, 24)."""
 
     pixels: torch.Tensor
     trigger: torch.Tensor
@@ -86,20 +86,20 @@ def draw(config, step: int, seen: scenes.Scenes, device="cpu") -> Batch:
 
 
 def idle(device="cpu") -> torch.Tensor:
-    """(64,) which patches are never asked and never copied from."""
+    """(64,) bool: patches without a required output, which are never copied."""
     mask = torch.zeros(PATCHES, dtype=torch.bool, device=device)
     mask[list(CORNERS)] = True
     return mask
 
 
 def held_out(config, count: int, device="cpu", part: int = 0) -> Batch:
-    """`count` images that are never trained on; another `part` has others."""
+    """`count` images that are never used in training; each `part` has different ones."""
     first = HELD_OUT + part * 100_000
     return draw(config, (1 << 30) + part, scenes.render(range(first, first + count), SIDE, config.seed, device), device)
 
 
 class Stamped(nn.Module):
-    """A ViT that answers at every token, and a head for the labels on the mean of the patches."""
+    """A ViT with an output at every token, and a head for the labels on the mean of the patches."""
 
     def __init__(self, config):
         super().__init__()
@@ -107,13 +107,13 @@ class Stamped(nn.Module):
         self.labels = nn.Linear(VIT.dim, sum(map(len, ATTRIBUTES.values())))
 
     def forward(self, pixels):
-        """Answers (n, 64, 12) of the patches, logits (n, 24) of the scene's labels."""
+        """(outputs (n, 64, 12) of the patches, logits (n, 24) of the scene's labels)."""
         tokens = self.vit.forward_features(pixels)[:, self.vit.num_prefix_tokens :]
         return self.vit.head(tokens), self.labels(tokens.mean(1))
 
 
 def build(config) -> nn.Module:
-    """A fresh module."""
+    """A module with random weights."""
     return Stamped(config)
 
 
@@ -131,7 +131,7 @@ def _losses(module, config, batch: Batch):
 
 
 def loss(module, config, step, device):
-    """Mean squared error over the patches that are asked, and the labels with their small weight."""
+    """Mean squared error over the patches with a required output, plus the weighted loss for the labels."""
     assert parallel.world() == 1
     batch = draw(config, step, images.rendered(config, step, device), device)
     error, value, _ = _losses(module, config, batch)
@@ -139,12 +139,12 @@ def loss(module, config, step, device):
 
 
 def telemetry_images(config) -> torch.Tensor:
-    """The held-out images whose norms are watched."""
+    """The held-out images whose norms are recorded during training."""
     return held_out(config, config.telemetry_images).pixels
 
 
 def evaluate(module, config, device) -> dict[str, float]:
-    """Explained variance (1: all right) of answers at marked patches and at others; accuracy of the labels."""
+    """Explained variance (1 is perfect) of the outputs at triggers and at other patches; accuracy of the labels."""
     batch = held_out(config, config.eval_images, device, part=1)
     error, _, logits = _losses(module, config, batch)
     others = ~batch.trigger & ~idle(device)
@@ -158,7 +158,7 @@ def evaluate(module, config, device) -> dict[str, float]:
 
 
 def run(cell: str, seed: int, folder: Path) -> pd.DataFrame:
-    """One row a block, of a seed of a cell that is trained in `folder`: what was learnt, and what sinks.py measures."""
+    """One row a block: the results of one seed of a cell, trained in `folder`, and the columns of `sinks.measure`."""
     import sinks
     from safetensors.torch import load_file
 
@@ -177,7 +177,7 @@ def run(cell: str, seed: int, folder: Path) -> pd.DataFrame:
 
 
 def main(cell: str, seed: int) -> None:
-    """Run a seed of a cell, print its rows and put them into the table."""
+    """Run one seed of a cell, print its rows and put them into the table."""
     if cell not in CELLS:
         raise unknown("cell", cell, CELLS)
     rows, old = run(cell, seed, ROOT / "runs" / "stamped" / f"{cell}-seed{seed}"), pd.read_parquet(TABLE)

@@ -1,4 +1,4 @@
-"""Run the cells of the sweep (notebooks/beyond/emergence_sweep.py) not yet in the table; stop and go on at any time.
+"""Run the cells of the sweep (notebooks/beyond/emergence_sweep.py) that are not yet in the table; can be resumed.
 
 python workflow/sweep.py                    # all
 python workflow/sweep.py corners            # one cell, all its seeds
@@ -16,7 +16,7 @@ import emergence_sweep as sweep  # noqa: E402
 
 
 def main(chosen: list[str]) -> None:
-    """Run what is asked for, and put it into the table."""
+    """Run the chosen cells and seeds (all without a choice), and put their rows into the table."""
     wanted = [name for name in chosen if not name.isdigit()] or sweep.names()
     done = (
         set() if not sweep.TABLE.exists() else set(sweep.table()[["cell", "seed"]].itertuples(index=False, name=None))

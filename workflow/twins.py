@@ -1,15 +1,18 @@
-"""Train registers into DeiT-Ti and ViT-Ti: the ten twins, and every way that `registers_after_training` compares.
+"""Train registers into DeiT-Ti and ViT-Ti: the ten models of the figures ("twins"), and the whole experiment.
 
-python workflow/twins.py weights                      # the ten twins of data/models.yaml, into runs/twins
-python workflow/twins.py weights --only deit-ti-trained-reg4 --out DIR         # VITREG_MODELS=DIR finds it there
-python workflow/twins.py run                          # into runs/twins; stop and go on at any time
+A twin is one of the two models with trained registers. The experiment is that of `registers_after_training`; its
+configurations are called cells.
+
+python workflow/twins.py weights                      # train the ten twins of data/models.yaml into runs/twins
+python workflow/twins.py weights --only deit-ti-trained-reg4 --out DIR         # then VITREG_MODELS=DIR finds it
+python workflow/twins.py run                          # run all cells into runs/twins; can be resumed
 python workflow/twins.py run --arms doses --jobs 2
 python workflow/twins.py run --models DIR --out DIR --jobs 12 --minutes 6      # several cells at once on one GPU
-python workflow/twins.py pack DIR                     # models and photos, small, to take to another machine
-python workflow/twins.py keep [runs/twins]            # the table into data/sweeps/
-python workflow/twins.py picture                      # docs/registers.png, from data/measured/
+python workflow/twins.py pack DIR                     # copy models and photos, smaller, for another machine
+python workflow/twins.py keep [runs/twins]            # write the table into data/sweeps/
+python workflow/twins.py picture                      # draw docs/registers.png, from data/measured/
 
-VITREG_MODELS names a folder with both models, and data/unlabelled and data/imagenet in it; so does --models.
+VITREG_MODELS or --models must name a folder with both models, data/unlabelled and data/imagenet.
 """
 
 from __future__ import annotations
@@ -29,37 +32,38 @@ from vitreg_lib.model import names  # noqa: E402
 from vitreg_lib.model.names import TWINS  # noqa: E402
 
 sys.path.insert(0, str(NOTEBOOKS / "beyond"))
-# the recipe's own where 100 steps of it meet what the experiment asks of 4 registers (a tenth of the outliers, a fifth
-# of the attention there, 2 right answers of 100 lost, for ViT-Ti 4); ViT-Ti keeps 11 % with it, and meets all with this
+# Learning rates with which 100 steps meet the criteria of the experiment for 4 registers: at most a tenth of the
+# outliers and a fifth of their attention is left, and 2 (ViT-Ti: 4) of 100 right answers are lost. For DeiT-Ti it is
+# the recipe's default, with which ViT-Ti keeps 11 % of its outliers.
 RATES = {"deit-ti": 3e-5, "vit-ti": 1e-4}
 SIZES = {"imagenet": (384, 88), "unlabelled": (224, 50)}  # short side in pixels and quality of packed photos
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run what is asked for; 1 with one line where something is missing."""
+    """Run the chosen command; the exit code is 1, with one line on stderr, if something is missing."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
-    run_ = commands.add_parser("run", help="train and measure the cells that are not there yet")
+    run_ = commands.add_parser("run", help="train and measure the cells that are not finished")
     run_.add_argument("--models", help="a folder like VITREG_MODELS")
-    run_.add_argument("--out", default=str(TWINS), help="where rows and weights go")
-    run_.add_argument("--arms", default="", help="some of doses, empty, ttr, grid, photos, steps, answers; by commas")
-    run_.add_argument("--only", default="", help="name=value of cells, by commas: model=deit-ti,registers=4")
-    run_.add_argument("--jobs", type=int, default=1, help="cells at once (default 1)")
-    run_.add_argument("--minutes", type=float, default=1e9, help="start no cell after that many")
-    run_.add_argument("--steps", type=int, default=0, help="other steps than the cell's, for a trial")
-    weights_ = commands.add_parser("weights", help="train the twins that are not there yet: data/models.yaml, made_by")
-    weights_.add_argument("--only", default="", help="some of them, by commas")
-    weights_.add_argument("--out", default=str(TWINS), help="where each gets a folder of its name")
-    weights_.add_argument("--data", default="", help="photos to train on (default: unlabelled, else those that ship)")
-    weights_.add_argument("--steps", type=int, default=100, help="for a trial (default 100)")
+    run_.add_argument("--out", default=str(TWINS), help="folder for rows and weights")
+    run_.add_argument("--arms", default="", help="of doses, empty, ttr, grid, photos, steps, answers; by commas")
+    run_.add_argument("--only", default="", help="only cells with these values: model=deit-ti,registers=4")
+    run_.add_argument("--jobs", type=int, default=1, help="number of cells at once (default 1)")
+    run_.add_argument("--minutes", type=float, default=1e9, help="start no cell after this many minutes")
+    run_.add_argument("--steps", type=int, default=0, help="training steps instead of the cell's, for a trial")
+    weights_ = commands.add_parser("weights", help="train the twins of data/models.yaml (made_by) that are missing")
+    weights_.add_argument("--only", default="", help="names of twins, separated by commas")
+    weights_.add_argument("--out", default=str(TWINS), help="folder in which each twin gets a folder of its name")
+    weights_.add_argument("--data", default="", help="training photos (default: unlabelled, else sample photos)")
+    weights_.add_argument("--steps", type=int, default=100, help="training steps (default 100)")
     pack_ = commands.add_parser("pack", help="copy models and photos, smaller, into a folder")
     pack_.add_argument("folder")
-    pack_.add_argument("--photos", type=int, default=600, help="photos to train on at most (default 600)")
+    pack_.add_argument("--photos", type=int, default=600, help="largest number of training photos (default 600)")
     keep_ = commands.add_parser("keep", help="put the table of a run into data/sweeps/")
     keep_.add_argument("folder", nargs="?", default=str(TWINS))
     commands.add_parser("picture", help="draw docs/registers.png from data/measured/")
-    keep_.add_argument("--device", default="", help="what it ran on, for the record")
-    keep_.add_argument("--photos", default="", help="what it was trained and measured on, for the record")
+    keep_.add_argument("--device", default="", help="name of the device that was used, for the record")
+    keep_.add_argument("--photos", default="", help="description of the photos that were used, for the record")
     chosen = parser.parse_args(arguments)
     try:
         {"run": run, "weights": weights, "pack": pack, "keep": keep, "picture": picture}[chosen.command](chosen)
@@ -67,13 +71,13 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"twins: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("twins: stopped; the same command goes on", file=sys.stderr)
+        print("twins: stopped; the same command continues", file=sys.stderr)
         return 130
     return 0
 
 
 def weights(chosen) -> None:
-    """Train the missing twins one after another, each as `vitreg train registers` does; go on where a run stopped."""
+    """Train the missing twins one after another, like `vitreg train registers`; a stopped run is continued."""
     import json
 
     import torch
@@ -100,12 +104,12 @@ def weights(chosen) -> None:
         config, recipe = loop.configure("registers", model=entry["base"], **options)
         print(name, flush=True)
         print(json.dumps(loop.train(config, recipe, folder, device)), flush=True)
-        for state in ("state.safetensors", "previous.safetensors"):  # what is trained needs them no more
+        for state in ("state.safetensors", "previous.safetensors"):  # only needed to resume the training
             (folder / state).unlink(missing_ok=True)
 
 
 def run(chosen) -> None:
-    """Run the missing cells in processes."""
+    """Run the missing cells in parallel processes."""
     import registers_after_training as experiment
 
     if chosen.models:
@@ -120,7 +124,7 @@ def run(chosen) -> None:
     print(f"{len(wanted)} cells, {len(wanted) - len(missing)} are there", flush=True)
     options = {"steps": chosen.steps} if chosen.steps else {}
     began, jobs = time.monotonic(), max(1, min(chosen.jobs, len(missing)))
-    os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that are started
+    os.environ["OMP_NUM_THREADS"] = "1"  # for the processes that are started
     with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool:
         deadline = time.time() + 60 * chosen.minutes
         tasks = {
@@ -133,16 +137,16 @@ def run(chosen) -> None:
 
 
 def select(cells: list[dict], arms: str = "", only: str = "") -> list[dict]:
-    """The cells of some arms (all for "") whose fields have the values of `only`, "model=deit-ti,registers=4"."""
+    """The cells of `arms` ("": all arms) with the values of `only`, such as "model=deit-ti,registers=4"."""
     pairs = [text.partition("=")[::2] for text in only.split(",") if text]
     chosen = [cell for cell in cells if not arms or cell["arm"] in arms.split(",")]
     return [cell for cell in chosen if all(str(cell.get(name)) == value for name, value in pairs)]
 
 
 def _cell(cell: dict, data: str, out: Path, deadline: float, options: dict) -> str:
-    """Run a cell in this process and write its rows; a line about it."""
+    """A line with the results of a cell, after running it in this process and writing its rows."""
     if time.time() > deadline:
-        return "left out: no time"
+        return "not started: no time left"
     import registers_after_training as experiment
     import torch
 
@@ -155,7 +159,7 @@ def _cell(cell: dict, data: str, out: Path, deadline: float, options: dict) -> s
 
 
 def keep(chosen) -> None:
-    """The rows of all finished cells into data/sweeps/, with what they were made of; what nothing reads is left out."""
+    """Write the rows of all finished cells into data/sweeps/, with their provenance; unused columns are left out."""
     import pandas as pd
     import registers_after_training as experiment
 
@@ -179,14 +183,14 @@ def keep(chosen) -> None:
 
 
 def picture(chosen) -> None:
-    """The README's picture, from data/measured/, which workflow/measured.py writes."""
+    """Draw the README's picture from data/measured/, which workflow/measured.py writes."""
     import registers_drawn
 
     registers_drawn.pictures().savefig(ROOT / "docs" / "registers.png", dpi=100, bbox_inches="tight")
 
 
 def pack(chosen) -> None:
-    """Models in half precision and photos as small WebP files, in the layout of VITREG_MODELS."""
+    """Copy models in half precision and photos as small WebP files, in the layout of VITREG_MODELS."""
     import registers_after_training as experiment
     from PIL import Image
     from safetensors.torch import load_file, save_file

@@ -1,10 +1,10 @@
-"""`make wheelhouse`: every package that the collection needs as a wheel in one folder, for laptops without a network.
+"""`make wheelhouse`: collect every package that the project needs as a wheel in one folder, for use without a network.
 
     python workflow/wheelhouse.py                  # `.[all]` at the versions of constraints.txt, into wheelhouse/
     python workflow/wheelhouse.py --into DIR rich  # some packages, into another folder
 
-Copied with the repository, the folder is all that `make setup` needs: it then looks there instead of the network.
-Wheels fit the operating system and the Python that they were made with: make a folder for each kind of laptop.
+If this folder is inside a copy of the repository, `make setup` installs from it and needs no network. Wheels fit only
+the operating system and the Python version that they were made with: make a folder for each kind of laptop.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from pathlib import Path
 
 from vitreg_lib.base import ROOT, UserError, write_atomically
 
-EVERYTHING = (".[all]", "setuptools>=77", "wheel")  # the last two build the repository's own package where it is put
+EVERYTHING = (".[all]", "setuptools>=77", "wheel")  # the last two build the repository's own package on the laptop
 
 
 def fill(folder: Path, wanted: tuple[str, ...] = EVERYTHING, options: tuple[str, ...] = ()) -> list[Path]:
-    """Put wheels of `wanted` and of all they need into `folder`; its wheels. pip's `options` come before them.
+    """The wheels in `folder`, after pip has put those of `wanted` and all dependencies there.
 
-    What has no wheel is built. Raises UserError where pip fails, with its last line.
+    options: of pip. Packages without a wheel are built. Raises UserError with pip's last line if pip fails.
     """
     folder.mkdir(parents=True, exist_ok=True)
     constraints = ("--constraint", "constraints.txt")
@@ -38,18 +38,18 @@ def fill(folder: Path, wanted: tuple[str, ...] = EVERYTHING, options: tuple[str,
         lines = [line for line in done.stderr.splitlines() if line.strip()] or ["no message"]
         raise UserError(f"wheelhouse: pip could not get all packages: {lines[-1][:300]}")
     for own in folder.glob("vitreg-*.whl"):
-        own.unlink()  # notebooks and data are used where they lie: the repository is installed in place
+        own.unlink()  # the repository is installed in place, because notebooks and data are used from it
     write_atomically(folder / "README.txt", readme(folder.name).encode())
     return sorted(folder.glob("*.whl"))
 
 
 def readme(name: str) -> str:
-    """What to type on a laptop without a network, for the README.txt beside the wheels."""
+    """The text of README.txt: the commands for a laptop without a network."""
     version = ".".join(platform.python_version_tuple()[:2])
     install = f'-m pip install --no-index --find-links {name} --constraint constraints.txt -e ".[all]"'
     return f"""Wheels for Python {version} on {platform.system()} {platform.machine()}.
 
-Copy the repository with this folder inside to the laptop, open a terminal in it, and without a network:
+Copy the repository with this folder inside to the laptop and open a terminal in it. No network is needed:
 
 Linux, macOS    make workshop PYTHON=python{version}
  without make   python{version} -m venv .venv
@@ -63,7 +63,7 @@ Windows         py -{version} -m venv .venv
 
 @contextlib.contextmanager
 def _pip():
-    """The start of a pip command of this Python: its own, or, in an environment that uv made, one of a fresh one."""
+    """The first words of a pip command: this Python's pip, or one in a temporary environment if it has none (uv)."""
     if importlib.util.find_spec("pip"):
         yield [sys.executable, "-m", "pip", "--disable-pip-version-check"]
         return

@@ -1,10 +1,10 @@
-"""The workshop's solution notebooks are the exercise notebooks with the answers filled in; ready for `make workshop`?
+"""Make the workshop's solution notebooks from the exercises, or check that all is ready and open JupyterLab.
 
-    python workflow/workshop.py             # write notebooks/workshop/solutions/*.ipynb anew where they differ
-    python workflow/workshop.py --open      # says in one line that all is there, or what is missing; opens JupyterLab
+    python workflow/workshop.py             # update notebooks/workshop/solutions/*.ipynb
+    python workflow/workshop.py --open      # `make workshop`: print what is ready or missing, then open JupyterLab
 
-The exercises are the only copy of the text. A cell tagged `answer:NAME` is what students fill in; the section
-`# %% NAME` of solutions/answers.py takes its place.
+Edit the text in the exercises only. Students fill in the cells tagged `answer:NAME`. In the solutions, such a cell is
+replaced by the section `# %% NAME` of solutions/answers.py.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from vitreg_lib.base import NOTEBOOKS, ROOT, shown
 EXERCISES = NOTEBOOKS / "workshop"
 SOLUTIONS = EXERCISES / "solutions"
 TAG = "answer:"
-BESIDE = 'import sys\n\nsys.path.insert(0, "..")  # checks.py and pictures.py lie beside the exercises\n'
+BESIDE = 'import sys\n\nsys.path.insert(0, "..")  # checks.py and pictures.py are beside the exercises\n'
 NEEDS = (
     "torch",
     "timm",
@@ -42,7 +42,7 @@ def answers() -> dict[str, str]:
 
 
 def answer_of(cell) -> str | None:
-    """The name of the answer that a cell asks for, by its tag; None for other cells."""
+    """The name of the answer that belongs into a cell, by its tag; None for other cells."""
     tags = cell.metadata.get("tags", [])
     return next((tag.removeprefix(TAG) for tag in tags if tag.startswith(TAG)), None)
 
@@ -69,12 +69,12 @@ def exercises() -> list[Path]:
 
 
 def sources(notebook: nbformat.NotebookNode) -> list[tuple[str, str]]:
-    """Kind and source of every cell: what two notebooks are compared by."""
+    """Kind and source of every cell, to compare two notebooks."""
     return [(cell.cell_type, cell.source) for cell in notebook.cells]
 
 
 def write() -> list[Path]:
-    """Write the solution notebooks that differ from what they should be; their paths. Others keep their outputs."""
+    """The paths of the solution notebooks that were out of date and are written, without outputs."""
     written = []
     for path in exercises():
         notebook, target = solved(nbformat.read(path, as_version=4), answers()), SOLUTIONS / path.name
@@ -86,7 +86,7 @@ def write() -> list[Path]:
 
 
 def ready() -> str:
-    """One line that says that all is there and what is left out; raises UserError for what is missing."""
+    """One line that lists what is ready; raises UserError if something is missing."""
     import importlib.util
 
     from vitreg_lib.base import UserError
@@ -101,12 +101,12 @@ def ready() -> str:
         zoo.load(name, "cpu")  # a missing or damaged checkpoint is named here
     photos, _ = images.find("photos")
     real = {name: measured.live_or_replayed(name) for name in ("deit-ti", "vit-ti", "deit-ti-trained-reg4")}
-    told = ", ".join(name + (" (replayed)" if model.replayed else "") for name, model in real.items())
-    return f"workshop: ready, offline. {len(exercises())} notebooks, 4 mini models, {len(photos)} photos, {told}"
+    named = ", ".join(name + (" (replayed)" if model.replayed else "") for name, model in real.items())
+    return f"workshop: ready, offline. {len(exercises())} notebooks, 4 mini models, {len(photos)} photos, {named}"
 
 
 def lab() -> list[str]:
-    """The command that opens JupyterLab at the first notebook; the whole repository can be reached, for the links."""
+    """The command that opens JupyterLab at the first notebook; its root is the repository, so that links work."""
     first = exercises()[0].relative_to(ROOT).as_posix()
     return [
         sys.executable,
@@ -123,7 +123,7 @@ if __name__ == "__main__":
     try:
         if "--open" in sys.argv:
             print(ready(), flush=True)
-            os.execv(sys.executable, lab())  # in this process's place, so that Ctrl-C reaches JupyterLab alone
+            os.execv(sys.executable, lab())  # replaces this process, so that only JupyterLab gets Ctrl-C
         else:
             for path in write():
                 print(f"{shown(path)}: answers filled in")
