@@ -74,7 +74,7 @@ def totals() -> str:
 def models() -> str:
     """One row a trained model of the repository: description, parameters, training steps, results on unseen images."""
     rows = [
-        "| model | what it is | parameters | steps | measured on images that it never saw |",
+        "| model | what it is | parameters | steps | measured on images not used in training |",
         "|---|---|---|---|---|",
     ]
     for name, entry in sorted(zoo.entries().items()):
