@@ -37,8 +37,9 @@ def load(name: str, split: str = "train") -> sets.Part:
         data = _hub(name, about, split)
     else:
         raise sets.not_here(name)
-    classes = f", {_classes(name, data)} of {about['classes']} classes" if "label" in data.features else ""
-    return sets.Part(data, name, f"{about['title']}{classes}, {split} {len(data)} images", about)
+    count = _classes(name, data) if "label" in data.features else 0
+    some = f", {count} of {about['classes']} classes" if count and count != about["classes"] else ""
+    return sets.Part(data, name, f"{about['title']}{some}, {split} {len(data)} images", about)
 
 
 def _parquet(place: Path, about: dict, split: str):
