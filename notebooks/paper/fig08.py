@@ -120,7 +120,7 @@ def by_registers(found: dict, members, draws: int = 500, seed: int = 0) -> dict[
     result, first = {claim: (None, missing) for claim in ASKED}, {}
     best = {task: _best_gain(scored[task], task, draws, seed) for task in ("miou", "rmse") if task in scored}
     if best:
-        text = "; ".join(_said(task, counts, *b) for task, b in best.items())
+        text = "; ".join(_said(task, counts, gains, p_up) for task, (gains, p_up, _) in best.items())
         holds = every(p_up < LEVEL or (False if p_down < LEVEL else "undecided") for _, p_up, p_down in best.values())
         result["C031"] = (holds, f"{text} ({draws} shuffles of the models; a rule that only asks for the best number "
                                  f"passes by chance in {1 - 1 / len(counts):.0%})")  # fmt: skip
@@ -205,7 +205,7 @@ def _span(task: str, low: float, high: float) -> str:
     return f"{factor * low:+.2f} to {factor * high:+.2f}{unit}"
 
 
-def _said(task: str, counts: list[int], gains: torch.Tensor, p_up: float, p_down: float) -> str:
+def _said(task: str, counts: list[int], gains: torch.Tensor, p_up: float) -> str:
     best, factor = 1 + int(gains[1:].argmax()), 1 if task in LOWER_IS_BETTER else 100
     unit = "" if task in LOWER_IS_BETTER else " points"
     return f"{task}: best gain {factor * gains[best]:+.2f}{unit} with {counts[best]} (p {p_up:.2g})"
