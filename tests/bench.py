@@ -26,8 +26,9 @@ PARTS = ("capture", "growth", "probes", "widgets", "start", "train", "gpu")
 PAGE = ROOT / "docs" / "performance.md"
 HEAD = """# Performance
 
-Written by `make bench`. Read the ratios, not the times: what is compared took turns on one machine, and a ratio of
-times is the median over rounds. The times belong to the machine and to its load, which each section names.
+This page is written by `make bench`. Read the ratios, not the times. The two sides of a comparison ran in turns on one
+machine, and a ratio of times is the median over rounds. Times depend on the machine and its load, which each section
+states.
 
 """
 
@@ -99,7 +100,7 @@ def main(chosen: list[str]) -> None:
             continue
         pictures = module.figures(ROOT / "docs" / "performance") if hasattr(module, "figures") else []
         title, _, text = module.__doc__.partition("\n\n")
-        table = ["| | here | beside it | ratio | goal |", "|---|---|---|---|---|"]
+        table = ["| | this project | compared with | ratio | goal |", "|---|---|---|---|---|"]
         table += [f"| {' | '.join(row.cells())} |" for row in rows]
         shown = [f"![{caption}](performance/{name})" for name, caption in pictures]
         put(part, [f"## {title.rstrip('.')}", text.strip(), f"Measured {about}.", "\n".join(table), *shown])

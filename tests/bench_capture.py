@@ -1,8 +1,8 @@
 """Looking inside a model.
 
-Capture against a plain forward pass of the same images, in time and in the peak of living tensors. Memory is counted on
-ViT-L/14 at 518 pixels with three of its blocks, for a peak is that of one block. "The usual way" is unfused attention
-with a hook behind the softmax.
+Capture compared with a plain forward pass of the same images, in time and in peak memory (the largest sum of tensors
+that exist at the same time). Memory is measured on ViT-L/14 at 518 pixels with three of its blocks, because the peak is
+reached within one block. "The usual way" is unfused attention with a hook after the softmax.
 """
 
 from __future__ import annotations
@@ -40,14 +40,14 @@ def rows() -> Iterator[Row]:
         images = torch.randn(batch, 3, *model.patch_embed.img_size)
         plain = torch.no_grad()(lambda model=model, images=images: model.forward_features(images))
         ours = lambda model=model, images=images: capture(model, images, batch_size=len(images))  # noqa: E731
-        what = f"norms at all layers beside a plain forward, {name}, {batch} images"
+        what = f"norms at all layers vs. a plain forward pass, {name}, {batch} images"
         yield compared(what, ours, plain, "at most 1.05")
     model = fig12.build_vit("l", 14, 518, device="cpu")
     model.blocks = model.blocks[:3]
     x = torch.randn(1, 3, 518, 518, generator=torch.Generator().manual_seed(0))
     plain = fig12.peak_bytes(model, x) / 2**20
     kept = fig12.peak_bytes(As(model, lambda m, x: capture(m, x, "attention", layers=-1, queries=[0])), x) / 2**20
-    yield Row("attention of cls by capture beside a plain forward, peak memory", kept, plain, "MiB", "at most 1.2")
+    yield Row("attention of cls by capture vs. a plain forward pass, peak memory", kept, plain, "MiB", "at most 1.2")
     yield Row("the same in the usual way", fig12.peak_bytes(As(model, usual), x) / 2**20, plain, "MiB")
     yield importing()
     yield rendering()
@@ -74,7 +74,7 @@ def importing() -> Row:
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
         pairs.append([1e3 * float(value) for value in done.stdout.split()])
     theirs, ours = (statistics.median(column) for column in zip(*pairs, strict=True))
-    return Row("import vitreg_lib beside import torch", ours, theirs, "ms", "at most 0.1")
+    return Row("import vitreg_lib vs. import torch", ours, theirs, "ms", "at most 0.1")
 
 
 def rendering(count: int = 256) -> Row:

@@ -1,7 +1,7 @@
 """On a GPU
 
-Training as in the section before, in bfloat16, with the share of the card's peak that the arithmetic of the model makes
-(model FLOPs utilisation); and object discovery beside the published loop, which takes one image after the other on one
+Training as in the previous section, in bfloat16, with the model's share of the peak FLOPs of the card (model FLOPs
+utilisation). Object discovery is compared with the published loop, which processes one image after the other on one
 thread of the CPU.
 """
 
@@ -48,7 +48,7 @@ def discovery() -> Iterator[Row]:
         ours = seconds(lambda x=on_gpu, side=side: objects.lost(x, (side, side)), 5) / batch
         torch.set_num_threads(1)
         loop = seconds(lambda x=f[:few], side=side: published_loop(x, (side, side)), 3) / few
-        what = f"LOST beside the published loop, {side} × {side} patches, an image"
+        what = f"LOST vs. the published loop, {side} × {side} patches, an image"
         yield Row(what, 1e3 * ours, 1e3 * loop, "ms", "at most 0.05")
 
 

@@ -1,9 +1,9 @@
 """How cost grows.
 
-Three ways through the same images: a plain forward pass; capture of all norms and of the attention of cls at all
-layers; and every module's output kept with unfused attention, as TransformerLens's `run_with_cache` does by default.
-Memory is the peak of living tensors above weights and images. Models are ViTs with random weights. Larger models than
-ViT-S are drawn at the time that their FLOPs foretell from ViT-Ti.
+Three methods on the same images: a plain forward pass; capture of all norms and of the attention of cls at all layers;
+and storing every module's output with unfused attention, as TransformerLens's `run_with_cache` does by default. Memory
+is the peak of existing tensors, without weights and images. Models are ViTs with random weights. For models larger than
+ViT-S, the figure shows the time that follows from their FLOPs and the time of ViT-Ti.
 """
 
 from __future__ import annotations
@@ -89,12 +89,12 @@ def rows() -> Iterator[Row]:
         name = f"ViT-{row['arch'].capitalize()}/16, {row['patches']} patches"
         for way, told in (("capture", "capture"), ("everything", "everything kept")):
             first, second = 1e3 * row[f"{way} s"], 1e3 * row["plain s"]
-            yield Row(f"{name}: {told} beside a plain forward", first, second, "ms", "", row[f"{way} ratio"])
+            yield Row(f"{name}: {told} vs. a plain forward pass", first, second, "ms", "", row[f"{way} ratio"])
             yield Row(f"{name}: {told}, peak memory", row[f"{way} MiB"], row["plain MiB"], "MiB")
     for row in by_count().to_dict("records"):
         kept, every = row["capture MiB"], row["everything MiB"]
         yield Row(f"{row['images']:,} images of 64 pixels, captured", row["seconds"], None, "s")
-        yield Row(f"{row['images']:,} images, kept by capture; everything's by its bytes for one", kept, every, "MiB")
+        yield Row(f"{row['images']:,} images, kept by capture vs. everything (extrapolated)", kept, every, "MiB")
 
 
 @styled

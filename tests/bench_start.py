@@ -1,7 +1,8 @@
 """Starting notebooks.
 
-The same four items made cold, two at once: with kernels that fork from one process in which the libraries are imported,
-as `make reproduce-all` does it, beside kernels that import for themselves. CPU seconds are those of all processes.
+Four items without earlier results, two at once. Kernels that fork from one process with imported libraries, as in
+`make reproduce-all`, are compared with kernels that import the libraries themselves. CPU seconds are those of all
+processes.
 """
 
 from __future__ import annotations
@@ -27,8 +28,8 @@ def rows() -> Iterator[Row]:
         (Path(place) / "sweep.yaml").write_text(SWEEP)
         forked, plain = (made(Path(place), name, plainly=name == "plain") for name in ("forked", "plain"))
         again = made(Path(place), "forked")
-    yield Row("four items cold: kernels forked beside kernels started", forked[0], plain[0], "s")
-    yield Row("the same in CPU seconds", forked[1], plain[1], "s")
+    yield Row("four items: forked kernels vs. started kernels", forked[0], plain[0], "s")
+    yield Row("the same, CPU seconds", forked[1], plain[1], "s")
     yield Row("the same items, up to date", again[0], None, "s", "at most 1.5 s")
 
 

@@ -1,9 +1,9 @@
 """Training
 
-A step of the training loop beside what timm's training script (train.py of its repository) does for a batch, at the
+A step of the training loop compared with the same step of timm's training script (train.py of its repository), at the
 same batch size and precision: forward under autocast, loss, backward, clipping, optimiser step. Both train the same
-model on the same scenes, which are rendered in the step, with the recipe's labels and loss. What registers cost is
-measured on the loop, beside the FLOPs that they add.
+model on the same scenes, which are rendered in the step, with the recipe's labels and loss. The cost of registers is
+measured on the loop and compared with the FLOPs that they add.
 """
 
 from __future__ import annotations
@@ -100,7 +100,7 @@ def registers(config: TrainConfig, device: str, steps: int, rounds: int) -> Iter
     for count in (4, 16):
         more = replace(config, registers=count)
         added = f"FLOPs {flops(more) / flops(config):.3f}"
-        what = f"size {config.size}: {count} registers beside none"
+        what = f"size {config.size}: {count} registers vs. none"
         row = compared(what, ours(more, device, steps), ours(config, device, steps), added, rounds)
         yield replace(row, ours=row.ours / steps, other=row.other / steps)
 
@@ -111,7 +111,7 @@ def watching(config: TrainConfig, device: str) -> Row:
     taken = taking_turns(lambda: telemetry.measure(model, watched, 0), ours(config, device, 1), 5)
     count = len(telemetry.measured_steps(config.steps))
     shares = count * taken[0], config.steps * taken[1]
-    return Row(f"{count} measurements of norms beside {config.steps} steps", *shares, "s", "at most 0.01")
+    return Row(f"{count} measurements of norms vs. {config.steps} steps", *shares, "s", "at most 0.01")
 
 
 def rows() -> Iterator[Row]:

@@ -1,7 +1,7 @@
 """Widgets.
 
-The kernel's part of a change in the explorer, from the message to the views that are sent back, on two mini models side
-by side: the median of ten changes, and beside it the slowest. The browser's part is in what `make test-browser` prints.
+The time that the kernel needs for a change in the explorer, from the message to the returned views, with two mini
+models: the median of ten changes, and the slowest. `make test-browser` prints the time of the browser.
 """
 
 from __future__ import annotations
