@@ -134,10 +134,10 @@ def test_experiment_is_paired_and_keeps_the_planted_control_right(control, pictu
 def test_registers_on_different_objects_are_told_from_registers_alike(pictures):
     inside = torch.stack([(pictures.scenes.instances == k + 1).float() for k in range(2)], 1)
     maps = torch.nn.functional.adaptive_avg_pool2d(inside, (12, 12)) + 1e-3
-    spread, shuffled, p = fig09.object_spread(fig09.mass_on(maps, inside.bool()))
-    assert spread > 2 * shuffled and p < 0.05
+    apart = fig09.object_spread(fig09.mass_on(maps, inside.bool()))
+    assert apart.spread > 2 * apart.shuffled and apart.p < 0.05 and apart.low > fig09.LEAST_SPREAD
     same = fig09.object_spread(fig09.mass_on(maps[:, :1].expand(-1, 2, -1, -1), inside.bool()))
-    assert same[0] < 1e-6
+    assert same.spread < 1e-6 and abs(same.low) < 1e-6 and abs(same.high) < 1e-6
 
 
 def test_background_patches_touch_no_object(pictures):

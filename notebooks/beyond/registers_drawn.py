@@ -6,6 +6,7 @@ of the mean over photos, by a bootstrap (`vr.pairs.interval`). Differences are p
 
 from __future__ import annotations
 
+import ast
 import itertools
 
 import matplotlib.pyplot as plt
@@ -38,6 +39,13 @@ RIGHT_LOST = {"deit-ti": 0.02, "vit-ti": 0.04}  # the largest accepted share of 
 def table() -> pd.DataFrame:
     """All recorded rows; the `attrs` of the table name the models, photos, command and device that made them."""
     return pd.read_parquet(experiment.TABLE)
+
+
+def neurons(rows: pd.DataFrame, model: str) -> str:
+    """The neurons that write a model's outliers, by block, in words."""
+    found = sorted(ast.literal_eval(rows.attrs["neurons"][model]))
+    blocks = {block: [str(i) for b, i in found if b == block] for block, _ in found}
+    return "; ".join(f"block {block}: {', '.join(numbers)}" for block, numbers in blocks.items())
 
 
 def missing(rows: pd.DataFrame) -> list[dict]:

@@ -107,7 +107,8 @@ def signed(axis, values: torch.Tensor) -> None:
 def key(figure: Figure, axes, marks: dict) -> None:
     """A colour bar for `signed` below the panels, and a legend of the marks {name: marker or line} above them."""
     colours = ScalarMappable(Normalize(-1, 1), COMPONENT)
-    bar = figure.colorbar(colours, ax=axes.ravel().tolist(), location="bottom", aspect=50, shrink=0.5, pad=0.02)
+    shrink = max(0.5, min(1.0, 4 / figure.get_figwidth()))  # the labels of the ticks need three inches
+    bar = figure.colorbar(colours, ax=axes.ravel().tolist(), location="bottom", aspect=50, shrink=shrink, pad=0.02)
     bar.set_ticks([-1, 0, 1], labels=["stays out", "0: LOST cuts here", "joins the object"])
     bar.set_label("similarity, of each map")
     lines = [Line2D([], [], **{"ls": "", "mew": 1.4, "ms": 6} | style) for style in marks.values()]

@@ -11,11 +11,13 @@ import torch.nn.functional as F
 from fig13 import key, rows_of_panels, signed
 from map_scores import median
 from matplotlib.figure import Figure
-from verdicts import above, specimen
+from verdicts import WORDS, above, specimen
 
 from vitreg_lib.hooks.capture import evaluating, hooks
 from vitreg_lib.measure import objects, pairs
 from vitreg_lib.plots.style import picture, ring, styled
+
+CROSS = dict(marker="X", facecolor="white", edgecolor="black", linewidths=0.8)  # of an outlier: seen on any colour
 
 
 def expansions(model, images, bias: float = 0.0, layer: int = -1, progress: bool = False) -> dict[str, torch.Tensor]:
@@ -87,13 +89,14 @@ def draw_expansions(
                 signed(axis, by_kind[kind][i])
                 if outliers is not None:
                     place = outliers[name][i].nonzero()
-                    axis.scatter(place[:, 1], place[:, 0], s=16, marker="x", color="black", linewidths=1)
+                    axis.scatter(place[:, 1], place[:, 0], s=45, zorder=3, **CROSS)  # larger than a ring, above it
                 if spots is not None:
                     ring(axis, spots[name][kind][i])
                 rows, cols = by_kind[kind].shape[1:]
                 axis.set(xlim=(-0.5, cols - 0.5), ylim=(rows - 0.5, -0.5))  # marks at the border widen the axis
     spot = {"spot": dict(marker="o", color="black", mfc="none")} if spots is not None else {}
-    key(figure, axes, spot | ({} if outliers is None else {"norm outlier": dict(marker="x", color="black")}))
+    cross = {"norm outlier": dict(marker="X", mfc="white", mec="black", mew=0.8)} if outliers is not None else {}
+    key(figure, axes, spot | cross)
     return figure
 
 
@@ -128,7 +131,7 @@ def filtered(gains: torch.Tensor, is_outlier: torch.Tensor, draws: int = 500, se
     return ratio(torch.arange(n)), low, high
 
 
-def claims(models, spots: dict, through: dict, having, profile: str):
+def claims(models, spots: dict, through: dict, having):
     """Yields the arguments of `Run.claim`: C048 to C050 on CLIP, C051 on the first model with artifacts, then ours.
 
     spots: {label: {kind: mask (images, rows, cols)}}; through: {label: `filtered`} of models with outliers.
@@ -136,13 +139,13 @@ def claims(models, spots: dict, through: dict, having, profile: str):
     clip = next((m.label for m in models if m.family == "clip" and m.role == "trained"), None)
     with_registers = next((n for n, base in pairs.pairs(models, "trained").items() if base == clip), None)
     count = {name: {kind: mask.sum((1, 2)).double() for kind, mask in masks.items()} for name, masks in spots.items()}
-    missing = f"no CLIP model with artifacts in profile {profile}"
+    missing = f"{clip} has no artifacts" if clip else "no CLIP model is among the models of this item"
     for claim, kind in (("C048", "keys"), ("C049", "queries")):
         if with_registers:
             compared = paired.compare({n: count[n][kind] for n in (clip, with_registers)}, models)
             yield claim, *paired.judge(compared, having=having)
         else:
-            yield claim, None, f"no CLIP model trained without and with registers in profile {profile}"
+            yield claim, None, f"no pair {WORDS['clip']} is among the models of this item"
     yield "C050", *(_fewest(count[clip], clip) if clip in having else (None, missing))
     first = specimen(models, having)
     name = first and first.label

@@ -130,14 +130,33 @@ def _of_registers(name: str, attention: torch.Tensor, tokens: list[str]):
     yield "C057", above(low, high), f"{text} than the patch's map"
 
 
+def by_pair(average: dict[str, dict], pairs: dict[str, str]) -> tuple[list[tuple[str, list]], list[str]]:
+    """(rows, columns) for `image_grid`: a row is a model with registers, on its left the same model without.
+
+    average: {label: {token: map}}, the centre patch last; pairs: {model with registers: the same model without}.
+    """
+    tokens = dict.fromkeys(token for maps in average.values() for token in maps)
+    registers, rows = [token for token in tokens if token.startswith("register")], []
+    for name in (name for name in average if name not in pairs.values()):
+        maps, without = average[name], average.get(pairs.get(name), {})
+        if not set(registers) & set(maps):  # a model without registers that has no pair
+            maps, without = {}, maps
+        both = [[each.get("cls"), [*each.values()][-1] if each else None] for each in (without, maps)]
+        rows.append((name, [*both[0], *both[1], *map(maps.get, registers)]))
+    two = ["cls", "centre patch"]
+    return rows, [f"{token},\nwithout" for token in two] + two + registers
+
+
 @styled
-def image_grid(rows: list[tuple[str, list]], columns: list[str] = (), cmap: str = NORMS, label: str = "") -> Figure:
+def image_grid(
+    rows: list[tuple[str, list]], columns: list[str] = (), cmap: str = NORMS, label: str = "", cell: float = 1.35
+) -> Figure:
     """A grid of pictures with labels on its margins.
 
     rows: (label, cells); a cell is (3, h, w) pixels, an (r, c) map with its own colour scale, or None for an empty
-    place. label: the quantity of the maps; if given, a colour bar is drawn.
+    place. label: the quantity of the maps; if given, a colour bar is drawn. cell: inches.
     """
-    count, cell = max(len(cells) for _, cells in rows), 1.35  # inches
+    count = max(len(cells) for _, cells in rows)
     figure, axes = plt.subplots(len(rows), count, figsize=(cell * count + 1.2, cell * len(rows) + 0.4), squeeze=False)
     for (name, cells), row_axes in zip(rows, axes, strict=True):
         for axis, content in zip(row_axes, list(cells) + [None] * (count - len(cells)), strict=True):

@@ -1,11 +1,30 @@
-"""Figure 18: its verdicts."""
+"""Figure 18: its plot by head, and its verdicts."""
 
 from __future__ import annotations
 
+import matplotlib.pyplot as plt
 import torch
+from matplotlib.figure import Figure
 from verdicts import above, specimen
 
 from vitreg_lib.measure.pairs import interval
+from vitreg_lib.plots.style import PALETTE, PAPER, styled
+
+
+@styled
+def by_head(lift: dict[str, torch.Tensor]) -> Figure:
+    """Bars of each head's lift, one panel a model; lift (heads,), by model label, 1 for even attention."""
+    heads = [len(values) for values in lift.values()]
+    size = (0.45 * sum(heads) + 0.9 * len(heads) + 0.6, 2.9)
+    figure, axes = plt.subplots(1, len(heads), sharey=True, squeeze=False, figsize=size, width_ratios=heads)
+    for axis, (name, values) in zip(axes[0], lift.items(), strict=True):
+        axis.bar(range(len(values)), values, 0.8, color=PALETTE[0])
+        line = axis.axhline(1, color=PAPER, ls="--", lw=1, label="even attention")
+        axis.set(title=name, xlabel="head", xticks=range(len(values)))
+        axis.grid(axis="x", visible=False)
+    axes[0, 0].set_ylabel("attention on outliers /\ntheir share of patches")
+    figure.legend(handles=[line], loc="outside upper center")
+    return figure
 
 
 def gap_between_heads(lift: torch.Tensor) -> tuple[float, float]:

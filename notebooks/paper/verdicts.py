@@ -115,7 +115,8 @@ def cured(models, having, family: str = "") -> tuple[dict[str, str], str]:
     members = [m.label for m in (of_family(models, family) if family else models)]
     found = {name: base for name, base in of_models(models, "trained").items() if name in members}
     kind = WORDS[family] if family else "trained with registers"
-    missing = "no artifacts without registers: " + ", ".join(found) if found else f"no pair {kind} is at hand"
+    absent = f"no pair {kind} is among the models of this item"
+    missing = "no artifacts without registers: " + ", ".join(found) if found else absent
     return {name: base for name, base in found.items() if base in having}, missing
 
 
