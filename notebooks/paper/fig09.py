@@ -173,8 +173,9 @@ def claims(models, alike: dict[str, torch.Tensor], spreads: dict, pairs: dict[st
             yield "C034", None, "needs images with known objects"
         else:
             rest = "; ".join(f"{other}: {_spread(spreads[other])}" for other in others if spreads[other])
-            text = f"{name}: spread over objects {_spread(spreads[name])}" + (f"; others, not judged: {rest}" if rest else "")
-            yield "C034", above(spreads[name].low, spreads[name].high, LEAST_SPREAD), text
+            text = f"{name}: spread over objects {_spread(spreads[name])}"
+            verdict = above(spreads[name].low, spreads[name].high, LEAST_SPREAD)
+            yield "C034", verdict, text + (f"; others, not judged: {rest}" if rest else "")
     for model in models:
         if model.role == "mended":
             value = alike[model.label].nanmean().item()
