@@ -2,7 +2,7 @@
 
 Four items without earlier results, two at once. Kernels that fork from one process with imported libraries, as in
 `make reproduce-all`, are compared with kernels that import the libraries themselves. CPU seconds are those of all
-processes.
+processes. Items that are up to date take longer than the goal.
 """
 
 from __future__ import annotations

@@ -162,7 +162,7 @@ def claims(model, found: mend.Search, table: pd.DataFrame, before: dict[str, flo
     measured = "; ".join(f"{kind}: {attention[kind][1]:.1%}" for kind in kinds)
     measured = f"{before['attention_on_outliers']:.1%} of cls's attention untouched; with one register {measured}"
     measured += f"; an even share is {share:.1%}"
-    text = "at least nine tenths of the attention leave the places of outliers (they need not leave with the norm)"
+    text = "at least nine tenths of the attention leaves the places of outliers (it need not leave with the norm)"
     yield "ours-attention", attention["found"][1] < 0.1 * before["attention_on_outliers"], measured, text, "none"
     norm, text = rows.register_norm["found"][1], "the registers take over the high norm"
     measured = f"mean register norm {norm:.3g}, cutoff {found.cutoff:.3g}"
