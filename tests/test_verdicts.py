@@ -13,6 +13,8 @@ import tab03
 import torch
 import verdicts
 
+from vitreg_lib.measure import pairs
+
 
 @pytest.mark.parametrize(
     ("low", "high", "verdict"),
@@ -27,6 +29,24 @@ def test_a_majority_is_decided_by_an_exact_interval():
     hits = torch.arange(100) < 70
     assert verdicts.majority(hits) is True and verdicts.majority(~hits) is False
     assert verdicts.majority(hits[60:80]) == "undecided"  # 10 of 20
+
+
+@pytest.mark.parametrize("count", [1, 7, 200, 700, 3001])
+def test_the_bootstrap_draws_in_parts_what_it_draws_at_once(count):
+    values = torch.randn(count, generator=torch.Generator().manual_seed(1)).double()
+    drawn = torch.randint(count, (2000, count), generator=torch.Generator().manual_seed(3))
+    ends = torch.quantile(values[drawn].mean(1), torch.tensor([0.025, 0.975]).double()).tolist()
+    sizes, draw = [], torch.randint
+
+    class Watched(torch.overrides.TorchFunctionMode):
+        def __torch_function__(self, function, types, args=(), kwargs=None):
+            made = function(*args, **kwargs or {})
+            sizes.append(made.numel() if function is draw else 0)
+            return made
+
+    with Watched():
+        assert pairs.interval(values, seed=3) == tuple(ends)
+    assert 0 < max(sizes) <= 2**20  # however many images there are
 
 
 def some(label, family="", role="trained", registers=0, base="", reg_token=None):

@@ -7,9 +7,11 @@ TRAINED = ("trained", "fine-tuned")  # from the start, or into a finished model
 
 def interval(values: torch.Tensor, draws: int = 2000, seed: int = 0) -> tuple[float, float]:
     """(low, high): the bootstrap's 95 % interval of the mean of values (images,), over images."""
-    values = values.double().cpu()
-    drawn = torch.randint(len(values), (draws, len(values)), generator=torch.Generator().manual_seed(seed))
-    low, high = values[drawn].mean(1).quantile(torch.tensor([0.025, 0.975]).double()).tolist()
+    values, generator = values.double().cpu(), torch.Generator().manual_seed(seed)
+    means, at_once = values.new_empty(draws), 2 * max(1, 2**18 // len(values))  # memory for a million drawn values
+    for part in means.split(at_once):
+        part[:] = values[torch.randint(len(values), (len(part), len(values)), generator=generator)].mean(1)
+    low, high = means.quantile(torch.tensor([0.025, 0.975]).double()).tolist()
     return low, high
 
 
