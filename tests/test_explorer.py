@@ -10,6 +10,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
+import timm
 import torch
 from matplotlib.figure import Figure
 from safetensors.torch import load_file
@@ -165,6 +166,36 @@ def test_the_copied_commands_are_accepted_by_their_notebooks(store, query):
                 choice.parse_cutoffs(checked["cutoffs"]),
             )
             assert again == state
+
+
+def own(name: str, seed: int):
+    """A small random model of timm's, given as a value."""
+    torch.manual_seed(seed)
+    module = timm.create_model(name, img_size=64, patch_size=16, embed_dim=32, depth=2, num_heads=2)
+    for key, weights in module.named_parameters():
+        if "relative_position_bias" in key:
+            torch.nn.init.normal_(weights, std=2.0)
+    return replace(zoo.load(module), input_size=64)
+
+
+def test_two_own_models_of_one_class_stay_apart():
+    models = [own("vit_tiny_patch16_224", seed) for seed in (0, 1)]
+    store = Store()
+    names = [store.add(model) for model in (*models, models[0])]
+    assert names[0] == names[2] != names[1]
+    x = images.load("scenes", models[0], choice.MAX_IMAGES).at([0])
+    for name, model in zip(names[:2], models, strict=True):
+        seen = store.forward(name, "scenes", 0)
+        assert torch.equal(seen.capture.norms, model.capture(x).norms) and seen.label == name
+
+
+@pytest.mark.parametrize("query, token", [("cls", 0), ("patch (2, 1)", 10)])
+def test_a_bias_of_attention_is_part_of_its_map(query, token):
+    model, store = own("beitv2_base_patch16_224", 0), Store()
+    (view,) = explorer.look(State(models=(store.add(model),), images="scenes", query=query), store)
+    x = images.load("scenes", model, choice.MAX_IMAGES).at([0])
+    seen = model.capture(x, "attention", layers=-1, queries=[token])
+    torch.testing.assert_close(view.attention_share, attention.maps(seen, queries=[token])[0, 0])
 
 
 def test_the_store_keeps_little_and_forgets_what_failed():

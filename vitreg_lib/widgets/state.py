@@ -50,7 +50,8 @@ class Forward:
     capture: norms, tokens, q and k of the image; norms and the measured attention of a replayed model. set_norms:
     (layers, patches of all images of the source). detection: on these. pixels: (3, height, width) in
     [0, 1]. truth: (layers, rows, cols) bool where a control has artifacts, or None. measured: the date on which a
-    replayed model was measured, else "". components: (rows, cols, 3) after its last block.
+    replayed model was measured, else "". components: (rows, cols, 3) after its last block. ask: from block and token to
+    `row`, by a forward pass, of a model whose attention is not that of q and k alone, as with a bias for positions.
     """
 
     label: str
@@ -64,6 +65,7 @@ class Forward:
     truth: torch.Tensor | None = None
     measured: str = ""
     components: torch.Tensor | None = None
+    ask: Callable[[int, int], torch.Tensor] | None = None
 
     @property
     def depth(self) -> int:
@@ -73,6 +75,8 @@ class Forward:
     def row(self, layer: int, token: int) -> torch.Tensor | None:
         """(1, heads, 1, tokens) attention of a query token in a block; None where it was not measured."""
         capture = self.capture
+        if self.ask:
+            return self.ask(layer, token)
         if not self.measured:
             return attention_rows(capture.q[layer][:, :, [token]].float(), capture.k[layer].float())
         if layer not in capture.attention or token not in capture.queries:
@@ -169,9 +173,12 @@ class Store:
         self._models, self._sets, self._forwards = OrderedDict(), OrderedDict(), OrderedDict()
 
     def add(self, model) -> str:
-        """Keep a loaded model and return its name in a state."""
-        self._models[model.label] = model
-        return model.label
+        """Keep a loaded model and return its name in a state: its label, numbered where another model has that."""
+        name, number = model.label, 2
+        while name in self._models and self._models[name].module is not model.module:
+            name, number = f"{model.label} {number}", number + 1
+        self._models[name] = replace(model, label=name)
+        return name
 
     def model(self, name: str):
         """The model of that name; replayed if its weights are not on this machine."""
@@ -205,6 +212,8 @@ class Store:
         return [self.forward(name, state.images, state.image) for name in state.models]
 
     def _run(self, name: str, source: str, image: int) -> Forward:
+        from ..model import measured
+
         batch, norms, detected = self.images(name, source)
         if not 0 <= image < len(batch):
             count = len(batch)
@@ -219,12 +228,20 @@ class Store:
             capture = replace(model.capture(one), attention=capture.attention, queries=capture.queries)
             date, components = model.measured["date"], model.kept("components", one)[0]
             return Forward(model.label, model.role, capture, *facts, measured=date, components=components)
-        capture = model.capture(one, ("norms", "tokens", "q", "k"))
+        some = measured.queries(model, one)  # whose attention says whether q and k alone give it
+        capture = model.capture(one, ("norms", "tokens", "q", "k", "attention"), queries=some)
+        again = {i: attention_rows(q[:, :, some].float(), capture.k[i].float()) for i, q in capture.q.items()}
+        plain = all(torch.allclose(again[i], rows, rtol=1e-3, atol=1e-6) for i, rows in capture.attention.items())
+        capture = replace(capture, attention={}, queries=())
         truth = model.truth(one)
         if truth is not None:
             truth = truth[0].view(1, *capture.grid).repeat(len(capture.layers), 1, 1)
             truth[: model.onset or 0] = False  # a planted control has no artifacts before its onset
-        return Forward(model.label, model.role, capture, *facts, truth)
+
+        def ask(layer: int, token: int) -> torch.Tensor:
+            return model.capture(one, "attention", layers=layer, queries=[token]).attention[layer]
+
+        return Forward(model.label, model.role, capture, *facts, truth, ask=None if plain else ask)
 
 
 def _kept(kept: OrderedDict, key, make: Callable):
