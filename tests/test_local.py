@@ -92,6 +92,7 @@ def test_verdicts_of_local_probes_by_hand():
     assert judged["accuracy"][0] is True and "0.50 (0.45 to 0.55)" in judged["accuracy"][1]
     assert judged["distance"][0] is False and judged["l2"][0] == "undecided" and judged["auc"][0] is False
     assert "35 outliers scored" in judged["l2"][1]
+    assert judged["auc"][1].endswith("against normal tokens, 0.60 (0.50 to 0.70): it would be undecided")
     blind = fig05.verdicts(table.assign(chance=0.5), alike)
     assert blind["accuracy"][0] is None and "not readable" in blind["accuracy"][1] and blind["l2"][0] == "undecided"
 

@@ -49,6 +49,20 @@ def test_the_bootstrap_draws_in_parts_what_it_draws_at_once(count):
     assert 0 < max(sizes) <= 2**20  # however many images there are
 
 
+def test_a_share_of_outliers_is_judged_by_its_interval_over_images():
+    mask = torch.zeros(10, 14, 14, dtype=torch.bool)
+    none = verdicts.over_images(mask)
+    assert (none.value, none.low) == (0, 0) and none.below() == "undecided"  # 1,960 tokens: up to 3 of them
+    assert none.high == pytest.approx(3 / 1960)
+    mask[0, 0, :4] = True  # four outliers, all in one image: twice the limit, but not in the others
+    one = verdicts.over_images(mask)
+    assert str(one) == f"0.20% (0.00 to {100 * one.high:.2f})" and one.high > none.high and one.below() == "undecided"
+    assert verdicts.over_images(mask.new_zeros(100, 196)).below() is True
+    assert verdicts.over_images(mask.new_ones(10, 4)).below() is False
+    half = verdicts.over_images(torch.arange(100)[:, None] % 2 == 0)  # as the normal approximation has it
+    assert half.value == 0.5 and half.high == pytest.approx(0.5 + 1.96 * 0.05, abs=0.01)
+
+
 def some(label, family="", role="trained", registers=0, base="", reg_token=None):
     anatomy = SimpleNamespace(num_registers=registers)
     module = SimpleNamespace(reg_token=reg_token)

@@ -6,7 +6,7 @@ import matplotlib.pyplot as plt
 import pandas as pd
 import torch
 from matplotlib.figure import Figure
-from verdicts import specimen
+from verdicts import above, every, over_images, specimen
 
 from vitreg_lib.plots.norms import bands, quantile_levels
 from vitreg_lib.plots.style import PALETTE, PAPER, plain_log, styled
@@ -18,17 +18,17 @@ SIZES = {192: "Ti", 384: "S", 768: "B"}  # below Large, by their width
 def norms_by_step(tables: dict[str, pd.DataFrame]) -> Figure:
     """Figure 4(b): norms of the last block along training (above), largest outlier share of any block (below)."""
     figure, axes = plt.subplots(2, len(tables), figsize=(2.3 * len(tables) + 0.6, 4.8), squeeze=False, sharex=True)
-    for (above, below), (name, table) in zip(axes.T, tables.items(), strict=True):
+    for (upper, lower), (name, table) in zip(axes.T, tables.items(), strict=True):
         last = table[table.layer == table.layer.max()]
-        bands(above, last.step / last.step.max(), quantile_levels(last), PALETTE[0])
-        above.set(title=name, yscale="log")
-        plain_log(above.yaxis)
+        bands(upper, last.step / last.step.max(), quantile_levels(last), PALETTE[0])
+        upper.set(title=name, yscale="log")
+        plain_log(upper.yaxis)
         worst = table.groupby("step").outlier_share.max()
-        below.plot(worst.index / worst.index.max(), 100 * worst, color=PALETTE[0])
-        below.axvline(1 / 3, color=PAPER, ls=":")
+        lower.plot(worst.index / worst.index.max(), 100 * worst, color=PALETTE[0])
+        lower.axvline(1 / 3, color=PAPER, ls=":")
         place = dict(xycoords=("data", "axes fraction"), xytext=(3, 0), textcoords="offset points")
-        below.annotate("paper: from 1/3 on", (1 / 3, 0.92), fontsize=7, color=PAPER, **place)
-        below.set(xlabel="share of training", ylim=(0, max(1.0, 115 * worst.max())))
+        lower.annotate("paper: from 1/3 on", (1 / 3, 0.92), fontsize=7, color=PAPER, **place)
+        lower.set(xlabel="share of training", ylim=(0, max(1.0, 115 * worst.max())))
     axes[0, 0].set_ylabel("L2 norm, last block")
     axes[1, 0].set_ylabel("tokens above 3 × median,\nworst block (%)")
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=4)
@@ -73,7 +73,7 @@ def claims(models, norms: dict, detections: dict, trained: dict, shares: dict, a
 
     C014 is judged on telemetry, C015 on models of several sizes. C015 fails if any trained model narrower than Large
     (1,024) has artifacts, however it was trained. Dictionaries by model label: norms (images, blocks, patches);
-    detections; trained, telemetry tables; shares, outlier shares of the sizes, smallest first. alike: whether the
+    detections; trained, telemetry tables; shares, the outliers' `Share` by size, smallest first. alike: whether the
     sizes were trained in the same way.
     """
     found = {name: (detections[name].onset, values.shape[1]) for name, values in norms.items()}
@@ -88,25 +88,25 @@ def claims(models, norms: dict, detections: dict, trained: dict, shares: dict, a
         yield "C012", 0.3 <= onset / depth <= 0.5, text
         judged = detections[model.label].outliers
         times = judged.cutoff / judged.norms.median()
-        first = norms[model.label][:, : max(1, depth // 4)].transpose(0, 1).flatten(1)
-        early = (first > times * first.median(1, keepdim=True).values).float().mean(1).max().item()
-        text = f"{model.label}: in the first quarter of blocks at most {early:.2%} of tokens above {times:.1f} × median"
-        yield "C013", early < 0.001, text
+        first = norms[model.label][:, : max(1, depth // 4)]
+        early = max((over_images(at > times * at.median()) for at in first.unbind(1)), key=lambda each: each.value)
+        text = f"{model.label}: in the first quarter of blocks at most {early} of tokens above {times:.1f} × median"
+        yield "C013", early.below(), text
     name, table = next(iter(trained.items()))
     final, quarter = share_at(table, 1.0), share_at(table, 1 / 4)
     text = f"{name}: {quarter:.2%} at a quarter, {final:.2%} at the end of training, last block"
     yield "C014", quarter < 0.005 if final >= 0.005 else None, text
-    values, listed = list(shares.values()), ", ".join(f"{name} {share:.2%}" for name, share in shares.items())
+    values, listed = list(shares.values()), ", ".join(f"{name} {each}" for name, each in shares.items())
     small = [m for m in models if m.role == "trained" and m.anatomy.embed_dim in SIZES and m.label in having]
     if small:
         text = "; ".join(f"{m.label} ({SIZES[m.anatomy.embed_dim]}) {detections[m.label].share[0]:.2%}" for m in small)
         yield "C015", False, f"smaller than Large, in another training than DINOv2's: {text} of the tokens are outliers"
     elif not alike or len(values) < 3:
         yield "C015", None, f"released DINOv2 S, B and L are distilled from g; here: {listed}"
-    elif max(values) < 0.005:
+    elif max(each.value for each in values) < 0.005:
         yield "C015", None, f"no size of the ladder has artifacts: {listed}"
     else:
-        yield "C015", values[0] < 0.001 and values[-1] >= 0.005, listed
+        yield "C015", every([values[0].below(), above(values[-1].low, values[-1].high, 0.005)]), listed
     for model in (m for m in models if m.role == "planted control"):
         onset = found[model.label][0]
         measured = f"found in block {onset}, planted in block {model.onset}"

@@ -191,9 +191,14 @@ def verdicts(table, alike) -> dict[str, tuple[bool | str | None, str]]:
         if blind and key != "l2":
             holds, text = None, f"{text}; not readable: normal tokens {right:.1%} right, {chance:.1%} by chance"
         result[key] = (holds, text)
-    areas = [f"{alike[k]:.2f} ({alike[k + '_low']:.2f} to {alike[k + '_high']:.2f})" for k in ("auc", "auc_matched")]
-    holds = above(alike["auc_matched_low"], alike["auc_matched_high"], 0.5)
-    return result | {"auc": (holds, f"AUC {areas[0]}, against matched {areas[1]}")}
+    said = {}
+    for key in ("auc_matched", "auc"):
+        low, high = alike[f"{key}_low"], alike[f"{key}_high"]
+        said[key] = above(low, high, 0.5), f"{alike[key]:.2f} ({low:.2f} to {high:.2f})"
+    words = {True: "the claim would hold", False: "it would fail", "undecided": "it would be undecided"}
+    text = f"AUC against matched tokens {said['auc_matched'][1]}; as the paper compares, against normal tokens, "
+    text += f"{said['auc'][1]}: {words[said['auc'][0]]}"
+    return result | {"auc": (said["auc_matched"][0], text)}
 
 
 def claims(models, masks: dict[str, Tensor], borrowed: dict[str, str], tables: dict, alike):

@@ -21,12 +21,14 @@ from scipy.stats import binomtest, t
 
 from vitreg_lib.base import remembered
 from vitreg_lib.measure import detection, outliers
+from vitreg_lib.measure.pairs import interval
 from vitreg_lib.measure.pairs import pairs as of_models
 
 # families of models, by the family of the paper that is trained in the same way
 FAMILIES = {"deit3": ("deit3", "deit", "augreg"), "clip": ("clip",), "dinov2": ("dinov2",), "dino": ("dino",)}
 WORDS = {"deit3": "trained with labels", "clip": "trained with captions", "dinov2": "trained as DINOv2", "dino": "DINO"}
 
+NO_OUTLIERS = 0.001  # a model counts as free of outliers below this share of the patch tokens (claims.csv)
 COPIES = 0.99  # two registers with a larger cosine count as copies: their maps cannot differ
 
 
@@ -138,6 +140,37 @@ def exists(found: bool, profile: str) -> bool | None:
 def above(low: float, high: float, limit: float = 0.0) -> bool | str:
     """True if the interval lies above the limit, False if below it, "undecided" if the limit is inside."""
     return True if low > limit else False if high < limit else "undecided"  # "undecided" also for NaN
+
+
+class Share(NamedTuple):
+    """A share of the patch tokens (0 to 1) and its 95 % interval over images; as text "0.26% (0.05 to 0.71)"."""
+
+    value: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{self.value:.2%} ({100 * self.low:.2f} to {100 * self.high:.2f})"
+
+    def below(self, limit: float = NO_OUTLIERS) -> bool | str:
+        """True if the interval lies below the limit, False if above it, else "undecided"."""
+        return above(-self.high, -self.low, -limit)
+
+
+def over_images(mask: torch.Tensor) -> Share:
+    """The `Share` of tokens in a mask (images, …), such as that of an `Outliers`, by a bootstrap of images.
+
+    A bootstrap of images without any outlier has no width, although other images may have some. There, the upper end is
+    that of the same images with one outlier in one of them: 3 divided by the number of tokens (the "rule of three"). It
+    is the least that such images leave open, and never more than if an outlier had been seen. With several outliers in
+    an image, a larger share would be possible.
+    """
+    of_images = mask.flatten(1).double().mean(1)
+    value = of_images.mean().item()
+    if value == 0:
+        of_images[0] = 1 / mask[0].numel()
+    low, high = interval(of_images)
+    return Share(value, low if value else 0.0, high)
 
 
 def majority(hits) -> bool | str:
