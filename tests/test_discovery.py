@@ -181,6 +181,7 @@ def test_code_differences_are_the_variants_and_leaving_out_oneself_changes_nothi
 
 def test_effects_and_changes_by_hand(swept):
     import lost_sweep
+    import pandas as pd
 
     *_, table, hits = swept
     found = lost_sweep.effects(table)
@@ -196,6 +197,11 @@ def test_effects_and_changes_by_hand(swept):
         lost_sweep.compare(hits, {})
     choices = lost_sweep.choices({"a": table})
     assert choices.loc["a", "bias"] == pytest.approx(100 * found.spread["bias", "0.0"])
+    for ends, verdict in (((-3.0, 4.0), True), ((-3.0, 8.0), "undecided"), ((6.0, 9.0), False)):
+        faults = pd.DataFrame({"effect": [0.0, 2.0], "low": [0.0, ends[0]], "high": [0.0, ends[1]]})
+        faults.index = pd.MultiIndex.from_tuples([("a", "equations"), ("a", "ties")])
+        judged = lost_sweep.claims({}, ("box", torch.ones(4)), [], choices, faults)
+        assert {claim: holds for claim, holds, *_ in judged}["code"] == verdict
     assert lost_sweep.in_words([(7, "k", True, -0.1)] * 2) == "block 7, k, length 1, bias -0.1"
 
 

@@ -7,6 +7,7 @@ import math
 import fig15
 import pytest
 import torch
+import verdicts
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -123,6 +124,8 @@ def test_norms_are_quantised_when_registers_differ_more_than_images():
     alike = {"register 1": 10 + noise[0], "register 2": 10 + noise[1]}
     assert fig15.quantisation(alike) < 1
     assert fig15.quantisation({"register 1": noise[0]}) is None
+    for kinds, side in ((apart, True), (alike, False)):
+        assert verdicts.above(*fig15.quantisation_interval(kinds), 1) is side
 
 
 @pytest.fixture(scope="module")

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import fig02
 import fig16
+import fig17
 import fig18
 import pandas as pd
 import pytest
@@ -74,6 +75,17 @@ def test_a_claim_needs_a_trained_model_with_artifacts():
     assert verdicts.specimen(models, {"planted", "b"}).label == "b"
     assert verdicts.specimen(models, {"planted"}) is None
     assert [m.label for m in verdicts.of_family(models, "deit3")] == ["a", "b"]
+
+
+def test_a_masked_autoencoder_is_judged_beside_a_model_with_artifacts_on_the_same_images():
+    mae, other = some("mini-mae"), some("a")
+    above = {"mini-mae": torch.zeros(100, 196, dtype=torch.bool), "a": torch.ones(100, 196, dtype=torch.bool)}
+
+    def judged(groups, above=above):
+        return {claim: holds for claim, holds, *_ in fig17.claims(groups, above, {"a"}, {})}["C058"]
+
+    assert judged([[mae], [other]]) is None
+    assert judged([[mae, other]]) is True and judged([[mae, other]], above | {"mini-mae": above["a"]}) is False
 
 
 def test_absence_counts_against_the_paper_on_its_own_models_only():

@@ -297,11 +297,14 @@ def claims(hits: dict, baseline: tuple[str, Tensor], models, choices, faults, se
         "DeiT-III and DINOv2 (14 points)",
         "none",
     )
-    moved = faults.drop(index="equations", level=1).effect.abs()
+    faults = faults.drop(index="equations", level=1)
+    moved, least, most = faults.effect.abs(), faults.low.min(), faults.high.max()
+    beyond = ((faults.low > 5) | (faults.high < -5)).any()  # an interval that lies outside of 5 points
     yield (
         "code",
-        bool(moved.max() < 5),
-        f"at most {moved.max():.0f} points ({moved.idxmax()[1]}, {moved.idxmax()[0]})",
+        False if beyond else -5 < least and most < 5 or "undecided",
+        f"at most {moved.max():.0f} points ({moved.idxmax()[1]}, {moved.idxmax()[0]}); intervals from {least:+.0f} to "
+        f"{most:+.0f} points",
         "no difference between LOST's code and its equations moves CorLoc by 5 points",
         "none",
     )

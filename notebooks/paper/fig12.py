@@ -50,6 +50,12 @@ SIZES = {
 }
 
 
+def called(row) -> str:
+    """The name of a size for readers, from a row of `cost_table` or `measure_cost`: "ViT-L/14, 224 px"."""
+    size = row.arch if row.arch == "g" else row.arch.capitalize()  # ViT-G/14 is another, larger model
+    return f"ViT-{size}/{row.patch}, {row.resolution} px"
+
+
 def read_sizes(text: str) -> list[tuple[str, int, int]]:
     """(size, patch, resolution) of each name in a text such as "ti/16/224 l/14/518". Raises UserError for others."""
     found = []
@@ -326,9 +332,8 @@ def cost(table: pd.DataFrame, measured: pd.DataFrame | None = None) -> Figure:
     panels = 2 if measured is None else 3
     figure, axes = plt.subplots(1, panels, figsize=(3.3 * panels + 0.2, 3.4))
     ends = {axis: [] for axis in axes[:2]}
-    for number, (key, part) in enumerate(table.groupby(["arch", "patch", "resolution"], sort=False)):
-        arch, patch, resolution = key
-        name, colour = f"ViT-{arch.capitalize()}/{patch}, {resolution} px", PALETTE[number % len(PALETTE)]
+    for number, (_, part) in enumerate(table.groupby(["arch", "patch", "resolution"], sort=False)):
+        name, colour = called(part.iloc[0]), PALETTE[number % len(PALETTE)]
         for axis, values in zip(axes[:2], (part.flops_percent, part.params_percent), strict=True):
             axis.plot(part.registers, values, color=colour, marker=".")
             ends[axis].append((float(values.iloc[-1]), name, colour))
@@ -344,7 +349,7 @@ def cost(table: pd.DataFrame, measured: pd.DataFrame | None = None) -> Figure:
         axes[2].set_gid(THIS_MACHINE)
         axes[2].axhline(0, color=PAPER, lw=0.8)
         axes[2].set(xlabel="registers", ylabel="measured, added (%)")
-        axes[2].set_title(f"this machine ({row.device}):\nViT-{row.arch.capitalize()}/{row.patch}, {row.resolution} px")
+        axes[2].set_title(f"this machine ({row.device}):\n{called(row)}")
         axes[2].legend()
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center")
     return figure
@@ -363,10 +368,10 @@ def label_ends(axis, ends: list[tuple[float, str, str]], x: float) -> None:
 
 def claims(table: pd.DataFrame):
     """Yields the arguments of `Run.claim`: C042 to C044 and ours, from a `cost_table` with ViT-L/14 at 224 pixels."""
-    table = table.assign(model=[f"ViT-{row.arch}/{row.patch}, {row.resolution} px" for row in table.itertuples()])
+    table = table.assign(model=[called(row) for row in table.itertuples()])
     flops = {n: table[table.registers == n].set_index("model").flops_percent for n in (4, 16)}
     text = {n: "; ".join(f"{name}: {value:.2f} %" for name, value in found.items()) for n, found in flops.items()}
-    paper = {n: found.get("ViT-l/14, 224 px") for n, found in flops.items()}
+    paper = {n: found.get("ViT-L/14, 224 px") for n, found in flops.items()}
     yield "C042", None if paper[4] is None else bool(paper[4] < 2), text[4]
     yield "C043", None if paper[16] is None else bool(5 <= paper[16] <= 7), text[16]
     most, larger = table.params_percent.max(), table[table.arch != "ti"].params_percent.max()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from verdicts import specimen
+from verdicts import every, over_images, specimen
 
 from vitreg_lib.measure import maps
 
@@ -22,20 +22,23 @@ def colours(model, images, layer: int = -1) -> torch.Tensor:
     return (scores / 6 + 0.5).permute(0, 3, 1, 2)
 
 
-def claims(models, share: dict[str, float], having, truths: dict):
+def claims(groups: list[list], above: dict[str, torch.Tensor], having, truths: dict):
     """Yields the arguments of `Run.claim`: C058 and C059, then the controls.
 
-    share: of tokens above 3 times the median, by model label; having: labels of the models with artifacts; truths:
-    masks or None, by label.
+    groups: models with the same images, from `Run.by_source`. Dictionaries by model label: above, (images, patches) is
+    a norm above 3 times the median?; truths, masks or None. having: labels of the models with artifacts.
     """
-    mae = [m.label for m in models if "mae" in m.label.split("-")]
-    text = "; ".join(f"{name}: {value:.2%}" for name, value in share.items())
+    shares = {name: over_images(mask) for name, mask in above.items()}
+    mae = {m.label: group for group in groups for m in group if "mae" in m.label.split("-")}
+    text = "; ".join(f"{name}: {each}" for name, each in shares.items())
+    tested = [name for name, group in mae.items() if specimen(group, having)]
     if not mae:
         yield "C058", None, f"no masked autoencoder is at hand. Others: {text}"
-    elif specimen(models, having) is None:
-        yield "C058", None, f"no other trained model here has artifacts either, so nothing follows. {text}"
+    elif not tested:
+        names = ", ".join(mae)
+        yield "C058", None, f"no trained model has artifacts on the images of {names}, so nothing follows. {text}"
     else:
-        yield "C058", all(share[name] < 0.001 for name in mae), text
+        yield "C058", every(shares[name].below() for name in tested), text
     yield "C059", None, "needs ImageNet's training set and the probes of tab02"
     for name, truth in truths.items():
         if truth is not None:
@@ -43,8 +46,8 @@ def claims(models, share: dict[str, float], having, truths: dict):
             text = f"the share of {name} is the share that was put there"
             yield (
                 f"control-{name}",
-                abs(share[name] - there) < 0.005,
-                f"{share[name]:.2%}, truth {there:.2%}",
+                abs(shares[name].value - there) < 0.005,
+                f"{shares[name].value:.2%}, truth {there:.2%}",
                 text,
                 "none",
             )

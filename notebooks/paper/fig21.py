@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pandas as pd
+from verdicts import every, over_images
 
 from vitreg_lib.measure import outliers
 
@@ -36,13 +37,14 @@ def claims(models, found: dict, overlap: dict, pairs: dict[str, str], truths: di
     )
     beyond_chance = all(overlap[n].pooled_p.item() < 0.01 for n in specimens)
     yield "C064", beyond_chance if specimens else None, text or "no trained model here has artifacts"
-    share = {name: f"{pairs[name]}: {found[pairs[name]].share:.2%} to {found[name].share:.2%}" for name in pairs}
+    shares = {name: over_images(found[name].mask) for name in pairs}
+    change = {name: f"{base}: {found[base].share:.2%} to {name}: {shares[name]}" for name, base in pairs.items()}
     added = "norm outliers vanish with registers added at test time"
     for claim, role, more in (("C065", "trained", ()), ("ours-added", "mended", (added, "none"))):
         members = [m.label for m in models if m.role == role and m.label in pairs]
         judged = [name for name in members if pairs[name] in having]
-        text = "; ".join(f"{name}, {share[name]}" for name in judged or members) or "none"
-        vanished = all(found[name].share < 0.001 for name in judged) if judged else None
+        text = "; ".join(change[name] for name in judged or members) or "none"
+        vanished = every(shares[name].below() for name in judged)
         yield claim, vanished, text if judged else f"no pair whose model without has artifacts: {text}", *more
     for name, truth in truths.items():
         if truth is not None:
