@@ -92,9 +92,21 @@ def test_without_a_model_with_outliers_nothing_of_the_paper_is_judged_but_cls():
 
 
 def test_the_spread_is_compared_with_the_gap():
-    near = classified(row("a", "x", normal=30, matched=50, outlier=50.5), {"a": "a"})
-    far = classified(row("a", "x", normal=30, matched=50, outlier=55), {"a": "a"})
-    assert [next(tables_claims.of_table6(f, [model("a")]))[1] for f in (near, far)] == [False, True]
+    def judged(outlier, tasks, name="a"):
+        scores = {k: v for t in tasks for k, v in row("a", t, normal=30, matched=50, outlier=outlier).items()}
+        return next(tables_claims.of_table6(classified(scores, {"a": "a"}, tasks), [model(name)]))[1:]
+
+    all_of_them = {f"t{i}": column for i, column in enumerate(tables_claims.COLUMNS)}
+    assert [judged(outlier, all_of_them)[0] for outlier in (50, 51, 55)] == [False, "undecided", True]
+    assert judged(50, {"x": "Airc."})[0] is False  # one set can refute what is claimed of all, and cannot confirm it
+    holds, measured = judged(55, {"cifar10-small": "", "scenes": ""})
+    assert holds is None and measured.startswith(
+        "1 of the paper's 14 sets: a, cifar10-small, 3 draws: gap +5 (+3 to +7)"
+    )
+    assert judged(55, all_of_them, "b") == (
+        None,
+        "needs one of the paper's data sets and a trained model with artifacts on its images",
+    )
 
 
 def test_controls_and_mended_models():
@@ -105,12 +117,12 @@ def test_controls_and_mended_models():
         scores |= row("p+ttr1", task, cls=90, normal=30, matched=40, outlier=35, register=60)
     owner = {"p": "p", "r": "p", "p+ttr1": "p"}
     models = [model("p", "planted control"), model("r", "random control"), model("p+ttr1", "mended")]
-    judged = {c: (h, m) for c, h, m, _ in tables_claims.of_controls(classified(scores, owner), models)}
+    judged = {c: (h, m) for c, h, m, *_ in tables_claims.of_controls(classified(scores, owner), models)}
     assert judged["control-p-planted"][0] and judged["control-p"][0] is True
     assert judged["control-r"][0] is True and "w -1 (-2 to -0)" in judged["control-r"][1]
     assert judged["moved-p+ttr1"][0] == "undecided"  # four of four tasks: one in 16 by chance
     assert judged["registers-p+ttr1"][0] == "undecided"
-    judged = {c: (h, m) for c, h, m, _ in tables_claims.of_controls(classified(scores, owner, known=False), models)}
+    judged = {c: (h, m) for c, h, m, *_ in tables_claims.of_controls(classified(scores, owner, known=False), models)}
     assert judged["control-r"] == (None, "points against matched tokens: no interval is known")
     assert judged["control-p"][0] is None  # no task is known to tell more
 

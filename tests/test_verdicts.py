@@ -128,7 +128,8 @@ def test_object_discovery_is_judged_on_the_papers_set_with_its_features_and_marg
 
     def judged(having, images, after=many):
         scored = hits | {"a-reg4": dict.fromkeys(hits["a"], after)}
-        every = tab03.claims(models, scored, {"box": box}, having, dict.fromkeys(scored, (images, "50 photos")))
+        answers = {name: "artifacts" if name in having else "undecided" for name in scored}
+        every = tab03.claims(models, scored, {"box": box}, answers, dict.fromkeys(scored, (images, "50 photos")))
         return {claim: (holds, text) for claim, holds, text, *_ in every}
 
     here = judged({"a"}, "coco")
@@ -136,6 +137,8 @@ def test_object_discovery_is_judged_on_the_papers_set_with_its_features_and_marg
     assert here["C095"][0] is None and here["C104"][0] is None  # one pair cannot show what is claimed of all
     assert judged({"a"}, "coco", few)["C097"][0] is False and judged({"a"}, "coco", few)["C104"][0] == "undecided"
     assert judged(set(), "coco")["C097"][0] is None and judged({"a"}, "scenes")["C097"][0] is None
+    ours = judged(set(), "coco")["ours-a-reg4-values"]
+    assert ours[0] is None and ours[1].startswith("the detector is undecided whether a has artifacts on these images")
 
 
 def test_each_column_of_object_discovery_has_the_baselines_of_its_own_images():

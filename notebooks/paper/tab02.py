@@ -25,6 +25,7 @@ from vitreg_lib.base import DATA, UserError
 from vitreg_lib.data import sets
 from vitreg_lib.data.scenes import SHAPES
 from vitreg_lib.measure import detection
+from vitreg_lib.plots.scores import dots
 from vitreg_lib.plots.style import PALETTE, PAPER, styled
 from vitreg_lib.probes import linear
 from vitreg_lib.probes.linear import held_out
@@ -270,6 +271,19 @@ def class_iou(found: Scores):
     return pd.Series((inter / union).numpy(), index=next(names, range(len(inter))))
 
 
+@styled
+def class_dots(table) -> Figure:
+    """Scores (%) of each class as dots: a row a row of the table, a colour a column; NaN is left out."""
+    rows = table.rename_axis("class").melt(ignore_index=False, var_name="model").reset_index()
+    figure, axis = plt.subplots(figsize=(5.6, 0.24 * len(table) + 1.1))
+    styles = {name: (PALETTE[i], "oDs^"[i % 4]) for i, name in enumerate(table)}
+    dots(axis, rows.assign(low=np.nan, high=np.nan), "value", "class", "model", styles, orient="h", legend="full")
+    axis.set(xlabel="IoU (%)", xlim=(-2, 102))
+    axis.get_legend().remove()
+    figure.legend(*axis.get_legend_handles_labels(), loc="outside upper center", ncols=2)
+    return figure
+
+
 def reported(registers: bool) -> dict[tuple[str, str], float]:
     """The paper's Table 2a: {(family, task): score}, shares from 0 to 1, for the models without or with registers."""
     import pandas as pd
@@ -327,9 +341,8 @@ def task_scores(table, change, paper: dict[tuple[str, str], float] | None = None
         axis.axvline(0, color=PAPER, lw=1)
         style = dict(fmt="D", ms=4, lw=1.2, color=PALETTE[1], label="change with registers")
         axis.errorbar(factor * part.change, y, xerr=ends, **style)
-        known = [
-            (factor * (paper or {})[name, task], i) for i, name in enumerate(pairs) if (name, task) in (paper or {})
-        ]
+        asked = {name: i for i, name in enumerate(pairs) if (name, task) in change.index}
+        known = [(factor * paper[name, task], i) for name, i in asked.items() if (name, task) in (paper or {})]
         if known:
             axis.plot(*zip(*known, strict=True), "v", color=PAPER, ms=5, label="the paper's change, of its own models")
         axis.set(yticks=y, ylim=(len(pairs) - 0.5, -0.5), xlabel="change of the " + label.replace("(%)", "(points)"))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pandas as pd
 import torch
 from matplotlib.figure import Figure
-from verdicts import WORDS, above, cured, every, within
+from verdicts import WORDS, above, cured, every, judged, within
 
 from vitreg_lib import plots
 from vitreg_lib.measure import objects, pairs
@@ -14,6 +14,10 @@ from vitreg_lib.plots.style import PAPER, styled
 NEEDS = "needs {} with and without registers and artifacts, on {}"
 SETS = ("VOC 2007", "VOC 2012", "COCO 20k")  # claims C095 to C103, by family
 FAMILIES = {"deit3": "values", "clip": "values", "dinov2": "keys"}  # and the features that the paper takes
+ANSWERS = {  # of the detector, where it did not find artifacts
+    "none": "the detector finds no artifacts of {} on these images",
+    "undecided": "the detector is undecided whether {} has artifacts on these images",
+}
 PART_OF = {"voc2007": "VOC 2007", "voc2012": "VOC 2012", "coco20k": "COCO 20k", "coco": "COCO 20k"}
 
 
@@ -53,29 +57,34 @@ def draw(table: pd.DataFrame, lines: dict[str, dict[str, float]]) -> Figure:
     return figure
 
 
+def answer(model, pictures) -> str:
+    """The detector's answer on the images that LOST was scored on."""
+    return model.measured["lost"]["answer"] if model.replayed else judged(model, pictures).answer
+
+
 def where(run, model, pictures) -> tuple[str, str]:
     """(name of the set, description of the images) on which LOST was scored with this model."""
     return tuple(model.measured["lost"]["of"]) if model.replayed else (run.at.images, pictures.source)
 
 
-def claims(models, hits: dict, baselines: dict, having, scored_on: dict):
+def claims(models, hits: dict, baselines: dict, answers: dict[str, str], scored_on: dict):
     """Yields the arguments of `Run.claim`: C095 to C107 on the pairs that can be judged, by family; then ours.
 
     The features of a family are those of the paper; the bias is 0, because the paper's is not published. hits: {label:
     {(feature, bias): (images,) bool}}; baselines: {name: `CorLoc`} on the images of the models that are not replayed;
-    having: labels of the models with artifacts; scored_on: `where`, by label.
+    answers: `answer`, by label; scored_on: `where`, by label.
     """
-    cells = {}
+    having, cells = {name for name, each in answers.items() if each == "artifacts"}, {}
     for number, (family, kind) in enumerate(FAMILIES.items()):
-        judged = cured(models, having, family)[0]
-        judged = {n: b for n, b in judged.items() if n in hits and b in hits}
-        cells |= {n: objects.gain(hits[b][kind, 0.0], hits[n][kind, 0.0]) for n, b in judged.items()}
+        chosen = cured(models, having, family)[0]
+        chosen = {n: b for n, b in chosen.items() if n in hits and b in hits}
+        cells |= {n: objects.gain(hits[b][kind, 0.0], hits[n][kind, 0.0]) for n, b in chosen.items()}
         for place, name in enumerate(SETS):
-            here = [n for n in judged if PART_OF.get(scored_on[n][0]) == name]
-            answers = [_as_reported(family, *cells[n]) for n in here]
+            here = [n for n in chosen if PART_OF.get(scored_on[n][0]) == name]
+            verdicts = [_as_reported(family, *cells[n]) for n in here]
             text = f"{kind}, bias 0, {scored_on[here[0]][1] if here else ''}: {_in_words({n: cells[n] for n in here})}"
             missing = NEEDS.format(f"a model {WORDS[family]}", name)
-            yield f"C{95 + 3 * number + place:03d}", every(answers), text if here else missing
+            yield f"C{95 + 3 * number + place:03d}", every(verdicts), text if here else missing
     verdict = every(above(low, high) for _, low, high in cells.values())
     text = f"{_in_words(cells)}; a gain in all of them would be {len(cells)} of the paper's 9 cells"
     yield "C104", None if verdict is True else verdict, text if cells else NEEDS.format("a model", "a set with boxes")
@@ -90,7 +99,8 @@ def claims(models, hits: dict, baselines: dict, having, scored_on: dict):
             if base in having:
                 yield f"ours-{name}-{feature}", above(low, high), measured, text, "none"
             else:
-                yield f"ours-{name}-{feature}", None, f"{base} has no artifacts to remove ({measured})", text, "none"
+                why = ANSWERS[answers[base]].format(base)
+                yield f"ours-{name}-{feature}", None, f"{why} ({measured})", text, "none"
     free = {name: each.hits for name, each in baselines.items()}
     for label in (m.label for m in models if m.role == "random control"):
         free |= {f"{label}, {f}, bias {b:g}": found for (f, b), found in hits[label].items()}

@@ -2,7 +2,7 @@
 
 Verdicts on outliers rest on the matched token (the nearest normal one) where the paper compares with a random normal
 one; the paper's own comparison stands beside. A gap counts where its interval over test images excludes 0. Each
-function yields (claim id, verdict, what was measured[, text]) for `Run.claim`. Points are percentage points.
+function yields (claim id, verdict, what was measured[, text, "none"]) for `Run.claim`. Points are percentage points.
 """
 
 from __future__ import annotations
@@ -81,9 +81,7 @@ def of_table1(found: tables.Classified, models) -> Iterator[tuple]:
     name, columns = subject(found, models), found.table.paper.groupby(level="task", sort=False).first()
     fair, plain = (tables.gaps(found, "outlier", other) for other in ("matched", "normal"))
     titles = {e["paper"]: e["title"] for e in sets.entries().values() if "paper" in e}
-    specimens, judged = [m.label for m in models if m.role == "trained" and found.owner.get(m.label) == m.label], {}
-    for label, task in sorted((key for key in fair.index if key[0] in specimens), key=lambda k: specimens.index(k[0])):
-        judged.setdefault(columns[task] or PARTS_OF.get(task), (label, task))
+    judged = _judged(found, models, fair)
     tasks = {PARTS_OF.get(t) or columns[t]: t for m, t in fair.index if m == name and (t in PARTS_OF or columns[t])}
     for number, column in enumerate(COLUMNS):
         claim, (label, task) = f"C{66 + number:03d}", judged.get(column, (None, None))
@@ -117,7 +115,18 @@ def of_table1(found: tables.Classified, models) -> Iterator[tuple]:
                 every(answers.values()),
                 f"better on {_counted(answers)}",
                 text.format(label),
+                "none",
             )
+
+
+def _judged(found: tables.Classified, models, gaps) -> dict[str, tuple[str, str]]:
+    """{column of the paper's Table 1: (the first trained model with artifacts on its images, task)}, of those here."""
+    specimens = [m.label for m in models if m.role == "trained" and found.owner.get(m.label) == m.label]
+    columns, first = found.table.paper.groupby(level="task", sort=False).first(), {}
+    for label, task in sorted((key for key in gaps.index if key[0] in specimens), key=lambda k: specimens.index(k[0])):
+        if column := columns[task] or PARTS_OF.get(task):
+            first.setdefault(column, (label, task))
+    return first
 
 
 def _beside_cls(found: tables.Classified, name: str, columns: dict[str, str]) -> Iterator[tuple]:
@@ -167,18 +176,19 @@ def _counted(answers: dict) -> str:
 
 
 def of_table6(found: tables.Classified, models) -> Iterator[tuple]:
-    """C084: the spread over draws beside the gap of outlier and matched token, on every set."""
-    name = subject(found, models)
-    if name is None:
-        yield "C084", None, "no trained model here has outliers; the planted control is judged below"
-        return
-    gap = tables.gaps(found, "outlier", "matched").loc[name]
-    plain = tables.gaps(found, "outlier", "normal").loc[name]
-    measured = "; ".join(
-        f"{t}: gap {g:+.0f}, sd {s:.0f} (to a random normal token {p:+.0f}, sd {q:.0f})"
-        for t, g, s, p, q in zip(gap.index, gap.gap, gap.sd, plain.gap, plain.sd, strict=True)
-    )
-    yield "C084", bool((gap.gap > gap.sd).all()), f"{name}: {measured}"
+    """C084: the spread over draws beside the gap of outlier and matched token; fewer than all sets cannot confirm."""
+    fair, plain = (tables.gaps(found, "outlier", other) for other in ("matched", "normal"))
+    answers, texts = {}, []
+    for key in _judged(found, models, fair).values():
+        (low, high), gap, other = _ends(fair, *key), fair.loc[key], plain.loc[key]
+        answers[key[1]] = above(low, high, gap.sd)
+        texts.append(
+            f"{key[0]}, {key[1]}, {found.table.draws[(*key, 'outlier')]} draws: gap {gap.gap:+.0f} ({low:+.0f} to "
+            f"{high:+.0f}), sd {gap.sd:.1f} (to a random normal token {other.gap:+.0f}, sd {other.sd:.1f})"
+        )
+    measured = f"{len(answers)} of the paper's {len(COLUMNS)} sets: {'; '.join(texts)}"
+    missing = "needs one of the paper's data sets and a trained model with artifacts on its images"
+    yield "C084", _of_all(answers) if answers else None, measured if answers else missing
 
 
 def of_controls(found: tables.Classified, models) -> Iterator[tuple]:
@@ -197,13 +207,13 @@ def of_controls(found: tables.Classified, models) -> Iterator[tuple]:
         if model.role == "planted control":
             yield from _of_planted(found, name, fair)
             text = f"{name}: outlier tokens tell more of the image than matched normal ones, over all tasks"
-            yield f"control-{name}-all", above(low, high), measured, text
+            yield f"control-{name}-all", above(low, high), measured, text, "none"
         elif model.role == "random control":
             text = f"{name}: fresh weights, tokens at the places of {lender}'s outliers tell neither more nor less"
-            yield f"control-{name}", *_no_gap(fair.loc[name], measured), text
+            yield f"control-{name}", *_no_gap(fair.loc[name], measured), text, "none"
         elif model.role == "trained" and lender != name:
             text = f"{name} has no outliers: its tokens at the places of {lender}'s tell neither more nor less"
-            yield f"clean-{name}", *_no_gap(fair.loc[name], measured), text
+            yield f"clean-{name}", *_no_gap(fair.loc[name], measured), text, "none"
         elif model.role == "mended" and lender != name:
             yield from _of_moved(found, name, lender)
 
@@ -230,12 +240,12 @@ def _of_planted(found: tables.Classified, name: str, fair) -> Iterator[tuple]:
     off, r = (got - truth).abs().mean(), (got - matched).corr(truth - matched) if len(tasks) > 2 else float("nan")
     text = f"{name}: what an outlier token tells is what was planted (within 5 points in the mean, r above 0.9)"
     measured = f"{off:.0f} points off over {len(tasks)} tasks; r {r:.2f} of the gap to the matched token"
-    yield f"control-{name}-planted", (off < 5 and r > 0.9) if len(tasks) > 2 else None, measured, text
+    yield f"control-{name}-planted", (off < 5 and r > 0.9) if len(tasks) > 2 else None, measured, text, "none"
     difference = tables.gaps(found, "planted", "matched").loc[name]
     telling = [t for t in tasks if difference.low[t] > 0]
     measured = ", ".join(f"{t} {fair.gap[name, t]:+.0f}" for t in telling) or "no task with more planted is known"
     text = f"{name}: where what was planted tells more than a matched normal token, the outlier token does too"
-    yield f"control-{name}", every(_more(fair, name, t) for t in telling), measured, text
+    yield f"control-{name}", every(_more(fair, name, t) for t in telling), measured, text, "none"
 
 
 def _of_moved(found: tables.Classified, name: str, lender: str) -> Iterator[tuple]:
@@ -247,12 +257,12 @@ def _of_moved(found: tables.Classified, name: str, lender: str) -> Iterator[tupl
         f"{t} {100 * scores[lender, t, 'outlier']:.0f} → {100 * scores[name, t, 'outlier']:.0f}" for t in tasks
     )
     text = f"with the artifact moved ({name}), the tokens at the same places of the same images tell less"
-    yield f"moved-{name}", _most(lost, tasks), f"{len(lost)} of {len(tasks)}: {measured}", text
+    yield f"moved-{name}", _most(lost, tasks), f"{len(lost)} of {len(tasks)}: {measured}", text, "none"
     if any(token == "register" for m, _, token in scores if m == name):
         more = [t for t in tasks if scores[name, t, "register"] > scores[name, t, "normal"]]
         measured = ", ".join(f"{t} {100 * scores[name, t, 'register']:.0f}" for t in tasks)
         text = f"the added registers of {name} tell more than a random normal token"
-        yield f"registers-{name}", _most(more, tasks), f"{len(more)} of {len(tasks)}: {measured}", text
+        yield f"registers-{name}", _most(more, tasks), f"{len(more)} of {len(tasks)}: {measured}", text, "none"
 
 
 def _most(some: list, tasks: list) -> bool | str:
@@ -284,6 +294,7 @@ def of_table4(found: tables.Classified, models, pairs: dict[str, str]) -> Iterat
                     f"{claim}-{pair[0]}",
                     *_register_verdict(claim, found, *pair),
                     f"ours, as {claim}: {pair[0]}: {text}",
+                    "none",
                 )
 
 
@@ -304,7 +315,7 @@ def _register_verdict(claim: str, found: tables.Classified, name: str, base: str
         difference = f"{values[0] - values[1]:+.0f}{span} points"
         text = f"{task}, {token}: {base} {values[1]:.0f}, {name} {values[0]:.0f}, difference {difference}"
     if found.owner.get(base) != base:
-        return None, f"{base} has no outliers ({text})"
+        return None, f"no artifacts without registers: {name} ({text})"
     return above(low, high) if limit is None else within(low, high, limit), text
 
 
@@ -329,4 +340,5 @@ def of_spread(found: tables.Classified, models) -> Iterator[tuple]:
             expected,
             f"{len(clear)} of {len(gap)} tasks: {', '.join(clear) or 'none'}",
             text,
+            "none",
         )

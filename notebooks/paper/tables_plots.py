@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
@@ -18,6 +20,7 @@ TOKENS = {  # colour, marker, what it is called
     "outlier": (PALETTE[1], "D", "outlier (or token at its place)"),
     "register": (PALETTE[3], "^", "register"),
 }
+ACROSS, FEW = 4, 5  # panels side by side, so that a figure fits a page; up to so many tasks a panel is short
 MARKS = {token: (colour, marker) for token, (colour, marker, _) in TOKENS.items()}
 
 
@@ -27,10 +30,8 @@ def by_task(tables: dict, label: str = "right (%)") -> Figure:
 
     tables: {title: DataFrame indexed by (task, token) with score and sd, 0 to 1, and chance where known}.
     """
-    counts = [len(t.index.get_level_values(0).unique()) for t in tables.values()]
-    height = 0.21 * max(counts) + 1.2
-    figure, axes = plt.subplots(1, len(tables), figsize=(2.35 * len(tables) + 0.6, height), squeeze=False, sharex=True)
-    for axis, (title, table) in zip(axes[0], tables.items(), strict=True):
+    figure, axes = _panels([t.index.get_level_values(0).nunique() for t in tables.values()])
+    for axis, (title, table) in zip(axes, tables.items(), strict=True):
         rows = (100 * table[["score", "sd"]]).rename_axis(["task", "token"]).reset_index()
         tasks = list(rows.task.unique())
         rows = rows.assign(low=rows.score - rows.sd, high=rows.score + rows.sd)
@@ -55,10 +56,8 @@ def gaps_by_task(tables: dict[str, dict], label: str = "outlier less other (poin
 
     tables: {title: {token compared with: DataFrame by task with gap and sd, in points}}.
     """
-    counts = [max(len(t) for t in found.values()) for found in tables.values()]
-    height = 0.21 * max(counts) + 1.2
-    figure, axes = plt.subplots(1, len(tables), figsize=(2.35 * len(tables) + 0.6, height), squeeze=False, sharex=True)
-    for axis, (title, found) in zip(axes[0], tables.items(), strict=True):
+    figure, axes = _panels([max(len(t) for t in found.values()) for found in tables.values()])
+    for axis, (title, found) in zip(axes, tables.items(), strict=True):
         rows = pd.concat(found, names=["token", "task"]).reset_index()
         rows = rows.assign(low=rows.gap - rows.sd, high=rows.gap + rows.sd)
         styles = {token: MARKS[token] for token in found}
@@ -68,6 +67,21 @@ def gaps_by_task(tables: dict[str, dict], label: str = "outlier less other (poin
         axis.tick_params(axis="y", length=0, labelsize=8)
     _legend(figure, {f"to a {TOKENS[t][2]}": t for t in TOKENS if any(t in found for found in tables.values())})
     return figure
+
+
+def _panels(counts: list[int]) -> tuple[Figure, list]:
+    """(figure, the axis of each panel), from the number of tasks in each. Short panels have rows of their own."""
+    groups = [list(group) for _, group in itertools.groupby(counts, lambda count: count <= FEW)]
+    lines = [group[i : i + ACROSS] for group in groups for i in range(0, len(group), ACROSS)]
+    heights, columns = [0.21 * max(line) + 0.3 for line in lines], max(map(len, lines))
+    size = (max(3.6, 2.1 * columns + 0.4), sum(heights) + 0.9 * len(lines))
+    options = dict(figsize=size, height_ratios=heights, squeeze=False, sharex=True)
+    figure, axes = plt.subplots(len(lines), columns, **options)
+    for axis in (axis for row, line in zip(axes, lines, strict=True) for axis in row[len(line) :]):
+        axis.remove()
+    for axis in figure.axes:  # the lowest row alone has numbers where the axes are shared
+        axis.tick_params(labelbottom=True)
+    return figure, figure.axes
 
 
 def _legend(figure: Figure, tokens: dict[str, str], chance: bool = False) -> None:
@@ -81,8 +95,8 @@ def _legend(figure: Figure, tokens: dict[str, str], chance: bool = False) -> Non
 def by_registers(table, families: dict[str, dict[str, int]], label: str, paper: dict[str, dict[int, float]]) -> Figure:
     """Scores by number of registers: a panel a family of models, a line a kind of token, ± one standard deviation.
 
-    table: DataFrame indexed by (model, token) with score and sd, 0 to 1; families: {title: {model: registers}}; paper:
-    {token: {registers: score in %}}, drawn in a panel of its own.
+    table: DataFrame indexed by (model, token) with score and sd, 0 to 1; families: {title, broken at ", ": {model:
+    registers}}; paper: {token: {registers: score in %}}, drawn in a panel of its own.
     """
     count = len(families) + 1
     figure, axes = plt.subplots(1, count, figsize=(1.9 * count + 0.9, 3.0), squeeze=False)
@@ -98,7 +112,7 @@ def by_registers(table, families: dict[str, dict[str, int]], label: str, paper: 
                 style = {"color": colour, "marker": "_" if marker == "|" else marker, "ms": 9 if marker == "|" else 4}
                 drawn[name] = axis.errorbar(x, y, error, lw=1, capsize=2, mew=1.6, **style)
         axis.set_xticks(range(len(steps)), steps)
-        axis.set(title=title, xlabel="registers", xlim=(-0.4, len(steps) - 0.6))
+        axis.set(title=title.replace(", ", "\n"), xlabel="registers", xlim=(-0.4, len(steps) - 0.6))
     top = max(axis.get_ylim()[1] for axis in axes[0, :-1])
     for axis in axes[0, :-1]:
         axis.set_ylim(0, top)
