@@ -152,7 +152,7 @@ def test_lines_of_code_fit_a_laptop(path):
 
 @pytest.mark.parametrize("path", ITEMS, ids=lambda path: path.stem)
 def test_the_figure_begins_on_the_first_screen(path):
-    """A window of 900 × 700 pixels shows about 27 lines; a folded cell takes two of them, a line of text 115 letters."""
+    """A window of 900 × 700 pixels shows about 27 lines; a folded cell takes two, a line has 115 letters."""
     above = 0  # lines above the first picture
     for cell in json.loads(path.read_text())["cells"]:
         lines = "".join(cell["source"]).splitlines()
@@ -162,9 +162,7 @@ def test_the_figure_begins_on_the_first_screen(path):
         above += 2 if cell["metadata"].get("jupyter", {}).get("source_hidden") else 1 + len(lines)
         for output in cell["outputs"]:
             if "image/png" in output.get("data", {}):
-                assert above <= 26, (
-                    f"{path.name}: {above} lines before the figure in {cell['id']}; fold cells or move text"
-                )
+                assert above <= 26, f"{above} lines before the figure in {cell['id']}: fold cells or move text"
                 return
             above += len("".join(output.get("text", "")).splitlines()) + 6 * ("text/html" in output.get("data", {}))
     pytest.fail(f"{path.name} shows no picture")
