@@ -124,7 +124,7 @@ def dose(table: pd.DataFrame, panels: dict[str, str], zero: dict[str, float] | N
         for number, (kind, part) in enumerate(table.groupby("kind", sort=False)):
             # curves often coincide: the first are drawn wide, so that the later ones do not hide them
             style = dict(marker="so^"[number % 3], ms=8 - 2 * number, lw=3.5 - number)
-            axis.plot(range(len(part)), part[measure], color=PALETTE[number], label=kind, **style)
+            axis.plot(range(len(part)), part[measure], color=PALETTE[number], label=kind, clip_on=False, **style)
         counts = table.registers.unique()
         axis.set_xticks(range(len(counts)), [f"{c:g}" for c in counts])
         if zero and measure in zero:
@@ -132,6 +132,8 @@ def dose(table: pd.DataFrame, panels: dict[str, str], zero: dict[str, float] | N
         axis.set(xlabel="registers added", ylabel=text)
         if 0 <= table[measure].min() < 0.5 * table[measure].max():  # else the curves would be flat at the top
             axis.set_ylim(bottom=0)
+        if measure == "accuracy":  # at most 1
+            axis.set_ylim(top=min(1.0, axis.get_ylim()[1]))
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=4)
     return figure
 

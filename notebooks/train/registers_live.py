@@ -40,7 +40,7 @@ def maps(variants: dict, pictures: images.Images, most: int = 3) -> Figure:
     seen = {name: attention.cls_or_mean(model, pictures.x[:most]) for name, model in variants.items()}
     norms = {f"norm, {name}": capture.norm_maps for name, (_, capture) in seen.items()}
     cls = {f"attention, {name}": rows for name, (rows, _) in seen.items()}
-    return sheet(pictures.pixels[:most], [norms, cls], [NORMS, ATTENTION], scale="image")
+    return sheet(pictures.pixels[:most], [norms, cls], [NORMS, ATTENTION], "norm or attention")
 
 
 def recorded(registers: int = 4) -> pd.DataFrame:
