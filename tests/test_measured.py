@@ -65,6 +65,17 @@ def test_facts_about_the_model_are_kept(written):
     assert re.fullmatch(r"\d{4}-\d\d-\d\d", about["date"]) and about["commit"]
 
 
+def test_images_that_are_not_square_are_replayed(tmp_path):
+    path = tmp_path / "wide.safetensors"
+    arguments = ["measure", "mini-deit3", "--size", "64", "96", "--images", "photos", "--n-images", "2"]
+    assert cli.main([*arguments, "--out", str(path)]) == 0
+    model, replayed = zoo.load("mini-deit3", "cpu", image_size=(64, 96)), measured.load(str(path))
+    wide = images.load("photos", model, 2)
+    torch.testing.assert_close(replayed.capture(wide).norms, model.capture(wide).norms, rtol=1e-3, atol=0)
+    with pytest.raises(UserError, match=r"images of 96 x 64 pixels \(measured: 64 x 96\)"):
+        replayed.capture(wide.x.transpose(2, 3))
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [

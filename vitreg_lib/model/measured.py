@@ -29,6 +29,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..base import DATA, UserError, commit, unknown
+from ..data.images import sides
 from ..hooks.anatomy import Anatomy
 from ..hooks.capture import Capture
 from ..measure import detection, maps
@@ -101,7 +102,7 @@ def write(model: Model, images, tensors: dict, path: Path, command: str, **more)
     sizes = {name: getattr(anatomy, name) for name in SIZES}
     source = images.source.split(",")[0]
     photos = {path.stem: file_sha256(path) for path in images.paths}
-    metadata = dict(model=facts, anatomy=sizes, source=source, size=images.x.shape[-1], photos=photos)
+    metadata = dict(model=facts, anatomy=sizes, source=source, size=images.x.shape[-2:], photos=photos)
     metadata |= dict(command=command, commit=commit(), date=datetime.date.today().isoformat()) | more
     metadata["queries"] = queries(model, images)
     write_safetensors(path, tensors, {key: json.dumps(value) for key, value in metadata.items()})
@@ -169,10 +170,10 @@ class Replayed(Model):
 
     def _rows(self, images) -> torch.Tensor:
         """Rows of these photos in the file, by their thumbnails. Raises UserError for any other image."""
-        size, x = self.measured["size"], getattr(images, "x", images)
+        (high, wide), x = sides(self.measured["size"]), getattr(images, "x", images)
         kept = self.tensors["thumbnails"].float().flatten(1)
-        if tuple(x.shape[-2:]) != (size, size):
-            raise self._not_measured(f"images of {x.shape[-2]} x {x.shape[-1]} pixels (measured: {size} x {size})")
+        if tuple(x.shape[-2:]) != (high, wide):
+            raise self._not_measured(f"images of {x.shape[-2]} x {x.shape[-1]} pixels (measured: {high} x {wide})")
         apart, rows = (thumbnails(x).flatten(1)[:, None] - kept).abs().mean(2).min(1)
         if (apart > SAME).any():
             raise self._not_measured("images other than " + self.measured["source"])
