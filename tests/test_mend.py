@@ -247,6 +247,17 @@ def test_a_saved_mend_is_loaded_by_name_in_a_fresh_process(found, control, pictu
         assert torch.equal(answers, mended.module(pictures[:3]))
 
 
+def test_a_mended_module_is_copied_and_pickled_whole(found, control, pictures, tmp_path):
+    mended = mend.with_test_time_registers(control, 3, found.neurons).module
+    torch.save(mended, tmp_path / "whole.pt")
+    for again in (torch.load(tmp_path / "whole.pt", weights_only=False), copy.deepcopy(mended)):
+        assert type(again) is type(mended) and again is not mended
+        assert again.num_prefix_tokens == control.anatomy.num_prefix_tokens + 3
+        assert list(again.state_dict()) == list(mended.state_dict())
+        with torch.no_grad():
+            assert torch.equal(again(pictures[:2]), mended(pictures[:2]))
+
+
 @pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "vit_small_patch16_dinov3", "deit3_small_patch16_224"])
 def test_timms_own_functions_and_files_know_the_added_registers(name, tmp_path):
     torch.manual_seed(0)

@@ -192,8 +192,20 @@ def _counting(base: type, n: int) -> type:
         return method
 
     names = [name for name in ("_pos_embed", "set_input_size") if hasattr(base, name)]
-    made = type(f"{base.__name__}WithTestTimeRegisters", (base,), {name: without_new(name) for name in names})
+    methods = {name: without_new(name) for name in names}
+    methods["__reduce__"] = lambda self: (
+        _empty,
+        (base, n),
+        self.__dict__,
+    )  # of a pickle: no import finds `made`
+    made = type(f"{base.__name__}WithTestTimeRegisters", (base,), methods)
     return made
+
+
+def _empty(base: type, n: int) -> nn.Module:
+    """An object of a class of `_counting`, still without its state."""
+    made = _counting(base, n)
+    return made.__new__(made)
 
 
 def _check(anatomy: Anatomy, neurons: Neurons, n: int) -> None:
