@@ -99,6 +99,14 @@ def test_attention_of_a_pooling_head_is_what_it_sums_values_with(planted):
     assert answers._pooling(planted.look) is None
 
 
+def test_pixels_of_patches_that_are_not_square_are_read():
+    torch.manual_seed(0)
+    sizes = dict(img_size=64, patch_size=(16, 8), embed_dim=48, depth=2, num_heads=2)
+    model = dataclasses.replace(vr.load(timm.create_model("vit_tiny_patch16_224", **sizes)), input_size=64)
+    table = answers._local(look.observe(model, "scenes", 20))["pixels"]
+    assert table.test["normal", "normal"] == 4 * 4 * 8 and table.relative["normal", "normal"] < 0.7
+
+
 def test_attention_of_transformers_pooling_head_is_its_own_softmax(planted):
     transformers = pytest.importorskip("transformers")
     sizes = dict(hidden_size=48, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64)

@@ -58,8 +58,12 @@ def test_the_gain_pairs_the_images_and_sweep_gives_a_row_a_setting():
     assert objects.gain(hits, hits) == (0.0, 0.0, 0.0)
     assert objects.gain(~hits, hits)[0] == 50.0
     features = {"k": torch.randn(4, 12, 5, generator=torch.Generator().manual_seed(0))}
-    table, found = objects.sweep(features, (3, 4), [torch.tensor([[0, 0, 32, 24]])] * 4, 8, (0.0, 100.0))
-    assert table.loc[("k", 100.0), ["corloc", "positive_share", "whole_share"]].tolist() == [1, 1, 1]
+    for truth, size in (((0, 0, 32, 24), 8), ((0, 0, 64, 24), (8, 16))):
+        table, found = objects.sweep(features, (3, 4), [torch.tensor([truth])] * 4, size, (0.0, 100.0))
+        assert table.loc[("k", 100.0), ["corloc", "positive_share", "whole_share"]].tolist() == [1, 1, 1]
+    boxes = torch.tensor([[1, 0, 3, 2]])
+    assert objects.in_pixels(boxes, (8, 16)).tolist() == [[16, 0, 48, 16]]
+    assert objects.in_pixels(boxes, 8).tolist() == [[8, 0, 24, 16]]
     assert set(found) == set(table.index)
 
 

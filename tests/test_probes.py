@@ -314,13 +314,16 @@ def test_an_empty_group_gives_nan_not_an_error():
         assert len(rows) == 3 and (rows["test"] == 0).all() and rows.iloc[:, 4:].isna().all(axis=None)
 
 
-def test_patch_pixels_are_those_of_the_patch():
+@pytest.mark.parametrize("size, high, wide", [(2, 2, 2), ((2, 2), 2, 2), ((2, 3), 2, 3), ((1, 2), 1, 2)])
+def test_patch_pixels_are_those_of_the_patch(size, high, wide):
     images = torch.arange(2 * 3 * 4 * 6).reshape(2, 3, 4, 6).float()
-    patches = local.patch_pixels(images, 2)
-    assert patches.shape == (2, 6, 12)
-    assert torch.equal(patches[1, 4], images[1, :, 2:4, 2:4].flatten())  # second row, second column
-    with pytest.raises(ValueError, match="whole patches of 4"):
-        local.patch_pixels(images, 4)
+    patches, cols = local.patch_pixels(images, size), 6 // wide
+    assert patches.shape == (2, 4 // high * cols, 3 * high * wide)
+    second = images[1, :, high : 2 * high, wide : 2 * wide]  # of the second row and column
+    assert torch.equal(patches[1, cols + 1], second.flatten())
+    for wrong in (4, (2, 4), (3, 2)):
+        with pytest.raises(ValueError, match="whole patches of"):
+            local.patch_pixels(images, wrong)
 
 
 def test_local_probes_refuse_what_does_not_belong_together():

@@ -47,7 +47,7 @@ def grid(
     from tqdm.auto import tqdm
 
     seen = model.capture(images, tuple(sites), layers=list(layers))
-    size = model.anatomy.patch_size[0]
+    size = model.anatomy.patch_size
     rows, hits = {}, {}
     pairs = list(itertools.product(seen.layers, sites))
     for layer, site in tqdm(pairs, desc=model.label, disable=not progress, leave=False):
@@ -56,7 +56,7 @@ def grid(
         for unit, bias in itertools.product(normalised, biases):
             result = L.lost(x, seen.grid, bias=bias, normalize=unit, valid=valid)
             key = (layer, site, unit, bias)
-            hits[key] = L.box_hits(result.boxes * size, truth)
+            hits[key] = L.box_hits(L.in_pixels(result.boxes, size), truth)
             rows[key] = {"corloc": hits[key].double().mean().item()} | result.shares(seen.grid)
     table = pd.DataFrame.from_dict(rows, orient="index")
     table.index = pd.MultiIndex.from_tuples(rows, names=FACTORS)
@@ -176,7 +176,7 @@ def tokencut(model, images, truth: list[Tensor]) -> tuple[Tensor, float]:
     """
     seen = model.capture(images, "k", layers=-1)
     boxes, _, ties = cut(L.features(seen, "k"), seen.grid)
-    hits = L.box_hits(boxes * model.anatomy.patch_size[0], truth)
+    hits = L.box_hits(L.in_pixels(boxes, model.anatomy.patch_size), truth)
     return hits, (ties > 1).double().mean().item()
 
 
@@ -221,10 +221,10 @@ def as_published(model, images, truth: list[Tensor]):
     """`code_differences` on the last block's features that the paper uses for a `zoo.Model`, not normalised."""
     site = L.paper_site(model)
     seen = model.capture(images, site, layers=-1)
-    return code_differences(L.features(seen, site), seen.grid, truth, model.anatomy.patch_size[0])
+    return code_differences(L.features(seen, site), seen.grid, truth, model.anatomy.patch_size)
 
 
-def code_differences(features: Tensor, shape: tuple[int, int], truth: list[Tensor], patch_size: int, **options):
+def code_differences(features: Tensor, shape: tuple[int, int], truth: list[Tensor], patch_size, **options):
     """Each difference between LOST's published code and its paper's equations, with its effect: a DataFrame.
 
     features (images, patches, dim) on a grid of `shape`; options (bias, normalize) go to `lost`. One row a difference:
@@ -235,7 +235,7 @@ def code_differences(features: Tensor, shape: tuple[int, int], truth: list[Tenso
     import pandas as pd
 
     base = L.lost(features, shape, **options)
-    hits = L.box_hits(base.boxes * patch_size, truth)
+    hits = L.box_hits(L.in_pixels(base.boxes, patch_size), truth)
     changes = {name: (text, {"variant": (name,)}) for name, text in L.CODE_DIFFERENCES.items()}
     changes["ties"] = ("equals of lowest degree: the last instead of the first (the code's order is undefined)",)
     changes["ties"] += ({"ties": "highest"},)
@@ -244,7 +244,7 @@ def code_differences(features: Tensor, shape: tuple[int, int], truth: list[Tenso
     rows["equations"] |= {"effect": 0.0, "low": 0.0, "high": 0.0, "boxes_changed": 0.0}
     for name, (text, change) in changes.items():
         result = L.lost(features, shape, **options, **change)
-        rows[name] = _effect(text, hits, L.box_hits(result.boxes * patch_size, truth))
+        rows[name] = _effect(text, hits, L.box_hits(L.in_pixels(result.boxes, patch_size), truth))
         rows[name]["boxes_changed"] = (result.boxes != base.boxes).any(1).double().mean().item()
     stopped = ~base.seed_in_mask
     rows["stop"] = _effect("no box where the mask misses the seed (the code raises an error)", hits, hits & ~stopped)

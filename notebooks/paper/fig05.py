@@ -111,7 +111,7 @@ def same_places(masks: dict[str, Tensor]) -> dict[str, str]:
 
 def pixels_of(model, images) -> Tensor:
     """(images, patches, values): the pixels of every patch of an `Images` set as the model sees it, from 0 to 255."""
-    return patch_pixels(255 * images.pixels, model.anatomy.patch_size[0])
+    return patch_pixels(255 * images.pixels, model.anatomy.patch_size)
 
 
 def local_probes(tokens: Tensor, pixels: Tensor, is_outlier: Tensor, max_tokens: int, seed: int = 0, fold: int = 0):

@@ -71,7 +71,7 @@ def discovery(pixels: torch.Tensor, found: dict, patch_sizes: dict[str, int], tr
             line = dict(lw=1.4, clip_on=False)
             for box in [] if truth is None else truth[i]:
                 draw_box(panels[3], box, edgecolor=PALETTE[0], ls="--", **line)
-            box = result.boxes[i] * patch_sizes[name]
+            box = objects.in_pixels(result.boxes[i], patch_sizes[name])
             draw_box(panels[3], box, edgecolor=PALETTE[1], **line)
             if truth is not None:
                 hit = bool(objects.box_hits(box[None], truth[i : i + 1]))

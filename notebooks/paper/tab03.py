@@ -28,7 +28,7 @@ def discover(model, pictures, truth: list, biases, normalize: bool = True):
         return table, {key: hits.bool() for key, hits in zip(table.index, model.kept("hits"), strict=True)}
     seen = model.capture(pictures, ("k", "v"), layers=-1)
     features = {kind: objects.features(seen, kind[0]) for kind in ("keys", "values")}
-    return objects.sweep(features, seen.grid, truth, model.anatomy.patch_size[0], biases, normalize=normalize)
+    return objects.sweep(features, seen.grid, truth, model.anatomy.patch_size, biases, normalize=normalize)
 
 
 def plain(pictures, truth: list) -> dict[str, objects.CorLoc]:

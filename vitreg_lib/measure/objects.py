@@ -218,11 +218,12 @@ def paper_site(model) -> str:
 
 
 def sweep(
-    features: dict[str, Tensor], grid: tuple[int, int], truth: list[Tensor], patch_size: int, biases=(0.0,), **options
+    features: dict[str, Tensor], grid: tuple[int, int], truth: list[Tensor], patch_size, biases=(0.0,), **options
 ):
     """(DataFrame, hits): CorLoc of LOST for every feature and bias, and {(feature, bias): (images,) bool}.
 
-    truth: boxes in pixels; options go to `lost`. Columns: corloc, low, high (`corloc`), and those of `Lost.shares`.
+    truth: boxes in pixels; patch_size: as in `in_pixels`; options go to `lost`. Columns: corloc, low, high (`corloc`),
+    and those of `Lost.shares`.
     """
     import pandas as pd
 
@@ -230,13 +231,18 @@ def sweep(
     for name, x in features.items():
         for bias in biases:
             result = lost(x, grid, bias=bias, **options)
-            score = corloc(result.boxes * patch_size, truth)
+            score = corloc(in_pixels(result.boxes, patch_size), truth)
             hits[name, bias] = score.hits
             rows[name, bias] = {"corloc": score.value, "low": score.low, "high": score.high} | result.shares(grid)
     columns = ["corloc", "low", "high", "positive_share", "whole_share", "tied_share"]
     table = pd.DataFrame(list(rows.values()), columns=columns)
     table.index = pd.MultiIndex.from_tuples(rows, names=["feature", "bias"])
     return table, hits
+
+
+def in_pixels(boxes: Tensor, patch_size: int | tuple[int, int]) -> Tensor:
+    """Boxes (..., 4) of `lost` in pixels, for patches of one side or of (height, width)."""
+    return boxes * torch.as_tensor(patch_size, device=boxes.device).expand(2).flip(0).repeat(2)
 
 
 @dataclass

@@ -119,9 +119,10 @@ def reconstruction_probe(
     return _three_fits(tokens, groups, image_ids, fit, score, ["l2", "relative"], max_tokens, **options)
 
 
-def patch_pixels(images: Tensor, patch_size: int) -> Tensor:
-    """Pixels (images, patches, channels * size^2) of every patch, row by row, for images (images, channels, h, w)."""
-    if images.shape[-2] % patch_size or images.shape[-1] % patch_size:
+def patch_pixels(images: Tensor, patch_size: int | tuple[int, int]) -> Tensor:
+    """Pixels (images, patches, channels * height * width) of every patch, row by row, for images (images, channels,
+    rows, cols) and patches of one side or of (height, width)."""
+    if (torch.tensor(images.shape[-2:]) % torch.tensor(patch_size)).any():
         raise ValueError(f"{images.shape[-2]}x{images.shape[-1]} pixels are not whole patches of {patch_size}")
     return torch.nn.functional.unfold(images.float(), patch_size, stride=patch_size).transpose(1, 2)
 

@@ -173,7 +173,7 @@ def _local(look: Look) -> dict:
     n, rows, cols = look.mask.shape
     masks = {name: mask.flatten() for name, mask in local.groups(look.mask).items() if name != "border"}
     place = torch.stack(torch.meshgrid(torch.arange(rows), torch.arange(cols), indexing="ij"), -1).float()
-    pixels = local.patch_pixels(255 * look.kept.pixels, look.model.anatomy.patch_size[0])
+    pixels = local.patch_pixels(255 * look.kept.pixels, look.model.anatomy.patch_size)
     truth = {"pixels": pixels.flatten(0, 1), "place": place.flatten(0, 1).repeat(n, 1)}
     tokens = look.tokens[:, -rows * cols :].flatten(0, 1)
     ids = torch.arange(n).repeat_interleave(rows * cols)
@@ -260,8 +260,8 @@ def hurt(look: Look) -> Answer:
     heads = {"attention_on_outliers": "cls attention", "pooling_on_outliers": "pooling attention"}
     name = next((name for name in heads if name in answer.numbers), "lost_boxes_moved")
     answer.answer = f"{answer.numbers[name]:.0%} of {heads.get(name, 'boxes moved')}"
-    size, half = torch.tensor(look.model.anatomy.patch_size[::-1]).repeat(2), len(look.sample) // 2
-    answer.maps = {name: size * lost[name][half:][:SHOWN] for name in ("all patches", "outliers left out")}
+    shown, size = slice(len(look.sample) // 2, len(look.sample) // 2 + SHOWN), look.model.anatomy.patch_size
+    answer.maps = {name: objects.in_pixels(lost[name][shown], size) for name in ("all patches", "outliers left out")}
     return answer
 
 
