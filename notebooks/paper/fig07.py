@@ -28,12 +28,12 @@ def claims(models, found: dict, pairs: dict[str, str], truths: dict, having, pro
         plain = [name for name in members if name not in pairs]
         chosen = [name for name in plain if name in having] or plain
         text = "; ".join(f"{name}: {shares[name]}" for name in chosen)
-        none = f"none of the models of this item was {WORDS[family]}"
+        none = f"no model {WORDS[family]} in this run"
         yield without, exists(bool(set(chosen) & having), profile) if plain else None, text or none
         paired = [name for name in members if name in pairs]
         judged = [name for name in paired if pairs[name] in having]
         text = "; ".join(change[name] for name in judged or paired)
-        missing = "no artifacts without registers" if paired else f"none of the pairs of this item was {WORDS[family]}"
+        missing = "no artifacts without registers" if paired else f"no pair {WORDS[family]} in this run"
         vanished = every(shares[name].below() for name in judged)
         yield with_registers, vanished, text if judged else f"{missing}; {text}".strip("; ")
     added = [m.label for m in models if m.role == "mended" and pairs.get(m.label) in having]
