@@ -67,7 +67,8 @@ def test_a_share_of_outliers_is_judged_by_its_interval_over_images():
 def some(label, family="", role="trained", registers=0, base="", reg_token=None):
     anatomy = SimpleNamespace(num_registers=registers)
     module = SimpleNamespace(reg_token=reg_token)
-    return SimpleNamespace(label=label, family=family, role=role, anatomy=anatomy, base=base, module=module)
+    facts = dict(label=label, family=family, role=role, base=base, replayed=False)
+    return SimpleNamespace(**facts, anatomy=anatomy, module=module)
 
 
 def test_a_claim_needs_a_trained_model_with_artifacts():
@@ -156,6 +157,7 @@ def test_copies_are_recognised():
     assert verdicts.copies(some("m", reg_token=one.expand(1, 4, 16) + 1e-6 * noise))
     assert not verdicts.copies(some("m", reg_token=noise))
     assert not verdicts.copies(some("m", reg_token=one)) and not verdicts.copies(some("m"))
+    assert verdicts.copies(SimpleNamespace(replayed=True, measured={"copies": True}))
 
 
 def test_the_peak_of_the_background_is_looked_up_among_the_outliers():

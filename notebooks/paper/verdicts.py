@@ -123,7 +123,12 @@ def cured(models, having, family: str = "") -> tuple[dict[str, str], str]:
 
 
 def copies(model) -> bool:
-    """Are two registers of a model copies of each other (`COPIES`) as they enter the first block?"""
+    """Are two registers of a model copies of each other (`COPIES`) as they enter the first block?
+
+    Of a replayed model its file says it; one that does not say it counts as having none.
+    """
+    if model.replayed:
+        return model.measured.get("copies", False)
     registers = getattr(model.module, "reg_token", None)
     if registers is None or registers.shape[1] < 2:
         return False
