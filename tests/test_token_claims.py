@@ -101,7 +101,7 @@ def test_the_spread_is_compared_with_the_gap():
     assert judged(50, {"x": "Airc."})[0] is False  # one set can refute what is claimed of all, and cannot confirm it
     holds, measured = judged(55, {"cifar10-small": "", "scenes": ""})
     assert holds is None and measured.startswith(
-        "1 of the paper's 14 sets: a, cifar10-small, 3 draws: gap +5 (+3 to +7)"
+        "1 of the 14 sets that the claim is about: a, cifar10-small, 3 draws: gap +5 (+3 to +7)"
     )
     assert judged(55, all_of_them, "b") == (
         None,

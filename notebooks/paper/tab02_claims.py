@@ -81,8 +81,8 @@ def of_table2(models, table, change, hits: dict, having: dict, found: dict) -> I
         yield "C094", None, "no pair with text towers is at hand"
         return
     points, low, high = tab02_zeroshot.change(hits, base[name], name)
-    text = f"{name}: {points:+.1f} points ({low:+.1f} to {high:+.1f}), mean of the questions"
+    text = f"{points:+.1f} points ({low:+.1f} to {high:+.1f}), mean of the questions"
     if base[name] in having["zeroshot"]:
-        yield "C094", within(low, high, 0.5), text
+        yield "C094", within(low, high, 0.5), f"{name}: {text}"
     else:
         yield "C094", None, f"no artifacts without registers: {name} ({text})"

@@ -186,7 +186,7 @@ def of_table6(found: tables.Classified, models) -> Iterator[tuple]:
             f"{key[0]}, {key[1]}, {found.table.draws[(*key, 'outlier')]} draws: gap {gap.gap:+.0f} ({low:+.0f} to "
             f"{high:+.0f}), sd {gap.sd:.1f} (to a random normal token {other.gap:+.0f}, sd {other.sd:.1f})"
         )
-    measured = f"{len(answers)} of the paper's {len(COLUMNS)} sets: {'; '.join(texts)}"
+    measured = f"{len(answers)} of the {len(COLUMNS)} sets that the claim is about: {'; '.join(texts)}"
     missing = "needs one of the paper's data sets and a trained model with artifacts on its images"
     yield "C084", _of_all(answers) if answers else None, measured if answers else missing
 
