@@ -70,8 +70,7 @@ def full_training(recipe: str, steps: int) -> Figure:
     by_step.axvline(steps, color=PAPER, ls=":", label="end of the live training")
     by_step.set(xlabel="step", ylabel="L2 norm, last block")
     by_block.set(xlabel="block (from 0)", ylabel=f"L2 norm, step {table.step.max()}")
-    figure.legend(*by_step.get_legend_handles_labels(), loc="outside lower center", ncols=6)
-    figure.suptitle(f"{name}, as recorded while it was trained", fontsize=9)
+    figure.legend(*by_step.get_legend_handles_labels(), loc="outside upper center", ncols=6)
     return figure
 
 
