@@ -1,10 +1,10 @@
 """Linear probes and object discovery.
 
 Logistic regression for DINOv2's 45 regularisation strengths on 10,000 × 384 features with 100 classes, compared with
-scikit-learn. The time of scikit-learn is estimated from two strengths, in float64 with DINOv2's `max_iter`.
-With its default tolerance, scikit-learn stops long before the optimum for weak penalties, so ours, which goes on to the
-optimum, misses the goal there; scikit-learn also runs with a small tolerance. Object discovery runs on one thread. It cannot be faster than the Gram matrix alone; the published loop
-processes one image after the other.
+scikit-learn. The time of scikit-learn is estimated from two strengths, in float64 with DINOv2's `max_iter`. With its
+default tolerance, scikit-learn stops long before the optimum for weak penalties, so ours, which goes on to the optimum,
+misses the goal there; scikit-learn also runs with a small tolerance. Object discovery runs on one thread. It cannot be
+faster than the Gram matrix alone; the published loop processes one image after the other.
 """
 
 import time

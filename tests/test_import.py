@@ -15,7 +15,7 @@ import pytest
 from vitreg_lib.base import ROOT
 from vitreg_lib.record import run as record
 
-NOTEBOOKS = sorted((ROOT / "notebooks").rglob("*.ipynb"))
+NOTEBOOKS = sorted(p for p in (ROOT / "notebooks").rglob("*.ipynb") if ".ipynb_checkpoints" not in p.parts)
 ITEMS = [path for path in NOTEBOOKS if path.relative_to(ROOT).parts[1] != "workshop"]  # exercises are no items
 HEAVY = ("torch", "timm", "pandas", "sklearn", "matplotlib", "papermill", "datasets", "numpy")
 

@@ -66,6 +66,7 @@ def _fewer_colours(notebook) -> None:
 if __name__ == "__main__":
     workshop.write()  # solutions follow their exercises
     chosen = [Path(name) if name.endswith(".ipynb") else record.notebook(name) for name in sys.argv[1:]]
-    for path in chosen or sorted(NOTEBOOKS.rglob("*.ipynb")):
+    every = sorted(p for p in NOTEBOOKS.rglob("*.ipynb") if ".ipynb_checkpoints" not in p.parts)
+    for path in chosen or every:
         print(f"{path.name} …", flush=True)
         refresh(path)
