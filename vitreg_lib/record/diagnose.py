@@ -176,24 +176,21 @@ def write(
     For every model and control, the report holds five questions with answer, sentence, numbers and tables; a number
     that was not measured is null.
     """
-    models, pictures, norms, maps, stop = [], {"": {}}, [], [], None
+    models, pictures, seen, rows, stop = [], {"": {}}, [], [], None
     try:
         for number, each in enumerate(diagnoses):
             if not models:
-                kept, count = each.look.kept, len(each.look.shares)
+                kept, count, pixels = each.look.kept, len(each.look.shares), each.look.kept.pixels[each.look.shown]
             models.append(_model(each))
             pictures[number] = {} if time else _figures(each)
-            if time:
-                norms.append(telemetry.table(each.look.observed.seen).iloc[-1])
-                maps.append(_on_images(each, None)[:2])
-                pixels = each.look.kept.pixels[each.look.shown]
+            seen += [(telemetry.table(each.look.observed.seen).iloc[-1], *_on_images(each, None)[:2])] if time else []
     except (KeyboardInterrupt, UserError) as error:
         if not models:
             raise
         stop = error
-    rows = _rows(models, norms) if time else []
     if time:
-        pictures[""] = {title: _png(figure) for title, figure in _over_time(rows, norms, maps, pixels).items()}
+        rows = _rows(models, [last for last, _, _ in seen])
+        pictures[""] = {title: _png(figure) for title, figure in _over_time(rows, seen, pixels).items()}
     content = {
         "report": 1,
         "made_by": f"vitreg {importlib.metadata.version('vitreg')}",
@@ -344,14 +341,17 @@ def _boxes(pixels: torch.Tensor, boxes: dict[str, torch.Tensor]):
     return figure
 
 
-def _over_time(rows: list[dict], norms: list, maps: list[tuple], pixels: torch.Tensor) -> dict:
-    """Figure 4(b) of one's own training, and the norms on two images at up to six checkpoints."""
-    some = {f"step {rows[i]['step']}": maps[i] for i in spread(len(rows), 6).tolist()}
-    relative = {name: each[:2] / each.median() for name, (each, _) in some.items()}
-    rings = {name: mask[:2] for name, (_, mask) in some.items()}
+def _over_time(rows: list[dict], seen: list[tuple], pixels: torch.Tensor) -> dict:
+    """Figure 4(b) of one's own training, and the norms on two images at up to six checkpoints.
+
+    seen: (row of `telemetry.table`, norms and outliers on the shown images) of each checkpoint.
+    """
+    some = {f"step {rows[i]['step']}": seen[i] for i in spread(len(rows), 6).tolist()}
+    relative = {name: norms[:2] / norms.median() for name, (_, norms, _) in some.items()}
+    rings = {name: mask[:2] for name, (_, _, mask) in some.items()}
     sheet = dict(label="L2 norm / median", scale="group", rings=rings)
     return {
-        "Norms of patch tokens after the last block, and shares": _course(rows, norms),
+        "Norms of patch tokens after the last block, and shares": _course(rows, [last for last, _, _ in seen]),
         "Norms on two images, outliers ringed": plots.sheet(pixels[:2], [relative], plots.NORMS, **sheet),
     }
 

@@ -215,9 +215,7 @@ class Page:
         _offer(self.image, [(name, place) for place, name in enumerate(images.names)], state.image)
         _offer(self.first, names, state.models[0])
         _offer(self.second, [("—", ""), *names], state.models[1] if len(views) > 1 else "")
-        queries = dict.fromkeys(name for view in views for name in view.forward.queries)
-        patches = [name for name in queries if name.startswith("patch")]
-        queries = [name for name in queries if name not in patches] + patches
+        queries = sorted((n for view in views for n in view.forward.queries), key=lambda n: n.startswith("patch"))
         _offer(self.query, [(name, name) for name in dict.fromkeys([*queries, state.query])], state.query)
         self.component.value, self.shared.value = state.component, state.shared
         self.shared.layout.display = None if len(views) > 1 else "none"

@@ -92,12 +92,9 @@ class View:
     @property
     def title(self) -> str:
         """Block, heads and query in words."""
-        heads = (
-            f"mean of heads {', '.join(map(str, self.heads))}"
-            if self.heads
-            else f"mean of {self.forward.num_heads} heads"
-        )
-        heads = f"head {self.heads[0]}" if len(self.heads) == 1 else heads
+        chosen = ", ".join(map(str, self.heads))
+        several = f"mean of heads {chosen}" if self.heads else f"mean of {self.forward.num_heads} heads"
+        heads = f"head {chosen}" if len(self.heads) == 1 else several
         return f"block {self.layer} (of 0 to {self.forward.depth - 1}) · {heads} · query {self.query}"
 
 
@@ -171,9 +168,8 @@ def _missing(forward: Forward, layer: int, attention: bool, query: str) -> dict[
         blocks = sorted(forward.capture.attention)
         blocks = f"blocks {blocks[0]} to {blocks[-1]}" if len(blocks) > 1 else f"block {blocks[0]}"
         has_layer = layer in forward.capture.attention
-        missing["attention"] = (
-            query_not_measured(query, forward) if has_layer else f"attention was measured in {blocks} only"
-        )
+        only = f"attention was measured in {blocks} only"
+        missing["attention"] = query_not_measured(query, forward) if has_layer else only
     return missing
 
 
