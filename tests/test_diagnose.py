@@ -281,6 +281,22 @@ def test_checkpoints_are_files_or_folders_in_order_of_their_numbers(kind, tmp_pa
     assert diagnose._steps(["file:training_99/teacher.pth", "file:training_199/teacher.pth"]) == [99, 199]
 
 
+def test_a_run_is_one_model_and_a_config_of_ones_own_is_no_models(tmp_path, capsys):
+    run, name = tmp_path / "mine", f"file:{tmp_path / 'mine'}"
+    run.mkdir()
+    for place in ("model", "state", "previous"):
+        shutil.copy(vr.base.CHECKPOINTS / "mini-deit3.safetensors", run / f"{place}.safetensors")
+    (run / "config.json").write_text('{"recipe": "deit3", "steps": 4}')
+    assert diagnose.checkpoints(name) == [name]
+    assert vr.load(name, "cpu").sha256 == vr.load("mini-deit3", "cpu").sha256
+    assert cli.main(["diagnose", name, "--over-time", "--images", "scenes"]) == 1
+    assert "needs several checkpoints" in capsys.readouterr().err
+    (run / "config.json").write_text('{"learning_rate": 0.1}')
+    assert len(diagnose.checkpoints(name)) == 3
+    (run / "config.json").write_text('{"model_type": "vit"}')
+    assert diagnose.checkpoints(f"hf:{run}") == [f"hf:{run}"]
+
+
 def test_a_stop_keeps_the_models_before(planted, tmp_path):
     def models():
         yield planted

@@ -120,7 +120,7 @@ def _start(
 
 @app.command(
     epilog="\b\nvitreg diagnose vit-ti deit-ti\nvitreg diagnose file:weights.pth#vit_small_patch16_224 --images DIR "
-    "--labels\nvitreg diagnose file:runs/mine --over-time --images DIR"
+    "--labels\nvitreg diagnose file:my/checkpoints --over-time --images DIR"
 )
 @loads_models
 def diagnose(
@@ -136,8 +136,15 @@ def diagnose(
     """Has a model artifacts, of what kind, what do they hold, do they hurt, what helps? Writes a page and a report."""
     from .record import diagnose
 
+    names = [each for model in models for each in diagnose.checkpoints(model)]
+    if over_time and len(names) < 2:
+        raise UserError(
+            f"{names[0]}: --over-time needs several checkpoints, in a folder, with steps in their names; the folder of "
+            "a vitreg run holds the last weights alone"
+        )
+
     def diagnoses():
-        for name in [each for model in models for each in diagnose.checkpoints(model)]:
+        for name in names:
             loaded = load(name)
             each = diagnose.diagnose(loaded, images, n_images, labels, briefly=over_time, progress=True)
             if not as_json:

@@ -51,7 +51,7 @@ def check(names: str) -> None:
             continue
         if base.startswith("file:"):
             if not file_parts(base)[0].exists():
-                raise UserError(f"{name}: no such file, and no folder with a config.json")
+                raise UserError(f"{name}: no such file or folder")
             continue
         import timm
 
@@ -115,6 +115,11 @@ def damaged() -> str:
 
 def _with_config(root: Path) -> list[Path]:
     return [path.parent for path in sorted(root.glob("*/config.json"))]
+
+
+def in_hub_layout(folder: Path, key: str = "architecture") -> bool:
+    """Whether a folder's config.json describes a model, by timm's key or transformers' "model_type", or is damaged."""
+    return (folder / "config.json").exists() and (key in (content := config(folder)) or not content)
 
 
 def config(folder: Path) -> dict:

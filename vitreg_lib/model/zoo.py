@@ -4,7 +4,7 @@ mini-deit3, vit-ti …      an entry of data/models.yaml
 planted, mini-random      the two controls, entries too
 timm:NAME, or NAME alone  a model of timm: VITREG_MODELS first, then the hub's cache, then the hub
 file:PATH                 weights in any layout that `weights` recognises, or a folder in timm's hub layout;
-                          file:PATH#ARCH names its architecture in timm
+                          file:PATH#ARCH names its architecture in timm; file:RUN is the model of a training run
 hf:REPO                   a model of transformers: a name of the hub's, or a folder of `save_pretrained`
 open_clip:ARCH/TAG        the image tower of a model of open_clip's; TAG may be a file
 random:NAME               the same architecture with fresh weights: a control
@@ -22,7 +22,7 @@ from torch import nn
 from ..base import CHECKPOINTS, UserError, hub, line, unknown
 from . import added, saved
 from .model import FACTS, Model, weights_sha256, with_facts
-from .names import available, config, damaged, entries, file_parts, folder, made, split
+from .names import available, config, damaged, entries, file_parts, folder, in_hub_layout, made, split
 from .outside import create, of_module, of_open_clip, of_transformers
 from .weights import (
     Layout,
@@ -177,10 +177,11 @@ def _hub_folder(name: str, folder: Path, image_size: int | None) -> Model:
 
 def _file(name: str, image_size: int | None, which: str) -> Model:
     path, architecture = file_parts(name)
-    if path.is_dir() and (path / "config.json").exists():
+    if in_hub_layout(path):
         return _hub_folder(name, path, image_size)
+    path = path / "model.safetensors" if path.is_dir() else path  # of a training run
     if not path.is_file():
-        raise UserError(f"{name}: no such file, and no folder with a config.json")
+        raise UserError(f"{name}: no such file, and no folder with a model.safetensors")
     if is_safetensors(path) and (model := saved.read(name, path, image_size)):
         return model
     tensors, taken = read_weights(path, which)

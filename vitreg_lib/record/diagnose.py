@@ -2,7 +2,7 @@
 
     vitreg diagnose timm:vit_base_patch16_224.dino
     vitreg diagnose file:weights.pth --images folder/of/photos --labels
-    vitreg diagnose file:runs/mine --over-time          # a folder of checkpoints: Figure 4(b) of one's own training
+    vitreg diagnose file:my/checkpoints --over-time     # a folder of checkpoints: Figure 4(b) of one's own training
 
 `diagnose` asks the five questions of `answers`; `write` makes a page and a JSON report for one model or several. Beside
 each answer are those for two controls with known truth, the planted and the random mini ViT.
@@ -99,10 +99,12 @@ def controls() -> list[Diagnosis]:
 def checkpoints(name: str) -> list[str]:
     """The model's name alone, or those of the checkpoints in file:FOLDER or hf:FOLDER by the numbers in their names.
 
-    A checkpoint is a file of weights or a folder with a config.json. One without a number comes last.
+    A checkpoint is a file of weights or a folder with a config.json. One without a number comes last. The folder of a
+    model, in the hub's layout, or of a training run is one model.
     """
     kind, (path, architecture) = name.partition(":")[0], names.file_parts(name.removeprefix("hf:"))
-    if kind not in ("file", "hf") or not path.is_dir() or (path / "config.json").exists():
+    one = names.in_hub_layout(path, "model_type" if kind == "hf" else "architecture") or "recipe" in names.config(path)
+    if kind not in ("file", "hf") or not path.is_dir() or one:
         return [name]
     found = [each for each in path.iterdir() if each.suffix in SUFFIXES or (each / "config.json").exists()]
     if not found:
