@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 import re
 
 import pytest
@@ -49,6 +50,21 @@ def test_a_stopped_run_resumes_from_anywhere_with_the_same_weights(own, tmp_path
     assert_same_run(straight, halves)
     model = zoo.load(f"file:{halves / 'model.safetensors'}", "cpu")
     assert model.family == own.stem and model.module.num_classes == 3
+
+
+def test_an_edited_recipe_is_read_again(own, tmp_path):
+    _, first = loop.configure(str(own))
+    before = own.read_text()
+    own.write_text(before.replace('"steps": 500', '"steps": 700'))  # as long, and in the same second
+    config, edited = loop.configure(str(own), save_every=7)
+    assert (config.steps, edited.DEFAULTS["steps"], first.DEFAULTS["steps"]) == (700, 700, 500)
+    own.write_text(before.replace("telemetry_images = training_images.telemetry_images\n", "VALUE = 1\n"))
+    config, edited = loop.configure(str(own), save_every=7)
+    assert (config.steps, edited.VALUE, hasattr(edited, "telemetry_images")) == (500, 1, False)
+    assert loop.configure(str(own), save_every=7) == (config, edited)  # unchanged: not imported again
+    assert pickle.loads(pickle.dumps(edited.turned)) is edited.turned  # as worker processes get it
+    state.claim(tmp_path / "run", config)
+    assert state.read_config(tmp_path / "run") == config  # as --resume reads it
 
 
 def test_an_option_of_another_recipe_is_refused(own):

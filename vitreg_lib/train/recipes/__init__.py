@@ -11,7 +11,7 @@ lists its functions. These literals at its top are read from the source:
 
 import ast
 import functools
-import importlib
+import importlib.util
 import sys
 from dataclasses import field, fields, make_dataclass
 from pathlib import Path
@@ -22,6 +22,7 @@ from ..config import TrainConfig, option
 
 LITERALS = {"LEARNS_FROM": "", "DEFAULTS": {}, "OPTIONS": {}, "WITH_DATA": ""}  # and what they are where left out
 HERE = Path(__file__).parent
+_imported: dict[Path, str] = {}  # the text of each file when it was imported
 
 
 @functools.cache
@@ -45,10 +46,14 @@ def find(recipe: str) -> Path:
     return listed()[recipe]
 
 
-@functools.cache
 def literals(path: Path) -> dict:
     """The literals of a recipe's file by name, as listed above, and its docstring as `__doc__`."""
-    tree = ast.parse(path.read_text())
+    return _literals(path.read_text())
+
+
+@functools.cache
+def _literals(text: str) -> dict:
+    tree = ast.parse(text)
     values = {"__doc__": ast.get_docstring(tree) or "", **LITERALS}
     for node in tree.body:
         if isinstance(node, ast.Assign) and (name := getattr(node.targets[0], "id", "")) in LITERALS:
@@ -63,24 +68,25 @@ def config_class(recipe: str, data: str = "") -> type[TrainConfig]:
     """
     path = find(recipe)
     place = path.relative_to(ROOT) if path.is_relative_to(ROOT) else path
-    return _config_class(recipe if recipe in listed() else str(place), path, _file(path, data))
+    texts = path.read_text(), _file(path, data).read_text()
+    return _config_class(recipe if recipe in listed() else str(place), path.stem, *texts)
 
 
 @functools.cache
-def _config_class(recipe: str, path: Path, file: Path) -> type[TrainConfig]:
-    changed = literals(file)["DEFAULTS"] | {"recipe": recipe}
+def _config_class(recipe: str, group: str, text: str, text_with_data: str) -> type[TrainConfig]:
+    changed = _literals(text_with_data)["DEFAULTS"] | {"recipe": recipe}
     own = [
         (f.name, f.type, field(default=changed[f.name], metadata=f.metadata))
         for f in fields(TrainConfig)
         if f.name in changed
     ]
-    for name, (value, help) in literals(path)["OPTIONS"].items():
-        own.append((name, type(value), option(value, help, path.stem)))
+    for name, (value, help) in _literals(text)["OPTIONS"].items():
+        own.append((name, type(value), option(value, help, group)))
     return make_dataclass("TrainConfig", own, bases=(TrainConfig,), frozen=True)
 
 
 def load(recipe: str, data: str = "") -> ModuleType:
-    """The module of a recipe.
+    """The module of a recipe, imported again where its file has changed; what it imports itself is not.
 
     Its folder joins Python's path, so that it finds the files beside it, and worker processes find it; so does
     notebooks/train, so that recipes can be built on those there.
@@ -92,6 +98,11 @@ def load(recipe: str, data: str = "") -> ModuleType:
     if Path(imported or "").resolve() != path:
         raise UserError(f"{path.name}: another module of that name is imported already; give the recipe another name")
     sys.path[:0] = [folder for folder in map(str, (path.parent, NOTEBOOKS / "train")) if folder not in sys.path]
+    text = path.read_text()
+    if _imported.get(path, text) != text:
+        sys.modules.pop(path.stem, None)
+        Path(importlib.util.cache_from_source(path)).unlink(missing_ok=True)  # it tells whole seconds apart only
+    _imported[path] = text
     return importlib.import_module(path.stem)
 
 
