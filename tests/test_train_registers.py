@@ -21,7 +21,7 @@ from vitreg_lib.base import ROOT, UserError
 from vitreg_lib.data import images
 from vitreg_lib.hooks.capture import capture
 from vitreg_lib.measure import pairs
-from vitreg_lib.model import added, mend, names, planted, remedies, zoo
+from vitreg_lib.model import added, mend, mini, names, planted, remedies, saved, zoo
 from vitreg_lib.model.grow import with_registers
 from vitreg_lib.model.model import Model
 from vitreg_lib.train import loop, state
@@ -230,6 +230,20 @@ def test_a_model_that_was_given_registers_can_be_given_more(tmp_path):
     assert with_registers(module, torch.zeros(1, 192)).num_prefix_tokens == 4
 
 
+def test_a_file_that_is_written_again_is_read_again(tmp_path):
+    name, digests = f"file:{tmp_path / 'model.safetensors'}", []
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        saved.write(zoo.load(mini.build("xxs")), tmp_path / "model.safetensors")
+        model = zoo.load(name, "cpu")
+        norms = model.capture(mend.handful(model).x, layers=-1).patch_norms
+        config, _ = loop.configure("registers", model=name, cutoff=norms.quantile(0.98).item())
+        source = recipe.source(config)
+        assert source.model.sha256 == model.sha256 and recipe.source(replace(config, steps=3)) is source
+        digests.append(model.sha256)
+    assert digests[0] != digests[1]
+
+
 @pytest.mark.parametrize("place", ["VITREG_MODELS", "runs/twins"])
 def test_a_twin_is_found_by_its_name_and_pairs_with_its_base(place, tmp_path, monkeypatch):
     loop.train(configured(VIT, steps=1), recipe, tmp_path / "deit-ti-trained-reg2", progress=False)
@@ -298,7 +312,7 @@ class TestPhotos:
 
     def test_every_photo_comes_once_an_epoch_in_an_order_of_the_seed(self, photos, monkeypatch):
         config = configured(VIT, data=str(photos), batch_size=7, steps=8)
-        stream = recipe._stream(config, "cpu").data
+        stream = recipe._stream(config, "cpu", "").data
         read = []
         monkeypatch.setattr(stream.pictures, "read", lambda i: read.append(i) or (images_of(photos, i), 0))
         for position in range(56):

@@ -34,7 +34,7 @@ from ...base import UserError, unknown
 from ...data import images as sources
 from ...data import scenes
 from ...hooks.capture import evaluating, hooks
-from ...model import added, mend, remedies, zoo
+from ...model import added, mend, names, remedies, zoo
 from ...model.grow import with_registers
 from .. import parallel
 from ..images import HELD_OUT_EVERY, Augmented, Stream, of_files, order
@@ -148,7 +148,7 @@ def distance(tokens: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
 
 def telemetry_images(config) -> torch.Tensor:
     """The first photos of the report, normalised."""
-    return _report_images(config, _model(config.model, config.image_size), config.telemetry_images)[0]
+    return _report_images(config, source(config).model, config.telemetry_images)[0]
 
 
 def evaluate(module, config, device) -> dict[str, float]:
@@ -211,20 +211,18 @@ def _teacher(config, source: Source) -> nn.Module:
 # the model before, and photos
 
 
-@functools.lru_cache(maxsize=1)
-def _model(name: str, image_size: int):
-    return zoo.load(name, "cpu", image_size or None)
-
-
 def source(config) -> Source:
-    """The model before and its outliers, the same for runs that differ in other options alone."""
-    return _source(config.model, config.image_size, config.cutoff, config.data, config.photos, config.seed)
+    """The model before and its outliers, found on training photos; runs that differ in other options share it."""
+    file = names.file_parts(names.split(config.model)[0])[0]
+    file = file / "model.safetensors" if file.is_dir() else file
+    written = file.stat().st_mtime_ns if file.is_file() else 0  # a file that was written again holds another model
+    facts = (config.model, config.image_size, config.cutoff, config.data, config.photos, config.seed)
+    return _source(*facts, written)
 
 
 @functools.lru_cache(maxsize=1)
-def _source(name: str, image_size: int, cutoff: float, data: str, photos: int, seed: int) -> Source:
-    """The model before and its outliers, found on training photos; runs that differ in other options share it."""
-    model = _model(name, image_size)
+def _source(name: str, image_size: int, cutoff: float, data: str, photos: int, seed: int, written: int) -> Source:
+    model = zoo.load(name, "cpu", image_size or None)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model.module.to(device)
     if is_procedural(data, model):
@@ -271,14 +269,15 @@ def _training_images(config, model, step: int, device) -> torch.Tensor:
     if is_procedural(config.data, model):
         pixels = scenes.render(parallel.batch_range(config, step), model.input_size, config.seed, device).pixels
         return model.normalise(pixels)
-    return _stream(config, str(device)).batch(step)[0]
+    return _stream(config, str(device), model.sha256).batch(step)[0]
 
 
 @functools.lru_cache(maxsize=1)
-def _stream(config, device: str) -> Stream:
+def _stream(config, device: str, sha256: str) -> Stream:
+    """The photos of a training, augmented as the model of these weights takes them."""
     from timm.data import create_transform
 
-    model = _model(config.model, config.image_size)
+    model = source(config).model
     transform = create_transform(
         model.input_size,
         is_training=True,
