@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from PIL import Image
@@ -32,10 +34,11 @@ def folder(tmp_path):
     return tmp_path
 
 
-def test_boxes_lie_where_the_model_sees_the_objects(folder, model):
-    images, found = sets.load_boxes(str(folder), model, 10)
+@pytest.mark.parametrize(("size", "box"), [(96, [24.0, 24, 72, 72]), ((64, 96), [24.0, 16, 72, 48])])
+def test_boxes_lie_where_the_model_sees_the_objects(folder, model, size, box):
+    images, found = sets.load_boxes(str(folder), replace(model, input_size=size), 10)
     assert images.names == ["a"] and "1 without left out" in images.source
-    torch.testing.assert_close(found[0][0], torch.tensor([24.0, 24.0, 72.0, 72.0]))
+    torch.testing.assert_close(found[0][0], torch.tensor(box))
     white = (images.pixels[0].mean(0) > 0.5)[None]
     assert (objects.mask_boxes(white)[0] - found[0][0]).abs().max() <= 1
 

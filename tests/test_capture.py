@@ -7,6 +7,7 @@ import gc
 import warnings
 import weakref
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -280,3 +281,21 @@ def test_attention_without_prefix_tokens_needs_queries(tiny):
     model = tiny(class_token=False, global_pool="avg")
     with pytest.raises(ValueError, match="say which tokens' attention"):
         capture(model, torch.randn(1, 3, 32, 32), "attention")
+
+
+def test_layers_are_kept_once_each_and_may_be_numpys(tiny):
+    model, x = tiny(), torch.randn(1, 3, 32, 32)
+    captured = capture(model, x, layers=[0, 1, -1, 0])
+    assert captured.layers == tuple(sorted({0, 1, dissect(model).depth - 1}))
+    assert captured.norms.shape[1] == len(captured.layers)
+    assert capture(model, x, layers=np.int64(1)).layers == (1,)
+    with pytest.raises(ValueError, match="layer none out of range"):
+        capture(model, x, layers=[])
+
+
+def test_attention_written_by_hand_is_refused_in_words_that_help(tiny):
+    model = tiny()
+    model.blocks[0].attn.forward = lambda x, **_: x
+    assert capture(model, torch.randn(1, 3, 32, 32)).norms.isfinite().all()
+    with pytest.raises(ValueError, match="did not reach the site 'q' of block 0; capture sees only attention by torch"):
+        capture(model, torch.randn(1, 3, 32, 32), "q")

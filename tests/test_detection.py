@@ -153,3 +153,12 @@ def test_vit_ti_has_strong_position_bound_ones_and_dinov2_s_none(real):
     assert found.share[0] == pytest.approx(0.0203, abs=0.002)
     clean = zoo.load("dinov2-s", "cpu")
     assert vr.detect(clean, images.load("imagenet", clean, 20)).answer == "none"
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_norms_that_are_not_finite_are_never_called_clean(value):
+    norms = torch.rand(40, 3, 64) + 1
+    norms[0, 2, 5] = value
+    seen = Capture((0, 1, 2), (8, 8), ("cls",), norms=torch.cat([norms[..., :1], norms], 2))
+    with pytest.raises(ValueError, match="norms are not finite: a weight is not, or the model overflows"):
+        detection.judge(Observed(seen))

@@ -417,11 +417,16 @@ def test_a_model_that_nobody_knows_is_described():
         (dict(blocks="blocks"), "Own has no blocks; it has cut, layers, last"),
         (dict(attention="attn"), "OwnBlock has no attn; it has look, think"),
         (dict(heads=None), "look of Own does not say its heads: give heads"),
+        (dict(prefix=("register 1", "cls")), 'write "cls", "dist", "register 1" …, which stand in this order'),
+        (dict(prefix=("cls", "storage")), 'write "cls", "dist", "register 1"'),
     ],
 )
-def test_a_description_that_leads_nowhere_is_refused(change, told):
+def test_a_description_that_leads_nowhere_is_refused_and_the_model_left_as_it_was(change, told):
+    model = describe(Own(), **DESCRIPTION, prefix=("cls", "register 1"))
+    before = model.vitreg_description
     with pytest.raises(TypeError, match=told):
-        describe(Own(), **DESCRIPTION | change)
+        describe(model, **DESCRIPTION | change)
+    assert model.vitreg_description == before
 
 
 def test_a_wrong_description_is_noticed_when_tokens_arrive():

@@ -320,3 +320,16 @@ def test_a_data_set_by_name_is_looked_up_in_vitreg_data_first(folder, tmp_path_f
     assert images.named_folder("sub") == folder / "sub"
     assert images.named_folder("imagenet") == other / "data" / "imagenet"
     assert images.load("sub", any_model(), 9).names == ["e", "f"]
+
+
+def test_classes_of_files_with_one_name_in_two_folders(tmp_path):
+    rows = ["file,class_index"]
+    for label, folder in enumerate(("cat", "dog")):
+        (tmp_path / folder).mkdir()
+        for i in range(2):
+            Image.new("RGB", (8, 8)).save(tmp_path / folder / f"{i}.png")
+            rows.append(f"{folder}/{i}.png,{label}")
+    (tmp_path / "labels.csv").write_text("\n".join(rows))
+    assert images.labels(images.load(str(tmp_path), any_model(input_size=16), 4)).tolist() == [0, 0, 1, 1]
+    (tmp_path / "labels.csv").write_text("file,class_index\n0.png,3\n1.png,4")  # without folders: by the name alone
+    assert images.labels(images.load(str(tmp_path), any_model(input_size=16), 4)).tolist() == [3, 4, 3, 4]

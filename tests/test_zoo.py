@@ -232,9 +232,9 @@ def test_teachers_weights_lose_every_prefix(tmp_path, tiny):
     assert set(read_weights(tmp_path / "dino.pth")[0]) == set(tiny().state_dict())
 
 
-def test_images_go_to_the_device_and_precision_of_the_weights():
+def test_images_go_to_the_device_and_precision_of_the_weights(tiny):
     """On the meta device, where an operation with a tensor of the CPU fails as it does on a GPU."""
-    model = Model("any", torch.nn.Linear(3, 3).half().to("meta"), "0" * 64)
+    model = Model("any", tiny().half().to("meta"), "0" * 64)
     pixels = torch.zeros(2, 3, 4, 6)
     assert model.normalise(pixels.to("meta")).device.type == "meta"
     assert model.normalise(pixels.half()).dtype == torch.float16

@@ -52,10 +52,10 @@ def unknown(kind: str, value: str, valid: Iterable[str], hint: str = "") -> User
 
 
 @contextmanager
-def hub(what: str, instead: str):
+def hub(what: str, instead: str, local: bool = False):
     """Inside, a failure of the hub's client becomes a UserError: it names `what` is missing and what to do `instead`.
 
-    Without a network only the hub's cache is used: the client would try for a minute.
+    Without a network only the hub's cache is used: the client would try for a minute. local: it reads a folder.
     """
     from huggingface_hub import constants
 
@@ -70,8 +70,10 @@ def hub(what: str, instead: str):
     except UserError:
         raise
     except Exception as error:  # the hub raises many kinds
-        why = f"{type(error).__name__}: no network, no access, or no such thing there"
-        raise UserError(f"{what} cannot be had from the hub ({why}): {instead}") from error
+        absent = isinstance(error, OSError) and not local
+        why = "no network, no access, or no such thing there" if absent else line(error)
+        where = "" if local else " from the hub"
+        raise UserError(f"{what} cannot be had{where} ({type(error).__name__}: {why}): {instead}") from error
     finally:
         constants.HF_HUB_OFFLINE = before
 

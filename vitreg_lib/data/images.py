@@ -154,8 +154,12 @@ def labels(images: Images, folders: bool = False) -> torch.Tensor | None:
         return images.scenes.label
     if file := _label_file(images):
         with open(file, newline="") as f:
-            classes = {Path(row["file"]).stem: int(row["class_index"]) for row in csv.DictReader(f)}
-        return torch.tensor([classes[name] for name in images.names]) if set(images.names) <= set(classes) else None
+            classes = {Path(row["file"]).with_suffix(""): int(row["class_index"]) for row in csv.DictReader(f)}
+        stems = {path.name: label for path, label in classes.items()}
+        stems = stems if len(stems) == len(classes) else {}  # else only the folder tells files apart
+        inside = [path.relative_to(file.parent).with_suffix("") for path in images.paths]
+        found = [classes.get(path, stems.get(path.name)) for path in inside]
+        return None if None in found else torch.tensor(found)
     several = folders and len({path.parent for path in images.paths}) > 1
     named = _class_folders(images) if several else []
     return torch.tensor([named.index(path.parent.name) for path in images.paths]) if len(named) > 1 else None

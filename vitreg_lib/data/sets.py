@@ -144,9 +144,9 @@ def load_boxes(source: str, model, n: int | None = None, seed: int = 0) -> tuple
         raise UserError(f"none of the {len(rows)} images of {part.name!r} has a box: {formats.LAYOUT}")
     pictures, sizes = squashed(part, model, list(keep))
     pictures.source = f"{part.entry['title']}, {len(sizes)} with boxes, {len(rows) - len(keep)} without left out"
-    side, relative = pictures.x.shape[-1], part.entry["folder"]["layout"] == "yolo"
+    (high, wide), relative = pictures.x.shape[-2:], part.entry["folder"]["layout"] == "yolo"
     scales = [(1, 1) if relative else size for size in sizes.values()]
-    scales = [torch.tensor([side / width, side / height] * 2) for width, height in scales]
+    scales = [torch.tensor([wide / width, high / height] * 2) for width, height in scales]
     return pictures, [torch.tensor(keep[row]) * scale for row, scale in zip(sizes, scales, strict=True)]
 
 

@@ -11,6 +11,7 @@ this form.
 
 import inspect
 import itertools
+import operator
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -107,17 +108,16 @@ class Anatomy(PrefixTokens):
         return height // self.patch_size[0], width // self.patch_size[1]
 
     def layers(self, wanted: int | list[int] | tuple[int, ...] | None) -> tuple[int, ...]:
-        """Block numbers from 0, with negative ones counted from the end; all blocks for None.
+        """Block numbers from 0, each once, with negative ones counted from the end; all blocks for None.
 
         Raises ValueError for a layer that the model does not have.
         """
         if wanted is None:
             return tuple(range(self.depth))
-        wanted = (wanted,) if isinstance(wanted, int) else tuple(wanted)
-        for layer in wanted:
-            if not -self.depth <= layer < self.depth:
-                raise ValueError(f"layer {layer} out of range for {self.depth} blocks (0…{self.depth - 1}, or -1)")
-        return tuple(layer % self.depth for layer in wanted)
+        wanted = [wanted] if hasattr(wanted, "__index__") else list(wanted)
+        if bad := [layer for layer in wanted if not -self.depth <= layer < self.depth] or ([] if wanted else ["none"]):
+            raise ValueError(f"layer {bad[0]} out of range for {self.depth} blocks (0…{self.depth - 1}, or -1)")
+        return tuple(dict.fromkeys(operator.index(layer) % self.depth for layer in wanted))
 
     def tokens(self, output, batch: int, grid: tuple[int, int]) -> torch.Tensor:
         """A block's output as (batch, tokens, dim). Raises ValueError where its shape does not match the anatomy."""
@@ -150,15 +150,19 @@ def describe(
 
     blocks: name of the list of blocks, as "encoder.layers". attention, mlp_out: names inside a block of the attention
     module and of the linear layer that the MLP's activations enter. patch: side in pixels. prefix: names of the tokens
-    before the patches, in order. norm, patch_embed: names of the final LayerNorm ("" for none) and of the patch
-    convolution, by default the usual names. heads: number of heads, needed where the attention module does not state
-    it. forward: a function of (module, images), by default the module's own call. Raises TypeError for a name that does
-    not exist.
+    before the patches, in order: "cls", "dist", "register 1" … norm, patch_embed: names of the final LayerNorm ("" for
+    none) and of the patch convolution, by default the usual names. heads: number of heads, needed where the attention
+    module does not state it. forward: a function of (module, images), by default the module's own call. Raises
+    TypeError for a name that does not exist.
     """
     patch = (patch, patch) if isinstance(patch, int) else tuple(patch)
     names = dict(blocks=blocks, attention=attention, mlp_out=mlp_out, norm=norm, patch_embed=patch_embed)
-    module.vitreg_description = names | dict(patch=patch, prefix=tuple(prefix), heads=heads, forward=forward)
-    dissect(module)
+    kinds = [name.split()[0] for name in prefix]
+    if not set(kinds) <= set(PREFIX) or kinds != sorted(kinds, key=[*PREFIX].index):
+        raise Unrecognised(f'prefix {tuple(prefix)}: write "cls", "dist", "register 1" …, which stand in this order')
+    named = names | dict(patch=patch, prefix=tuple(prefix), heads=heads, forward=forward)
+    _described(module, **named)  # refuses wrong names before the module is changed
+    module.vitreg_description = named
     return module
 
 

@@ -33,6 +33,7 @@ from .anatomy import Anatomy, PrefixTokens, Unmeasurable, dissect
 
 SITES = ("norms", "tokens", "q", "k", "v", "attention", "mlp", "embedding", "final")
 WHOLE = ("norms", "embedding", "final")  # sites of one tensor; the others have one for each layer
+SEEN = {"q", "k", "v", "attention"}  # sites of a call of torch's scaled_dot_product_attention
 
 
 @dataclass
@@ -109,7 +110,8 @@ def capture(
 
     `queries` are token positions (0 is cls where there is one) for which attention rows are kept; by default the prefix
     tokens. Results are moved to the CPU after each batch. Images must already be normalised for the model; they are
-    moved to the device and dtype of its weights. If the device runs out of memory, the batch is halved, with a warning.
+    moved to the device and dtype of its patch embedding. If the device runs out of memory, the batch is halved, with a
+    warning.
 
     Before the model runs, raises ValueError for an unknown site, layer or query, for no images or a wrong number of
     channels, and TypeError for a model of unknown anatomy. Then raises Unmeasurable (a ValueError) where the forward
@@ -138,7 +140,8 @@ def capture(
         raise TypeError(
             f"{type(anatomy.blocks[0]).__name__} has no linear layer after an MLP: its activations stay hidden"
         )
-    parts = _run(model, images, batch_size, progress, lambda x: _one(model, anatomy, x, keep, layers, queries))
+    weights = next(anatomy.patch_embed.parameters(), next(model.parameters()))  # a model may mix precisions
+    parts = _run(weights, images, batch_size, progress, lambda x: _one(model, anatomy, x, keep, layers, queries))
     whole = {site: _joined([part[site] for part in parts]) for site in keep}
     return Capture(layers, (rows, cols), anatomy.prefix, queries, **whole)
 
@@ -165,11 +168,11 @@ def evaluating(model: nn.Module):
             module.training = True
 
 
-def _run(model, images, batch_size, progress, function) -> list:
+def _run(weights, images, batch_size, progress, function) -> list:
     """The results of `function` for each batch of images; a batch is halved when the device runs out of memory."""
     from tqdm.auto import tqdm
 
-    weights, results, done = next(model.parameters()), [], 0
+    results, done = [], 0
     with tqdm(total=len(images), desc="images", disable=not progress, leave=False) as bar:
         while done < len(images):
             batch = images[done : done + batch_size]
@@ -221,7 +224,7 @@ def _one(model: nn.Module, anatomy: Anatomy, images, keep, layers, queries) -> d
         pairs += [(anatomy.mlp_out[i].register_forward_pre_hook, before_second_linear(i)) for i in layers]
     if "embedding" in keep:
         pairs.append((anatomy.patch_embed.register_forward_hook, after_patch_embedding))
-    attention_sites = {"q", "k", "v", "attention"} & set(keep)
+    attention_sites = SEEN & set(keep)
     with evaluating(model), ExitStack() as stack:
         if attention_sites:
             stack.enter_context(_Attention(anatomy, layers, attention_sites, queries, captured, len(images)))
@@ -327,6 +330,8 @@ class _Attention(TorchFunctionMode):
             self._refuse("is causal or shares its keys among heads")
         output = attention(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, **more)
         self.called, self.returned = True, output[0].transpose(0, 1).flatten(1)
+        if not self.returned.isfinite().all():
+            self._refuse("is not finite")
         for site, tensor in (("q", query), ("k", key), ("v", value)):
             if site in self.sites:
                 self.captured[site][self.layer] = tensor
@@ -355,13 +360,14 @@ def _collect(site, captured: dict[int, torch.Tensor], layers):
     """What one batch gives for a site, on the CPU: one tensor, or one for each layer."""
     single = site in ("embedding", "final")
     if missing := [layer for layer in ((0,) if single else layers) if layer not in captured]:
-        raise Unmeasurable(
-            f"the forward pass did not reach the site {site!r}" + ("" if single else f" of block {missing[0]}")
-        )
+        where = "" if single else f" of block {missing[0]}"
+        unfused = "; capture sees only attention by torch's scaled_dot_product_attention" if site in SEEN else ""
+        raise Unmeasurable(f"the forward pass did not reach the site {site!r}{where}{unfused}")
     if single:
         return captured[0].cpu()
     at = {layer: captured[layer] for layer in layers}
-    return torch.stack(list(at.values()), 1).cpu() if site == "norms" else {i: x.cpu() for i, x in at.items()}
+    at = {i: x.cpu() for i, x in at.items()}  # blocks may be on several devices
+    return torch.stack(list(at.values()), 1) if site == "norms" else at
 
 
 def _joined(parts: list):

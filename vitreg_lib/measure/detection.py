@@ -23,6 +23,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from ..hooks.anatomy import Unmeasurable
 from ..hooks.capture import Capture
 from .outliers import (
     BINS,
@@ -197,8 +198,11 @@ def registers_alike(model, images) -> float | None:
 def judge(observed: Observed, label: str = "", draws: int = 200) -> Detection:
     """The `Detection` from observed norms and attention. `label` names the model in `Outliers.cutoff_from`.
 
-    It judges the last block with artifacts, else the last block. `draws` are those of the bootstrap.
+    It judges the last block with artifacts, else the last block. `draws` are those of the bootstrap. Raises
+    Unmeasurable where a norm is not finite.
     """
+    if not observed.norms.isfinite().all():
+        raise Unmeasurable("norms are not finite: a weight is not, or the model overflows; float32 may help")
     images, depth, _ = observed.norms.shape
     block = last = depth - 1
     found = at_last = _stand_out(observed, last)

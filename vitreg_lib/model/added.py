@@ -115,7 +115,7 @@ def _append(module: nn.Module, anatomy: Anatomy, old: int, n: int, batch_first: 
     blocks, where = anatomy.blocks, dict(old=old, n=n, batch_first=batch_first)
     _before(blocks[0], _with_new, where)
     around = [part for part in module.modules() if blocks[0] in set(part.modules())]
-    counting = [part for part in around if hasattr(part, "num_prefix_tokens")]
+    counting = [part for part in around if "num_prefix_tokens" in vars(part)]  # not a wrapper, which passes it on
     if not counting:
         for block in blocks:
             block.register_forward_pre_hook(functools.partial(_without_mask, **where), with_kwargs=True)

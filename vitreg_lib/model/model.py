@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
-from ..base import code_sha256
+from ..base import code_sha256, fingerprint
 from ..data.images import sides
 from ..hooks import capture as _capture
 from ..hooks.anatomy import Anatomy, dissect
@@ -55,6 +55,9 @@ class Model:
 
     def __post_init__(self):
         self.label = self.label or self.name
+        if not isinstance(self.input_size, int):
+            height, width = self.input_size
+            self.input_size = height if height == width else (height, width)
 
     @property
     def anatomy(self) -> Anatomy:
@@ -62,8 +65,8 @@ class Model:
 
     @property
     def weights(self) -> torch.Tensor:
-        """One of the weights: `x.to(model.weights)` has the model's device and precision."""
-        return next(self.module.parameters())
+        """Weights of the patch embedding: `x.to(model.weights)` has the device and precision of the model's input."""
+        return next(self.anatomy.patch_embed.parameters(), next(self.module.parameters()))
 
     @property
     def device(self) -> torch.device:
@@ -99,7 +102,9 @@ class Model:
         """What a result on normalised images follows from, for `base.remembered`: weights, images, code."""
         pixels = getattr(images, "x", images).cpu().contiguous().numpy()
         x = hashlib.sha256(pixels).hexdigest()
-        return {"model": self.name, "weights": weights_sha256(self.module), "images": x, "code": code_sha256()}
+        module = fingerprint({"module": repr(self.module), "heads": self.anatomy.num_heads})  # weights name neither
+        about = {"model": self.name, "module": module, "weights": weights_sha256(self.module)}
+        return about | {"images": x, "code": code_sha256()}
 
     def truth(self, images) -> torch.Tensor | None:
         """(n, patches) bool: where the planted control has artifacts; all False for the random one, None for others."""

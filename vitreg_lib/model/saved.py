@@ -12,6 +12,7 @@ The metadata hold one of
 and `facts`: the fields of `Model` that stay true. The buffers of a mended model (see `added`) are among the tensors.
 """
 
+import dataclasses
 import itertools
 import json
 from pathlib import Path
@@ -22,6 +23,7 @@ from torch import nn
 from ..base import UserError, line, written
 from ..data.images import sides
 from ..data.scenes import ATTRIBUTES
+from ..hooks.capture import evaluating
 from . import added
 from .model import FACTS, Model, with_facts
 from .names import entries
@@ -46,8 +48,25 @@ def write(model: Model, path: Path) -> None:
         return export(model, path)
     facts = {name: getattr(model, name) for name in STATED}
     kind, spec = how_built(model.module)
+    if kind != "own" and not _builds(model, kind, spec):  # it was built with arguments of its own
+        kind, spec = "own", type(model.module).__name__
     metadata = {kind: json.dumps(spec), "facts": json.dumps(facts), "format": "pt"}
     write_safetensors(path, model.module.state_dict(), metadata)
+
+
+def _builds(model: Model, kind: str, spec) -> bool:
+    """Whether a module built by `build`, with this model's weights, answers as this model does."""
+    additions, tensors = added.of_state(model.module.state_dict())
+    try:
+        again = build("", kind, spec).to(model.weights)
+        again.load_state_dict(tensors)
+    except (UserError, RuntimeError, TypeError, ValueError):
+        return False
+    again = dataclasses.replace(model, module=added.with_additions(again, additions) if additions else again)
+    noise = torch.randn(1, model.anatomy.channels, *sides(model.input_size), generator=torch.Generator().manual_seed(0))
+    with evaluating(model.module), evaluating(again.module):
+        one, other = (_Answer(each)(noise.to(model.weights)) for each in (model, again))
+    return one.shape == other.shape and torch.allclose(one, other, rtol=1e-3, atol=1e-3 * one.abs().max().item())
 
 
 def check(path: Path) -> None:

@@ -185,15 +185,20 @@ def _clip(own: dict[str, torch.Tensor]) -> tuple[Layout, dict[str, torch.Tensor]
     return Layout("OpenAI's CLIP" if openai else "open_clip", architecture, options, CLIP), own
 
 
-def torchvision_vit(name: str, tensors: dict[str, torch.Tensor]) -> nn.Module:
-    """A torchvision VisionTransformer with these weights; heads are 64 wide, as in all torchvision models."""
-    from torchvision.models import VisionTransformer
+def torchvision_vit(name: str, tensors: dict[str, torch.Tensor], image_size: int | None = None) -> nn.Module:
+    """A torchvision VisionTransformer with these weights; heads are 64 wide, as in all torchvision models.
+
+    image_size: of square images where it is not the weights' own; position embeddings are interpolated.
+    """
+    from torchvision.models.vision_transformer import VisionTransformer, interpolate_embeddings
 
     width, _, _, size = tensors["conv_proj.weight"].shape
     depth = 1 + max(int(k.split("encoder_layer_")[1].split(".")[0]) for k in tensors if "encoder_layer_" in k)
     side = round((tensors["encoder.pos_embedding"].shape[1] - 1) ** 0.5)
     hidden = tensors["encoder.layers.encoder_layer_0.mlp.0.weight"].shape[0]
     classes = len(tensors["heads.head.weight"]) if "heads.head.weight" in tensors else 1000
+    if image_size:
+        side, tensors = image_size // size, interpolate_embeddings(image_size, size, dict(tensors))
     module = VisionTransformer(side * size, size, depth, max(1, width // 64), width, hidden, num_classes=classes)
     fill(name, module, tensors)
     return module

@@ -54,6 +54,7 @@ def load(
     """
     if not isinstance(name, str):
         model = name if isinstance(name, Model) else of_module(name)
+        preprocessing |= {"input_size": image_size} if image_size else {}
         return dataclasses.replace(model, **preprocessing) if preprocessing else model
     base, kind, number = split(name)
     if kind:
@@ -68,9 +69,9 @@ def load(
     elif where == "file":
         model = _file(base, image_size, weights)
     elif where == "hf":
-        model = of_transformers(base, rest)
+        model = of_transformers(base, rest, image_size)
     elif where == "open_clip":
-        model = of_open_clip(base, rest)
+        model = of_open_clip(base, rest, image_size)
     elif base in entries():
         model = _entry(base, image_size)
     elif Path(base).exists():
@@ -138,6 +139,7 @@ def _random(name: str, image_size: int | None) -> Model:
             model.module.init_weights("")
         else:
             architecture = entry.get("timm", inner.removeprefix("timm:"))
+            image_size = image_size or entry.get("input_size")
             model = of_module(create(architecture, image_size, pretrained=False), name, "", image_size)
     base = f"random:{entry['base']}" if "base" in entry else ""
     facts = dict(role="random control", entry=inner if entry else "", family="", base=base, onset=None)
@@ -193,7 +195,7 @@ def _file(name: str, image_size: int | None, which: str) -> Model:
             raise UserError(f"{name}: {error}; file:PATH#ARCH names an architecture of timm's") from None
         layout = Layout("timm's", architecture, {}, {})
     if layout.architecture == "torchvision" and not architecture:
-        module = torchvision_vit(name, tensors)
+        module = torchvision_vit(name, tensors, image_size)
     else:
         module = _in_timm(name, architecture or layout.architecture, layout.options, tensors, image_size)
     module = added.with_additions(module, additions) if additions else module
