@@ -440,7 +440,7 @@ def test_dense_probes_refuse_what_they_cannot_fit():
     tokens, _, masks = dense_scene()
     with pytest.raises(ValueError, match="drop the prefix tokens"):
         tab02_heads.fit_segmentation(torch.zeros(12, 25, 3), (4, 6), masks, 3)
-    with pytest.raises(ValueError, match="two classes at least"):
+    with pytest.raises(ValueError, match="at least two classes"):
         tab02_heads.fit_segmentation(tokens, (4, 6), torch.zeros_like(masks), 3)
     with pytest.raises(ValueError, match="out of range for 2 classes"):
         tab02_heads.fit_segmentation(tokens, (4, 6), masks, 2)

@@ -16,6 +16,7 @@ import torch
 
 from vitreg_lib import cli
 from vitreg_lib.base import UserError
+from vitreg_lib.model import weights
 from vitreg_lib.train import loop, state
 
 RECIPES = ("deit3", "clip", "dinov2", "mae", "registers")
@@ -168,7 +169,7 @@ def test_a_state_of_another_model_is_refused(tmp_path, straight):
 @pytest.mark.parametrize("failing", ["save_file", "write_bytes"])
 def test_a_full_disk_keeps_the_last_good_state(straight, tmp_path, monkeypatch, failing, assert_same_run):
     """Simulated: the second state is half written when there is no room left."""
-    writer = state if failing == "save_file" else Path
+    writer = weights if failing == "save_file" else Path
     calls, real = [], getattr(writer, failing)
 
     def full(*arguments):
