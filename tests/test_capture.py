@@ -93,7 +93,7 @@ def test_any_batch_grid_and_layers(kind, n, grid, layers, batch_size):
     assert seen.grid == grid
     assert seen.layers == tuple(layer % 3 for layer in layers)
     torch.testing.assert_close(seen.norms, expected, rtol=2e-5, atol=0)
-    parts = torch.cat([seen.cls_norms, seen.register_norms, seen.patch_norms], -1)
+    parts = torch.cat([seen.norms[..., : int(seen.has_cls)], seen.register_norms, seen.patch_norms], -1)
     assert torch.equal(parts, seen.norms)
     assert torch.equal(seen.norm_maps.flatten(1), seen.patch_norms[:, -1])
 

@@ -68,7 +68,7 @@ def test_settings_hold_the_entries_of_the_items_own_models_alone(depends):
 def test_a_notebook_depends_on_the_modules_that_it_imports_by_name(depends):
     for item, names in {
         "fig05": ("vitreg_lib/probes/local", "vitreg_lib/probes/local", "vitreg_lib/probes/linear"),
-        "tab02": ("notebooks/paper/tab02", "vitreg_lib/probes/zeroshot", "notebooks/paper/tab02_heads"),
+        "tab02": ("notebooks/paper/tab02", "vitreg_lib/model/text", "notebooks/paper/tab02_heads"),
         "tab03": ("vitreg_lib/data/sets", "vitreg_lib/measure/objects"),
     }.items():
         assert {f"{name}.py" for name in names} <= set(inputs(depends, item)), item

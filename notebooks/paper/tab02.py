@@ -180,7 +180,7 @@ def _class_scores(train: _Part, test: _Part, seed: int, steps, bins, stride) -> 
     x, x_test = linear.scale(_pooled(train)[rows], _pooled(test))
     y = torch.searchsorted(known, train.truth[rows])
     held = held_out(y, seed)
-    fit, _ = linear.fit_selected(x[~held], y[~held], x[held], y[held], linear.STRENGTHS, tol=1e-5)
+    fit = linear.fit_selected(x[~held], y[~held], x[held], y[held], linear.STRENGTHS, tol=1e-5)
     return (known[linear.predict(fit, x_test, 0).argmax(-1)] == test.truth).double()[:, None]
 
 

@@ -1,6 +1,6 @@
 """Zero-shot classification of Table 2b: the questions about the images, and the text tower of a model.
 
-`probes.zeroshot` embeds the classes. The names and prompts of ImageNet come from open_clip. Scenes are classified by
+`model.text` embeds the classes. The names and prompts of ImageNet come from open_clip. Scenes are classified by
 each of their attributes, with the sentences that the recipe `clip` trains on.
 """
 
@@ -18,9 +18,8 @@ from vitreg_lib.base import UserError
 from vitreg_lib.data.scenes import ATTRIBUTES, targets
 from vitreg_lib.measure import pairs
 from vitreg_lib.model import text, zoo
-from vitreg_lib.model.text import TEMPLATES, tokenizer
+from vitreg_lib.model.text import TEMPLATES, class_embeddings, tokenizer
 from vitreg_lib.model.weights import read_safetensors
-from vitreg_lib.probes.zeroshot import class_embeddings
 
 
 def evaluate(models, load):

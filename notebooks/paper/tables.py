@@ -257,7 +257,7 @@ def one(x: Tensor, x_test: Tensor, y: Tensor, y_test: Tensor, metric: str, stren
     if len(x) > EXACT and y.ndim == 1:
         fit = tables_sgd.fit_selected(x[~validate], y[~validate], x[validate], y[validate], seed=seed)
     else:
-        fit, _ = linear.fit_selected(x[~validate], y[~validate], x[validate], y[validate], strengths, **options)
+        fit = linear.fit_selected(x[~validate], y[~validate], x[validate], y[validate], strengths, **options)
     if y.ndim == 2:
         return float(tables_sgd.average_precision(fit, x_test, y_test)[0]), None
     right = linear.predict(fit, x_test, 0).argmax(-1).cpu() == y_test

@@ -23,8 +23,8 @@ from torch import nn
 
 from vitreg_lib.base import UserError
 from vitreg_lib.data.scenes import ATTRIBUTES, BACKGROUNDS, COLOURS, MAX_OBJECTS, MEAN, SHAPES, STD, TEXTURES, Scenes
+from vitreg_lib.model import text as texts
 from vitreg_lib.model.text import TEMPLATES, text_tower, tokenizer
-from vitreg_lib.probes import zeroshot
 from vitreg_lib.train import images, parallel
 
 LEARNS_FROM = "captions"
@@ -149,9 +149,7 @@ def loss(module, config, step, device):
 
 def class_embeddings(encode_text, attribute: str, device="cpu") -> torch.Tensor:
     """(classes, embed_dim): the mean embedding of the prompts of each value of an attribute, of unit norm."""
-    return zeroshot.class_embeddings(
-        encode_text, tokenizer(), ATTRIBUTES[attribute], TEMPLATES[attribute], device=device
-    )
+    return texts.class_embeddings(encode_text, tokenizer(), ATTRIBUTES[attribute], TEMPLATES[attribute], device)
 
 
 def evaluate(module, config, device) -> dict[str, float]:

@@ -56,8 +56,8 @@ class Images:
         return replace(self, x=self.x[rows], pixels=self.pixels[rows], names=names, scenes=of, paths=paths)
 
 
-def load(source: str, model, n: int, seed: int = 0, size: int | tuple[int, int] | None = None) -> Images:
-    """`n` images of `source` for a `zoo.Model`, at its own input size or `size` pixels a side (or height, width).
+def load(source: str, model, n: int, seed: int = 0) -> Images:
+    """`n` images of `source` for a `zoo.Model`, at its own input size.
 
     source: "scenes"; "stamps" and "textures" (what `mini-stamps` and `mini-corners` learn from); "photos" (those that
     ship with scikit-image and scikit-learn); "imagenet" (a folder of that name in VITREG_DATA, or in data/ of
@@ -65,23 +65,15 @@ def load(source: str, model, n: int, seed: int = 0, size: int | tuple[int, int] 
     `seed` draws among them; the same seed gives the same images for every model. An image that cannot be read is named
     in a warning and in `left_out`. Raises UserError when a source does not exist or holds no readable image.
     """
-    return next(stream(source, model, n, seed, size, batch_size=max(n, 1)))
+    return next(stream(source, model, n, seed, batch_size=max(n, 1)))
 
 
-def stream(
-    source: str,
-    model,
-    n: int,
-    seed: int = 0,
-    size: int | tuple[int, int] | None = None,
-    batch_size: int = 64,
-    first: int = 0,
-) -> Iterator[Images]:
+def stream(source: str, model, n: int, seed: int = 0, batch_size: int = 64, first: int = 0) -> Iterator[Images]:
     """The images of `load` as an iterator of `Images` with at most `batch_size` each: memory does not grow with `n`.
 
     first: leave out the images that `load` gives for n = first.
     """
-    size, left_out, any_read = size or model.input_size, {}, False
+    size, left_out, any_read = model.input_size, {}, False
     if source in ONE_SIZE and size != ONE_SIZE[source][0]:
         pixels, made_for = ONE_SIZE[source]
         raise UserError(f"{source} have {pixels} pixels a side, this model wants {size}; try {made_for}")

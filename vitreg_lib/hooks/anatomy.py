@@ -10,8 +10,8 @@ this form.
 """
 
 import inspect
-import itertools
 import operator
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -217,8 +217,7 @@ def _attention(block: nn.Module) -> nn.Module | None:
 
 def _common(one: str, other: str) -> str:
     """Name of the smallest module that contains both named modules."""
-    pairs = zip(one.split("."), other.split("."), strict=False)
-    return ".".join(a for a, b in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
+    return ".".join(os.path.commonprefix([one.split("."), other.split(".")]))
 
 
 def _anatomy(vit: nn.Module, blocks: tuple, patch_embed: nn.Module, **given) -> Anatomy:

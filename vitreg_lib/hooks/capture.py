@@ -64,11 +64,6 @@ class Capture(PrefixTokens):
         return self.norms[..., self.num_prefix_tokens :]
 
     @property
-    def cls_norms(self) -> torch.Tensor:
-        """(images, layers, 0 or 1) norms of the cls token."""
-        return self.norms[..., : int(self.has_cls)]
-
-    @property
     def register_norms(self) -> torch.Tensor:
         """(images, layers, registers) norms of the registers."""
         return self.norms[..., self.registers]

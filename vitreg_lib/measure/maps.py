@@ -44,24 +44,13 @@ def principal_components(
     if not 1 <= n <= min(x.shape[-1], x.shape[-2] - 1):
         raise ValueError(f"n = {n} components of {x.shape[-2]} tokens in {x.shape[-1]} dimensions")
     x = x - x.mean(-2, keepdim=True)
-    variance, axes = _principal_axes(x, n)  # (images, n), (images, dim, n)
+    _, lengths, axes = torch.linalg.svd(x, full_matrices=False)
+    std, axes = lengths[:, None, :n] / (x.shape[-2] - 1) ** 0.5, axes[:, :n].mT  # (images, 1, n), (images, dim, n)
     scores = x @ axes
     scores = scores * _component_signs(scores, axes, tokens.shape[-2], grid)[:, None]
-    std = variance.sqrt()[:, None]  # (images, 1, n)
     scores = torch.where(std > 1e-6 * std[..., :1], scores / std, 0)  # no variance, no score
     scores = scores if clip is None else scores.clamp(-clip, clip)
     return scores.reshape(*tokens.shape[:-1], n).to(_at_least_float32(tokens).dtype)
-
-
-def _principal_axes(x: torch.Tensor, n: int) -> tuple[torch.Tensor, torch.Tensor]:
-    # eigenvectors of the smaller of covariance (dim, dim) and Gram matrix (tokens, tokens); x centred, float64
-    tokens, dim = x.shape[-2:]
-    wide = dim > tokens
-    matrix = x @ x.transpose(-1, -2) if wide else x.transpose(-1, -2) @ x
-    values, vectors = torch.linalg.eigh(matrix)
-    values, vectors = values[..., -n:].flip(-1).clamp(min=0), vectors[..., -n:].flip(-1)
-    axes = F.normalize(x.transpose(-1, -2) @ vectors, dim=-2) if wide else vectors
-    return values / (tokens - 1), axes
 
 
 def _component_signs(scores: torch.Tensor, axes: torch.Tensor, patches: int, grid: Grid | None) -> torch.Tensor:

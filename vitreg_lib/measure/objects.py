@@ -95,8 +95,10 @@ def lost(
     size = max(1, _GRAM_VALUES.get(features.device.type, 2**20) // (rows * cols) ** 2)
     parts = []
     for i in range(0, len(features), size):
-        chunk = None if valid is None else valid[i : i + size]
-        parts.append(_lost(_prepare(features[i : i + size], normalize), chunk, k, biases, strict, no_self, ties))
+        f, chunk = features[i : i + size], None if valid is None else valid[i : i + size]
+        f = f.to(torch.promote_types(f.dtype, torch.float32))
+        f = torch.nn.functional.normalize(f, dim=-1) if normalize else f
+        parts.append(_lost(f, chunk, k, biases, strict, no_self, ties))
     seeds, tied, share, *maps = (torch.cat(p) for p in zip(*parts, strict=True))
     mask = maps[-1]
     inside = mask.gather(1, seeds[:, None])[:, 0]
@@ -108,19 +110,16 @@ def lost(
 
 def mask_boxes(mask: Tensor) -> Tensor:
     """Boxes (batch, 4) = left, top, right, bottom (ends excluded) around the set patches of masks (batch, r, c)."""
-    edges = []
-    for line in (mask.any(1), mask.any(2)):  # columns, then rows
-        length = line.shape[1]
-        edges.append((line.int().argmax(1), length - line.flip(1).int().argmax(1)))
-    (left, right), (top, bottom) = edges
-    return torch.stack([left, top, right, bottom], 1)
+    from torchvision.ops import masks_to_boxes
+
+    return masks_to_boxes(mask).long() + torch.tensor([0, 0, 1, 1], device=mask.device)
 
 
 def _lost(f, valid, k, biases, strict, no_self, ties):
     """Eq. 1 to 3 for features (batch, patches, dim): seeds, ties, positive share, and the maps (batch, patches)."""
     batch, patches, _ = f.shape
     here = torch.arange(batch, device=f.device)
-    gram = _gram(f)
+    gram = f @ f.transpose(1, 2)
     above = torch.gt if strict else torch.ge
     edges = above(gram, -biases[0])
     if valid is not None:
@@ -129,10 +128,7 @@ def _lost(f, valid, k, biases, strict, no_self, ties):
         edges.diagonal(dim1=1, dim2=2).fill_(False)
     degrees = edges.sum(2, dtype=torch.int32).long()
     most = max(biases, key=abs)
-    if strict or no_self or valid is not None or most != biases[0]:
-        share = torch.ge(gram, -most).sum((1, 2), dtype=torch.int32).double() / patches**2
-    else:
-        share = degrees.sum(1).double() / patches**2
+    share = torch.ge(gram, -most).sum((1, 2), dtype=torch.int32).double() / patches**2
     if valid is not None:
         degrees = degrees.masked_fill(~valid, patches + 1)
     rank = torch.arange(patches, device=f.device)
@@ -154,19 +150,6 @@ def _lost(f, valid, k, biases, strict, no_self, ties):
     return seeds, tied, share, degrees, similarity, expansion, selected, mask
 
 
-def _gram(f: Tensor) -> Tensor:
-    """f fᵀ (batch, patches, patches); of large ones a CPU computes the upper half, in four parts, and mirrors it."""
-    patches = f.shape[1]
-    if f.device.type != "cpu" or patches < 400:
-        return f @ f.transpose(1, 2)
-    gram, step = f.new_empty(len(f), patches, patches), -(-patches // 4)
-    for i in range(0, patches, step):
-        rows = f[:, i : i + step] @ f[:, i:].transpose(1, 2)
-        gram[:, i : i + step, i:] = rows
-        gram[:, i + step :, i : i + step] = rows[:, :, step:].transpose(1, 2)
-    return gram
-
-
 def component(mask: Tensor, seeds: Tensor) -> Tensor:
     """The 4-connected part of each mask (batch, rows, cols) that holds its seed, a patch index (batch,) in the mask."""
     from scipy.ndimage import generate_binary_structure, label
@@ -175,11 +158,6 @@ def component(mask: Tensor, seeds: Tensor) -> Tensor:
     within[1] = generate_binary_structure(2, 1)  # no neighbours in other images
     labels = torch.from_numpy(label(mask.cpu().numpy(), within)[0]).to(mask.device)
     return labels == labels.flatten(1).gather(1, seeds[:, None])[:, :, None]
-
-
-def _prepare(features: Tensor, normalize: bool) -> Tensor:
-    f = features if features.dtype == torch.float64 else features.float()
-    return torch.nn.functional.normalize(f, dim=-1) if normalize else f
 
 
 def _differences(variant) -> tuple[bool, bool]:

@@ -16,8 +16,13 @@ def with_registers(module: nn.Module, tokens: torch.Tensor) -> nn.Module:
     timm builds the same with reg_tokens=n (num_reg_tokens in Eva). Where prefix tokens have position embeddings, those
     of the new registers are zero. Raises UserError for an architecture that takes no registers.
     """
-    anatomy = dissect(module)
-    new = _fresh(module, anatomy.num_registers + len(tokens))
+    anatomy, (kind, spec) = dissect(module), how_built(module)
+    parameters = inspect.signature(type(module).__init__).parameters
+    name = next((n for n in ("reg_tokens", "num_reg_tokens") if n in parameters), None)
+    if name is None or kind not in ("vit", "timm"):
+        raise UserError(f"timm has no registers for {type(module).__name__}: ViTs and Evas of timm's can get them")
+    more = {name: anatomy.num_registers + len(tokens)}
+    new = build("", kind, spec | (more if kind == "vit" else {"model_args": spec["model_args"] | more}))
     weights = dict(module.state_dict())
     if len(tokens):
         weights["reg_token"] = torch.cat([*([module.reg_token[0]] if anatomy.num_registers else []), tokens])[None]
@@ -32,15 +37,3 @@ def with_registers(module: nn.Module, tokens: torch.Tensor) -> nn.Module:
     except RuntimeError as error:
         raise UserError(f"timm builds another model than this one: {line(error)}") from error
     return new.train(module.training)
-
-
-def _fresh(module: nn.Module, registers: int) -> nn.Module:
-    """A fresh model of the same kind with this number of registers; it carries the arguments that build it again."""
-    kind, spec = how_built(module)
-    parameters = inspect.signature(type(module).__init__).parameters
-    name = next((n for n in ("reg_tokens", "num_reg_tokens") if n in parameters), None)
-    if name is None or kind not in ("vit", "timm"):
-        raise UserError(f"timm has no registers for {type(module).__name__}: ViTs and Evas of timm's can get them")
-    if kind == "timm":
-        return build("", kind, spec | {"model_args": spec["model_args"] | {name: registers}})
-    return build("", kind, spec | {name: registers})

@@ -155,7 +155,8 @@ def _row(before: Outputs, after: Outputs, cutoff: float, labels: torch.Tensor | 
     apart = (1 - F.cosine_similarity(before.patches, after.patches, dim=2))[before.norms <= cutoff].mean().item()
     more = {"patches_apart": apart, "largest_norm": after.norms.max().item()}
     more["register_norm"] = after.registers.mean().item()  # NaN without any
-    return means(effect(before, after, None, cutoff, labels=labels)) | more
+    measured = effect(before, after, None, cutoff, labels=labels).dropna(axis=1, how="all")
+    return {name: float(measured[name].mean()) for name in (*MEANS, "right") if name in measured} | more
 
 
 def _shifted(model: Model, x: torch.Tensor, before: Outputs, layer: int) -> Outputs:
@@ -221,12 +222,6 @@ def shift_average(
 
 def _overlap(length: int, shift: int) -> slice:
     return slice(max(0, shift), length + min(0, shift))
-
-
-def means(effects) -> dict[str, float]:
-    """The means over photos of `effect`'s columns, without …_before and columns that are NaN throughout."""
-    measured = effects.dropna(axis=1, how="all")
-    return {name: float(measured[name].mean()) for name in (*MEANS, "right") if name in measured}
 
 
 def best(chosen_on) -> str:

@@ -1,7 +1,9 @@
-"""The text tower and tokenizer of mini-clip."""
+"""The text tower and tokenizer of mini-clip, and classes as embeddings of texts (Table 2b)."""
 
 import functools
+from types import SimpleNamespace
 
+import torch
 from torch import nn
 
 TEMPLATES = {  # what a prompt looks like for each attribute; {} is its value
@@ -26,3 +28,15 @@ def tokenizer(context: int = 24):
     from open_clip.tokenizer import SimpleTokenizer
 
     return SimpleTokenizer(context_length=context)
+
+
+def class_embeddings(encode_text, tokenize, classes, templates, device="cpu") -> torch.Tensor:
+    """(classes, dim) of unit norm: the mean over each class's prompts (Radford et al. 2021), as open_clip computes it.
+
+    tokenize(list of str) gives ids (n, length), encode_text(ids) embeddings (n, dim) of any norm. templates: texts with
+    {} for the class, or functions from class to prompt.
+    """
+    from open_clip import build_zero_shot_classifier
+
+    tower = SimpleNamespace(encode_text=lambda ids, normalize: nn.functional.normalize(encode_text(ids).float(), dim=1))
+    return build_zero_shot_classifier(tower, tokenize, list(classes), list(templates), device=device).T

@@ -25,36 +25,18 @@ DINOV2_STRENGTHS = tuple(float(c) for c in 10 ** np.linspace(-6, 5, 45))  # the 
 
 
 @dataclass
-class LogisticFit:
-    """Fitted weights (strengths, classes, dim), biases (strengths, classes), and how the fit of each strength ended."""
+class Fit:
+    """Fitted weights (strengths, outputs, dim) and biases (strengths, outputs); of logistic regression also how the fit
+    of each strength ended."""
 
     strengths: Tensor
     weights: Tensor
     biases: Tensor
-    objective: Tensor  # C * sum of losses + |W|^2 / 2
-    converged: Tensor
+    objective: Tensor | None = None  # C * sum of losses + |W|^2 / 2
+    converged: Tensor | None = None
 
 
-@dataclass
-class RidgeFit:
-    """Fitted weights (strengths, outputs, dim) and biases (strengths, outputs) of a ridge regression."""
-
-    strengths: Tensor
-    weights: Tensor
-    biases: Tensor
-
-
-@dataclass
-class Selection:
-    """The strength chosen on validation data: its index, its value, its score, and the score of every strength."""
-
-    index: int
-    strength: float
-    score: float
-    scores: Tensor
-
-
-def fit_logistic(x: Tensor, y: Tensor, strengths=DINOV2_STRENGTHS, tol: float = 1e-6, decades=0.5) -> LogisticFit:
+def fit_logistic(x: Tensor, y: Tensor, strengths=DINOV2_STRENGTHS, tol: float = 1e-6, decades=0.5) -> Fit:
     """The optimum of logistic regression for every strength, on the device of `x`, in float32 or the float64 of `x`.
 
     x (samples, dim); y (samples,) class numbers for one multinomial model, or (samples, classes) of 0 and 1 for an
@@ -77,10 +59,10 @@ def fit_logistic(x: Tensor, y: Tensor, strengths=DINOV2_STRENGTHS, tol: float = 
     weights = params[..., :-1] @ axes.T
     biases = params[..., -1] - weights @ centre
     objective = torch.tensor([fit[1] for fit in fits], dtype=torch.float64) * c * len(x)
-    return LogisticFit(c, weights.to(dtype), biases.to(dtype), objective, torch.tensor([fit[2] for fit in fits]))
+    return Fit(c, weights.to(dtype), biases.to(dtype), objective, torch.tensor([fit[2] for fit in fits]))
 
 
-def fit_ridge(x: Tensor, y: Tensor, strengths=(1.0,)) -> RidgeFit:
+def fit_ridge(x: Tensor, y: Tensor, strengths=(1.0,)) -> Fit:
     """Closed-form ridge regression for every strength: least `sum |y - Wx - b|^2 + strength * |W|^2`.
 
     x (samples, dim), y (samples, outputs) or (samples,); computed in float64, returned in the dtype of x. One
@@ -105,16 +87,15 @@ def fit_ridge(x: Tensor, y: Tensor, strengths=(1.0,)) -> RidgeFit:
     weights = (axes @ (gain[:, :, None] * cross)).transpose(1, 2)
     biases = mean - weights @ centre
     dtype = x.dtype if x.is_floating_point() else torch.float32
-    return RidgeFit(alphas.cpu(), weights.to(dtype), biases.to(dtype))
+    return Fit(alphas.cpu(), weights.to(dtype), biases.to(dtype))
 
 
-def predict(fit: LogisticFit | RidgeFit, x: Tensor, index: int | None = None) -> Tensor:
-    """Logits or values (strengths, samples, outputs), or (samples, outputs) for the one strength `index`."""
-    weights, biases = (fit.weights, fit.biases) if index is None else (fit.weights[index], fit.biases[index])
-    return x.to(weights.dtype) @ weights.transpose(-1, -2) + biases.unsqueeze(-2)
+def predict(fit: Fit, x: Tensor, index: int) -> Tensor:
+    """Logits or values (samples, outputs) for the strength `index`."""
+    return x.to(fit.weights.dtype) @ fit.weights[index].T + fit.biases[index]
 
 
-def accuracy(fit: LogisticFit, x: Tensor, y: Tensor, per_class: bool = False) -> Tensor:
+def accuracy(fit: Fit, x: Tensor, y: Tensor, per_class: bool = False) -> Tensor:
     """Top-1 accuracy (strengths,), 0 to 1; with `per_class` the mean of the accuracies of the classes present in y."""
     y = y.to(x.device)
     right = torch.stack([predict(fit, x, i).argmax(-1) == y for i in range(len(fit.strengths))]).double()
@@ -123,24 +104,22 @@ def accuracy(fit: LogisticFit, x: Tensor, y: Tensor, per_class: bool = False) ->
     return right.mean(1).cpu()
 
 
-def select(fit: LogisticFit, x: Tensor, y: Tensor, score=accuracy) -> Selection:
-    """The strength with the best validation score; of equal ones the strongest regularisation (ours, for stability)."""
+def select(fit: Fit, x: Tensor, y: Tensor, score=accuracy) -> int:
+    """Index of the best score; of equal ones, that of the strongest regularisation (ours, for stability)."""
     scores = score(fit, x, y)
     best = torch.nonzero(scores == scores.max()).flatten()
-    index = int(best[fit.strengths[best].argmin()])
-    return Selection(index, float(fit.strengths[index]), float(scores[index]), scores)
+    return int(best[fit.strengths[best].argmin()])
 
 
-def fit_selected(x: Tensor, y: Tensor, x_val: Tensor, y_val: Tensor, strengths=DINOV2_STRENGTHS, **options):
-    """(fit, selection): the strength is chosen on validation data, then fitted once on training and validation data.
+def fit_selected(
+    x: Tensor, y: Tensor, x_val: Tensor, y_val: Tensor, strengths=DINOV2_STRENGTHS, score=accuracy, **options
+):
+    """A `Fit` of one strength, chosen by `score` on validation data, on training and validation data.
 
-    This is DINOv2's protocol for small data sets. `score` (default `accuracy`) goes to `select`, all else to
-    `fit_logistic`.
+    This is DINOv2's protocol for small data sets. options: of `fit_logistic`.
     """
-    score = options.pop("score", accuracy)
-    selection = select(fit_logistic(x, y, strengths, **options), x_val, y_val, score)
-    both = torch.cat([x, x_val]), torch.cat([y, y_val])
-    return fit_logistic(*both, [selection.strength], **options), selection
+    best = strengths[select(fit_logistic(x, y, strengths, **options), x_val, y_val, score)]
+    return fit_logistic(torch.cat([x, x_val]), torch.cat([y, y_val]), [best], **options)
 
 
 def scale(x: Tensor, *others: Tensor) -> tuple[Tensor, ...]:

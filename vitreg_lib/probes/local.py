@@ -74,7 +74,7 @@ def position_probe(
             return None
         number = torch.searchsorted(places, positions.clamp(max=int(places.max())))
         model = fit_logistic(scaled(train), number[train], POSITION_STRENGTHS, tol=1e-5, decades=1)  # a sixth quicker
-        best = select(model, scaled(val), number[val]).index
+        best = select(model, scaled(val), number[val])
         return lambda x: places[predict(model, x, best).argmax(-1)], len(places)
 
     def score(result, x, test, own_train):

@@ -19,6 +19,7 @@ import functools
 import hashlib
 import json
 import platform
+import re
 import sys
 import time
 from importlib.metadata import version
@@ -90,10 +91,8 @@ def notebook(item: str) -> Path:
 
 def normal_name(item: str) -> str:
     """fig4, figure4, Fig04, fig04_norms_by_layer_training_size → fig04; table2 → tab02; other names as they are."""
-    for long, short in (("figure", "fig"), ("table", "tab"), ("fig", "fig"), ("tab", "tab")):
-        rest = item.lower().removeprefix(long)
-        if rest != item.lower() and rest.isdigit():
-            return f"{short}{int(rest):02d}"
+    if named := re.fullmatch(r"(fig|tab)(?:ure|le)?(\d+)", item.lower()):
+        return f"{named[1]}{int(named[2]):02d}"
     stem = item.removesuffix(".ipynb").rpartition("/")[2]
     paper = (NOTEBOOKS / "paper" / f"{stem}.ipynb").exists()
     return stem.split("_")[0] if paper else stem if stem != item else item

@@ -25,11 +25,8 @@ class Verdicts:
     """The judged claims of a record, as text and as a page's table: the paper's first, then this collection's own."""
 
     def __init__(self, claims: list[dict]):
-        own = [claim["id"] not in reported_claims() for claim in claims]
-        parts = {"The paper's claims": False, "This collection's own": True}
-        self.parts = {
-            title: [c for c, o in zip(claims, own, strict=True) if o == side] for title, side in parts.items()
-        }
+        known, titles = reported_claims(), {"The paper's claims": True, "This collection's own": False}
+        self.parts = {title: [c for c in claims if (c["id"] in known) == paper] for title, paper in titles.items()}
 
     def __repr__(self) -> str:
         rows = []

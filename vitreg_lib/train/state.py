@@ -18,12 +18,12 @@ from types import ModuleType
 
 import pandas as pd
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import nn
 
 from ..base import UserError, line, shown, write_atomically, written
 from ..model.saved import how_built
-from ..model.weights import write_safetensors
+from ..model.weights import read_safetensors, write_safetensors
 from . import parallel, recipes
 from .config import MACHINE, TrainConfig
 
@@ -95,7 +95,7 @@ def load(folder: Path, run: Run) -> None:
         try:
             tensors, metadata = _read(path)
             break
-        except (SafetensorError, OSError, KeyError, ValueError) as error:
+        except (UserError, KeyError, ValueError) as error:
             faults.append(f"{shown(path)} cannot be read ({line(error)})")
     else:
         if faults:
@@ -167,9 +167,7 @@ def _checksum(tensors: dict[str, torch.Tensor]) -> str:
 
 
 def _read(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    with safe_open(path, "pt") as f:
-        metadata = f.metadata()
-        tensors = {name: f.get_tensor(name) for name in f.keys()}
+    metadata, tensors = read_safetensors(path)
     if _checksum(tensors) != metadata["crc32"]:
         raise ValueError("its checksum is wrong")
     return tensors, metadata

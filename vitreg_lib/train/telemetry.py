@@ -34,12 +34,12 @@ def table(captured: Capture, step: int = 0) -> pd.DataFrame:
     norms = captured.patch_norms
     flat = norms.transpose(0, 1).flatten(1)
     levels = torch.quantile(flat, torch.tensor(QUANTILES), dim=1).T.tolist()
-    shares = separated_share(norms).tolist()
+    shares, cls = separated_share(norms).tolist(), captured.norms[..., : int(captured.has_cls)]
     rows = []
     for i, layer in enumerate(captured.layers):
         row = {"step": step, "layer": layer, "outlier_share": shares[i]}
         row |= {f"q{q:g}": level for q, level in zip(QUANTILES, levels[i], strict=True)}
-        for name, part in (("cls_norm", captured.cls_norms), ("register_norm", captured.register_norms)):
+        for name, part in (("cls_norm", cls), ("register_norm", captured.register_norms)):
             row[name] = part[:, i].mean().item() if part.shape[2] else float("nan")
         rows.append(row)
     return pd.DataFrame(rows)
