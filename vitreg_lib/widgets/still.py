@@ -92,7 +92,7 @@ def _histogram(axis, view: View) -> None:
         how = "by rule" if view.by_rule else "by hand"
         axis.axvline(view.cutoff, color=PALETTE[1], label=f"cutoff {view.cutoff:.3g}, {how}")
     axis.set_title(f"outliers: {view.outlier_share:.1%} of patches")
-    axis.legend(loc="upper right", fontsize=7)
+    axis.legend(loc="best", fontsize=7)
 
 
 def _square(axis, row: int, col: int, height: float = 1.0, width: float = 1.0) -> None:
