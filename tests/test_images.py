@@ -12,7 +12,7 @@ from PIL import Image
 from timm.data import create_transform, resolve_model_data_config
 
 from vitreg_lib.base import UserError
-from vitreg_lib.data import images, textures
+from vitreg_lib.data import images, scenes, textures
 from vitreg_lib.model import zoo
 from vitreg_lib.model.model import Model
 from vitreg_lib.model.outside import of_module
@@ -59,11 +59,11 @@ def test_preprocessing_equals_timms_own(name):
 
 def test_a_part_of_a_set_keeps_what_belongs_to_its_images():
     model = zoo.load("mini-random", "cpu")
-    scenes, photos = (images.load(source, model, 4) for source in ("scenes", "photos"))
-    part = scenes.at([3, 1])
-    assert part.names == [scenes.names[3], scenes.names[1]] and torch.equal(part.pixels, scenes.pixels[[3, 1]])
-    assert torch.equal(part.x, scenes.x[[3, 1]]) and part.paths == [] and len(scenes) == 4
-    assert torch.equal(images.labels(part), scenes.scenes.label[[3, 1]])
+    drawn, photos = (images.load(source, model, 4) for source in ("scenes", "photos"))
+    part = drawn.at([3, 1])
+    assert part.names == [drawn.names[3], drawn.names[1]] and torch.equal(part.pixels, drawn.pixels[[3, 1]])
+    assert torch.equal(part.x, drawn.x[[3, 1]]) and part.paths == [] and len(drawn) == 4
+    assert torch.equal(images.labels(part), drawn.scenes.label[[3, 1]])
     assert photos.at(range(2, 4)).paths == photos.paths[2:] and photos.at([0]).scenes is None
 
 
@@ -81,7 +81,7 @@ def test_photos_that_ship_with_the_packages_are_there():
 def test_scenes_come_with_their_truth_and_are_held_out():
     loaded = images.load("scenes", any_model(), 3, seed=2)
     assert torch.equal(loaded.scenes.pixels, loaded.pixels)
-    assert (loaded.scenes.index >= images.SCENES_FROM).all()
+    assert (loaded.scenes.index >= scenes.HELD_OUT).all()
     again = images.load("scenes", any_model(), 2, seed=2)
     assert torch.equal(again.pixels, loaded.pixels[:2])
     other = images.load("scenes", any_model(), 3, seed=3)

@@ -15,13 +15,12 @@ import torch
 
 from vitreg_lib.base import DATA, NOTEBOOKS, written
 from vitreg_lib.data import scenes
-from vitreg_lib.data.images import SCENES_FROM
 
 sys.path.insert(0, str(NOTEBOOKS / "train"))
 from clip import captions_of  # noqa: E402
 
 PATH = DATA / "scenes" / "eval.parquet"
-FIRST, COUNT, SIZE = SCENES_FROM + 50_000, 256, 96
+FIRST, COUNT, SIZE = scenes.HELD_OUT + 50_000, 256, 96
 DEPTH_UNIT = 1000  # a depth picture has 16-bit integers, in thousandths of the scene's unit
 
 

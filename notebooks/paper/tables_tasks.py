@@ -20,11 +20,10 @@ import torch
 
 from vitreg_lib.base import UserError, unknown
 from vitreg_lib.data import scenes, sets
-from vitreg_lib.data.images import SCENES_FROM, preprocessing
+from vitreg_lib.data.images import preprocessing
 
 LEFT_OUT = -1  # label of an image that takes no part in a task
 WHOLE_FILES = 1 << 30  # bytes of pictures up to which `digest` reads every byte; beyond it their names and sizes
-FINE_GRAINED = "kind"  # the task that stands where the paper has Aircraft (Table 4)
 
 
 @dataclass
@@ -178,8 +177,8 @@ def _scenes(n_train: int, n_test: int, seed: int) -> Problem:
     renderer = hashlib.sha256(Path(scenes.__file__).read_bytes()).hexdigest()  # another renderer, other images
     parts, truth = [], []
     for name, n, first in (
-        ("train", n_train or 1000, SCENES_FROM + (1 << 30) + 2 * seed * 1_000_000),
-        ("test", n_test or 500, SCENES_FROM + (1 << 30) + (2 * seed + 1) * 1_000_000),
+        ("train", n_train or 1000, scenes.HELD_OUT + (1 << 30) + 2 * seed * 1_000_000),
+        ("test", n_test or 500, scenes.HELD_OUT + (1 << 30) + (2 * seed + 1) * 1_000_000),
     ):
         index = range(first, first + n)
         digest = hashlib.sha256(f"scenes {renderer} {first} {n}".encode()).hexdigest()

@@ -20,7 +20,6 @@ from ..base import UserError, env_folder
 from . import scenes, stamps, textures
 
 SUFFIXES = set(".jpg .jpeg .png .bmp .webp .tif .tiff .gif .heic .heif .avif".split())
-SCENES_FROM = 1 << 40  # scenes that no shipped model was trained on
 _PHOTOS = {  # photos in colour that come with the installed packages
     "skimage": "astronaut.png chelsea.png coffee.png rocket.jpg motorcycle_left.png retina.jpg hubble_deep_field.jpg "
     "ihc.png",
@@ -106,7 +105,7 @@ def _scenes(model, rows: range, n: int, seed: int, size: int) -> Images:
         raise UserError(f"scenes are square, this model wants {size[0]} x {size[1]} pixels; try images photos")
     if not 64 <= size <= 224:
         raise UserError(f"scenes have 64 to 224 pixels a side, this model wants {size}; try images textures")
-    first = SCENES_FROM + seed * 100_000
+    first = scenes.HELD_OUT + seed * 100_000
     batch = scenes.render(range(first + rows.start, first + rows.stop), size)
     names = [f"scene {i}" for i in rows]
     return Images(model.normalise(batch.pixels), batch.pixels, names, f"scenes, {n} held-out images", batch)

@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from ..base import ROOT, UserError, local_rank
+from ..base import ROOT, UserError
 from . import recipes
 from .config import MACHINE, TrainConfig
 
@@ -79,8 +79,7 @@ def train(recipe: str | None, resume: str | None = None, out: str | None = None,
     except NothingToMend as reason:  # a recipe for a phenomenon that this model does not show
         print(reason)
     finally:
-        if local_rank() is not None:
-            parallel.stop()
+        parallel.stop()
 
 
 def _resume(context: typer.Context, resume: str | None, **options):
