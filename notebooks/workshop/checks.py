@@ -592,7 +592,7 @@ def class_from_one_token(kept, photos: str = "caltech101-small") -> dict[str, fl
     for token in ("cls", "outlier", "matched", "normal"):
         x = part("train", token)
         x, x_held, x_test = linear.scale(x[~held], x[held], part("test", token))
-        fit, _ = linear.fit_selected(x, y[~held], x_held, y[held], (1e-2, 1e-1, 1.0), tol=1e-4)
+        fit = linear.fit_selected(x, y[~held], x_held, y[held], (1e-2, 1e-1, 1.0), tol=1e-4)
         shares[token] = linear.accuracy(fit, x_test, y_test).item()
     return shares
 
@@ -617,6 +617,6 @@ def read_off_one_token(tokens: Tensor, labels: Tensor, groups: dict[str, Tensor]
             continue
         x = linear.scale(x[0][drawn], *x[1:])
         fit = linear.fit_logistic(x[0], y[0][drawn], (1e-2, 1e-1, 1.0), tol=1e-5)
-        best = linear.select(fit, x[1], y[1]).index
+        best = linear.select(fit, x[1], y[1])
         shares[name] = (linear.predict(fit, x[2], best).argmax(-1) == y[2]).double().mean().item()
     return shares
