@@ -369,3 +369,25 @@ def test_real_deit_ti_is_mended_by_a_few_neurons_before_and_at_the_onset(vit_ti)
 def test_real_dinov2_s_has_nothing_to_mend(vit_ti):
     with pytest.raises(mend.NothingToMend, match="nothing to mend: no second mode"):
         mend.find(zoo.load("dinov2-s", "cpu"))
+
+
+def test_hidden_states_of_transformers_are_those_of_the_tokens_that_were_there():
+    """A DPT's backbone and LLaVA read them: one token more would shift every patch."""
+    transformers = pytest.importorskip("transformers")
+    sizes = dict(hidden_size=48, num_hidden_layers=3, num_attention_heads=4, image_size=32, patch_size=8)
+    torch.manual_seed(0)
+    for kind, more in (("CLIPVision", {"intermediate_size": 64}), ("Dinov2", {})):
+        config = getattr(transformers, f"{kind}Config")(**sizes, **more)
+        mended = mend.with_added(zoo.load(getattr(transformers, f"{kind}Model")(config).eval()), "ttr", 2, [(0, 3)])
+        x = torch.randn(2, 3, 32, 32)
+        tokens = mended.capture(x, "tokens").tokens
+        with torch.no_grad():
+            states = mended.module(x, output_hidden_states=True).hidden_states
+        assert {state.shape[1] for state in states} == {17}
+        kept = [0, *range(3, 19)]
+        torch.testing.assert_close(states[1], tokens[0][:, kept])
+        torch.testing.assert_close(states[2], tokens[1][:, kept])
+    backbone = transformers.Dinov2Backbone(transformers.Dinov2Config(**sizes, out_features=["stage1", "stage3"])).eval()
+    with torch.no_grad():
+        maps = mend.with_added(zoo.load(backbone), "empty", 2).module(x).feature_maps
+    assert [each.shape for each in maps] == [(2, 48, 4, 4)] * 2

@@ -120,6 +120,8 @@ def _append(module: nn.Module, anatomy: Anatomy, old: int, n: int, batch_first: 
         for block in blocks:
             block.register_forward_pre_hook(functools.partial(_without_mask, **where), with_kwargs=True)
         blocks[-1].register_forward_hook(functools.partial(_after_blocks, **where))
+        for part in around:
+            part.register_forward_hook(functools.partial(_of_hidden_states, old=old, n=n))
     for vit in counting:
         vit.__class__ = _counting(type(vit), n)
     for part in (*counting, *(attn for attn in anatomy.attention if hasattr(attn, "num_prefix_tokens"))):
@@ -167,6 +169,15 @@ def _after_blocks(block, inputs, output, *, old: int, n: int, batch_first: bool)
     x = _swapped(output[0] if isinstance(output, tuple) else output, batch_first)
     x = _swapped(torch.cat([x[:, :old], x[:, old + n :]], 1), batch_first)
     return (x, *output[1:]) if isinstance(output, tuple) else x
+
+
+def _of_hidden_states(part, inputs, output, *, old: int, n: int):
+    """Drop the new tokens from the hidden states that transformers recorded at the blocks, for a backbone or LLaVA."""
+    states, last = (getattr(output, name, None) for name in ("hidden_states", "last_hidden_state"))
+    if states and last is not None:
+        longer = last.shape[1] + n
+        cut = [h if h is None or h.shape[1] != longer else torch.cat([h[:, :old], h[:, old + n :]], 1) for h in states]
+        output.hidden_states = tuple(cut)
 
 
 def _before_second_linear(linear, inputs, *, old: int, n: int, batch_first: bool):
