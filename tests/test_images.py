@@ -333,3 +333,12 @@ def test_classes_of_files_with_one_name_in_two_folders(tmp_path):
     assert images.labels(images.load(str(tmp_path), any_model(input_size=16), 4)).tolist() == [0, 0, 1, 1]
     (tmp_path / "labels.csv").write_text("file,class_index\n0.png,3\n1.png,4")  # without folders: by the name alone
     assert images.labels(images.load(str(tmp_path), any_model(input_size=16), 4)).tolist() == [3, 4, 3, 4]
+
+
+def test_a_data_set_with_boxes_and_masks_gives_its_photos_alone(tmp_path, monkeypatch):
+    for part in ("images", "masks"):
+        (tmp_path / "coco" / part).mkdir(parents=True)
+        Image.new("RGB", (8, 8)).save(tmp_path / "coco" / part / f"{part}.png")
+    monkeypatch.setenv("VITREG_DATA", str(tmp_path))
+    taken = images.load("coco", any_model(), 9)
+    assert taken.names == ["images"] and taken.source == "coco, 1 of 1 images"

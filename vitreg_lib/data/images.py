@@ -186,7 +186,9 @@ def find(source: str) -> tuple[list[Path], str]:
     """The image files of a source, sorted, and what to call it."""
     if source == "photos":
         return _photos(), "photos shipped with scikit-image and scikit-learn"
-    folder = named_folder(source) or Path(source).expanduser()
+    folder = named = named_folder(source) or Path(source).expanduser()
+    if named_folder(source) and (named / "images").is_dir():  # beside it lie boxes and masks
+        folder = named / "images"
     if folder.is_file():
         return [folder], folder.name
     if not folder.is_dir():
@@ -197,7 +199,7 @@ def find(source: str) -> tuple[list[Path], str]:
     paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES)
     if not paths:
         raise UserError(f"the folder {source!r} holds no images ({', '.join(sorted(SUFFIXES))})")
-    return paths, folder.name
+    return paths, named.name
 
 
 def named_folder(name: str) -> Path | None:
