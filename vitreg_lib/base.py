@@ -145,9 +145,9 @@ def commit() -> str:
 
 
 def shown(path: Path) -> str:
-    """A path to print: relative to the repository inside it, else the file's name alone."""
+    """A path to print: relative to the repository inside it."""
     path = Path(path).resolve()
-    return str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else path.name
+    return str(path.relative_to(ROOT) if path.is_relative_to(ROOT) else path)
 
 
 @contextmanager

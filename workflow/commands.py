@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from vitreg_lib.base import shown
+from vitreg_lib.base import UserError, results, shown
 from vitreg_lib.record import run as record
 
 app = typer.Typer()
@@ -36,7 +36,13 @@ def run(
 
     given = items.typed(item, pairs, profile)
     checked = record.check_parameters(item, given)
-    execute.execute(item, given, progress=not quiet)
+    try:
+        execute.execute(item, given, progress=not quiet)
+    except OSError as error:  # no room, no rights
+        raise UserError(
+            f"{item}: its results cannot be written into {results()} ({error.strerror or error}); make room there, or "
+            "name another folder by VITREG_RESULTS"
+        ) from error
     if not no_report:
         report.show(item, checked)
 

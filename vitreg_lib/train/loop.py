@@ -140,6 +140,8 @@ def learning_rate(config: TrainConfig, step: int) -> float:
 
 
 def _check(config: TrainConfig, recipe) -> None:
+    if config.steps < 1:
+        raise UserError(f"--steps {config.steps}: at least one is needed")
     if config.accumulate > 1 and not _separable(recipe):
         raise UserError(
             f"--accumulate {config.accumulate}: {config.name} compares the images of a batch with each other, "
