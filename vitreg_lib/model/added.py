@@ -204,11 +204,7 @@ def _counting(base: type, n: int) -> type:
 
     names = [name for name in ("_pos_embed", "set_input_size") if hasattr(base, name)]
     methods = {name: without_new(name) for name in names}
-    methods["__reduce__"] = lambda self: (
-        _empty,
-        (base, n),
-        self.__dict__,
-    )  # of a pickle: no import finds `made`
+    methods["__reduce__"] = lambda self: (_empty, (base, n), self.__dict__)  # a pickle cannot import `made` by name
     made = type(f"{base.__name__}WithTestTimeRegisters", (base,), methods)
     return made
 
